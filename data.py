@@ -1,0 +1,1107 @@
+"""Where samples come from, in what order, and how they become tensors.
+
+    open_source       one --data string: "toy", a folder of pictures, or tar shards
+    Order             position -> sample: a pure function of (seed, epoch, position), in lanes
+    Batches, loader   samples -> uint8 tensors, made in worker processes
+    normalize         uint8 -> float, on the device
+    toy_sample        the procedural picture world behind --data toy
+
+    python data.py pack FOLDER OUT-%05d.tar [--short-side 256]     pictures -> shards
+    python data.py index 'SHARDS-*.tar'                            shards -> their index
+
+Every random draw is keyed by (seed, epoch, position, purpose): nothing depends on the number of
+workers, processes or nodes, nor on what was drawn before. A sample that cannot be read keeps its
+position as a zero image of weight 0; nothing shifts.
+
+This file needs torch, numpy, pillow and tqdm, and stands alone when copied.
+"""
+
+import argparse
+import glob
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import tarfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageChops, ImageDraw, ImageOps
+from tqdm import tqdm
+
+# A picture of more than 89 million pixels is an error, not a warning: see Batches.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+# What a random draw is for. Numbers, not names, because they are half of Philox's key.
+SHARDS, OFFSET, LANES, BLOCKS, VIEW, MASK, TOY = range(1, 8)
+
+
+def random_bits(count, seed, epoch, position, purpose):
+    """`count` raw 64-bit draws (uint64), a pure function of the four keys.
+
+    Philox is counter-based: any stretch of any stream is there without drawing what comes before.
+    Only its raw bits are used, because numpy may change its distributions between versions.
+    """
+    key = np.array([seed, purpose], dtype=np.uint64)
+    counter = np.array([0, position, epoch, 0], dtype=np.uint64)  # the first word counts the draws
+    return np.random.Philox(key=key, counter=counter).random_raw(count)
+
+
+def uniform(bits):
+    """uint64 -> float64 in [0, 1), from the upper 53 bits."""
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def permutation(count, seed, epoch, position, purpose):
+    """A random permutation of 0 .. count - 1, int64. (Stable: ties must not depend on the sort.)"""
+    return np.argsort(random_bits(count, seed, epoch, position, purpose), kind="stable")
+
+
+# -------------------------------------------------------------------------------------------- order
+
+WEIGHT = 1 << 16  # a sampling weight of 1.0: weights are whole numbers, so that sums are exact
+SHUFFLE_BLOCK = 8192  # samples that are shuffled together, from as few shards as hold them
+
+
+class Order:
+    """The endless stream of samples: position -> (shard, index in the shard).
+
+    Position p lies in epoch p // length. An epoch is a fixed multiset: every sample once or, with
+    sampling weights, as often as its weight says.
+
+    The stream is dealt to `lanes` in pairs: lane (p // 2) % lanes (in pairs, because mixup mixes
+    positions 2i and 2i + 1). Process r of W takes the positions with (p // 2) % W == r: for any W
+    that divides the lanes these are whole lanes, so the global order is the same for all such W and
+    each process reads only its own lanes' shards.
+
+    For an epoch, all shards are laid end to end (in an order that depends on the seed alone) and
+    cut into one stretch per lane, each exactly as long as the number of positions that the lane has
+    in that epoch. So lanes never end unevenly. Instead, a shard that a cut runs through is read by
+    two lanes, and from epoch to epoch the cuts move by fewer than 2 x lanes samples. Within a lane,
+    shards come in a random order, and samples are shuffled in blocks of neighbouring shards: a
+    process holds one block of indices per lane and nothing else that grows with the data set but
+    one number per shard.
+
+    sizes    (S,) samples in each shard
+    totals   (S,) int64, the sum of each shard's sampling weights in units of 1 / WEIGHT, or None
+    weights  shard -> (size,) int64, its samples' weights in the same units, read with the shard
+
+    With weights, sample i owns the stretch of length weights[i] on a line of length sum(totals), and
+    is drawn once for each point k * WEIGHT + offset on it, k = 0, 1, ... (systematic sampling): as
+    often as its weight says, rounded up or down; the offset, new in each epoch, decides which.
+    """
+
+    def __init__(self, sizes, seed=0, lanes=None, totals=None, weights=None):
+        sizes = np.asarray(sizes, dtype=np.int64)
+        self.seed, self.weights = seed, weights
+        self.lanes = lanes or min(48, len(sizes))
+        self.shards = permutation(len(sizes), seed, 0, 0, SHARDS)
+        spans = (sizes if weights is None else np.asarray(totals, dtype=np.int64))[self.shards]
+        self.edges = np.concatenate([[0], np.cumsum(spans)])  # (S + 1,) in samples, or in weight
+        self.length = int(self.edges[-1]) // (1 if weights is None else WEIGHT)
+        if self.length < 1:
+            raise ValueError("there are no samples to draw from")
+        self.blocks = {}  # lane -> (epoch, first turn, shards, indices) of its current block
+
+    def __call__(self, position):
+        """(shard, index in the shard) of a position."""
+        epoch, lane = position // self.length, position // 2 % self.lanes
+        start = epoch * self.length
+        turn = self.before(lane + 1, position) - self.before(lane + 1, start)
+        turn -= self.before(lane, position) - self.before(lane, start)  # the lane's turns so far
+        block_epoch, first, shards, indices = self.blocks.get(lane, (-1, 0, (), ()))
+        if block_epoch != epoch or not first <= turn < first + len(shards):
+            first, shards, indices = self.block(epoch, lane, turn)
+            self.blocks[lane] = epoch, first, shards, indices
+        return int(shards[turn - first]), int(indices[turn - first])
+
+    def before(self, lane, position):
+        """How many of the positions before `position` belong to lanes before `lane`."""
+        rounds, rest = divmod(position, 2 * self.lanes)
+        return rounds * 2 * lane + min(rest, 2 * lane)
+
+    def block(self, epoch, lane, turn):
+        """The shuffled block of a lane that holds its `turn`: (its first turn, shards, indices)."""
+        edges, offset = self.edges, 0
+        if self.weights is not None:  # from weight to draws: the points that lie before each edge
+            offset = int(random_bits(1, self.seed, epoch, 0, OFFSET)[0] % WEIGHT)
+            edges = np.clip(-((offset - edges) // WEIGHT), 0, self.length)
+        # The lane's stretch of the epoch's draws, and the pieces of shards that lie in it.
+        start, stop = (
+            self.before(cut, (epoch + 1) * self.length) - self.before(cut, epoch * self.length)
+            for cut in (lane, lane + 1)
+        )
+        piece = np.searchsorted(edges, start, "right") - 1
+        last = np.searchsorted(edges, stop, "left")
+        cuts = np.clip(edges[piece : last + 1], start, stop)
+        order = permutation(len(cuts) - 1, self.seed, epoch, lane, LANES)
+        counts = np.diff(cuts)[order]
+        firsts = np.cumsum(counts) - counts
+        # The pieces that begin in the same SHUFFLE_BLOCK make a block.
+        number = firsts // SHUFFLE_BLOCK
+        block = number[np.searchsorted(firsts + counts, turn, "right")]
+        order, counts, firsts = (array[number == block] for array in (order, counts, firsts))
+        first = firsts[0]
+        draws = np.arange(counts.sum()) + np.repeat(cuts[order] - (firsts - first), counts)
+        pieces = np.repeat(piece + order, counts)
+        if self.weights is None:
+            indices = draws - edges[pieces]
+        else:
+            indices = np.empty_like(draws)
+            for i in np.unique(pieces):
+                ends = np.cumsum(self.weights(int(self.shards[i])))
+                points = draws[pieces == i] * WEIGHT + offset - self.edges[i]
+                indices[pieces == i] = np.searchsorted(ends, points, "right")
+        shuffle = permutation(len(draws), self.seed, epoch, lane << 32 | int(block), BLOCKS)
+        return int(first), self.shards[pieces][shuffle], indices[shuffle]
+
+
+# ------------------------------------------------------------------------------------------ sources
+#
+# A source has: sizes (S,) int64, samples per shard; classes, a list of names, or None;
+# read(shard, index) -> {"image": PIL image, "class": int, -1 if unknown, ...}; name(shard, index).
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+def open_source(data, split="train", size=(64, 64), classes=None):
+    """The source behind a --data string, or None if it has no such split.
+
+    data     "toy"; a folder of pictures; or tar shards: a path, a glob, or {00000..00099} braces
+    split    "train" or "val". toy has both, and so has a folder with train/ and val/ in it
+    size     (height, width) of toy pictures
+    classes  the train split's class names: a val split must know no others
+
+    Raises ValueError with one line that says what to do.
+    """
+    if data == "toy":
+        return Toy(split, size)
+    if os.path.isdir(data):
+        if os.path.isdir(os.path.join(data, "train")) and os.path.isdir(os.path.join(data, "val")):
+            return Folder(os.path.join(data, split), classes)
+        return Folder(data, classes) if split == "train" else None
+    if not data.endswith(".tar") and not re.search(r"[*?\[{]", data):
+        state = "is not a folder or a .tar" if os.path.exists(data) else "does not exist"
+        raise ValueError(f"{data} {state}: --data wants toy, a folder of pictures or tar shards")
+    return Shards(data) if split == "train" else None
+
+
+class Toy:
+    """The procedural world of toy_sample. Its epoch is a number, the pictures never run out."""
+
+    def __init__(self, split, size):
+        self.first = 0 if split == "train" else TOY_VAL
+        self.size = size
+        self.sizes = np.ones(TOY_EPOCH if split == "train" else TOY_EPOCH // 16, dtype=np.int64)
+        self.classes = list(TOY_CLASSES)
+        self.identity = f"toy world, {len(self.sizes)} pictures an epoch"
+
+    def read(self, shard, index):
+        return toy_sample(self.first + shard, self.size)
+
+    def name(self, shard, index):
+        return f"toy:{self.first + shard}"
+
+
+class Folder:
+    """Pictures below a folder. If all lie in subfolders, the first level's names are the classes.
+
+    They are kept in the order of a hash of their paths: the same on every machine, and neighbours
+    have nothing to do with each other. So any stretch of it is a fair sample: the held-out slice, a
+    lane, a packed shard.
+    """
+
+    def __init__(self, root, classes=None):
+        self.root = root
+
+        def fail(error):
+            raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}")
+
+        paths = []
+        for folder, _, files in os.walk(root, onerror=fail, followlinks=True):
+            paths += [os.path.join(folder, name) for name in files if is_picture(name)]
+        if not paths:
+            raise ValueError(f"no pictures in {root} (looked for {' '.join(PICTURES)})")
+        paths = [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
+        self.paths = sorted(paths, key=lambda path: (stable_hash(path), path))
+        self.sizes = np.ones(len(paths), dtype=np.int64)
+        names = sorted({path.split("/")[0] for path in paths})
+        self.classes = None
+        if all("/" in path for path in paths) and len(names) > 1:
+            unknown = sorted(set(names) - set(classes or names))
+            if unknown:
+                raise ValueError(f"{root} has classes that train has not: {', '.join(unknown[:5])}")
+            self.classes = classes or names
+        digest = hashlib.sha256("\n".join(self.paths).encode(errors="surrogateescape"))
+        self.identity = f"{len(paths)} pictures, {digest.hexdigest()[:16]}"
+
+    def read(self, shard, index):
+        path = self.paths[shard]
+        label = self.classes.index(path.split("/")[0]) if self.classes else -1
+        return {"image": Image.open(os.path.join(self.root, path)), "class": label}
+
+    def name(self, shard, index):
+        return os.path.join(self.root, self.paths[shard])
+
+
+def is_picture(name):
+    return name.lower().endswith(PICTURES) and not name.startswith(".")
+
+
+def stable_hash(text):
+    """Python's own hash() differs between processes."""
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
+
+
+class Slice:
+    """The samples start .. stop - 1 of a source, counted through its shards."""
+
+    def __init__(self, source, start, stop):
+        edges = np.concatenate([[0], np.cumsum(source.sizes)])
+        self.first = int(np.searchsorted(edges, start, "right")) - 1
+        last = int(np.searchsorted(edges, stop, "left"))
+        cuts = np.clip(edges[self.first : last + 1], start, stop)
+        self.source, self.skipped = source, int(cuts[0] - edges[self.first])
+        self.sizes, self.classes = np.diff(cuts), source.classes
+        self.identity = f"{source.identity}, samples {start} to {stop}"
+
+    def read(self, shard, index):
+        return self.source.read(*self.origin(shard, index))
+
+    def name(self, shard, index):
+        return self.source.name(*self.origin(shard, index))
+
+    def origin(self, shard, index):
+        return self.first + shard, index + (self.skipped if shard == 0 else 0)
+
+
+def hold_out(source, count):
+    """(source without its last `count` samples, those samples): a slice to measure on."""
+    total = int(source.sizes.sum())
+    return Slice(source, 0, total - count), Slice(source, total - count, total)
+
+
+# ------------------------------------------------------------------------------------------- shards
+#
+# A WebDataset shard is a tar in which the files of a sample are neighbours and share a key, the
+# path up to the base name's first dot: 00012.jpg, 00012.cls, 00012.json. Its index is an .npz named
+# SHARD.tar.index: keys (n,), extensions (E,), and offsets and lengths (n, E) in bytes, length -1
+# where a sample lacks that file. index.json beside the shards holds each one's number of samples,
+# and its size and time of change, so that a stale index is noticed, and class names if known.
+
+
+class Shards:
+    """Tar shards in the WebDataset layout, read in place: one pread for each file of a sample."""
+
+    def __init__(self, pattern):
+        self.paths = expand(pattern)
+        entries, self.classes = {}, None
+        for folder in sorted({os.path.dirname(path) for path in self.paths}):
+            index = read_index(folder)
+            self.classes = self.classes or index.get("classes")
+            found = {os.path.join(folder, name): e for name, e in index["shards"].items()}
+            entries |= {path: entry for path, entry in found.items() if is_current(path, entry)}
+        missing = [path for path in self.paths if path not in entries]
+        self.tables = {}  # only of shards whose index cannot be written beside them
+        if missing:
+            indexed, self.tables = index_shards(missing, self.classes)
+            entries |= indexed
+        self.sizes = np.array([entries[path]["samples"] for path in self.paths], dtype=np.int64)
+        if not self.sizes.any():
+            raise ValueError(f"{pattern}: the shards hold no pictures")
+        text = json.dumps([[os.path.basename(p), entries[p]["samples"]] for p in self.paths])
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.identity = f"{self.sizes.sum()} pictures in {len(self.paths)} shards, {digest}"
+        # Caches live in the object so that forked workers each have their own, and are bounded.
+        self.table = lru_cache(64)(lambda shard: self.load_table(shard))
+        self.files = lru_cache(64)(lambda shard: open(self.paths[shard], "rb", buffering=0))
+
+    def load_table(self, shard):
+        path = self.paths[shard]
+        if path in self.tables:
+            return self.tables[path]
+        with np.load(f"{path}.index", allow_pickle=False) as table:
+            return dict(table)
+
+    def members(self, shard, index):
+        """{extension: (offset, length)} of a sample."""
+        table = self.table(shard)
+        rows = zip(table["extensions"], table["offsets"][index], table["lengths"][index])
+        return {str(name): (int(start), int(size)) for name, start, size in rows if size >= 0}
+
+    def bytes(self, shard, offset, length):
+        content = os.pread(self.files(shard).fileno(), length, offset)
+        if len(content) < length:
+            raise OSError(f"the shard ends {length - len(content)} bytes before the file does")
+        return content
+
+    def read(self, shard, index):
+        members = self.members(shard, index)
+        picture = next(name for name in members if is_picture_extension(name))
+        sample = {"image": Image.open(io.BytesIO(self.bytes(shard, *members[picture])))}
+        label = self.bytes(shard, *members["cls"]) if "cls" in members else b"-1"
+        return {**sample, "class": int(label)}
+
+    def name(self, shard, index):
+        return f"{self.paths[shard]}:{self.table(shard)['keys'][index]}"
+
+
+def is_picture_extension(extension):
+    return f".{extension.lower()}" in PICTURES
+
+
+def expand(pattern):
+    """Paths of shards from a path, a glob or {00000..00099} and {a,b} braces. ValueError if none."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match:
+        low, dots, high = match[1].partition("..")
+        if dots and low.isdigit() and high.isdigit():
+            items = [str(i).zfill(len(low)) for i in range(int(low), int(high) + 1)]
+        else:
+            items = match[1].split(",")
+        head, tail = pattern[: match.start()], pattern[match.end() :]
+        return list(itertools.chain(*(expand(head + item + tail) for item in items)))
+    if re.search(r"[*?\[]", pattern):
+        paths = sorted(glob.glob(pattern))
+        if not paths:
+            raise ValueError(f"no shard matches {pattern}")
+        return [path for path in paths if not path.endswith(".index")]
+    if not os.path.isfile(pattern):
+        raise ValueError(f"there is no shard {pattern}")
+    return [pattern]
+
+
+def read_index(folder):
+    """The content of folder/index.json; without one, an empty index."""
+    path = os.path.join(folder, "index.json")
+    if not os.path.isfile(path):
+        return {"shards": {}}
+    try:
+        index = json.loads(Path(path).read_text())
+        return {**index, "shards": dict(index["shards"])}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{path} is damaged: remove it and run: python data.py index '{folder or '.'}/*.tar'"
+        ) from None
+
+
+def is_current(path, entry):
+    """Is this the shard that the entry of an index.json was made from?"""
+    status = os.stat(path)
+    same = [status.st_size, status.st_mtime_ns] == [entry["bytes"], entry["modified"]]
+    return same and os.path.isfile(f"{path}.index")
+
+
+def index_shards(paths, classes=None):
+    """Scan shards and write their indexes: ({path: entry of index.json}, {path: table not written}).
+
+    Where the folder cannot be written to, the tables are returned, to be kept in memory.
+    """
+    entries, tables = {}, {}
+    for path in tqdm(paths, desc="indexing shards", unit=" shards", disable=len(paths) < 20):
+        status = os.stat(path)
+        table = scan_tar(path)
+        entries[path] = {
+            "samples": len(table["keys"]),
+            "bytes": status.st_size,
+            "modified": status.st_mtime_ns,
+        }
+        try:
+            with open(f"{path}.index.tmp", "wb") as file:
+                np.savez(file, **table)
+            os.replace(f"{path}.index.tmp", f"{path}.index")
+        except OSError:
+            tables[path] = table
+    if tables:
+        print(f"the index of {len(tables)} shards is kept in memory: their folder is read-only")
+    for folder in {os.path.dirname(path) for path in entries} if not tables else ():
+        index = read_index(folder)
+        for path in (path for path in entries if os.path.dirname(path) == folder):
+            index["shards"][os.path.basename(path)] = entries[path]
+        if classes:
+            index["classes"] = classes
+        temporary = os.path.join(folder, f"index.json.{os.getpid()}")
+        Path(temporary).write_text(json.dumps(index, indent=1))
+        os.replace(temporary, os.path.join(folder, "index.json"))
+    return entries, tables
+
+
+def scan_tar(path):
+    """The table of a shard: read header by header, about ten times as fast as tarfile does."""
+    keys, rows, extensions = [], [], {}
+    end = os.path.getsize(path)
+    with open(path, "rb", buffering=0) as file:
+        for name, offset, length in tar_members(file, end, path):
+            folder, slash, base = name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            if not stem or not extension:
+                continue  # hidden files, and files without a type, belong to no sample
+            key = folder + slash + stem
+            if not keys or keys[-1] != key:
+                keys.append(key)
+                rows.append({})
+            rows[-1][extensions.setdefault(extension, len(extensions))] = offset, length
+    pictures = {column for name, column in extensions.items() if is_picture_extension(name)}
+    kept = [i for i, row in enumerate(rows) if pictures & row.keys()]
+    if len(kept) < len(rows):
+        print(f"{path}: {len(rows) - len(kept)} samples without a picture are left out")
+    table = np.full((2, len(kept), len(extensions)), -1, dtype=np.int64)
+    for row, i in enumerate(kept):
+        for column, place in rows[i].items():
+            table[:, row, column] = place
+    return {
+        "keys": np.array([keys[i] for i in kept], dtype=str),
+        "extensions": np.array(list(extensions), dtype=str),
+        "offsets": table[0],
+        "lengths": table[1],
+    }
+
+
+def tar_members(file, end, path):
+    """(name, offset, length) of each regular file in an open tar of `end` bytes.
+
+    ustar, GNU (long names, large sizes) and pax headers. Stops with one warning where the tar is cut
+    or damaged; a last file that is cut is still returned: reading it will fail and be counted.
+    """
+    offset, long_name, pax = 0, None, {}
+    while True:
+        header = os.pread(file.fileno(), 512, offset)
+        if header == bytes(512) or not header:
+            return
+        stored = header[148:156].strip(b" \0")
+        total = sum(header[:148]) + 256 + sum(header[156:])  # the checksum counts as eight spaces
+        if len(header) < 512 or not re.fullmatch(b"[0-7]+", stored) or int(stored, 8) != total:
+            print(f"{path}: damaged at byte {offset}; the samples before it are used")
+            return
+        if header[124] & 0x80:
+            length = int.from_bytes(header[125:136], "big")
+        else:
+            length = int(header[124:136].strip(b" \0") or b"0", 8)
+        kind, start = header[156:157], offset + 512
+        offset = start + (length + 511) // 512 * 512
+        if kind == b"L":
+            long_name = (
+                os.pread(file.fileno(), length, start).rstrip(b"\0").decode(errors="replace")
+            )
+        elif kind == b"x":
+            records = os.pread(file.fileno(), length, start).decode(errors="replace")
+            pax = dict(re.findall(r"\d+ ([^=]+)=([^\n]*)\n", records))
+        elif kind in b"\x000" and kind:
+            name = header[:100].split(b"\0")[0].decode(errors="replace")
+            prefix = header[345:500].split(b"\0")[0].decode(errors="replace")
+            if prefix and header[257:263] == b"ustar\0":
+                name = f"{prefix}/{name}"
+            length = int(pax.get("size", length))
+            offset = start + (length + 511) // 512 * 512
+            yield pax.get("path") or long_name or name, start, length
+            if offset > end:
+                print(f"{path}: cut at byte {end}; its last sample is incomplete")
+                return
+        if kind not in b"Lxg":
+            long_name, pax = None, {}
+
+
+# ------------------------------------------------------------------------------- pictures to tensors
+
+
+def random_box(width, height, bits, min_crop, aspect):
+    """RandomResizedCrop's box (left, top, width, height) from 23 uint64 draws.
+
+    An area of min_crop .. 1 of the picture with a ratio of 3/4 .. 4/3 (times the target's aspect,
+    so that targets that are not square see no other distortion), ten tries, then the centre.
+    """
+    draws = uniform(bits)
+    for area, ratio in draws[:20].reshape(10, 2):
+        area = width * height * (min_crop + (1 - min_crop) * area)
+        ratio = aspect * math.exp((2 * ratio - 1) * math.log(4 / 3))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(draws[20] * (width - w + 1)), int(draws[21] * (height - h + 1)), w, h
+    return centre_box(width, height, aspect)
+
+
+def centre_box(width, height, aspect):
+    """The largest centred box of width / height = aspect: (left, top, width, height)."""
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    return (width - w) // 2, (height - h) // 2, max(1, w), max(1, h)
+
+
+def crop_and_resize(image, size, channels, bits=None, min_crop=0.2):
+    """A PIL image, not decoded yet -> (C, H, W) uint8 tensor (in channels-last memory).
+
+    bits: 23 uint64 draws for a random crop and flip; None for the centre, not flipped.
+    The fastest exact route measured: Pillow decodes, the box is cut out, and torch resizes uint8 in
+    channels-last memory, bicubic with antialiasing; normalisation waits for the device.
+    """
+    (height, width), aspect = size, size[1] / size[0]
+    turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations that swap the sides
+    original = image.size[::-1] if turned else image.size
+    if bits is None or min_crop >= 1:
+        box = centre_box(*original, aspect)
+    else:
+        box = random_box(*original, bits, min_crop, aspect)
+    # JPEG can decode at 1/2, 1/4 or 1/8 for less work. Only when the crop stays at least twice as
+    # large as the target, so that the antialiased resize still does all the filtering that shows.
+    shrink = min(box[2] // (2 * width), box[3] // (2 * height), 8)
+    if image.format == "JPEG" and shrink >= 2:
+        image.draft(None, (image.width // shrink, image.height // shrink))
+    image = to_mode(ImageOps.exif_transpose(image), channels)
+    if image.size != original:
+        sx, sy = image.width / original[0], image.height / original[1]
+        box = int(box[0] * sx), int(box[1] * sy), int(box[2] * sx), int(box[3] * sy)
+    left, top, w, h = box
+    pixels = np.array(np.asarray(image)[top : top + h, left : left + w])
+    pixels = torch.from_numpy(pixels.reshape(h, w, channels)).permute(2, 0, 1)
+    if (h, w) != (height, width):
+        pixels = F.interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
+    return pixels.flip(2) if bits is not None and bits[22] & np.uint64(1) else pixels
+
+
+def to_mode(image, channels):
+    """Any picture -> 8 bits of grey (1 channel), RGB (3) or RGBA (4)."""
+    if image.mode.startswith("I") or image.mode == "F":  # 16 bits: convert() would clip, not scale
+        pixels = np.asarray(image)
+        if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError(f"mode {image.mode} with values from {pixels.min()} to {pixels.max()}")
+        image = Image.fromarray((pixels >> 8).astype(np.uint8))
+    if channels != 4 and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
+        # On white: under transparent pixels there may be any colour.
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    return image if image.mode == mode else image.convert(mode)
+
+
+def normalize(images):
+    """uint8 (B, C, H, W) -> float32: ImageNet's mean and deviation for three channels (MAE code).
+
+    Any other number of channels: RGB's values for the first three of four or more, and the average
+    of the three for what is left. Call it on the device: a batch travels as bytes.
+    """
+    channels, device = images.shape[1], images.device
+    mean, deviation = channel_statistics(channels)
+    scale = torch.tensor([1 / (255 * d) for d in deviation], device=device).view(1, channels, 1, 1)
+    shift = torch.tensor([-m / d for m, d in zip(mean, deviation)], device=device)
+    return images.to(torch.float32).mul_(scale).add_(shift.view(1, channels, 1, 1))
+
+
+def denormalize(images):
+    """The inverse of normalize: float (B, C, H, W) -> uint8, clipped."""
+    mean, deviation = (
+        torch.tensor(values, device=images.device).view(1, -1, 1, 1)
+        for values in channel_statistics(images.shape[1])
+    )
+    return ((images * deviation + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def channel_statistics(channels):
+    mean, deviation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    known = 3 if channels >= 3 else 0
+    return (
+        mean[:known] + [sum(mean) / 3] * (channels - known),
+        deviation[:known] + [sum(deviation) / 3] * (channels - known),
+    )
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+
+class Batches(torch.utils.data.Dataset):
+    """step -> this process's part of the global batch of that step, a dict:
+
+    images     (b, C, H, W) uint8, b = batch size / processes; zero where a sample could not be read
+    ids        (b, N) int64, each sample's random order of patches (only with num_patches)
+    labels     (b,) int64 class numbers, -1 where unknown
+    weight     (b,) float32, 1, or 0 for a sample that could not be read
+    positions  (b,) int64 in the global stream
+    bad        a list of "name: error" for the samples that could not be read
+
+    order     an Order for training: random crops and flips. None: the source's samples one after
+              the other, centre crops, and weight 0 past the last one
+    process, processes   this one's number, and how many there are
+    """
+
+    def __init__(
+        self,
+        source,
+        size,
+        channels,
+        batch_size,
+        order=None,
+        seed=0,
+        min_crop=0.2,
+        num_patches=0,
+        process=0,
+        processes=1,
+    ):
+        if channels not in (1, 3, 4):
+            raise ValueError(f"pictures can be read as 1, 3 or 4 channels, not as {channels}")
+        if processes > 1 and batch_size % (2 * processes):
+            raise ValueError(
+                f"a batch of {batch_size} cannot be dealt to {processes} processes in pairs: "
+                f"use a multiple of {2 * processes}"
+            )
+        if order is not None and order.lanes % processes:
+            raise ValueError(
+                f"{order.lanes} lanes cannot be dealt to {processes} processes: use --lanes "
+                f"with a multiple of {processes} (and keep it: the order of samples depends on it)"
+            )
+        self.source, self.size, self.channels = source, size, channels
+        self.batch_size, self.order, self.seed = batch_size, order, seed
+        self.min_crop, self.num_patches = min_crop, num_patches
+        self.process, self.processes = process, processes
+        self.edges = np.concatenate([[0], np.cumsum(source.sizes)])
+
+    def __len__(self):
+        """Steps in which every sample comes once (the last one may hold others or padding)."""
+        return -(-int(self.edges[-1]) // self.batch_size)
+
+    def __getitem__(self, step):
+        positions = step * self.batch_size + np.arange(self.batch_size)
+        positions = positions[positions // 2 % self.processes == self.process]
+        height, width = self.size
+        # Channels-last memory, because the pictures arrive in it and patchify reads it that way.
+        images = torch.zeros(len(positions), height, width, self.channels, dtype=torch.uint8)
+        images = images.permute(0, 3, 1, 2)
+        labels = torch.full((len(positions),), -1)
+        weight = torch.zeros(len(positions))
+        ids = torch.zeros(len(positions), self.num_patches, dtype=torch.int64)
+        bad = []
+        for i, position in enumerate(positions.tolist()):
+            epoch = position // self.order.length if self.order else 0
+            if self.num_patches:
+                ids[i] = torch.from_numpy(
+                    permutation(self.num_patches, self.seed, epoch, position, MASK)
+                )
+            place = self.place(position)
+            if place is None:
+                continue
+            bits = random_bits(23, self.seed, epoch, position, VIEW) if self.order else None
+            try:
+                sample = self.source.read(*place)
+                images[i] = crop_and_resize(
+                    sample["image"], self.size, self.channels, bits, self.min_crop
+                )
+            except Exception as error:  # a decoder may raise anything: it is named and counted
+                bad.append(f"{self.source.name(*place)}: {type(error).__name__}: {error}")
+                continue
+            labels[i], weight[i] = sample["class"], 1.0
+        return {
+            "images": images,
+            "ids": ids,
+            "labels": labels,
+            "weight": weight,
+            "positions": torch.from_numpy(positions),
+            "bad": bad,
+        }
+
+    def place(self, position):
+        """(shard, index) of a position, None past the end."""
+        if self.order:
+            return self.order(position)
+        if position >= self.edges[-1]:
+            return None
+        shard = int(np.searchsorted(self.edges, position, "right")) - 1
+        return shard, int(position - self.edges[shard])
+
+
+def loader(batches, steps, workers, pin=False):
+    """Batches of the given steps (a range), made ahead by worker processes; 0: in this process."""
+    return torch.utils.data.DataLoader(
+        batches,
+        sampler=steps,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin,
+        prefetch_factor=2 if workers else None,
+    )
+
+
+def default_workers(processes_here=1):
+    """Loader processes for each training process: the cores that are left, at least 1, at most 16."""
+    return max(1, min(16, (os.cpu_count() or 2) // processes_here - 1))
+
+
+# ------------------------------------------------------------------------------------ the toy world
+#
+# Sample `number` is a pure function of its number: a scene of 1-4 coloured, textured shapes on a
+# background. The class is the shape of the largest object; position, size, tilt, colour, texture
+# and background all vary, so no single pixel says anything about the class.
+
+TOY_EPOCH = 65_536  # pictures in an epoch, for those who count in epochs
+TOY_VAL = 2**31  # numbers below are train, from here on val
+TOY_DRAWS = 160  # uniform draws per scene; a scene uses at most 13 + 4 + 3 * 21 = 80
+TOY_CLASSES = (
+    "circle", "square", "triangle", "star", "cross",
+    "ring", "heart", "crescent", "arrow", "hourglass",
+)  # fmt: skip
+TOY_COLOURS = {
+    "red": (216, 36, 40), "orange": (244, 138, 28), "yellow": (248, 220, 48),
+    "green": (44, 160, 60), "cyan": (60, 200, 214), "blue": (40, 72, 204),
+    "purple": (124, 44, 160), "pink": (246, 140, 186),
+}  # fmt: skip
+TOY_TEXTURES = {"plain": "", "stripes": "striped ", "dots": "dotted ", "checks": "checked "}
+TOY_BACKGROUNDS = {
+    "plain": "plain {}", "gradient": "a smooth {} gradient", "blobs": "{} blobs", "grain": "{} grain",
+    "stripes": "{} stripes", "dots": "{} dots", "checks": "{} checks",
+}  # fmt: skip
+# No train scene holds one of these, not even as a small object; val scenes do, at their natural
+# rate. What a model says about them is composition, not memory.
+TOY_HELD_OUT = frozenset({
+    ("red", "star"), ("yellow", "heart"), ("green", "circle"),
+    ("blue", "cross"), ("purple", "arrow"), ("pink", "square"),
+})  # fmt: skip
+TOY_SPAM = ("#love", "#nofilter", "#art", "#follow", "#instagood", "#monday", "#design", "#wow")
+TILE = 256  # side of a pattern tile in its own pixels
+
+
+def _outlines():
+    """{shape: (points, 2) float64}: one closed polygon each, inside [-1, 1]^2, y pointing down."""
+
+    def arc(start, stop, points, radius=1.0, x=0.0):
+        angle = np.linspace(math.radians(start), math.radians(stop), points)
+        return np.stack([x + radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+    spikes = arc(-90, 234, 10) * np.where(np.arange(10) % 2, 0.42, 1.0)[:, None]
+    turn = np.linspace(0, 2 * math.pi, 40)
+    heart_y = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
+    a = 0.34  # half the width of the bars of the cross
+    return {
+        "circle": arc(0, 360, 40),
+        "square": np.array([(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]),
+        "triangle": np.array([(0, -0.95), (1, 0.8), (-1, 0.8)]),
+        "star": spikes,
+        "cross": np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a),
+                           (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]),
+        # out around, then back around inside: the seam has no width, so the hole stays a hole
+        "ring": np.concatenate([arc(0, 360, 40), arc(360, 0, 40, radius=0.5)]),
+        "heart": np.stack([16 * np.sin(turn) ** 3, -heart_y - 2.5], axis=1) / 16,
+        "crescent": np.concatenate([arc(50, 310, 32), arc(-76, -284, 32, 0.79, 0.45)]),
+        "arrow": np.array([(-1, -0.32), (0.05, -0.32), (0.05, -0.9), (1, 0),
+                           (0.05, 0.9), (0.05, 0.32), (-1, 0.32)]),
+        "hourglass": np.array([(-0.85, -1), (0.85, -1), (0.14, 0),
+                               (0.85, 1), (-0.85, 1), (-0.14, 0)]),
+    }  # fmt: skip
+
+
+def _patterns():
+    """{pattern: (TILE, TILE) "L" image}: how much of the second colour to mix in, 0 to 255."""
+
+    def smooth(cells, position):
+        # lattice noise: random grey values, enlarged with bicubic interpolation
+        grey = (random_bits(cells * cells, 0, 0, position, TOY) >> np.uint64(56)).astype(np.uint8)
+        lattice = Image.fromarray(grey.reshape(cells, cells))
+        return np.asarray(lattice.resize((TILE, TILE), Image.Resampling.BICUBIC), np.float64)
+
+    y, x = np.mgrid[:TILE, :TILE].astype(np.float64)
+    wave_x, wave_y = np.sin(x * 2 * math.pi / 32), np.sin(y * 2 * math.pi / 32)
+    # the gains make edges about two tile pixels wide: hard edges would shimmer when shrunk
+    values = {
+        "gradient": x,
+        "stripes": 128 + 640 * wave_x,
+        "dots": 640 * (wave_x + wave_y - 0.75),
+        "checks": 128 + 900 * wave_x * wave_y,
+        "blobs": 128 + 6 * (smooth(9, 2**62) - 128),
+        "grain": smooth(48, 2**62 + 1),
+    }
+    return {n: Image.fromarray(v.clip(0, 255).astype(np.uint8)) for n, v in values.items()}
+
+
+TOY_OUTLINES, TOY_PATTERNS = _outlines(), _patterns()
+
+
+def toy_scene(number):
+    """The scene of one sample as plain JSON-able values, lengths as fractions of the picture's side.
+
+    {"background": paint, "objects": [paint with "shape", "radius", "centre" (x, y), "angle" in
+    radians], largest first}, where a paint has "pattern", "colour" (name), "one" and "two" (rgb),
+    "turn" (the pattern's own angle), "zoom" and "shift". Objects are drawn in order, so the small
+    ones lie in front. To move an object, change its "centre": its texture moves with it.
+    """
+    draws = iter(uniform(random_bits(TOY_DRAWS, 0, 0, number, TOY)).tolist())
+
+    def between(low, high):
+        return low + (high - low) * next(draws)
+
+    def pick(options):
+        return options[int(next(draws) * len(options))]
+
+    def paint(pattern, colour):
+        one = [min(255, max(0, round(c + between(-24, 24)))) for c in TOY_COLOURS[colour]]
+        goal, strength = pick((0, 255)), between(0.35, 0.6)  # a darker or lighter shade of it
+        return {
+            "pattern": pattern, "colour": colour, "one": one,
+            "two": [round(c + strength * (goal - c)) for c in one],
+            "turn": between(0, 2 * math.pi), "zoom": between(0.7, 1.2),
+            "shift": [between(-1, 1), between(-1, 1)],
+        }  # fmt: skip
+
+    colours = list(TOY_COLOURS)
+    background = paint(pick(list(TOY_BACKGROUNDS)), pick(colours))
+    colours.remove(background["colour"])  # an object is never lost in its background
+    objects = []
+    for index in range(pick((1, 2, 2, 3, 3, 4))):
+        shape, colour = pick(TOY_CLASSES), pick(colours)
+        while number < TOY_VAL and (colour, shape) in TOY_HELD_OUT:
+            colour = colours[(colours.index(colour) + 1) % len(colours)]
+        thing = {"shape": shape, **paint(pick(list(TOY_TEXTURES)), colour)}
+        largest = objects[0]["radius"] if objects else None
+        radius = between(0.18, 0.3) if index == 0 else between(0.35, 0.6) * largest
+        # the best of four places: the one farthest from everything already there
+        places = [[between(radius, 1 - radius) for _ in "xy"] for _ in range(4)]
+        gaps = [
+            min((math.dist(p, o["centre"]) - radius - o["radius"] for o in objects), default=0)
+            for p in places
+        ]
+        gap, centre = max(zip(gaps, places, strict=True))
+        if gap > -0.4 * radius:  # no room: leave it out rather than hide what is there
+            thing |= {"radius": radius, "centre": centre, "angle": between(-0.45, 0.45)}
+            objects.append(thing)
+    return {"background": background, "objects": objects}
+
+
+def toy_render(scene, size=64, masks=False):
+    """Draw a scene: (RGB image of size x size, boxes, masks or None).
+
+    boxes: (objects, 4) float32, x1 y1 x2 y2 in pixels, the object's full extent (also what another
+    one hides) cut at the picture's edge. masks: (objects, size, size) bool, the visible pixels.
+    """
+    fine = 4  # shapes are drawn this much larger and averaged down: PIL's polygons have hard edges
+
+    def pattern(paint, centre, extent, left, top, width, height):
+        # Image.transform wants the map from picture pixels back to tile pixels
+        scale = paint["zoom"] * TILE / (extent * size)
+        cos, sin = scale * math.cos(paint["turn"]), scale * math.sin(paint["turn"])
+        x, y = left - centre[0] * size, top - centre[1] * size
+        u, v = (TILE * (0.5 + 0.1 * s) for s in paint["shift"])
+        rows = (cos, sin, u + cos * x + sin * y, -sin, cos, v - sin * x + cos * y)
+        return TOY_PATTERNS[paint["pattern"]].transform(
+            (width, height), Image.Transform.AFFINE, rows, Image.Resampling.BILINEAR
+        )
+
+    ground = scene["background"]
+    picture = Image.new("RGB", (size, size), tuple(ground["one"]))
+    if ground["pattern"] != "plain":
+        mix = pattern(ground, (0.5, 0.5), 2.2, 0, 0, size, size)
+        picture.paste(tuple(ground["two"]), mask=mix)
+    boxes, visible = [], []
+    for thing in scene["objects"]:
+        cos, sin = math.cos(thing["angle"]), math.sin(thing["angle"])
+        outline = TOY_OUTLINES[thing["shape"]] @ np.array([[cos, sin], [-sin, cos]])
+        outline = (outline * thing["radius"] + thing["centre"]) * size
+        box = np.concatenate([outline.min(axis=0), outline.max(axis=0)]).clip(0, size)
+        boxes.append(box)
+        # only the window around the object is drawn: most objects are small
+        left, top = int(box[0]), int(box[1])
+        width, height = math.ceil(box[2]) - left, math.ceil(box[3]) - top
+        window = Image.new("L", (width * fine, height * fine))
+        points = (outline - (left, top)) * fine
+        ImageDraw.Draw(window).polygon(points.ravel().tolist(), fill=255)
+        window = window.reduce(fine)
+        picture.paste(tuple(thing["one"]), (left, top), window)
+        if thing["pattern"] != "plain":
+            extent = 5 * thing["radius"]
+            mix = pattern(thing, thing["centre"], extent, left, top, width, height)
+            picture.paste(tuple(thing["two"]), (left, top), ImageChops.multiply(window, mix))
+        if masks:
+            inside = np.zeros((size, size), dtype=bool)
+            inside[top : top + height, left : left + width] = np.asarray(window) > 127
+            visible = [earlier & ~inside for earlier in visible] + [inside]
+    return picture, np.array(boxes, dtype=np.float32), np.stack(visible) if masks else None
+
+
+def toy_caption(scene):
+    """A sentence such as "a large red striped star and a small blue circle on green stripes"."""
+    nouns = [
+        f"a {_size_word(o)} {o['colour']} {TOY_TEXTURES[o['pattern']]}{o['shape']}"
+        for o in scene["objects"]
+    ]
+    ground = scene["background"]
+    nouns = " and ".join([", ".join(nouns[:-1]), nouns[-1]] if nouns[1:] else nouns)
+    return f"{nouns} on {TOY_BACKGROUNDS[ground['pattern']].format(ground['colour'])}"
+
+
+def _size_word(thing):
+    return "large" if thing["radius"] > 0.2 else "medium" if thing["radius"] > 0.12 else "small"
+
+
+def toy_hashtags(scene, number):
+    """Noisy tags, as people would write them: some true ones are left out, some say nothing."""
+    chance = uniform(random_bits(64, 0, 1, number, TOY)).tolist()  # epoch 1: not the scene's draws
+    ground, tags = scene["background"], []
+    for thing in scene["objects"]:
+        shape, colour = thing["shape"], thing["colour"]
+        tags += [f"#{shape}", f"#{colour}{shape}", f"#{shape}lover", f"#{colour}"]
+        tags += [f"#{_size_word(thing)}{shape}", f"#{thing['pattern']}"]
+    tags += [f"#{ground['pattern']}background", f"#{ground['colour']}vibes"]
+    tags += [f"#setof{len(scene['objects'])}"]
+    kept = [tag for tag, c in zip(tags, chance, strict=False) if c < 0.4]
+    spam = TOY_SPAM[int(chance[-1] * len(TOY_SPAM))]
+    return list(dict.fromkeys(kept + [spam]))  # each once, in order
+
+
+def toy_sample(number, size=64, masks=False):
+    """One sample: {"image": PIL RGB, "class": int, "hashtags": [str], "caption": str,
+    "boxes": (objects, 4) float32} and, if asked, "masks": (objects, size, size) bool. Object 0 is
+    the largest and gives the class. See toy_render for boxes and masks."""
+    scene = toy_scene(number)
+    image, boxes, visible = toy_render(scene, size, masks)
+    sample = {
+        "image": image,
+        "class": TOY_CLASSES.index(scene["objects"][0]["shape"]),
+        "hashtags": toy_hashtags(scene, number),
+        "caption": toy_caption(scene),
+        "boxes": boxes,
+    }
+    return sample | ({"masks": visible} if masks else {})
+
+
+# ---------------------------------------------------------------------------------- the command line
+
+
+def pack(folder, pattern, short_side=None, shard_size=None):
+    """Write the pictures of a folder into tar shards, with .cls members if it has class folders.
+
+    Each shard is written to a temporary file and renamed; shards that are already there and hold the
+    right samples are kept, so an interrupted run goes on where it was. The pictures are written as
+    they are or, with short_side, those that are larger scaled down and encoded again.
+    """
+    try:
+        if len({pattern % 0, pattern % 1}) < 2:
+            raise TypeError
+    except (TypeError, ValueError):
+        raise ValueError(f"{pattern} must hold one number, as in OUT-%05d.tar") from None
+    source, out = Folder(folder), os.path.dirname(pattern)
+    os.makedirs(out or ".", exist_ok=True)
+    index = read_index(out)
+    classes = index.get("classes") or source.classes
+    unknown = sorted(set(source.classes or ()) - set(classes or ()))
+    if unknown:
+        raise ValueError(
+            f"{out}/index.json lists other classes (without {', '.join(unknown[:5])}): "
+            "pack train before val, and other data into another folder"
+        )
+    # At least 48 shards if there is enough: that is the number of lanes (see Order).
+    shard_size = shard_size or max(1, min(10_000, -(-len(source.paths) // 48)))
+    groups = [source.paths[i : i + shard_size] for i in range(0, len(source.paths), shard_size)]
+    written = []
+    with (
+        ThreadPoolExecutor() as threads,  # Pillow works outside Python's lock
+        tqdm(total=len(source.paths), desc="packing", unit=" pictures") as bar,
+    ):
+        for number, paths in enumerate(groups):
+            shard = pattern % number
+            keys = unique_keys(paths)
+            if os.path.exists(shard):
+                if scan_tar(shard)["keys"].tolist() != keys:
+                    raise ValueError(f"{shard} exists and holds other samples: move it away")
+                bar.update(len(paths))
+                written.append(shard)
+                continue
+            temporary = f"{shard}.tmp"
+            with tarfile.open(temporary, "w") as tar:
+                for some in range(0, len(paths), 256):  # so many pictures are in memory at once
+                    part = [os.path.join(folder, path) for path in paths[some : some + 256]]
+                    encoded = threads.map(lambda path: encode(path, short_side), part)
+                    for key, path, (kind, content) in zip(keys[some:], paths[some:], encoded):
+                        add_member(tar, f"{key}.{kind}", content)
+                        if source.classes:
+                            label = str(classes.index(path.split("/")[0])).encode()
+                            add_member(tar, f"{key}.cls", label)
+                        bar.update()
+            os.replace(temporary, shard)
+            written.append(shard)
+    index_shards(written, classes)
+    print(f"{len(source.paths)} pictures in {len(written)} shards: --data '{braces(written)}'")
+
+
+def unique_keys(paths):
+    """Sample keys of paths: without extension and without dots; a repeated one gets a number."""
+    keys, seen = [], {}
+    for path in paths:
+        key = os.path.splitext(path)[0].replace(".", "_")
+        seen[key] = seen.get(key, 0) + 1
+        keys.append(key if seen[key] == 1 else f"{key}~{seen[key]}")
+    return keys
+
+
+def encode(path, short_side):
+    """(extension, bytes) of a picture for a shard."""
+    kind = os.path.splitext(path)[1][1:].lower()
+    content = Path(path).read_bytes()
+    if short_side is None:
+        return kind, content
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            scale = short_side / min(image.size)
+            if scale >= 1:
+                return kind, content
+            image.draft(None, tuple(math.ceil(2 * scale * side) for side in image.size))
+            image = ImageOps.exif_transpose(image)
+            opaque = (
+                image.mode in ("L", "RGB", "CMYK", "YCbCr") and "transparency" not in image.info
+            )
+            image = to_mode(image, 3 if opaque else 4)
+            scale = short_side / min(image.size)
+            size = tuple(max(1, round(scale * side)) for side in image.size)
+            image = image.resize(size, Image.Resampling.BICUBIC)
+    except Exception as error:  # it is kept as it is: training will name it and count it
+        tqdm.write(f"{path} cannot be scaled ({type(error).__name__}: {error}), packed as it is")
+        return kind, content
+    buffer = io.BytesIO()
+    if opaque:
+        image.save(buffer, "JPEG", quality=90)
+        return "jpg", buffer.getvalue()
+    image.save(buffer, "PNG")
+    return "png", buffer.getvalue()
+
+
+def add_member(tar, name, content):
+    member = tarfile.TarInfo(name)  # time 0, owner 0: the same pictures give the same bytes
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def braces(paths):
+    """["a-00.tar", "a-01.tar"] -> "a-{00..01}.tar"."""
+    if len(paths) == 1:
+        return paths[0]
+    head = os.path.commonprefix(paths)
+    head = head.rstrip("0123456789")
+    first, last = (re.match(r"\d+", path[len(head) :])[0] for path in (paths[0], paths[-1]))
+    return f"{head}{{{first}..{last}}}{paths[0][len(head) + len(first) :]}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Prepare shards.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("pack", help="pictures of a folder -> tar shards")
+    command.add_argument("folder")
+    command.add_argument("pattern", help="OUT-%%05d.tar")
+    command.add_argument("--short-side", type=int, help="scale larger pictures down to this")
+    command.add_argument("--shard-size", type=int, help="pictures in a shard")
+    command = commands.add_parser("index", help="write the index of tar shards beside them")
+    command.add_argument("shards", help="a path, a glob or {00000..00099} braces")
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "pack":
+            pack(arguments.folder, arguments.pattern, arguments.short_side, arguments.shard_size)
+        else:
+            entries, _ = index_shards(expand(arguments.shards))
+            samples = sum(entry["samples"] for entry in entries.values())
+            print(f"{samples} samples in {len(entries)} shards")
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"data.py: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

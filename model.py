@@ -1,0 +1,752 @@
+"""The Vision Transformer family, the masked autoencoder, and all that is done with their weights.
+
+    ViT               plain encoder: patches, a class token, pre-norm blocks, a final norm
+    MAE               the same encoder plus a small decoder that predicts the hidden patches
+    initialize        every parameter from a generator keyed by its own name
+    flops_per_image   forward FLOPs, counted from the architecture
+    parameter_groups  who is decayed, who is not
+    parallelize       activation checkpointing -> compile -> fully_shard
+    read_weights, load_weights, save_weights          model.pt and public checkpoints
+    save_checkpoint, load_checkpoint                  a training run that can stop anywhere
+
+Tensors: B batch, C channels, H W image, P patch side, N patches, K visible patches, D width,
+L layers. Parameter names are timm's and the public MAE's (facebookresearch/mae), so that their
+weights load by name.
+
+This file needs torch only and stands alone when copied.
+"""
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import shutil
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# name: (width, layers, heads, patch side). B and up: appendix table 8 of the paper and the maws
+# repository; T and S: DeiT (arXiv 2012.12877). toy is ours, for laptops and tests.
+SIZES = {
+    "toy": (128, 4, 4, 8),
+    "T": (192, 12, 3, 16),
+    "S": (384, 12, 6, 16),
+    "B": (768, 12, 12, 16),
+    "L": (1024, 24, 16, 16),
+    "H": (1280, 32, 16, 14),
+    "2B": (2560, 24, 32, 14),
+    "6.5B": (4096, 32, 32, 14),
+}
+# (width, layers, heads) of the MAE decoder. 512 x 8 x 16 is the public MAE code's for B, L and H;
+# that 2B and 6.5B keep it is recalled, not printed in the paper's main text.
+DECODERS = {"toy": (64, 1, 4), "T": (256, 4, 8)}
+DEFAULT_DECODER = (512, 8, 16)
+
+
+def architecture(size):
+    """(width, layers, heads, patch side) of a name in SIZES, or of "192x6x3" (patch 16)."""
+    if size in SIZES:
+        return SIZES[size]
+    width, layers, heads = triple(size, f"one of {', '.join(SIZES)}, or WIDTHxLAYERSxHEADS")
+    return width, layers, heads, 16
+
+
+def triple(text, wanted="WIDTHxLAYERSxHEADS"):
+    """ "192x6x3" -> (192, 6, 3). Raises ValueError with `wanted` in its message."""
+    try:
+        width, layers, heads = (int(number) for number in text.split("x"))
+    except ValueError:
+        raise ValueError(f"size {text!r} is unknown: it must be {wanted}") from None
+    if min(width, layers, heads) < 1 or width % (4 * heads):
+        raise ValueError(f"size {text!r}: the width must be a multiple of 4 x heads")
+    return width, layers, heads
+
+
+def pair(image_size):
+    """224 -> (224, 224); (160, 224) stays (height, width)."""
+    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+
+
+# ---------------------------------------------------------------------------- patches and positions
+
+
+def patchify(images, patch_size):
+    """(B, C, H, W) -> (B, N, P*P*C): row by row, each patch flattened as (P, P, C), MAE's order."""
+    B, C, H, W = images.shape
+    P = patch_size
+    patches = images.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 3, 5, 1)
+    return patches.reshape(B, (H // P) * (W // P), P * P * C)
+
+
+def unpatchify(patches, patch_size, grid):
+    """The inverse of patchify: (B, N, P*P*C) -> (B, C, H, W), with grid = (H // P, W // P)."""
+    B, P, (rows, columns) = patches.shape[0], patch_size, grid
+    patches = patches.reshape(B, rows, columns, P, P, -1).permute(0, 5, 1, 3, 2, 4)
+    return patches.reshape(B, -1, rows * P, columns * P)
+
+
+def take(tokens, ids):
+    """tokens (B, N, D), ids (B, K) integers below N -> (B, K, D)."""
+    return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def sincos_positions(width, grid):
+    """Fixed 2-D sine-cosine table, (1, 1 + rows * columns, width) float32; the class row is 0.
+
+    The first half of the channels encodes the column and the second the row, each as sines then
+    cosines of wavelengths from 2 pi to 20,000 pi (public MAE code, util/pos_embed.py).
+    """
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * frequencies for n in grid)
+    rows, columns = (torch.cat([angle.sin(), angle.cos()], dim=1) for angle in (rows, columns))
+    table = torch.cat(
+        [columns.expand(grid[0], -1, -1), rows[:, None].expand(-1, grid[1], -1)], dim=2
+    )  # (rows, columns, width)
+    return F.pad(table.flatten(0, 1), (0, 0, 1, 0)).float()[None]
+
+
+def resample_positions(table, old_grid, new_grid):
+    """(1, 1 + N, D) from one (rows, columns) grid to another, bicubically; the class row stays."""
+    row, table = table[:, :1], table[:, 1:]
+    table = table.transpose(1, 2).unflatten(2, old_grid)  # (1, D, rows, columns)
+    table = F.interpolate(table.float(), size=new_grid, mode="bicubic", align_corners=False)
+    return torch.cat([row, table.flatten(2).transpose(1, 2).to(row.dtype)], dim=1)
+
+
+# -------------------------------------------------------------------------------------- the encoder
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. Tokens before `first_query` are looked at but do not ask."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, first_query=0):
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
+        x = F.scaled_dot_product_attention(q[:, :, first_query:], k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N - first_query, D)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. With `first_query` it returns only the tokens from there on."""
+
+    def __init__(self, width, heads, drop_path=0.0):
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width)
+
+    def forward(self, x, first_query=0, noise=None):
+        """x (B, N, D); noise (B, 2) uniform in [0, 1) decides which samples skip which branch."""
+        branch = self.attn(self.norm1(x), first_query)
+        x = x[:, first_query:] + self.drop(branch, noise, 0)
+        return x + self.drop(self.mlp(self.norm2(x)), noise, 1)
+
+    def drop(self, branch, noise, index):
+        """Stochastic depth: a dropped sample's branch is 0, the others are scaled up to match."""
+        if noise is None or self.drop_path == 0.0:
+            return branch
+        keep = (noise[:, index] >= self.drop_path).to(branch.dtype) / (1.0 - self.drop_path)
+        return branch * keep[:, None, None]
+
+
+class ViT(nn.Module):
+    """Vision Transformer encoder.
+
+    size        a name in SIZES or "WIDTHxLAYERSxHEADS"
+    image_size  side, or (height, width); the patch must divide both
+    patch_size  default: the size's own
+    channels    of the image: 1, 3, 4, 10, ...
+    positions   "sincos" (fixed, MAE's) or "learned"
+    drop_path   stochastic-depth rate of the last block, rising linearly from 0
+
+    Raises ValueError when the patch does not divide the image.
+    """
+
+    def __init__(
+        self,
+        size="B",
+        image_size=224,
+        patch_size=None,
+        channels=3,
+        positions="sincos",
+        drop_path=0.0,
+    ):
+        super().__init__()
+        width, layers, heads, default_patch = architecture(size)
+        P, (H, W) = patch_size or default_patch, pair(image_size)
+        if H < P or W < P or H % P or W % P:
+            near = tuple(max(P, round(side / P) * P) for side in (H, W))
+            raise ValueError(
+                f"image size {H}x{W} is not divisible by patch {P}: "
+                f"the nearest that is: {near[0]}x{near[1]}"
+            )
+        if positions not in ("sincos", "learned"):
+            raise ValueError(f"positions {positions!r} are unknown: 'sincos' or 'learned'")
+        self.config = {
+            "size": size,
+            "image_size": [H, W],
+            "patch_size": P,
+            "channels": channels,
+            "positions": positions,
+        }
+        self.width, self.layers, self.heads, self.patch_size = width, layers, heads, P
+        self.grid = (H // P, W // P)
+        self.num_patches = N = self.grid[0] * self.grid[1]
+
+        # A convolution only in name: the name and the kernel's shape are timm's, see embed().
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(channels, width, P, stride=P)})
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + N, width), positions == "learned")
+        self.blocks = nn.ModuleList(
+            Block(width, heads, drop_path * i / max(1, layers - 1)) for i in range(layers)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        if type(self) is ViT:
+            initialize(self)
+
+    def check(self, images):
+        wanted = (self.config["channels"], *self.config["image_size"])
+        if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, the model wants (B, {wanted[0]}, "
+                f"{wanted[1]}, {wanted[2]}): build it with that image_size and channels"
+            )
+
+    def embed(self, patches):
+        """(B, N, P*P*C) pixels, flattened as patchify does, -> (B, N, D)."""
+        proj = self.patch_embed["proj"]
+        # patchify flattens a patch as (P, P, C) but the kernel is stored as (C, P, P).
+        weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P*P*C)
+        return F.linear(patches.to(weight.dtype), weight, proj.bias)
+
+    def tokens(self, images):
+        """The encoder's input: (B, C, H, W) float -> (B, 1 + N, D), the class token first."""
+        self.check(images)
+        x = self.embed(patchify(images, self.patch_size)) + self.pos_embed[:, 1:]  # (B, N, D)
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        return torch.cat([first, x], dim=1)
+
+    def forward(self, images, noise=None):
+        """Tokens after the final norm, (B, 1 + N, D), the class token first: see pool().
+
+        images (B, C, H, W) float, normalised. noise (B, L, 2) uniform in [0, 1): stochastic depth,
+        drawn by the caller for each sample, so that it does not depend on how samples are batched.
+        """
+        x = self.tokens(images)
+        for i, block in enumerate(self.blocks):
+            x = block(x, noise=None if noise is None else noise[:, i])
+        return self.norm(x)
+
+    def class_attention(self, images):
+        """Where the last block's class token looks: (B, heads, N), each row sums to at most 1."""
+        x = self.tokens(images)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        attn = self.blocks[-1].attn
+        qkv = attn.qkv(self.blocks[-1].norm1(x)).unflatten(2, (3, attn.heads, -1))
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, 1 + N, D / heads)
+        scores = q[:, :, :1] @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+        return scores.softmax(dim=-1)[:, :, 0, 1:]
+
+
+def pool(tokens, how):
+    """A ViT's (B, 1 + N, D) -> (B, D): "cls" is the class token, "mean" the mean of the patches."""
+    return tokens[:, 0] if how == "cls" else tokens[:, 1:].mean(dim=1)
+
+
+# --------------------------------------------------------------------------- the masked autoencoder
+
+
+class MAE(ViT):
+    """Masked autoencoder (He et al., arXiv 2111.06377) on the same encoder.
+
+    decoder            (width, layers, heads); default: the size's own
+    mask_ratio         share of the patches that is hidden
+    normalize_targets  predict each patch minus its mean over its deviation (True) or raw pixels
+    other arguments    see ViT
+    """
+
+    def __init__(
+        self, size="B", decoder=None, mask_ratio=0.75, normalize_targets=True, **encoder_arguments
+    ):
+        super().__init__(size, **encoder_arguments)
+        decoder = width, layers, heads = tuple(decoder or DECODERS.get(size, DEFAULT_DECODER))
+        self.num_visible = int(self.num_patches * (1 - mask_ratio))  # 49 of 196, 64 of 256
+        if not 0 < self.num_visible < self.num_patches:
+            raise ValueError(
+                f"mask ratio {mask_ratio} leaves {self.num_visible} of {self.num_patches} patches "
+                "visible: at least one must be visible and one hidden"
+            )
+        self.normalize_targets = normalize_targets
+        self.config |= {
+            "decoder": list(decoder),
+            "mask_ratio": mask_ratio,
+            "normalize_targets": normalize_targets,
+        }
+        pixels = self.patch_size**2 * self.config["channels"]
+        self.decoder_embed = nn.Linear(self.width, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.decoder_pos_embed = nn.Parameter(torch.empty(1, 1 + self.num_patches, width), False)
+        self.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
+        self.decoder_pred = nn.Linear(width, pixels)
+        initialize(self)
+
+    def forward(self, images, ids):
+        """Each sample's mean squared error on its hidden patches, (B,).
+
+        images (B, C, H, W) float, normalised; ids (B, N) a permutation of the patches for each
+        sample, of which the first K are visible.
+        """
+        self.check(images)
+        patches = patchify(images, self.patch_size)  # (B, N, P*P*C)
+        predictions = self.predict(patches, ids)  # (B, N - K, P*P*C)
+        targets = take(patches, ids[:, self.num_visible :])
+        if self.normalize_targets:
+            mean, deviation = patch_statistics(targets)
+            targets = (targets - mean) / deviation
+        return (predictions.to(targets.dtype) - targets).square().mean(dim=(1, 2))
+
+    def predict(self, patches, ids):
+        """Predicted pixels of the hidden patches, (B, N - K, P*P*C), in the order of ids[:, K:]."""
+        visible, hidden = ids[:, : self.num_visible], ids[:, self.num_visible :]
+        # Embed only what the encoder will see.
+        x = self.embed(take(patches, visible)) + self.pos_embed[0, 1 + visible]  # (B, K, D)
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([first, x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.decoder_embed(self.norm(x))  # (B, 1 + K, decoder width)
+
+        # The decoder never un-shuffles: attention does not care about the order, so tokens stay as
+        # [class, visible, hidden] and carry their own positions.
+        positions = self.decoder_pos_embed[0]
+        seen = torch.cat([positions[:1].expand(len(x), 1, -1), positions[1 + visible]], dim=1)
+        x = torch.cat([x + seen, self.mask_token + positions[1 + hidden]], dim=1)  # (B, 1 + N, ..)
+        for block in self.decoder_blocks[:-1]:
+            x = block(x)
+        # Only hidden tokens are predicted, and nobody looks at the last block's output of another
+        # token: in it, only they need to ask, to pass the feed-forward, to reach the pixel head.
+        x = self.decoder_blocks[-1](x, 1 + self.num_visible)  # (B, N - K, decoder width)
+        return self.decoder_pred(self.decoder_norm(x))
+
+    @torch.no_grad()
+    def reconstruct(self, images, ids):
+        """The images with their hidden patches as predicted, (B, C, H, W), same scale as `images`.
+
+        Visible patches are pasted. A normalised prediction is scaled back with the mean and
+        deviation of the patch it stands for: the network was never asked for these two numbers.
+        """
+        self.check(images)
+        patches = patchify(images, self.patch_size)
+        predictions = self.predict(patches, ids).to(patches.dtype)
+        if self.normalize_targets:
+            mean, deviation = patch_statistics(take(patches, ids[:, self.num_visible :]))
+            predictions = predictions * deviation + mean
+        hidden = ids[:, self.num_visible :, None].expand(-1, -1, patches.shape[-1])
+        return unpatchify(patches.scatter(1, hidden, predictions), self.patch_size, self.grid)
+
+
+def patch_statistics(patches):
+    """Mean and deviation of each patch over its pixels and channels together, (B, N, 1) each.
+
+    The variance is the unbiased one plus 1e-6 (public MAE code).
+    """
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()
+
+
+# ----------------------------------------------------------------------------------- initialisation
+
+
+def initialize(model, seed=0):
+    """Fill every parameter, each from a generator keyed by (seed, its name).
+
+    So a weight depends neither on the order of modules nor on the number of processes. The values
+    are the public MAE code's: Linear (and the patch embedding, as a Linear) Xavier-uniform with
+    bias 0, tokens and learned positions N(0, 0.02), norms 1 and 0, fixed positions sine-cosine.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            continue
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        with torch.no_grad():
+            parameter.copy_(initial_value(model, name, parameter, generator))
+
+
+def initial_value(model, name, parameter, generator):
+    """The CPU tensor that `initialize` gives to the parameter of this name."""
+    shape = parameter.shape
+    if name.endswith("pos_embed") and not parameter.requires_grad:
+        return sincos_positions(shape[-1], model.grid)
+    if name.endswith(("pos_embed", "_token")):
+        return torch.randn(shape, generator=generator) * 0.02
+    if parameter.ndim == 1:
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+    bound = math.sqrt(6 / (shape[0] + shape[1:].numel()))  # Xavier: fan-in plus fan-out
+    return torch.rand(shape, generator=generator) * (2 * bound) - bound
+
+
+# ------------------------------------------------------------------------ counting and optimisation
+
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets; the name is looked for in the device's.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device):
+    """(peak FLOP/s in dense bf16 or None, the reason or the chip's name) of a torch.device."""
+    if device.type != "cuda":
+        return None, f"no peak is known for a {device.type} device"
+    name = torch.cuda.get_device_name(device)
+    for chip, flops in PEAK_FLOPS.items():
+        if chip in name:
+            return flops, name
+    return None, f"no peak is known for {name}"
+
+
+def block_flops(width, tokens, queries=None):
+    """Forward FLOPs of one block on one image (a multiply-add is two); `queries` tokens ask."""
+    queries = tokens if queries is None else queries
+    qkv, attention = 6 * width**2 * tokens, 4 * width * tokens * queries
+    return qkv + attention + 18 * width**2 * queries  # 18 = projection 2 + feed-forward 2 x 8
+
+
+def flops_per_image(model):
+    """Forward FLOPs of a ViT or an MAE on one image. A training step is three times that."""
+    D, N, pixels = model.width, model.num_patches, model.patch_size**2 * model.config["channels"]
+    if not isinstance(model, MAE):
+        return 2 * pixels * D * N + model.layers * block_flops(D, 1 + N)
+    K, (width, layers, _) = model.num_visible, model.config["decoder"]
+    encoder = 2 * pixels * D * K + model.layers * block_flops(D, 1 + K)
+    decoder = 2 * D * width * (1 + K) + (layers - 1) * block_flops(width, 1 + N)
+    last = block_flops(width, 1 + N, N - K) + 2 * width * pixels * (N - K)
+    return encoder + decoder + last
+
+
+def memory_per_process(model, processes, micro_batch, bytes_per_activation, recompute=False):
+    """Estimated bytes of training on each process: (weights and optimizer, activations).
+
+    Weights, gradients and the two Adam moments in fp32 (16 bytes a parameter), sharded. A block
+    keeps about 16 tensors of (tokens, width) for its backward (input, two norms, qkv, attention's
+    output, four for each side of GELU), or just its input when activations are recomputed.
+    """
+    state = 16 * sum(p.numel() for p in model.parameters()) / processes
+    kept, (width, layers, _) = (1 if recompute else 16), model.config["decoder"]
+    encoder = model.layers * (1 + model.num_visible) * model.width
+    decoder = layers * (1 + model.num_patches) * width
+    return state, kept * (encoder + decoder) * bytes_per_activation * micro_batch
+
+
+def parameter_groups(model, weight_decay):
+    """For an optimizer: matrices and tokens are decayed, 1-D parameters are not (as timm)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def parallelize(model, shard, precision="fp32", compile=False, checkpoint_activations=False):
+    """Prepare a model for training, in place: activation checkpointing -> compile -> fully_shard.
+
+    shard: split parameters, gradients and optimizer state over all processes of the default group
+    (FSDP2), computing in `precision` ("bf16" or "fp32") from fp32 masters, reducing in fp32.
+    Parameter names do not change: it is each block's forward that is wrapped, not the block.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for block in blocks:
+        if checkpoint_activations:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if compile:
+            block.forward = torch.compile(block.forward)
+    if shard:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        dtypes = {"reduce_dtype": torch.float32}
+        if precision == "bf16":
+            dtypes["param_dtype"] = torch.bfloat16
+        for block in blocks:
+            fully_shard(block, mp_policy=MixedPrecisionPolicy(**dtypes))
+        # The root must not round the images: MAE's targets are computed from them in fp32.
+        fully_shard(model, mp_policy=MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False))
+
+
+# ------------------------------------------------------------------------------------------ weights
+
+
+def full_state(model):
+    """{name: whole fp32 CPU tensor}. Every process must call it: sharded tensors are gathered."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        state[name] = tensor.detach().float().cpu()
+    return state
+
+
+def save_weights(path, state, config):
+    """Write model.pt, {"model": {name: tensor}, "config": JSON-able dict}: whole or not at all."""
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    json.dumps(config)  # what is not JSON-able must not get in
+    with open(temporary, "wb") as file:
+        torch.save({"model": state, "config": config}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_weights(path):
+    """(state, config) of model.pt, of a public MAE checkpoint or of a bare timm-named dict.
+
+    No code runs from the file. Without a config, the architecture is read off the tensors' shapes.
+    Raises ValueError or OSError, one line, when there is nothing usable in the file.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no weights at {path}: give a model.pt or a public checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot read weights from {path}: {reason}") from None
+    state = content.get("model", content) if isinstance(content, dict) else {}
+    state = {n: t for n, t in state.items() if isinstance(t, torch.Tensor)} if state else {}
+    if "patch_embed.proj.weight" not in state:
+        raise ValueError(f"{path} holds no timm-named ViT (no patch_embed.proj.weight in it)")
+    return state, content.get("config") or infer_config(state)
+
+
+def infer_config(state):
+    """The config of timm-named tensors that come without one. The image is taken to be square."""
+    width, channels, P, _ = state["patch_embed.proj.weight"].shape
+
+    def triple_of(prefix, width):
+        layers = len({name.split(".")[1] for name in state if name.startswith(f"{prefix}.")})
+        known = [*SIZES.values(), (*DEFAULT_DECODER, 0)]
+        heads = [h for w, _, h, _ in known if w == width]
+        if not heads or not layers:
+            raise ValueError(f"cannot tell the number of heads of width {width}: it needs a config")
+        return width, layers, heads[0]
+
+    trunk = triple_of("blocks", width)
+    named = [name for name, (*shape, _) in SIZES.items() if tuple(shape) == trunk]
+    side = math.isqrt(state["pos_embed"].shape[1] - 1) * P
+    config = {
+        "size": named[0] if named else "x".join(map(str, trunk)),
+        "image_size": [side, side],
+        "patch_size": P,
+        "channels": channels,
+        "positions": "sincos",
+    }
+    if "mask_token" in state:
+        config["decoder"] = list(triple_of("decoder_blocks", state["mask_token"].shape[-1]))
+        config |= {"mask_ratio": 0.75, "normalize_targets": True}
+    return config
+
+
+def encoder_config(config):
+    """The part of a config that a plain ViT is built from."""
+    keys = ("size", "image_size", "patch_size", "channels", "positions")
+    return {key: config[key] for key in keys}
+
+
+def load_weights(model, state, old_grid=None):
+    """Load timm-named tensors into a ViT or an MAE and return one line on what became of them.
+
+    Position tables of another grid are resampled (old_grid: theirs, square if not given). A decoder
+    or a head that the file has and the model lacks is dropped; a decoder that the model has and the
+    file lacks keeps its initial values. Anything else that does not fit is a ValueError.
+    """
+    own = model.state_dict()
+    optional = ("decoder_", "mask_token", "head.", "fc_norm.")
+    loaded, resampled, problems = {}, [], []
+    for name, tensor in state.items():
+        if name not in own:
+            continue
+        if name.endswith("pos_embed") and tensor.shape[1] != own[name].shape[1]:
+            grid = old_grid or (math.isqrt(tensor.shape[1] - 1),) * 2
+            tensor = resample_positions(tensor, tuple(grid), model.grid)
+            resampled.append(f"{name} from {grid[0]}x{grid[1]} to {model.grid[0]}x{model.grid[1]}")
+        if tensor.shape == own[name].shape:
+            loaded[name] = tensor
+        else:
+            problems.append(f"{name} is {tuple(tensor.shape)}, wanted {tuple(own[name].shape)}")
+    new = [name for name in own if name not in state]
+    dropped = [name for name in state if name not in own]
+    problems += [f"{name} is missing" for name in new if not name.startswith(optional)]
+    problems += [f"{name} is unknown" for name in dropped if not name.startswith(optional)]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"the weights do not fit the model: {'; '.join(problems[:3])}{more}")
+    model.load_state_dict(loaded, strict=False)
+
+    def families(names):
+        return ", ".join(sorted({name.split(".")[0] for name in names}))
+
+    return (
+        f"weights: {len(loaded)} tensors loaded"
+        + (f"; resampled: {', '.join(resampled)}" if resampled else "")
+        + (f"; newly initialised: {families(new)}" if new else "")
+        + (f"; dropped: {families(dropped)}" if dropped else "")
+    )
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+# One process needs no process group, and DCP need not say so at every save.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
+
+
+def training_state(model, optimizer):
+    """A run's tensors as one flat dict: parameters and, of the trained ones, Adam's moments."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        state[f"model/{name}"] = parameter.detach()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if parameter in optimizer.state:
+                state[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+    return state
+
+
+def save_checkpoint(folder, step, model, optimizer, record, keep=2):
+    """Write folder/step-NNN (tensors by DCP, `record` in state.json), then point LATEST to it.
+
+    Everything is written to a temporary directory, synced and renamed, and only then are the
+    checkpoints before the last `keep` removed: a kill at any instant leaves a whole one.
+    Every process must call it. Raises OSError (disk full, ...) with the old ones in place.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    folder, writer = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
+    final, temporary = folder / f"step-{step:08d}", folder / ".saving"
+    if writer:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
+    try:
+        dcp.save(
+            training_state(model, optimizer),
+            storage_writer=dcp.FileSystemWriter(temporary),  # syncs its files
+            no_dist=not dist.is_initialized(),
+        )
+        if writer:
+            write_text(temporary / "state.json", json.dumps({**record, "step": step}))
+            shutil.rmtree(final, ignore_errors=True)  # left by a run killed before it moved LATEST
+            os.replace(temporary, final)
+            write_text(folder / "LATEST", final.name)
+            for old in sorted(folder.glob("step-*"))[:-keep]:
+                shutil.rmtree(old)
+    except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"cannot save {final}: {error}") from error
+    barrier()
+
+
+def load_checkpoint(path, model, optimizer):
+    """Load a checkpoint into a model and its AdamW, in place. Returns its state.json's record."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    class Reader(dcp.FileSystemReader):
+        """DCP's index is a pickle: read it with only torch's plain metadata classes allowed."""
+
+        def read_metadata(self, *_, **__):
+            with open(Path(path) / ".metadata", "rb") as file:
+                metadata = MetadataUnpickler(file).load()
+            # An entry of bytes would be unpickled without restriction. We never write one.
+            entries = metadata.state_dict_metadata.values()
+            if any(isinstance(entry, BytesStorageMetadata) for entry in entries):
+                raise pickle.UnpicklingError(f"{path} holds pickled objects: refused")
+            return metadata
+
+    record = json.loads((Path(path) / "state.json").read_text())
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        step = torch.tensor(float(record["step"]), device=parameter.device)
+        moments = {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": step, **moments}
+    dcp.load(
+        training_state(model, optimizer),
+        storage_reader=Reader(path),
+        no_dist=not dist.is_initialized(),
+    )
+    return record
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Builds torch's checkpoint metadata, sizes, dtypes, plain containers; refuses all else."""
+
+    def find_class(self, module, name):
+        plain = {
+            ("builtins", "set"),
+            ("collections", "OrderedDict"),
+            ("pathlib", "PosixPath"),
+            ("pathlib", "WindowsPath"),
+            ("torch", "Size"),
+            ("torch", "device"),
+            ("torch.serialization", "_get_layout"),
+        }
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        is_metadata = module in (
+            "torch.distributed.checkpoint.metadata",
+            "torch.distributed.checkpoint.filesystem",
+        ) and isinstance(getattr(__import__(module, fromlist=[name]), name, None), type)
+        if (module, name) in plain or is_dtype or is_metadata:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"the checkpoint's metadata asks for {module}.{name}: refused")
+
+
+def latest_checkpoint(folder):
+    """The path of the checkpoint that LATEST names in a `checkpoints` folder, or None."""
+    pointer = Path(folder) / "LATEST"
+    return Path(folder) / pointer.read_text().strip() if pointer.is_file() else None
+
+
+def write_text(path, text):
+    """Replace a file's text: whole or not at all, even if the machine goes down."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
