@@ -25,7 +25,7 @@ import json
 import math
 import os
 import re
-import sys
+import signal
 import tarfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +42,7 @@ from tqdm import tqdm
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 # What a random draw is for. Numbers, not names, because they are half of Philox's key.
-SHARDS, OFFSET, LANES, BLOCKS, VIEW, MASK, TOY = range(1, 8)
+SHARDS, OFFSET, LANES, BLOCKS, VIEW, MASK, TOY, SPLIT = range(1, 9)
 
 
 def random_bits(count, seed, epoch, position, purpose):
@@ -200,7 +200,7 @@ class Toy:
 
     def __init__(self, split, size):
         self.first = 0 if split == "train" else TOY_VAL
-        self.size = size
+        self.size = max(size)  # scenes are square
         self.sizes = np.ones(TOY_EPOCH if split == "train" else TOY_EPOCH // 16, dtype=np.int64)
         self.classes = list(TOY_CLASSES)
         self.identity = f"toy world, {len(self.sizes)} pictures an epoch"
@@ -323,7 +323,7 @@ class Shards:
         self.identity = f"{self.sizes.sum()} pictures in {len(self.paths)} shards, {digest}"
         # Caches live in the object so that forked workers each have their own, and are bounded.
         self.table = lru_cache(64)(lambda shard: self.load_table(shard))
-        self.files = lru_cache(64)(lambda shard: open(self.paths[shard], "rb", buffering=0))
+        self.files = lru_cache(64)(lambda shard: io.FileIO(self.paths[shard]))
 
     def load_table(self, shard):
         path = self.paths[shard]
@@ -663,7 +663,7 @@ class Batches(torch.utils.data.Dataset):
 
     def __len__(self):
         """Steps in which every sample comes once (the last one may hold others or padding)."""
-        return -(-int(self.edges[-1]) // self.batch_size)
+        return math.ceil(int(self.edges[-1]) / self.batch_size)
 
     def __getitem__(self, step):
         positions = step * self.batch_size + np.arange(self.batch_size)
@@ -691,7 +691,7 @@ class Batches(torch.utils.data.Dataset):
                 images[i] = crop_and_resize(
                     sample["image"], self.size, self.channels, bits, self.min_crop
                 )
-            except Exception as error:  # a decoder may raise anything: it is named and counted
+            except Exception as error:  # noqa: BLE001 (a decoder may raise anything: named, counted)
                 bad.append(f"{self.source.name(*place)}: {type(error).__name__}: {error}")
                 continue
             labels[i], weight[i] = sample["class"], 1.0
@@ -723,7 +723,14 @@ def loader(batches, steps, workers, pin=False):
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=2 if workers else None,
+        worker_init_fn=ignore_signals,
     )
+
+
+def ignore_signals(_):
+    """Ctrl-C reaches loader processes too, but the training process decides when they end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def default_workers(processes_here=1):
@@ -837,7 +844,7 @@ def toy_scene(number):
 
     def paint(pattern, colour):
         one = [min(255, max(0, round(c + between(-24, 24)))) for c in TOY_COLOURS[colour]]
-        goal, strength = pick((0, 255)), between(0.35, 0.6)  # a darker or lighter shade of it
+        goal, strength = pick((0, 255)), between(0.15, 0.35)  # a darker or lighter shade of it
         return {
             "pattern": pattern, "colour": colour, "one": one,
             "two": [round(c + strength * (goal - c)) for c in one],
@@ -846,16 +853,16 @@ def toy_scene(number):
         }  # fmt: skip
 
     colours = list(TOY_COLOURS)
-    background = paint(pick(list(TOY_BACKGROUNDS)), pick(colours))
+    background = paint(pick(("plain", "gradient", "blobs", *TOY_BACKGROUNDS)), pick(colours))
     colours.remove(background["colour"])  # an object is never lost in its background
     objects = []
-    for index in range(pick((1, 2, 2, 3, 3, 4))):
+    for index in range(pick((1, 1, 2, 2, 3, 4))):
         shape, colour = pick(TOY_CLASSES), pick(colours)
         while number < TOY_VAL and (colour, shape) in TOY_HELD_OUT:
             colour = colours[(colours.index(colour) + 1) % len(colours)]
-        thing = {"shape": shape, **paint(pick(list(TOY_TEXTURES)), colour)}
+        thing = {"shape": shape, **paint(pick(("plain", "plain", *TOY_TEXTURES)), colour)}
         largest = objects[0]["radius"] if objects else None
-        radius = between(0.18, 0.3) if index == 0 else between(0.35, 0.6) * largest
+        radius = between(0.22, 0.3) if index == 0 else between(0.3, 0.5) * largest
         # the best of four places: the one farthest from everything already there
         places = [[between(radius, 1 - radius) for _ in "xy"] for _ in range(4)]
         gaps = [
@@ -864,7 +871,7 @@ def toy_scene(number):
         ]
         gap, centre = max(zip(gaps, places, strict=True))
         if gap > -0.4 * radius:  # no room: leave it out rather than hide what is there
-            thing |= {"radius": radius, "centre": centre, "angle": between(-0.45, 0.45)}
+            thing |= {"radius": radius, "centre": centre, "angle": between(-0.25, 0.25)}
             objects.append(thing)
     return {"background": background, "objects": objects}
 
@@ -1054,7 +1061,7 @@ def encode(path, short_side):
             scale = short_side / min(image.size)
             size = tuple(max(1, round(scale * side)) for side in image.size)
             image = image.resize(size, Image.Resampling.BICUBIC)
-    except Exception as error:  # it is kept as it is: training will name it and count it
+    except Exception as error:  # noqa: BLE001 (kept as it is: training names and counts it)
         tqdm.write(f"{path} cannot be scaled ({type(error).__name__}: {error}), packed as it is")
         return kind, content
     buffer = io.BytesIO()

@@ -512,13 +512,14 @@ def parallelize(model, shard, precision="fp32", compile=False, checkpoint_activa
 # ------------------------------------------------------------------------------------------ weights
 
 
+def whole(tensor):
+    """A tensor, gathered if it is sharded: then every process must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def full_state(model):
-    """{name: whole fp32 CPU tensor}. Every process must call it: sharded tensors are gathered."""
-    state = {}
-    for name, tensor in model.state_dict().items():
-        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        state[name] = tensor.detach().float().cpu()
-    return state
+    """{name: whole fp32 CPU tensor}. Every process must call it."""
+    return {name: whole(t).detach().float().cpu() for name, t in model.state_dict().items()}
 
 
 def save_weights(path, state, config):

@@ -1,0 +1,389 @@
+"""What a checkpoint can do: metrics and protocols, no gradient.
+
+    python evaluate.py --task knn         --checkpoint runs/mae/model.pt --data DIR
+    python evaluate.py --task fewshot     --checkpoint ... --data DIR --shots 1,5,10,all
+    python evaluate.py --task features    --checkpoint ... --data DIR --out features.npz
+    python evaluate.py --task reconstruct --checkpoint ... --data DIR     # what MAE sees and paints
+    python evaluate.py --task attention   --checkpoint ... --data DIR     # where the class token looks
+
+DIR holds train/ and val/, each with a folder for every class; for shards, give --data and --val-data.
+Each task prints a small table and, as the last line on stdout, one JSON object.
+
+Results are exact: the same for any batch size and number of processes (torchrun), up to ties in the
+last bits of a feature. Nothing is random but what a printed seed decides.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see mae_pretrain.py
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import data
+import model as models
+
+RIDGE = 10.0  # L2 on standardised features: fixed, not tuned
+NEIGHBOURS = 10
+
+
+# ----------------------------------------------------------------------------------------- features
+
+
+@torch.inference_mode()
+def extract(functions, source, config, batch_size=64, workers=0, device="cpu", max_bad=0.01):
+    """Features of a source's samples, by several functions in one pass over the pictures.
+
+    functions   {name: function of normalised images (b, C, H, W) that gives (b, D)}
+    config      a model's: says image_size and channels
+    Returns {name: (n, D) float32}, labels (n,) int64 and keys (n,) of the samples that could be read.
+    Under torchrun each process computes its share, and all get the whole. Raises ValueError when
+    more than the share max_bad cannot be read.
+    """
+    process, processes = distributed()
+    size, channels = models.pair(config["image_size"]), config["channels"]
+    batch_size = 2 * processes * max(1, batch_size // 2)  # batches are dealt in pairs
+    share = {"process": process, "processes": processes}
+    batches = data.Batches(source, size, channels, batch_size, **share)
+    total, features = int(source.sizes.sum()), {}
+    labels, read = torch.zeros(total, dtype=torch.int64), torch.zeros(total)
+    steps = data.loader(batches, range(len(batches)), workers)
+    for batch in tqdm(steps, desc="features", leave=False, disable=None if process == 0 else True):
+        real = batch["positions"] < total  # the last batch is padded
+        rows = batch["positions"][real]
+        labels[rows], read[rows] = batch["labels"][real], batch["weight"][real]
+        images = data.normalize(batch["images"].to(device))
+        for name, function in functions.items():
+            found = function(images).float().cpu()[real]
+            features.setdefault(name, torch.zeros(total, found.shape[1]))[rows] = found
+        for name in batch["bad"]:
+            print(f"unreadable, left out: {name}", file=sys.stderr)
+    if processes > 1:  # each row was filled by one process and is zero on the others
+        for tensor in (labels, read, *features.values()):
+            dist.all_reduce(tensor)
+    read = read > 0
+    bad = total - int(read.sum())
+    if bad > max_bad * total:
+        raise ValueError(f"{bad} of {total} pictures cannot be read, over --max-bad {max_bad}")
+    places = [(shard, i) for shard, n in enumerate(source.sizes.tolist()) for i in range(n)]
+    keys = np.array([source.name(*place) for place, ok in zip(places, read.tolist()) if ok])
+    return {name: found[read] for name, found in features.items()}, labels[read], keys
+
+
+def distributed():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def pooled(model, how):
+    """The function, for `extract`, that gives a model's pooled tokens."""
+    return lambda images: models.pool(model(images), how)
+
+
+def raw_pixels(images):
+    """The floor under all features: every fourth value of a picture."""
+    return images.flatten(1)[:, ::4]
+
+
+# ---------------------------------------------------------------------------------------- protocols
+
+
+def standardize(train, test):
+    """Both minus the mean of train's columns, over their deviation, in float64."""
+    train, test = train.double(), test.double()
+    mean, deviation = train.mean(dim=0), train.std(dim=0, correction=0).clamp(min=1e-6)
+    return (train - mean) / deviation, (test - mean) / deviation
+
+
+def ridge(train, labels, test, classes):
+    """Closed-form linear classifier: train (n, D), labels (n,), test (m, D) -> scores (m, classes).
+
+    Least squares on one-hot targets with L2 = RIDGE and an intercept that is not penalised.
+    """
+    targets = F.one_hot(labels, classes).double()
+    centre, intercept = train.mean(dim=0), targets.mean(dim=0)
+    train = train - centre
+    gram = train.T @ train + RIDGE * torch.eye(train.shape[1], dtype=train.dtype)
+    weights = torch.linalg.solve(gram, train.T @ (targets - intercept))
+    return (test - centre) @ weights + intercept
+
+
+def nearest(train, labels, test, classes):
+    """Votes (m, classes) of the NEIGHBOURS most similar training samples, by cosine."""
+    train, test, k = F.normalize(train), F.normalize(test), min(NEIGHBOURS, len(train))
+    votes = torch.zeros(len(test), classes, dtype=train.dtype)
+    for rows in torch.arange(len(test)).split(1024):  # bounds the memory, changes nothing
+        similarity, neighbours = (test[rows] @ train.T).topk(k)
+        # A vote is 1, plus less than 1 / k for its similarity: so that decides ties, no more.
+        votes[rows] = votes[rows].scatter_add(1, labels[neighbours], 1 + similarity / (4 * k))
+    return votes
+
+
+def accuracy(scores, labels, k):
+    """Share of the rows of scores (m, classes) with their label among the k highest."""
+    best = scores.topk(min(k, scores.shape[1])).indices
+    return (best == labels[:, None]).any(dim=1).double().mean().item()
+
+
+def few_shot_split(labels, shots, seed):
+    """Indices of `shots` samples of each class (all of a class that has fewer), decided by seed."""
+    shuffled = torch.from_numpy(data.permutation(len(labels), seed, 0, 0, data.SPLIT))
+    return torch.cat([shuffled[labels[shuffled] == c][:shots] for c in labels.unique()])
+
+
+def probe(functions, train, test, config, **options):
+    """{name: top-1 of a ridge classifier on its features}, all of train's labels, on test."""
+    x, y, _ = extract(functions, train, config, **options)
+    x_test, y_test, _ = extract(functions, test, config, **options)
+    result = {}
+    for name in functions:
+        scaled, scaled_test = standardize(x[name], x_test[name])
+        scores = ridge(scaled, y, scaled_test, len(train.classes))
+        result[name] = accuracy(scores, y_test, 1)
+    return result
+
+
+# ----------------------------------------------------------------------------------------- pictures
+
+
+@torch.inference_mode()
+def draw_reconstructions(model, source, path, count=8, seed=0):
+    """Write a PNG with a row per picture: itself, what the encoder sees, what the decoder paints."""
+    images = some_pictures(source, model.config, count)
+    N, device = model.num_patches, model.cls_token.device
+    ids = [data.permutation(N, seed, 0, i, data.MASK) for i in range(len(images))]
+    ids = torch.from_numpy(np.stack(ids)).to(device)
+    normal = data.normalize(images.to(device))
+    painted = data.denormalize(model.reconstruct(normal, ids)).cpu()
+    hidden = torch.ones(len(images), N, 1).scatter(1, ids[:, : model.num_visible, None].cpu(), 0)
+    hidden = models.unpatchify(
+        hidden.expand(-1, -1, model.patch_size**2), model.patch_size, model.grid
+    )
+    seen = torch.where(hidden > 0, torch.full_like(images, 128), images)  # (B, C, H, W)
+    share = model.num_visible / N
+    titles = ["picture", f"seen ({share:.0%})", "reconstructed"]
+    draw_grid([images, seen, painted], titles, path)
+
+
+@torch.inference_mode()
+def draw_attention(model, source, path, count=8):
+    """Write a PNG with a row per picture: itself, and where the class token looks, head by head."""
+    images = some_pictures(source, model.config, count)
+    normal = data.normalize(images.to(model.cls_token.device))
+    attention = model.class_attention(normal).cpu()  # (B, heads, N)
+    maps = torch.cat([attention.mean(dim=1, keepdim=True), attention[:, :4]], dim=1)
+    maps = maps.unflatten(2, model.grid)
+    maps = maps / maps.amax(dim=(2, 3), keepdim=True)
+    maps = F.interpolate(maps, images.shape[2:], mode="nearest")  # (B, maps, H, W)
+    # Brightness of the picture is the attention; a little is left everywhere to see what is there.
+    lit = [
+        (images * (0.15 + 0.85 * maps[:, i, None])).to(torch.uint8) for i in range(maps.shape[1])
+    ]
+    titles = ["picture", "all heads", *(f"head {i + 1}" for i in range(len(lit) - 1))]
+    draw_grid([images, *lit], titles, path)
+
+
+def some_pictures(source, config, count):
+    """The first `count` readable pictures of a source, (count, C, H, W) uint8."""
+    size, channels = models.pair(config["image_size"]), config["channels"]
+    batch = data.Batches(source, size, channels, count)[0]
+    return batch["images"][batch["weight"] > 0]
+
+
+def draw_grid(columns, titles, path):
+    """columns: as many (B, C, H, W) uint8 tensors as titles. Small pictures are enlarged."""
+    B, C, H, W = columns[0].shape
+    scale, gap, top = max(1, 160 // min(H, W)), 6, 22
+    width, height = W * scale + gap, H * scale + gap
+    canvas = Image.new("RGB", (len(columns) * width + gap, top + B * height), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    for x, (column, title) in enumerate(zip(columns, titles)):
+        draw.text((gap + x * width, 3), title, fill="black", font=font)
+        for y, pixels in enumerate(column.permute(0, 2, 3, 1).numpy()):
+            picture = Image.fromarray(pixels[:, :, 0] if C == 1 else pixels).convert("RGB")
+            picture = picture.resize((W * scale, H * scale), Image.Resampling.NEAREST)
+            canvas.paste(picture, (gap + x * width, top + y * height))
+    replaced = " (replaced)" if os.path.exists(path) else ""
+    canvas.save(path)
+    print(f"wrote {path}{replaced}")
+
+
+# --------------------------------------------------------------------------------------------- tasks
+
+
+def labelled_features(model, sources, run):
+    """Standardised features and labels of train and val, and the number of classes."""
+    features, labels = [], []
+    for source in sources:
+        x, y, _ = extract({"": pooled(model, run.pool)}, source, model.config, **run.options)
+        known = y >= 0
+        if not known.any():
+            raise ValueError(
+                f"no labels in {source.identity}: class folders or .cls files are needed"
+            )
+        if not known.all():
+            print(f"{int((~known).sum())} samples without a label are left out")
+        features.append(x[""][known])
+        labels.append(y[known])
+    classes = int(max(y.max() for y in labels)) + 1
+    print(f"{len(labels[0])} train and {len(labels[1])} val samples, {classes} classes")
+    return *standardize(*features), *labels, classes
+
+
+def task_knn(model, sources, run):
+    x, x_test, y, y_test, classes = labelled_features(model, sources, run)
+    votes = nearest(x, y, x_test, classes)
+    top1, top5 = (accuracy(votes, y_test, k) for k in (1, 5))
+    print(f"knn (k = {NEIGHBOURS}, cosine), {run.pool} pooling: top-1 {top1:.2%}, top-5 {top5:.2%}")
+    return {"top1": top1, "top5": top5}
+
+
+def task_fewshot(model, sources, run):
+    x, x_test, y, y_test, classes = labelled_features(model, sources, run)
+    result = {"top1": {}, "top1_std": {}, "top5": {}}
+    print(f"ridge (L2 = {RIDGE:g}), {run.pool} pooling; shots are drawn with seeds 0 to 4")
+    print("shots     top-1 (std)        top-5")
+    for shots in run.shots:
+        tops = []
+        for seed in range(1 if shots == "all" else 5):
+            chosen = slice(None) if shots == "all" else few_shot_split(y, int(shots), seed)
+            scores = ridge(x[chosen], y[chosen], x_test, classes)
+            tops.append([accuracy(scores, y_test, k) for k in (1, 5)])
+        (top1, top5), std = np.mean(tops, axis=0).tolist(), float(np.std(tops, axis=0)[0])
+        result["top1"][shots], result["top1_std"][shots], result["top5"][shots] = top1, std, top5
+        print(f"{shots:>5}   {top1:7.2%} ({std:.2%})   {top5:7.2%}")
+    return result
+
+
+def task_features(model, sources, run):
+    out = Path(run.out or "features.npz")
+    if out.exists():
+        raise ValueError(f"{out} exists: choose another --out")
+    x, labels, keys = extract(
+        {"": pooled(model, run.pool)}, sources[run.split == "val"], model.config, **run.options
+    )
+    if distributed()[0] == 0:
+        with open(f"{out}.tmp", "wb") as file:
+            classes = np.array(sources[0].classes or [], dtype=str)
+            np.savez(
+                file, features=x[""].numpy(), keys=keys, labels=labels.numpy(), classes=classes
+            )
+        os.replace(f"{out}.tmp", out)
+    print(f"wrote {out}: features {tuple(x[''].shape)}, keys, labels, classes")
+    return {"samples": len(keys), "width": x[""].shape[1], "out": str(out)}
+
+
+def task_reconstruct(model, sources, run):
+    path = run.out or Path(run.checkpoint).with_name("reconstruction.png")
+    print(f"masks are drawn with seed {run.seed}")
+    draw_reconstructions(model, sources[-1], path, run.count, run.seed)
+    return {"out": str(path)}
+
+
+def task_attention(model, sources, run):
+    path = run.out or Path(run.checkpoint).with_name("attention.png")
+    draw_attention(model, sources[-1], path, run.count)
+    return {"out": str(path)}
+
+
+TASKS = {
+    "knn": task_knn,
+    "fewshot": task_fewshot,
+    "features": task_features,
+    "reconstruct": task_reconstruct,
+    "attention": task_attention,
+}
+
+
+def load_model(path, task, device):
+    """(model in inference mode, one line on what became of the weights) of a checkpoint."""
+    state, config = models.read_weights(path)
+    if task == "reconstruct":
+        if "decoder" not in config:
+            raise ValueError(f"{path} has no decoder: --task reconstruct needs stage 1's model.pt")
+        model = models.MAE(**config)
+    else:
+        model = models.ViT(**models.encoder_config(config))
+    line = models.load_weights(model, state)
+    return model.to(device).eval(), line
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser("evaluate.py", description="Metrics.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--task", required=True, choices=TASKS)
+    add("--checkpoint", required=True, help="model.pt of any stage, or a public checkpoint")
+    add("--data", default="toy", help="a folder with train/ and val/, tar shards, or toy (toy)")
+    add("--val-data", help="the val pictures, where --data holds only those to train on")
+    add("--pool", choices=("cls", "mean"), default="mean", help="of the tokens (mean)")
+    add("--shots", type=shots, default=shots("1,5,10,all"), help="per class (1,5,10,all)")
+    add("--split", choices=("train", "val"), default="val", help="for features (val)")
+    add("--out", help="the file that is written (features.npz; pictures: beside the checkpoint)")
+    add("--count", type=int, default=8, help="rows of a picture (8)")
+    add("--seed", type=int, default=0, help="of the masks in a picture (0)")
+    add("--batch-size", type=int, default=64, help="pictures at once: changes no result (64)")
+    add("--workers", type=int, help="loader processes (the cores left)")
+    add(
+        "--max-bad", type=float, default=0.01, help="share of unreadable pictures to stop at (0.01)"
+    )
+    parser.error = lambda message: fail(f"{message} (--help lists all flags)")
+    return parser.parse_args(argv)
+
+
+def shots(text):
+    """ "1,5,all" -> ["1", "5", "all"]."""
+    items = text.split(",")
+    if not all(item == "all" or (item.isdigit() and int(item) > 0) for item in items):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers and 'all'")
+    return items
+
+
+def fail(message):
+    """One line on what is wrong and what to do."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"evaluate.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main(argv=None):
+    run = parse_arguments(argv)
+    local, here = (
+        int(os.environ.get(f"LOCAL_{name}", i)) for i, name in enumerate(["RANK", "WORLD_SIZE"])
+    )
+    kind = (torch.accelerator.current_accelerator() or torch.device("cpu")).type
+    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    workers = data.default_workers(here) if run.workers is None else run.workers
+    run.options = {"batch_size": run.batch_size, "workers": workers, "device": device}
+    run.options["max_bad"] = run.max_bad
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")  # only features on the CPU are exchanged
+    try:
+        model, line = load_model(run.checkpoint, run.task, device)
+        print(line)
+        size = models.pair(model.config["image_size"])
+        train = data.open_source(run.data, "train", size)
+        val = data.open_source(
+            run.val_data or run.data, "train" if run.val_data else "val", size, train.classes
+        )
+        if val is None and run.task in ("knn", "fewshot"):
+            raise ValueError(
+                f"{run.data} has no train/ and val/: give the val pictures as --val-data"
+            )
+        result = TASKS[run.task](model, [train, val or train], run)
+    except (ValueError, OSError) as error:
+        fail(error)
+    print(json.dumps({"task": run.task, **result}))
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
