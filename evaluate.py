@@ -3,10 +3,10 @@
     python evaluate.py --task knn         --checkpoint runs/mae/model.pt --data DIR
     python evaluate.py --task fewshot     --checkpoint ... --data DIR --shots 1,5,10,all
     python evaluate.py --task features    --checkpoint ... --data DIR --out features.npz
-    python evaluate.py --task reconstruct --checkpoint ... --data DIR     # what MAE sees and paints
-    python evaluate.py --task attention   --checkpoint ... --data DIR     # where the class token looks
+    python evaluate.py --task reconstruct --checkpoint ... --data DIR     # what MAE sees, and paints
+    python evaluate.py --task attention   --checkpoint ... --data DIR     # where its class token looks
 
-DIR holds train/ and val/, each with a folder for every class; for shards, give --data and --val-data.
+DIR holds train/ and val/, each with a folder for every class. For shards: --data and --val-data.
 Each task prints a small table and, as the last line on stdout, one JSON object.
 
 Results are exact: the same for any batch size and number of processes (torchrun), up to ties in the
@@ -44,9 +44,9 @@ def extract(functions, source, config, batch_size=64, workers=0, device="cpu", m
 
     functions   {name: function of normalised images (b, C, H, W) that gives (b, D)}
     config      a model's: says image_size and channels
-    Returns {name: (n, D) float32}, labels (n,) int64 and keys (n,) of the samples that could be read.
-    Under torchrun each process computes its share, and all get the whole. Raises ValueError when
-    more than the share max_bad cannot be read.
+    Returns {name: (n, D) float32}, labels (n,) int64 and keys (n,) of the samples that could be
+    read. Under torchrun each process computes its share, and all get the whole. Raises ValueError
+    when more than the share max_bad cannot be read.
     """
     process, processes = distributed()
     size, channels = models.pair(config["image_size"]), config["channels"]
@@ -138,16 +138,25 @@ def few_shot_split(labels, shots, seed):
     return torch.cat([shuffled[labels[shuffled] == c][:shots] for c in labels.unique()])
 
 
-def probe(functions, train, test, config, **options):
-    """{name: top-1 of a ridge classifier on its features}, all of train's labels, on test."""
+def print_probe(weights, config, train, test, pool, seed, **options):
+    """What training gave: ridge top-1 of a trained encoder, of it untrained, and of raw pixels.
+
+    weights are a stage's; the untrained encoder is the one that `seed` initialises. At most 4096
+    labels of train.
+    """
+    trained, untrained = (models.ViT(**models.encoder_config(config)).eval() for _ in range(2))
+    models.load_weights(trained, weights)
+    models.initialize(untrained, seed)
+    functions = {"raw pixels": raw_pixels, "untrained": pooled(untrained, pool)}
+    functions["trained"] = pooled(trained, pool)
+    train = data.Slice(train, 0, min(4096, int(train.sizes.sum())))
     x, y, _ = extract(functions, train, config, **options)
     x_test, y_test, _ = extract(functions, test, config, **options)
-    result = {}
+    print(f"linear probe (closed form): {len(y)} labels, {len(y_test)} held-out pictures")
     for name in functions:
         scaled, scaled_test = standardize(x[name], x_test[name])
         scores = ridge(scaled, y, scaled_test, len(train.classes))
-        result[name] = accuracy(scores, y_test, 1)
-    return result
+        print(f"  {name:12} top-1 {accuracy(scores, y_test, 1):.1%}")
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -155,7 +164,7 @@ def probe(functions, train, test, config, **options):
 
 @torch.inference_mode()
 def draw_reconstructions(model, source, path, count=8, seed=0):
-    """Write a PNG with a row per picture: itself, what the encoder sees, what the decoder paints."""
+    """Write a PNG, a row per picture: itself, what the encoder sees, what the decoder paints."""
     images = some_pictures(source, model.config, count)
     N, device = model.num_patches, model.cls_token.device
     ids = [data.permutation(N, seed, 0, i, data.MASK) for i in range(len(images))]
@@ -174,7 +183,7 @@ def draw_reconstructions(model, source, path, count=8, seed=0):
 
 @torch.inference_mode()
 def draw_attention(model, source, path, count=8):
-    """Write a PNG with a row per picture: itself, and where the class token looks, head by head."""
+    """Write a PNG, a row per picture: itself, and where the class token looks, head by head."""
     images = some_pictures(source, model.config, count)
     normal = data.normalize(images.to(model.cls_token.device))
     attention = model.class_attention(normal).cpu()  # (B, heads, N)
@@ -215,7 +224,7 @@ def draw_grid(columns, titles, path):
     print(f"wrote {path}{replaced}")
 
 
-# --------------------------------------------------------------------------------------------- tasks
+# -------------------------------------------------------------------------------------------- tasks
 
 
 def labelled_features(model, sources, run):

@@ -21,7 +21,9 @@ import json
 import math
 import os
 import pickle
+import resource
 import shutil
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -35,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 # name: (width, layers, heads, patch side). B and up: appendix table 8 of the paper and the maws
 # repository; T and S: DeiT (arXiv 2012.12877). toy is ours, for laptops and tests.
 SIZES = {
-    "toy": (128, 4, 4, 8),
+    "toy": (192, 3, 6, 8),
     "T": (192, 12, 3, 16),
     "S": (384, 12, 6, 16),
     "B": (768, 12, 12, 16),
@@ -461,18 +463,52 @@ def flops_per_image(model):
     return encoder + decoder + last
 
 
-def memory_per_process(model, processes, micro_batch, bytes_per_activation, recompute=False):
-    """Estimated bytes of training on each process: (weights and optimizer, activations).
+def training_memory(model, processes, micro_batch, precision, recompute=False):
+    """Estimated bytes on each process: (weights, gradients and optimizer state, activations).
 
-    Weights, gradients and the two Adam moments in fp32 (16 bytes a parameter), sharded. A block
-    keeps about 16 tensors of (tokens, width) for its backward (input, two norms, qkv, attention's
-    output, four for each side of GELU), or just its input when activations are recomputed.
+    Weights, gradients and Adam's two moments are fp32, sharded: 16 bytes a parameter. For its
+    backward a block keeps about 16 times (tokens, width): its input, two norms, qkv, attention's
+    output, and four for each side of GELU; with recomputation only its input.
     """
     state = 16 * sum(p.numel() for p in model.parameters()) / processes
-    kept, (width, layers, _) = (1 if recompute else 16), model.config["decoder"]
-    encoder = model.layers * (1 + model.num_visible) * model.width
-    decoder = layers * (1 + model.num_patches) * width
-    return state, kept * (encoder + decoder) * bytes_per_activation * micro_batch
+    width, layers, _ = model.config["decoder"]
+    tokens = model.layers * (1 + model.num_visible) * model.width
+    tokens += layers * (1 + model.num_patches) * width
+    return state, tokens * micro_batch * (2 if precision == "bf16" else 4) * (
+        1 if recompute else 16
+    )
+
+
+def fitting_batch(model, images, device, precision, recompute):
+    """The largest divisor of `images` whose activations should fit: in half a GPU, or 4 GB of RAM."""
+    memory = 4e9
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory / 2
+    one = training_memory(model, 1, 1, precision, recompute)[1]
+    fitting = (n for n in range(1, images + 1) if images % n == 0 and n * one <= memory)
+    return max(fitting, default=1)
+
+
+def peak_memory(device):
+    """GiB used at most so far: the allocator's on CUDA, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def print_plan(model, steps, batch_size, micro_batch, processes, precision, recompute):
+    """What a training run takes, from shapes alone."""
+    parameters, flops = sum(p.numel() for p in model.parameters()), 3 * flops_per_image(model)
+    state, activations = training_memory(model, processes, micro_batch, precision, recompute)
+    days = steps * batch_size * flops / (0.4 * PEAK_FLOPS["H100"]) / 86400
+    print(f"parameters   {parameters / 1e6:,.1f} M")
+    print(f"compute      {flops / 1e9:,.2f} GFLOP for an image of a training step")
+    print(f"steps        {steps:,} of {batch_size:,} images: {steps * batch_size:,} samples")
+    print(f"memory       on each of {processes} processes, estimated ({precision}):")
+    print(f"             {state / 2**30:.2f} GiB weights, gradients and optimizer state")
+    print(f"             {activations / 2**30:.2f} GiB activations of {micro_batch} images")
+    print(f"GPU-days     {days:,.2f} (H100 at 40 % of its peak: an assumption)")
 
 
 def parameter_groups(model, weight_decay):
@@ -482,6 +518,12 @@ def parameter_groups(model, weight_decay):
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
+
+
+def non_finite_gradients(model):
+    """Names of the parameters whose gradient is not finite. Every process must call it."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return [name for name, grad in gradients.items() if not whole(grad).isfinite().all()]
 
 
 def parallelize(model, shard, precision="fp32", compile=False, checkpoint_activations=False):
@@ -732,10 +774,43 @@ class MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"the checkpoint's metadata asks for {module}.{name}: refused")
 
 
-def latest_checkpoint(folder):
-    """The path of the checkpoint that LATEST names in a `checkpoints` folder, or None."""
-    pointer = Path(folder) / "LATEST"
-    return Path(folder) / pointer.read_text().strip() if pointer.is_file() else None
+def find_checkpoint(out, resume, identity):
+    """The checkpoint that a run in `out` goes on from, or None if it is new.
+
+    resume    None, or the path of a run or of one of its checkpoints to go on from instead
+    identity  JSON-able dict of what decides the run's results: the checkpoint's must be the same
+    Raises ValueError, one line, when it is not, or when `out` holds something that would be lost.
+    """
+    source = Path(resume or out)
+    if (source / "state.json").is_file():
+        path = source
+    elif (source / "checkpoints" / "LATEST").is_file():
+        path = source / "checkpoints" / (source / "checkpoints" / "LATEST").read_text().strip()
+    elif resume:
+        raise ValueError(f"--resume {resume}: there is no checkpoint in it")
+    elif (Path(out) / "model.pt").exists():
+        raise ValueError(
+            f"{out} holds a model.pt and no checkpoint to go on from: use another --out"
+        )
+    else:
+        return None
+    found = json.loads((path / "state.json").read_text())["identity"]
+    identity = json.loads(json.dumps(identity))  # tuples become lists, as they did in the file
+    changed = [f"{k} was {found.get(k)}, is {v}" for k, v in identity.items() if found.get(k) != v]
+    if changed:
+        raise ValueError(f"{path} is of another run ({'; '.join(changed)}): use another --out")
+    return path
+
+
+def cut_metrics(out, checkpoint, step):
+    """Start out/metrics.jsonl with the lines of the checkpoint's run, if any, up to its step."""
+    lines = []
+    if checkpoint:
+        source = Path(checkpoint).parent.parent / "metrics.jsonl"
+        lines = source.read_text().splitlines() if source.is_file() else []
+    # A line that a kill cut short does not end in a brace.
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    write_text(Path(out) / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
 
 
 def write_text(path, text):

@@ -1,0 +1,997 @@
+"""model.py against independent formulations: the public MAE's, numpy's, PyTorch's own counters.
+
+The reference transformer below is plain functions of a dict of named parameters, in float64: a
+convolution for the patch embedding, softmax written out, decoders that un-shuffle.
+"""
+
+import errno
+import itertools
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import model as models
+from model import MAE, ViT
+
+SMALL = {"size": "32x3x4", "image_size": (16, 24), "patch_size": 8}  # 2 x 3 patches
+SMALL_MAE = {**SMALL, "decoder": (16, 2, 2), "mask_ratio": 0.5}
+REFUSAL = (ValueError, pickle.UnpicklingError, dcp.api.CheckpointException)
+
+
+def random_images(model, count=3, seed=0):
+    shape = (count, model.config["channels"], *model.config["image_size"])
+    dtype = model.cls_token.dtype
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def random_ids(model, count=3, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, model.num_patches, generator=generator).argsort(dim=1)
+
+
+def float64(kind, seed=0, **arguments):
+    """A ViT or MAE whose every parameter is random: a bias of 0 or a scale of 1 hides mistakes."""
+    with torch.device("meta"):
+        model = kind(**arguments)
+    model.double().to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.uniform_(-0.1, 0.1, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                parameter += 1
+    return model
+
+
+def equal_states(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def one_line(error):
+    text = str(error.value)
+    return bool(text.strip()) and "\n" not in text
+
+
+# --------------------------------------------------------------------------- the reference, float64
+
+
+def reference_norm(x, p, name):
+    mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+    return (x - mean) / torch.sqrt(variance + 1e-6) * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+
+def reference_linear(x, p, name):
+    return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+
+def reference_attention(x, p, name, heads):
+    """The branch and its attention (B, heads, N, N), one head after the other."""
+    width = x.shape[-1]
+    size = width // heads
+    qkv = reference_linear(x, p, f"{name}.qkv")
+    outputs, maps = [], []
+    for head in range(heads):
+        start = head * size
+        q, k, v = (qkv[..., i * width + start : i * width + start + size] for i in range(3))
+        scores = torch.exp(q @ k.transpose(1, 2) / math.sqrt(size))
+        maps.append(scores / scores.sum(-1, keepdim=True))
+        outputs.append(maps[-1] @ v)
+    return reference_linear(torch.cat(outputs, -1), p, f"{name}.proj"), torch.stack(maps, 1)
+
+
+def reference_mlp(x, p, name):
+    x = reference_linear(x, p, f"{name}.fc1")
+    x = 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+    return reference_linear(x, p, f"{name}.fc2")
+
+
+def reference_blocks(x, p, name, heads, gates=None):
+    """All blocks of a prefix; gates (B, L, 2) scale the branches. Returns x and the last map."""
+    for layer in range(len({n.split(".")[1] for n in p if n.startswith(f"{name}.")})):
+        block = f"{name}.{layer}"
+        gate = (1, 1) if gates is None else gates[:, layer].T[..., None, None]
+        branch, attention = reference_attention(
+            reference_norm(x, p, f"{block}.norm1"), p, f"{block}.attn", heads
+        )
+        x = x + gate[0] * branch
+        branch = reference_mlp(reference_norm(x, p, f"{block}.norm2"), p, f"{block}.mlp")
+        x = x + gate[1] * branch
+    return x, attention
+
+
+def reference_embedding(p, images):
+    """Patches as tokens with their positions, (B, N, D), from a real convolution."""
+    weight = p["patch_embed.proj.weight"]
+    x = F.conv2d(images, weight, p["patch_embed.proj.bias"], stride=weight.shape[-1])
+    return x.flatten(2).transpose(1, 2) + p["pos_embed"][:, 1:]
+
+
+def with_class_token(p, x):
+    first = p["cls_token"] + p["pos_embed"][:, :1]
+    return torch.cat([first.repeat(len(x), 1, 1), x], 1)
+
+
+def reference_vit(p, images, heads, gates=None):
+    x = with_class_token(p, reference_embedding(p, images))
+    x, attention = reference_blocks(x, p, "blocks", heads, gates)
+    return reference_norm(x, p, "norm"), attention
+
+
+def reference_patches(images, patch):
+    """(B, N, P*P*C) by cutting out one patch after the other."""
+    _, _, height, width = images.shape
+    corners = itertools.product(range(0, height, patch), range(0, width, patch))
+    cut = [images[:, :, y : y + patch, x : x + patch] for y, x in corners]
+    return torch.stack([piece.permute(0, 2, 3, 1).flatten(1) for piece in cut], 1)
+
+
+def normalized(patches):
+    mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True, unbiased=True)
+    return (patches - mean) / torch.sqrt(variance + 1e-6)
+
+
+def public_mae(p, images, ids, visible, heads, decoder_heads, normalize_targets):
+    """Losses (B,) as in facebookresearch/mae: un-shuffled decoder, all tokens, times the mask."""
+    restore = ids.argsort(1)
+    hidden = (restore >= visible).to(images.dtype)  # (B, N), 1 is hidden
+
+    def pick(x, order):
+        return torch.stack([sample[row] for sample, row in zip(x, order)])
+
+    x = with_class_token(p, pick(reference_embedding(p, images), ids[:, :visible]))
+    x = reference_norm(reference_blocks(x, p, "blocks", heads)[0], p, "norm")
+    x = reference_linear(x, p, "decoder_embed")
+    masks = p["mask_token"].repeat(len(x), ids.shape[1] - visible, 1)
+    unshuffled = pick(torch.cat([x[:, 1:], masks], 1), restore)
+    x = torch.cat([x[:, :1], unshuffled], 1) + p["decoder_pos_embed"]
+    x = reference_blocks(x, p, "decoder_blocks", decoder_heads)[0]
+    x = reference_linear(reference_norm(x, p, "decoder_norm"), p, "decoder_pred")[:, 1:]
+    targets = reference_patches(images, p["patch_embed.proj.weight"].shape[-1])
+    targets = normalized(targets) if normalize_targets else targets
+    return ((x - targets).square().mean(-1) * hidden).sum(1) / hidden.sum(1)
+
+
+# ------------------------------------------------------------------------------------ loss of a MAE
+
+# arguments, visible patches, heads of the encoder and of the decoder
+MAE_CASES = {
+    "toy": ({"size": "toy", "image_size": 32}, 4, 6, 4),
+    "toy, wide, 5 channels": ({"size": "toy", "image_size": (16, 40), "channels": 5}, 2, 6, 4),
+    "raw pixels": ({"size": "toy", "image_size": (32, 16), "normalize_targets": False}, 2, 6, 4),
+    "raw, 5 channels": (
+        {"size": "toy", "image_size": 24, "channels": 5, "normalize_targets": False},
+        2,
+        6,
+        4,
+    ),
+    "learned positions, half hidden": (
+        {**SMALL_MAE, "positions": "learned"},
+        3,
+        4,
+        2,
+    ),
+    "B": ({"size": "B", "image_size": (64, 32)}, 2, 12, 16),
+}
+
+
+def relative_error(value, expected):
+    return ((value - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("case", MAE_CASES)
+def test_loss_and_gradients_are_the_public_mae_s(case):
+    arguments, visible, heads, decoder_heads = MAE_CASES[case]
+    model = float64(MAE, **arguments)
+    images, ids = random_images(model), random_ids(model)
+    parameters = dict(model.named_parameters())
+    losses = model(images, ids)
+    expected = public_mae(
+        parameters, images, ids, visible, heads, decoder_heads, model.normalize_targets
+    )
+    assert losses.shape == (len(images),)
+    # float64 has 16 digits; a sum over thousands of terms in another order costs three or four.
+    assert relative_error(losses, expected) < 1e-10
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    gradients = torch.autograd.grad(losses.mean(), list(trained.values()))
+    expected = torch.autograd.grad(expected.mean(), list(trained.values()))
+    errors = map(relative_error, gradients, expected)
+    wrong = {name: error for name, error in zip(trained, errors) if not error < 1e-10}
+    assert not wrong
+    fixed = {"decoder_pos_embed", "pos_embed"} - trained.keys()
+    assert trained.keys() | fixed == parameters.keys()
+    assert ("pos_embed" in fixed) == (model.config["positions"] == "sincos")
+
+
+@pytest.mark.parametrize("size, visible, patches", [("B", 49, 196), ("H", 64, 256)])
+def test_a_quarter_of_the_patches_is_visible(size, visible, patches):
+    with torch.device("meta"):
+        model = MAE(size)
+    assert (model.num_visible, model.num_patches) == (visible, patches)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.9, 1.0])
+def test_mask_ratio_must_leave_visible_and_hidden_patches(ratio):
+    with pytest.raises(ValueError, match="at least one must be visible and one hidden") as error:
+        MAE(**{**SMALL_MAE, "mask_ratio": ratio})
+    assert one_line(error)
+
+
+# ---------------------------------------------------------------------------- patches and positions
+
+
+def test_patchify_is_row_by_row_and_pixel_channel_within_a_patch():
+    images = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
+    patches = models.patchify(images, 2)
+    assert patches.shape == (2, 6, 12)
+    for b, row, column, y, x, c in itertools.product(*map(range, (2, 2, 3, 2, 2, 3))):
+        pixel = images[b, c, 2 * row + y, 2 * column + x]
+        assert patches[b, 3 * row + column, (2 * y + x) * 3 + c] == pixel
+    assert torch.equal(models.unpatchify(patches, 2, (2, 3)), images)
+
+
+def test_patch_embedding_is_the_convolution():
+    model = float64(ViT, **SMALL, channels=5)
+    images, proj = random_images(model), model.patch_embed["proj"]
+    expected = F.conv2d(images, proj.weight, proj.bias, stride=8).flatten(2).transpose(1, 2)
+    # The same float64 sums of 320 products, in another order.
+    torch.testing.assert_close(
+        model.embed(models.patchify(images, 8)), expected, rtol=1e-12, atol=1e-12
+    )
+
+
+def test_sincos_positions_by_numpy():
+    rows, columns, width = 3, 5, 16
+    table = models.sincos_positions(width, (rows, columns))
+    assert table.shape == (1, 1 + rows * columns, width)
+    assert not table[0, 0].any()
+    for row, column in itertools.product(range(rows), range(columns)):
+        angles = [[n / 10000 ** (i / 4) for i in range(4)] for n in (column, row)]
+        expected = np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)])
+        # Values up to 1, rounded once to float32: at most half of 2**-23.
+        np.testing.assert_allclose(table[0, 1 + row * columns + column], expected, atol=6e-8)
+
+
+def test_resampling_is_bicubic_over_a_row_major_grid_and_leaves_the_class_row():
+    table = torch.randn(1, 1 + 3 * 4, 5, generator=torch.Generator().manual_seed(0))
+    grid = torch.empty(1, 5, 3, 4)
+    for row, column in itertools.product(range(3), range(4)):
+        grid[0, :, row, column] = table[0, 1 + row * 4 + column]
+    grid = F.interpolate(grid, size=(6, 2), mode="bicubic", align_corners=False)
+    resampled = models.resample_positions(table, (3, 4), (6, 2))
+    assert resampled.shape == (1, 13, 5)
+    assert torch.equal(resampled[:, 0], table[:, 0])
+    for row, column in itertools.product(range(6), range(2)):
+        assert torch.equal(resampled[0, 1 + row * 2 + column], grid[0, :, row, column])
+
+
+def test_resampling_keeps_the_same_grid_and_constants():
+    table = torch.randn(1, 1 + 3 * 4, 5, generator=torch.Generator().manual_seed(0))
+    same = models.resample_positions(table, (3, 4), (3, 4))
+    # Bicubic weights sum to 1 to a few float32 roundings of values of about 1 to 3.
+    torch.testing.assert_close(same, table, rtol=0, atol=2e-6)
+    constant = table[:, :1].expand(-1, 13, -1)
+    resampled = models.resample_positions(constant, (3, 4), (5, 7))
+    torch.testing.assert_close(resampled, table[:, :1].expand(-1, 36, -1), rtol=0, atol=2e-6)
+
+
+# ---------------------------------------------------------------------------------------------- ViT
+
+
+@pytest.mark.parametrize("channels", [1, 4, 10])
+def test_vit_on_any_aspect_ratio_and_channels(channels):
+    model = ViT("toy", image_size=(16, 40), channels=channels)
+    assert model(random_images(model)).shape == (3, 1 + 2 * 5, 192)
+
+
+def test_vit_is_the_reference_transformer():
+    model = float64(ViT, **SMALL)
+    images = random_images(model)
+    expected, _ = reference_vit(dict(model.named_parameters()), images, 4)
+    torch.testing.assert_close(model(images), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "image_size, patch, nearest",
+    [((30, 50), 16, "32x48"), (10, 16, "16x16"), ((64, 5), 8, "64x8"), ((225, 224), 14, "224x224")],
+)
+def test_an_image_that_patches_do_not_divide_is_refused_with_the_nearest_size(
+    image_size, patch, nearest
+):
+    with pytest.raises(ValueError, match=rf"\b{nearest}$") as error:
+        ViT("toy", image_size=image_size, patch_size=patch)
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 24, 16), (2, 1, 16, 24), (3, 16, 24), (2, 3, 16, 32)])
+@pytest.mark.parametrize("kind", [ViT, MAE])
+def test_images_of_another_shape_are_refused_with_what_to_build(kind, shape):
+    model = kind(**(SMALL if kind is ViT else SMALL_MAE))
+    with pytest.raises(ValueError, match="build it with that image_size and channels") as error:
+        model(torch.zeros(shape), *([random_ids(model, shape[0])] if kind is MAE else []))
+    assert one_line(error)
+    assert str(shape) in str(error.value) and "3, 16, 24" in str(error.value)
+
+
+@pytest.mark.parametrize("size", ["huge", "64x2", "64x2x5", "64x0x4", "axbxc"])
+def test_unknown_sizes_are_refused(size):
+    with pytest.raises(ValueError, match=f"size '{size}'") as error:
+        ViT(size)
+    assert one_line(error)
+
+
+def test_pool():
+    tokens = torch.tensor([[[100.0, 7.0], [1.0, 2.0], [3.0, 6.0]]])
+    assert models.pool(tokens, "cls").tolist() == [[100.0, 7.0]]
+    assert models.pool(tokens, "mean").tolist() == [[2.0, 4.0]]
+
+
+@pytest.fixture(scope="module")
+def straddling():
+    """(model with drop path 0.3, images, noise just above or below each rate, its gates).
+
+    The rates of the three blocks are 0, 0.15 and 0.3; every pattern of the four branches that can
+    be dropped is one sample.
+    """
+    model = float64(ViT, **SMALL, drop_path=0.3)
+    rates = torch.tensor([0.0, 0.15, 0.3], dtype=torch.float64)[:, None]  # (L, 1)
+    kept = torch.tensor(list(itertools.product([0, 1], repeat=4)), dtype=torch.float64)
+    kept = torch.cat([torch.ones(16, 2), kept], 1).view(16, 3, 2)
+    noise = (rates + 0.02 * kept - 0.01).clamp(min=0)
+    return model, random_images(model, 16), noise, kept / (1 - rates)
+
+
+def test_drop_path_skips_branches_below_the_rate_and_scales_the_others(straddling):
+    model, images, noise, gates = straddling
+    expected, _ = reference_vit(dict(model.named_parameters()), images, 4, gates)
+    torch.testing.assert_close(model(images, noise), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_drop_path_does_not_depend_on_the_rest_of_the_batch(straddling):
+    model, images, noise, _ = straddling
+    alone = model(images[5:7].flip(0), noise[5:7].flip(0)).flip(0)
+    # Matrix products of another batch size may sum in another order.
+    torch.testing.assert_close(model(images, noise)[5:7], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_no_noise_means_no_drop(straddling):
+    model, images, _, _ = straddling
+    expected, _ = reference_vit(dict(model.named_parameters()), images, 4)
+    torch.testing.assert_close(model(images), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", ["32x1x4", "32x3x2"])
+def test_class_attention_is_the_last_block_s_softmax_from_the_class_token(size):
+    model = float64(ViT, **{**SMALL, "size": size})
+    images, heads = random_images(model), int(size[-1])
+    _, attention = reference_vit(dict(model.named_parameters()), images, heads)
+    rows = model.class_attention(images)
+    assert rows.shape == (3, heads, 6)
+    torch.testing.assert_close(rows, attention[:, :, 0, 1:], rtol=1e-10, atol=1e-10)
+    total = rows.sum(-1) + attention[:, :, 0, 0]
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-10)
+
+
+# ----------------------------------------------------------------------------------- initialisation
+
+
+def test_initialize_is_a_function_of_seed_and_name():
+    direct = MAE(**SMALL_MAE)
+    with torch.device("meta"):
+        deferred = MAE(**SMALL_MAE)
+    deferred.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in deferred.parameters():
+            parameter.fill_(math.nan)
+    models.initialize(deferred)
+    state = direct.state_dict()
+    assert equal_states(state, deferred.state_dict())
+    # What a name gets depends neither on other modules nor on how often the generator was used.
+    shared = ViT(**{**SMALL, "size": "32x2x4"}).state_dict()
+    assert equal_states(shared, {name: state[name] for name in shared})
+
+    models.initialize(deferred, seed=1)
+    drawn = {n: t for n, t in state.items() if t.std() > 0 and "pos_embed" not in n}
+    assert len(drawn) == 2 + 1 + 4 * 5 + 2
+    for name, tensor in deferred.state_dict().items():
+        assert torch.equal(tensor, state[name]) == (name not in drawn), name
+    for one, other in itertools.combinations(drawn.values(), 2):
+        assert one.shape != other.shape or not torch.equal(one, other)
+
+
+def test_initialize_is_the_same_in_another_process():
+    code = "import model; print(model.ViT('16x1x2', image_size=16).norm.weight.sum().item(), "
+    code += "model.ViT('16x1x2', image_size=16).blocks[0].mlp.fc1.weight[0, :4].tolist())"
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    environment = {**os.environ, "PYTHONHASHSEED": seed}
+    root = Path(models.__file__).parent
+    process = [sys.executable, "-c", code]
+    output = subprocess.run(
+        process, cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    weight = ViT("16x1x2", image_size=16).blocks[0].mlp.fc1.weight[0, :4].tolist()
+    assert output.stdout.strip() == f"16.0 {weight}", output.stderr
+
+
+def test_initial_values_are_the_public_mae_s():
+    model = MAE("toy", image_size=(32, 48), positions="learned")
+    for name, parameter in model.named_parameters():
+        if name == "decoder_pos_embed":
+            assert torch.equal(parameter, models.sincos_positions(64, (4, 6)))
+        elif name.endswith(("_token", "pos_embed")):
+            # Of n normal draws the deviation is off by 1 / sqrt(2 n): four times that is rare.
+            near = 4 / math.sqrt(2 * parameter.numel())
+            assert parameter.std().item() == pytest.approx(0.02, rel=near)
+            assert abs(parameter.mean()) < 4 * 0.02 / math.sqrt(parameter.numel())
+        elif parameter.ndim == 1:
+            assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
+        else:
+            check_xavier_uniform(parameter)
+
+
+def check_xavier_uniform(parameter):
+    fan_out, fan_in = parameter.flatten(1).shape
+    bound = math.sqrt(6 / (fan_in + fan_out))
+    # At least 12,000 uniform draws: the largest is within 1 % of the bound, the deviation and the
+    # mean within four of their own deviations (2 % and 0.04 bound / sqrt(3)).
+    assert 0.99 * bound < parameter.max() <= bound and -bound <= parameter.min() < -0.99 * bound
+    assert parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    assert abs(parameter.mean()) < 0.04 * bound / math.sqrt(3)
+
+
+# ----------------------------------------------------------------------------------------- counting
+
+
+@pytest.mark.parametrize(
+    "size, millions",
+    [("B", 85.8), ("L", 303.3), ("H", 630.8), ("2B", 1890.4), ("6.5B", 6447.6)],
+)
+def test_parameter_counts(size, millions):
+    with torch.device("meta"):
+        encoder, autoencoder = ViT(size), MAE(size)
+    counts = {name: p.numel() / 1e6 for name, p in autoencoder.named_parameters()}
+    decoder = sum(n for name, n in counts.items() if name.startswith(("decoder", "mask")))
+    total = sum(p.numel() for p in encoder.parameters()) / 1e6
+    assert round(total, 1) == millions
+    assert sum(counts.values()) == pytest.approx(total + decoder)
+    assert 26.1 <= round(decoder, 1) <= 27.8
+
+
+def counted_flops(model, train=False):
+    """PyTorch's count for one image. Only the math backend's products of attention are counted."""
+    images = torch.empty(1, model.config["channels"], *model.config["image_size"], device="meta")
+    ids = torch.zeros(1, model.num_patches, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        output = model(images, ids) if isinstance(model, MAE) else model(images)
+        if train:
+            output.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", [ViT, MAE])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"size": "toy", "image_size": (16, 40), "channels": 5},
+        {**SMALL, "size": "32x1x4"},
+        {"size": "B"},
+        {"size": "H"},
+    ],
+)
+def test_flops_are_what_pytorch_counts(kind, arguments):
+    with torch.device("meta"):
+        model = kind(**arguments)
+    # Both count matrix products only, a multiply-add as two: integers, so exactly.
+    assert models.flops_per_image(model) == counted_flops(model)
+
+
+@pytest.mark.parametrize("size, gigaflops", [("B", 58), ("L", 124), ("H", 288)])
+def test_flops_of_a_training_step(size, gigaflops):
+    with torch.device("meta"):
+        model = MAE(size)
+    flops = 3 * models.flops_per_image(model)
+    # The figures of the project's notes round each part to 1 GF and leave out the pixel head.
+    assert flops / 1e9 == pytest.approx(gigaflops, rel=0.015)
+    # The backward costs twice the forward, but for the gradient of the pixels, which nobody asks.
+    pixels = 3 * model.patch_size**2
+    unasked = 2 * model.num_visible * pixels * model.width
+    assert counted_flops(model, train=True) == flops - unasked
+
+
+# -------------------------------------------------------------------------------------- reconstruct
+
+
+def hidden_pixels(model, ids):
+    """(B, 1, H, W) bool: which pixels lie in a hidden patch, by a loop."""
+    (rows, columns), patch = model.grid, model.patch_size
+    hidden = torch.zeros(len(ids), 1, rows * patch, columns * patch, dtype=torch.bool)
+    for sample, order in enumerate(ids.tolist()):
+        for index in order[model.num_visible :]:
+            y, x = index // columns * patch, index % columns * patch
+            hidden[sample, 0, y : y + patch, x : x + patch] = True
+    return hidden
+
+
+@pytest.fixture(params=[True, False], ids=["normalised", "raw"])
+def painter(request):
+    model = MAE(**SMALL_MAE, normalize_targets=request.param)
+    return model, 2 + 3 * random_images(model), random_ids(model)
+
+
+def test_reconstruction_keeps_visible_patches_exactly(painter):
+    model, images, ids = painter
+    hidden = hidden_pixels(model, ids).expand_as(images)
+    painted = model.reconstruct(images, ids)
+    assert painted.shape == images.shape
+    assert torch.equal(painted[~hidden], images[~hidden])
+    assert (painted[hidden] != images[hidden]).float().mean() > 0.99
+
+
+def test_a_perfect_prediction_reconstructs_the_image(painter, monkeypatch):
+    model, images, ids = painter
+    patches = reference_patches(images, model.patch_size)
+    targets = normalized(patches) if model.normalize_targets else patches
+    order = ids[:, model.num_visible :, None].expand(-1, -1, patches.shape[-1])
+    monkeypatch.setattr(model, "predict", lambda *_: targets.gather(1, order))
+    # Pixels of about 10: subtracting and dividing, then the inverse, costs a few float32 roundings.
+    tolerance = 1e-5 if model.normalize_targets else 0
+    torch.testing.assert_close(model.reconstruct(images, ids), images, rtol=0, atol=tolerance)
+    # And the loss of that prediction is none.
+    torch.testing.assert_close(model(images, ids), torch.zeros(3), rtol=0, atol=1e-10)
+
+
+def test_a_prediction_of_zero_is_the_mean_or_black(painter, monkeypatch):
+    model, images, ids = painter
+    shape = (3, model.num_patches - model.num_visible, 192)
+    monkeypatch.setattr(model, "predict", lambda *_: torch.zeros(shape))
+    patches = reference_patches(images, model.patch_size)
+    mean = patches.mean(-1, keepdim=True) if model.normalize_targets else torch.zeros(3, 6, 1)
+    painted = reference_patches(model.reconstruct(images, ids), model.patch_size)
+    hidden = ids[:, model.num_visible :, None]
+    expected = mean.gather(1, hidden).expand(-1, -1, 192)
+    # The mean of 192 float32 pixels of about 3, summed in another order.
+    torch.testing.assert_close(
+        painted.gather(1, hidden.expand(-1, -1, 192)), expected, rtol=0, atol=1e-5
+    )
+
+
+# ------------------------------------------------------------------------------------------ weights
+
+
+def block_tensors(prefix, width, layers):
+    shapes = {
+        "norm1.weight": (width,),
+        "norm1.bias": (width,),
+        "attn.qkv.weight": (3 * width, width),
+        "attn.qkv.bias": (3 * width,),
+        "attn.proj.weight": (width, width),
+        "attn.proj.bias": (width,),
+        "norm2.weight": (width,),
+        "norm2.bias": (width,),
+        "mlp.fc1.weight": (4 * width, width),
+        "mlp.fc1.bias": (4 * width,),
+        "mlp.fc2.weight": (width, 4 * width),
+        "mlp.fc2.bias": (width,),
+    }
+    return {f"{prefix}.{i}.{name}": shape for i in range(layers) for name, shape in shapes.items()}
+
+
+def public_tensors(width, layers, patch, patches, channels=3, decoder=None):
+    """Random tensors under timm's and the public MAE's names, written out here by hand."""
+    shapes = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 1 + patches, width),
+        "patch_embed.proj.weight": (width, channels, patch, patch),
+        "patch_embed.proj.bias": (width,),
+        **block_tensors("blocks", width, layers),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+    }
+    if decoder:
+        small, decoder_layers = decoder
+        shapes |= {
+            "mask_token": (1, 1, small),
+            "decoder_pos_embed": (1, 1 + patches, small),
+            "decoder_embed.weight": (small, width),
+            "decoder_embed.bias": (small,),
+            **block_tensors("decoder_blocks", small, decoder_layers),
+            "decoder_norm.weight": (small,),
+            "decoder_norm.bias": (small,),
+            "decoder_pred.weight": (patch * patch * channels, small),
+            "decoder_pred.bias": (patch * patch * channels,),
+        }
+    generator = torch.Generator().manual_seed(0)
+    return {n: 0.05 * torch.randn(shape, generator=generator) for n, shape in shapes.items()}
+
+
+def section(line, title):
+    """What load_weights reports after "title: "."""
+    found = [part for part in line.split("; ") if part.startswith(f"{title}: ")]
+    return set(found[0].removeprefix(f"{title}: ").split(", ")) if found else set()
+
+
+DECODER_FAMILIES = {
+    "mask_token",
+    "decoder_pos_embed",
+    "decoder_embed",
+    "decoder_blocks",
+    "decoder_norm",
+    "decoder_pred",
+}
+
+
+def test_weights_come_back_bit_for_bit(tmp_path):
+    model = MAE(**SMALL_MAE, channels=4)
+    path = tmp_path / "model.pt"
+    models.save_weights(path, models.full_state(model), model.config)
+    state, config = models.read_weights(path)
+    assert equal_states(state, model.state_dict())
+    assert config == model.config == json.loads(json.dumps(config))
+    other = MAE(**config)
+    models.initialize(other, seed=1)
+    line = models.load_weights(other, state)
+    assert f"{len(state)} tensors loaded" in line
+    assert not any(section(line, t) for t in ("resampled", "newly initialised", "dropped"))
+    assert equal_states(other.state_dict(), model.state_dict())
+    assert [path] == list(tmp_path.iterdir())
+
+
+def test_a_failed_save_leaves_the_old_weights(tmp_path, monkeypatch):
+    model, path = ViT(**SMALL), tmp_path / "model.pt"
+    models.save_weights(path, models.full_state(model), model.config)
+    before = path.read_bytes()
+    models.initialize(model, seed=1)
+    with pytest.raises(TypeError):
+        models.save_weights(path, models.full_state(model), {"not": torch.Size, "for": "JSON"})
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError):
+        models.save_weights(path, models.full_state(model), model.config)
+    assert path.read_bytes() == before
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_public_mae_checkpoint_loads_by_name(tmp_path):
+    tensors = public_tensors(192, 3, 8, 4, decoder=(512, 1))
+    torch.save({"model": tensors, "optimizer": {"step": 3}}, tmp_path / "public.pth")
+    state, config = models.read_weights(tmp_path / "public.pth")
+    assert config["decoder"] == [512, 1, 16] and config["image_size"] == [16, 16]
+    model = MAE(**config)
+    line = models.load_weights(model, state)
+    assert f"{len(tensors)} tensors loaded" in line
+    assert equal_states(model.state_dict(), {name: tensors[name] for name in model.state_dict()})
+    model.double()
+    images, ids = random_images(model), random_ids(model)
+    parameters = dict(model.named_parameters())
+    expected = public_mae(parameters, images, ids, 1, 6, 16, normalize_targets=True)
+    torch.testing.assert_close(model(images, ids), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", ["toy", "T", "B", "H"])
+def test_the_architecture_is_read_off_the_tensors(size):
+    with torch.device("meta"):
+        model = ViT(size, image_size=2 * models.SIZES[size][3], channels=4)
+        config = models.infer_config(dict(model.named_parameters()))
+        found = ViT(**config)
+    # Heads show in no shape: T and toy have the same width.
+    assert (found.width, found.layers, found.heads) == (model.width, model.layers, model.heads)
+    assert found.patch_size == model.patch_size and found.grid == (2, 2)
+    assert config["channels"] == 4
+
+
+def test_a_bare_encoder_into_a_mae_keeps_the_decoder_s_initial_values(tmp_path):
+    tensors = public_tensors(32, 3, 8, 6)
+    torch.save(tensors, tmp_path / "bare.pth")
+    model = MAE(**SMALL_MAE)
+    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    line = models.load_weights(model, torch.load(tmp_path / "bare.pth"), (2, 3))
+    assert section(line, "newly initialised") == DECODER_FAMILIES
+    assert not section(line, "dropped")
+    assert equal_states(model.state_dict(), {**initial, **tensors})
+
+
+def test_a_mae_into_a_vit_drops_the_decoder_and_a_head():
+    tensors = public_tensors(32, 3, 8, 6, decoder=(16, 2))
+    extra = {"head.weight": torch.zeros(10, 32), "head.bias": torch.zeros(10)}
+    model = ViT(**SMALL)
+    line = models.load_weights(model, {**tensors, **extra})
+    assert section(line, "dropped") == DECODER_FAMILIES | {"head"}
+    assert not section(line, "newly initialised")
+    assert equal_states(model.state_dict(), {name: tensors[name] for name in model.state_dict()})
+
+
+@pytest.mark.parametrize("patches, old_grid", [(9, None), (8, (4, 2))])
+def test_positions_of_another_grid_are_resampled(patches, old_grid):
+    tensors = public_tensors(32, 3, 8, patches, decoder=(16, 2))
+    model = MAE(**SMALL_MAE)
+    line = models.load_weights(model, tensors, old_grid)
+    old = old_grid or (3, 3)
+    names = {"pos_embed", "decoder_pos_embed"}
+    assert section(line, "resampled") == {f"{n} from {old[0]}x{old[1]} to 2x3" for n in names}
+    for name, tensor in model.state_dict().items():
+        wanted = tensors[name]
+        wanted = models.resample_positions(wanted, old, (2, 3)) if name in names else wanted
+        assert torch.equal(tensor, wanted)
+
+
+MISFITS = {
+    "unknown": {"blocks.0.ls1.gamma": torch.zeros(32)},
+    "missing": {"blocks.1.attn.qkv.bias": None},
+    "misshaped": {"norm.weight": torch.zeros(33)},
+    "of another width": {"pos_embed": torch.zeros(1, 10, 64)},
+    "a decoder of another width": {"mask_token": torch.zeros(1, 1, 8)},
+    "positions that are no square": {"pos_embed": torch.zeros(1, 1 + 8, 32)},
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_tensors_that_do_not_fit_are_refused_by_name(misfit):
+    tensors = {**public_tensors(32, 3, 8, 6, decoder=(16, 2)), **MISFITS[misfit]}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    model = MAE(**SMALL_MAE)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=next(iter(MISFITS[misfit]))) as error:
+        models.load_weights(model, tensors)
+    assert one_line(error)
+    assert equal_states(model.state_dict(), before)
+
+
+class Trap:
+    """Its pickle makes a directory when it is loaded without restriction."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def __reduce__(self):
+        return os.system, (f'mkdir "{self.directory}"',)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle"])
+def test_code_in_a_weights_file_is_refused_and_never_runs(tmp_path, zipped):
+    path, sprung = tmp_path / "model.pt", tmp_path / "sprung"
+    content = {"model": public_tensors(32, 1, 8, 6), "config": Trap(sprung)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="model.pt") as error:
+        models.read_weights(path)
+    assert one_line(error)
+    assert not sprung.exists()
+    torch.load(path, weights_only=False)
+    assert sprung.exists()  # so it was a live one
+
+
+@pytest.fixture(scope="module")
+def weights_bytes(tmp_path_factory):
+    model, path = ViT(**SMALL), tmp_path_factory.mktemp("weights") / "model.pt"
+    models.save_weights(path, models.full_state(model), model.config)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.999])
+def test_an_empty_or_truncated_file_is_a_value_error(tmp_path, weights_bytes, share):
+    path = tmp_path / "model.pt"
+    path.write_bytes(weights_bytes[: int(share * len(weights_bytes))])
+    with pytest.raises(ValueError, match="model.pt") as error:
+        models.read_weights(path)
+    assert one_line(error)
+
+
+PATCHES = {"patch_embed.proj.weight": torch.zeros(192, 3, 8, 8), "norm.weight": torch.ones(192)}
+BLOCK = {"blocks.0.norm1.weight": torch.ones(192)}
+NOT_A_VIT = {
+    "a number": 1,
+    "a list": [torch.zeros(3)],
+    "nothing": {},
+    "another network": {"conv1.weight": torch.zeros(3)},
+    "a tensor as model": {"model": torch.zeros(3)},
+    "a list as model": {"model": [torch.zeros(3)]},
+    "no blocks": PATCHES,
+    "no positions": {**PATCHES, **BLOCK},
+    "positions of another kind": {**PATCHES, **BLOCK, "pos_embed": torch.zeros(3)},
+    "an unknown width": {**BLOCK, "patch_embed.proj.weight": torch.zeros(100, 3, 8, 8)},
+}
+
+
+@pytest.mark.parametrize("content", NOT_A_VIT)
+def test_a_file_that_holds_no_vit_is_a_value_error(tmp_path, content):
+    torch.save(NOT_A_VIT[content], tmp_path / "model.pt")
+    with pytest.raises(ValueError) as error:
+        models.read_weights(tmp_path / "model.pt")
+    assert one_line(error)
+
+
+def test_a_path_without_a_file_is_a_value_error(tmp_path):
+    for path in (tmp_path, tmp_path / "none.pt"):
+        with pytest.raises(ValueError, match=path.name) as error:
+            models.read_weights(path)
+        assert one_line(error)
+
+
+# ------------------------------------------------------------------------------------- optimisation
+
+
+@pytest.mark.parametrize("positions", ["sincos", "learned"])
+def test_matrices_and_tokens_are_decayed_and_nothing_else(positions):
+    model = float64(MAE, **SMALL_MAE, positions=positions)
+    groups = models.parameter_groups(model, weight_decay=0.1)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    fixed = {"decoder_pos_embed"} | ({"pos_embed"} if positions == "sincos" else set())
+    assert set(grouped) == {id(p) for name, p in model.named_parameters() if name not in fixed}
+
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    torch.optim.AdamW(groups, lr=0.5).step()  # without a gradient only the decay moves anything
+    for name, parameter in model.named_parameters():
+        factor = 1 if name in fixed or name.endswith("bias") or "norm" in name else 0.95
+        # One product in float64.
+        torch.testing.assert_close(parameter.data, factor * before[name], rtol=1e-14, atol=0)
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+
+def new_run(seed=0):
+    model = MAE("16x2x2", image_size=(16, 24), patch_size=8, mask_ratio=0.5, decoder=(8, 1, 2))
+    models.initialize(model, seed)
+    groups = models.parameter_groups(model, weight_decay=0.05)
+    return model, torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=True)
+
+
+def train(run, first, last):
+    """Steps first .. last - 1; the data and the learning rate are functions of the step."""
+    model, optimizer = run
+    for step in range(first, last):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (1 + step)
+        optimizer.zero_grad()
+        model(
+            random_images(model, 4, 100 + step), random_ids(model, 4, 200 + step)
+        ).mean().backward()
+        optimizer.step()
+    return run
+
+
+def run_state(run):
+    """Every number that the next step depends on, copied."""
+    model, optimizer = run
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        moments = optimizer.state.get(parameter, {})
+        state |= {f"{kind}/{name}": tensor.clone() for kind, tensor in moments.items()}
+    return state
+
+
+def restored(path):
+    run = new_run(seed=1)
+    record = models.load_checkpoint(path, *run)
+    return run, record
+
+
+def latest(folder):
+    return folder / (folder / "LATEST").read_text().strip()
+
+
+def steps_in(folder):
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(run, checkpoints folder) after two steps, saved."""
+    run, folder = train(new_run(), 0, 2), tmp_path / "checkpoints"
+    models.save_checkpoint(folder, 2, *run, {"bad": 7, "identity": {"lr": 0.1}})
+    return run, folder
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(saved):
+    run, folder = saved
+    other, record = restored(latest(folder))
+    assert record == {"bad": 7, "identity": {"lr": 0.1}, "step": 2}
+    assert equal_states(run_state(other), run_state(run))
+    assert equal_states(run_state(train(other, 2, 5)), run_state(train(run, 2, 5)))
+
+
+def test_the_last_two_checkpoints_are_kept(saved):
+    run, folder = saved
+    for step in (3, 4):
+        models.save_checkpoint(folder, step, *train(run, step - 1, step), {})
+        assert steps_in(folder) == [step - 1, step]
+        assert latest(folder).name.endswith(str(step))
+    assert equal_states(run_state(restored(latest(folder))[0]), run_state(run))
+
+
+def test_a_checkpoint_is_never_removed_for_being_older_than_those_of_another_run(saved):
+    """A run that went on from an early checkpoint finds later ones of its former life."""
+    run, folder = saved
+    for step in (30, 40):
+        models.save_checkpoint(folder, step, *run, {})
+    for step in (5, 6):
+        models.save_checkpoint(folder, step, *run, {})
+        assert latest(folder).name.endswith(str(step))
+        assert restored(latest(folder))[1]["step"] == step
+
+
+class FullDisk:
+    """Lets the first `room` calls of os.fsync and os.replace pass, then the disk is full."""
+
+    def __init__(self, monkeypatch, room):
+        self.room = room
+        for name in ("fsync", "replace"):
+            monkeypatch.setattr(os, name, self.limited(getattr(os, name)))
+
+    def limited(self, call):
+        def wrapper(*arguments, **keywords):
+            self.room -= 1
+            return full_disk() if self.room < 0 else call(*arguments, **keywords)
+
+        return wrapper
+
+
+def test_a_save_that_fails_anywhere_leaves_whole_checkpoints_only(saved):
+    run, folder = saved
+    states = {2: run_state(run)}
+    states[3] = run_state(train(run, 2, 3))
+    for room in itertools.count():
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            FullDisk(monkeypatch, room)
+            try:
+                models.save_checkpoint(folder, 3, *run, {})
+                break
+            except OSError as error:
+                assert "step-00000003" in str(error)
+        assert latest(folder).name == "step-00000002"
+        for step in steps_in(folder):
+            other, record = restored(folder / f"step-{step:08d}")
+            assert record["step"] == step and equal_states(run_state(other), states[step])
+    # Tensors, their index, the record and LATEST, each written for good: so it has been tried.
+    assert room >= 4
+    assert steps_in(folder) == [2, 3] and latest(folder).name == "step-00000003"
+    assert equal_states(run_state(restored(latest(folder))[0]), states[3])
+
+
+@pytest.mark.parametrize("place", ["whole", "inside"])
+def test_code_in_a_checkpoint_s_metadata_is_refused_and_never_runs(saved, tmp_path, place):
+    run, folder = saved
+    path, sprung = latest(folder) / ".metadata", tmp_path / "sprung"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.planner_data = Trap(sprung)
+    path.write_bytes(pickle.dumps(metadata if place == "inside" else Trap(sprung)))
+    with pytest.raises(REFUSAL, match="system: refused"):
+        models.load_checkpoint(latest(folder), *run)
+    assert not sprung.exists()
+    pickle.loads(path.read_bytes())
+    assert sprung.exists()  # so it was a live one
+
+
+def test_pickled_objects_among_a_checkpoint_s_tensors_are_refused_and_never_run(saved, tmp_path):
+    """DCP itself unpickles an entry of bytes without restriction."""
+    run, folder = saved
+    path, sprung, name = latest(folder), tmp_path / "sprung", "model/cls_token"
+    torch.save(Trap(sprung), path / "bytes")
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    metadata.state_dict_metadata[name] = BytesStorageMetadata()
+    size = (path / "bytes").stat().st_size
+    metadata.storage_data[MetadataIndex(name)] = _StorageInfo("bytes", 0, size)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(REFUSAL, match="refused"):
+        models.load_checkpoint(path, *run)
+    assert not sprung.exists()
+    state = {name: run[0].state_dict()["cls_token"]}
+    dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    assert sprung.exists()  # so it was a live one
