@@ -3,8 +3,8 @@
     python evaluate.py --task knn         --checkpoint runs/mae/model.pt --data DIR
     python evaluate.py --task fewshot     --checkpoint ... --data DIR --shots 1,5,10,all
     python evaluate.py --task features    --checkpoint ... --data DIR --out features.npz
-    python evaluate.py --task reconstruct --checkpoint ... --data DIR     # what MAE sees, and paints
-    python evaluate.py --task attention   --checkpoint ... --data DIR     # where its class token looks
+    python evaluate.py --task reconstruct --checkpoint ... --data DIR    # what MAE sees, and paints
+    python evaluate.py --task attention   --checkpoint ... --data DIR    # where a class token looks
 
 DIR holds train/ and val/, each with a folder for every class. For shards: --data and --val-data.
 Each task prints a small table and, as the last line on stdout, one JSON object.

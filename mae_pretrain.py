@@ -329,15 +329,14 @@ def train(run):
         if stopping:
             break
     bar.close()
-    if stopping and done < run.steps:
-        say(f"stopped at step {done} of {run.steps}, saved: the same command goes on")
-    else:
-        weights = models.full_state(model)  # every process takes part
-        if run.process == 0:
-            finish(run, weights)
+    weights = models.full_state(model)  # every process takes part
     if sharded:
         dist.barrier()  # without it, a process may abort at exit
         dist.destroy_process_group()
+    if stopping and done < run.steps:
+        say(f"stopped at step {done} of {run.steps}, saved: the same command goes on")
+    elif run.process == 0:
+        finish(run, weights)
 
 
 def learning_rate(step, run):

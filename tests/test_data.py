@@ -330,6 +330,26 @@ def test_seeds_and_epochs_give_different_orders():
             assert sum(a == b for a, b in zip(one, other)) < count / 20
 
 
+def test_the_seed_decides_which_shards_lie_in_a_lane():
+    def first_lane(seed):
+        order = data.Order([20] * 48, seed=seed, lanes=12)
+        return frozenset(order(p)[0] for p in range(order.length) if p // 2 % 12 == 0)
+
+    assert len({first_lane(seed) for seed in range(5)}) == 5
+
+
+def test_lanes_and_blocks_are_not_shuffled_alike():
+    """One shard per lane, and one shard per block: the indices say how each was shuffled."""
+    lanes, size = 3, 64
+    order = data.Order([size] * lanes, seed=1, lanes=lanes)
+    drawn = np.array(stream(order, 0, lanes * size))[:, 1].reshape(-1, lanes, 2)
+    assert len({tuple(drawn[:, lane].ravel().tolist()) for lane in range(lanes)}) == lanes
+    size = data.SHUFFLE_BLOCK
+    order = data.Order([size] * 3, seed=1, lanes=1)
+    drawn = np.array(stream(order, 0, 3 * size))[:, 1].reshape(3, size)
+    assert len({tuple(block) for block in drawn.tolist()}) == 3
+
+
 def test_a_sample_lands_anywhere_in_its_block():
     order, epochs = data.Order([64], seed=6), 2000
     landed = [stream(order, 64 * epoch, 64 * epoch + 64).index((0, 5)) for epoch in range(epochs)]
@@ -914,6 +934,12 @@ def test_random_boxes_are_uniform_in_area_log_ratio_and_place():
     assert np.abs(together - np.eye(4)).max() < 5 / math.sqrt(fits.sum())
 
 
+def test_random_boxes_reach_every_border():
+    left, top, w, h = random_boxes(3, 3, 400).T
+    assert {0, 1, 2} == set(left[w == 1].tolist()) == set(top[h == 1].tolist())
+    assert {0, 1} == set(left[w == 2].tolist()) == set(top[h == 2].tolist())
+
+
 @pytest.mark.parametrize(
     "width, height, aspect, centre",
     [
@@ -1047,6 +1073,16 @@ def test_a_tar_that_is_cut_gives_the_samples_before_the_cut(tmp_path, capsys):
     assert batch["labels"].tolist() == [*range(7), -1, -1, -1, -1, -1]
     (line,) = batch["bad"]
     assert line.startswith(f"{cut}:00007: ")
+
+
+def test_a_label_that_is_cut_is_not_taken_for_another(tmp_path):
+    members = [("a.cls", b"12"), ("a.png", tile(0)), ("b.png", tile(1)), ("b.cls", b"12")]
+    path = write_tar(tmp_path / "a.tar", members)
+    with tarfile.open(path) as tar:
+        offset = tar.getmember("b.cls").offset_data
+    os.truncate(path, offset + 1)  # a 1 is left of it
+    batch = data.Batches(data.open_source(path), (4, 4), 3, 2)[0]
+    assert batch["labels"].tolist() == [12, -1] and batch["weight"].tolist() == [1, 0]
 
 
 def test_a_damaged_header_is_said_and_gives_the_samples_before_it(tmp_path, capsys):

@@ -306,7 +306,7 @@ def test_vit_is_the_reference_transformer():
 
 @pytest.mark.parametrize(
     "image_size, patch, nearest",
-    [((30, 50), 16, "32x48"), (10, 16, "16x16"), ((64, 5), 8, "64x8"), ((225, 224), 14, "224x224")],
+    [((30, 50), 16, "32x48"), (10, 16, "16x16"), ((64, 3), 8, "64x8"), ((225, 224), 14, "224x224")],
 )
 def test_an_image_that_patches_do_not_divide_is_refused_with_the_nearest_size(
     image_size, patch, nearest

@@ -1,4 +1,4 @@
-"""data.Order at the paper's scale: microseconds per sample and memory of one process of many.
+"""data.Order at the paper's scale: CPU microseconds per sample and memory of one process of many.
 
     python tests/bench/order.py
 
@@ -30,8 +30,8 @@ def build(samples, shards, lanes, weighted):
     sizes[: samples - sizes.sum()] += 1
     if not weighted:
         return sizes, None, data.Order(sizes, lanes=lanes)
-    # From 0 to 3, 1 on average; the same table for all shards, so that totals cost nothing.
-    table = np.random.default_rng(1).integers(0, data.WEIGHT + 1, sizes.max())
+    # Quarters from 0 to 3, 1 on average; one table for all shards, so that totals cost nothing.
+    table = np.random.default_rng(1).integers(0, 5, sizes.max()) * (data.WEIGHT // 4)
     totals = np.cumsum(table)[sizes - 1] * (1 + np.arange(shards) % 3)
 
     def weights(shard):
@@ -50,19 +50,19 @@ def positions(count, first, process, processes):
 def measure(options, weighted):
     """(seconds to build, median seconds per sample, peak bytes, samples in an epoch)."""
     arguments = options.samples, options.shards, options.lanes, weighted
-    began = time.perf_counter()
+    began = time.process_time()
     _, _, order = build(*arguments)
-    built = time.perf_counter() - began
+    built = time.process_time() - began
     rates = []
     for repeat in range(5):  # stretches in different places, the last one over an epoch's end
         first = order.length * (repeat + 1) // (10 * options.processes)
         if repeat == 4:
             first = (order.length - options.positions) // (2 * options.processes)
         mine = list(positions(options.positions // 5, first, 123, options.processes))
-        began = time.perf_counter()
+        began = time.process_time()
         for position in mine:
             order(position)
-        rates.append((time.perf_counter() - began) / len(mine))
+        rates.append((time.process_time() - began) / len(mine))
     del order
     tracemalloc.start()
     _, _, order = build(*arguments)
@@ -73,12 +73,12 @@ def measure(options, weighted):
     return built, statistics.median(rates), peak, order.length
 
 
-def count(weighted, processes=8, epochs=4):
-    """Draws of samples that are not what was promised, over some whole epochs of a small order."""
-    sizes, weights, order = build(6_000, 300, 24, weighted)
+def count(weighted, processes=8, epochs=20):
+    """(samples drawn too rarely or too often in an epoch, draws) of a small order."""
+    sizes, weights, order = build(1_500, 100, 24, weighted)
     draws = Counter()
     for process in range(processes):
-        _, _, order = build(6_000, 300, 24, weighted)  # every process has its own
+        _, _, order = build(1_500, 100, 24, weighted)  # every process has its own
         for position in positions(epochs * order.length, 0, process, processes):
             if position < epochs * order.length:
                 draws[position // order.length, *order(position)] += 1
