@@ -1,6 +1,6 @@
 """Where samples come from, in what order, and how they become tensors.
 
-    open_source       one --data string: "toy", a folder of pictures, or tar shards
+    open_sources      one --data string: "toy", a folder of pictures, or tar shards
     Order             position -> sample: a pure function of (seed, epoch, position), in lanes
     Batches, loader   samples -> uint8 tensors, made in worker processes
     normalize         uint8 -> float, on the device
@@ -173,26 +173,33 @@ class Order:
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
-def open_source(data, split="train", size=(64, 64), classes=None):
-    """The source behind a --data string, or None if it has no such split.
+def open_sources(data, val_data=None, size=(64, 64)):
+    """(source to train on, source to measure on or None) behind --data and --val-data.
 
     data     "toy"; a folder of pictures; or tar shards: a path, a glob, or {00000..00099} braces
-    split    "train" or "val". toy has both, and so has a folder with train/ and val/ in it
-    size     (height, width) of toy pictures
-    classes  the train split's class names: a val split must know no others
+    size     (height, width) that pictures will have: the toy world is drawn for it
 
-    Raises ValueError with one line that says what to do.
+    Without val_data, toy has its own, and so has a folder with train/ and val/ in it. Raises
+    ValueError with one line that says what to do.
     """
+    if data == "toy" and not val_data:
+        return Toy("train", size), Toy("val", size)
+    if not val_data and all(os.path.isdir(os.path.join(data, name)) for name in ("train", "val")):
+        data, val_data = os.path.join(data, "train"), os.path.join(data, "val")
+    train = open_source(data, size)
+    return train, open_source(val_data, size, train.classes) if val_data else None
+
+
+def open_source(data, size, classes=None):
+    """One source. classes: the names that are known, when it must have no others."""
     if data == "toy":
-        return Toy(split, size)
+        return Toy("train", size)
     if os.path.isdir(data):
-        if os.path.isdir(os.path.join(data, "train")) and os.path.isdir(os.path.join(data, "val")):
-            return Folder(os.path.join(data, split), classes)
-        return Folder(data, classes) if split == "train" else None
+        return Folder(data, classes)
     if not data.endswith(".tar") and not re.search(r"[*?\[{]", data):
         state = "is not a folder or a .tar" if os.path.exists(data) else "does not exist"
         raise ValueError(f"{data} {state}: --data wants toy, a folder of pictures or tar shards")
-    return Shards(data) if split == "train" else None
+    return Shards(data)
 
 
 class Toy:
@@ -403,7 +410,7 @@ def index_shards(paths, classes=None):
     The tables returned are those that could not be written beside their shards.
     """
     entries, tables = {}, {}
-    for path in tqdm(paths, desc="indexing shards", unit=" shards", disable=len(paths) < 20):
+    for path in tqdm(paths, desc="indexing shards", unit=" shards", disable=None):
         status = os.stat(path)
         table = scan_tar(path)
         entries[path] = {
@@ -972,7 +979,7 @@ def pack(folder, pattern, short_side=None, shard_size=None):
     written = []
     with (
         ThreadPoolExecutor() as threads,  # Pillow works outside Python's lock
-        tqdm(total=len(source.paths), desc="packing", unit=" pictures") as bar,
+        tqdm(total=len(source.paths), desc="packing", unit=" pictures", disable=None) as bar,
     ):
         for number, paths in enumerate(groups):
             shard = pattern % number

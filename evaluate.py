@@ -377,10 +377,7 @@ def main(argv=None):
         model, line = load_model(run.checkpoint, run.task, device)
         print(line)
         size = models.pair(model.config["image_size"])
-        train = data.open_source(run.data, "train", size)
-        val = data.open_source(
-            run.val_data or run.data, "train" if run.val_data else "val", size, train.classes
-        )
+        train, val = data.open_sources(run.data, run.val_data, size)
         if val is None and run.task in ("knn", "fewshot"):
             raise ValueError(
                 f"{run.data} has no train/ and val/: give the val pictures as --val-data"

@@ -51,6 +51,10 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser("mae_pretrain.py", allow_abbrev=False, description="Stage 1.")
     add = parser.add_argument_group("data").add_argument
     add("--data", help="a folder of pictures, tar shards (path, glob, {000..099}), or toy (toy)")
+    add(
+        "--val-data",
+        help="pictures to measure on (DATA/val if there is one, else held out of DATA)",
+    )
     add("--image-size", type=height_and_width, help="side or HEIGHTxWIDTH (224; toy size: 48)")
     add("--channels", type=int, help="to read pictures with: 1 grey, 3 RGB, 4 RGBA (3)")
     add("--min-crop", type=float, default=0.2, help="least area of a random crop; 1: no crop (0.2)")
@@ -125,8 +129,7 @@ def prepare(run):
     # --------------------------------------------------------------------------------------- data
     run.weights, run.config = settle_config(run)
     size, channels = models.pair(run.config["image_size"]), run.config["channels"]
-    run.source = data.open_source(run.data or "toy", "train", size)
-    val = data.open_source(run.data or "toy", "val", size, run.source.classes)
+    run.source, val = data.open_sources(run.data or "toy", run.val_data, size)
     if val:
         run.held_out = data.Slice(val, 0, min(HELD_OUT, int(val.sizes.sum())))
     else:
@@ -229,7 +232,8 @@ def train(run):
     flops, (peak, chip) = 3 * models.flops_per_image(model), models.peak_flops(device)
     pieces = run.batch_size // run.processes // run.micro_batch
     say(
-        f"data     {run.source.identity}{'' if run.data else ' (no --data was given)'}\n"
+        f"data     {run.source.identity}{'' if run.data else ' (no --data was given)'}; "
+        f"{run.held_out.sizes.sum()} others to measure on\n"
         f"model    {run.config['size']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M "
         f"parameters with the decoder, {flops / 1e9:.2f} GFLOP an image\n"
         f"batch    {run.batch_size} = {run.processes} processes x {pieces} x {run.micro_batch} images\n"
@@ -382,7 +386,7 @@ def finish(run, weights):
     if run.source.classes and run.held_out.sizes.sum():
         sources = (run.source, run.held_out)
         evaluate.print_probe(weights, run.config, *sources, "mean", run.seed, workers=run.workers)
-    where = run.data or "toy"
+    where = f"{run.data or 'toy'}" + (f" --val-data {run.val_data}" if run.val_data else "")
     print(f"next: python evaluate.py --task knn --checkpoint {out / 'model.pt'} --data {where}")
 
 
