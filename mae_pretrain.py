@@ -56,10 +56,17 @@ def parse_arguments(argv):
         help="pictures to measure on (DATA/val if there is one, else held out of DATA)",
     )
     add("--image-size", type=height_and_width, help="side or HEIGHTxWIDTH (224; toy size: 48)")
-    add("--channels", type=int, help="to read pictures with: 1 grey, 3 RGB, 4 RGBA (3)")
-    add("--min-crop", type=float, default=0.2, help="least area of a random crop; 1: no crop (0.2)")
+    add("--channels", type=positive(int), help="to read pictures with: 1 grey, 3 RGB, 4 RGBA (3)")
     add(
-        "--lanes", type=int, help="streams that the order is dealt to (48, or as few as the shards)"
+        "--min-crop",
+        type=positive(float),
+        default=0.2,
+        help="least area of a random crop; 1: no crop (0.2)",
+    )
+    add(
+        "--lanes",
+        type=positive(int),
+        help="streams that the order is dealt to (48, or as few as the shards)",
     )
     add("--workers", type=int, help="loader processes per training process (the cores left)")
     add(
@@ -67,18 +74,22 @@ def parse_arguments(argv):
     )
     add = parser.add_argument_group("model").add_argument
     add("--size", help=f"{' '.join(models.SIZES)}, or WIDTHxLAYERSxHEADS (toy)")
-    add("--patch-size", type=int, help="side of a patch (the size's own)")
+    add("--patch-size", type=positive(int), help="side of a patch (the size's own)")
     add("--decoder", type=models.triple, help="WIDTHxLAYERSxHEADS (512x8x16; toy, T: smaller)")
     add("--mask-ratio", type=float, help="share of the patches that is hidden (0.75)")
     add("--raw-pixels", action="store_true", help="predict raw pixels, not normalised patches")
     add("--init", help="weights to start from: a model.pt or a public MAE checkpoint")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch-size", type=int, help="global, over all processes (4096; toy size: 32)")
-    add("--micro-batch", type=int, help="images at once on a process (what should fit)")
-    add("--steps", type=int, help="length of the run; or give --epochs, or --samples")
-    add("--epochs", type=float, help="(1600, but at most 5e9 samples)")
-    add("--samples", type=float, help="(toy size: 48,000)")
-    add("--lr", type=float, help="peak (1.5e-4 for 256 images of the batch; toy size: 8e-3)")
+    add("--batch-size", type=positive(int), help="global, over all processes (4096; toy size: 32)")
+    add("--micro-batch", type=positive(int), help="images at once on a process (what should fit)")
+    add("--steps", type=positive(int), help="length of the run; or give --epochs, or --samples")
+    add("--epochs", type=positive(float), help="(1600, but at most 5e9 samples)")
+    add("--samples", type=positive(float), help="(toy size: 48,000)")
+    add(
+        "--lr",
+        type=positive(float),
+        help="peak (1.5e-4 for 256 images of the batch; toy size: 8e-3)",
+    )
     add("--warmup", type=float, default=0.05, help="share of the steps (0.05)")
     add("--weight-decay", type=float, default=0.05, help="not of 1-D parameters (0.05)")
     add("--seed", type=int, default=0, help="of weights, order, crops and masks (0)")
@@ -88,12 +99,25 @@ def parse_arguments(argv):
     add("--precision", choices=("bf16", "fp32"), help="of the compute (CUDA: bf16, else fp32)")
     add("--compile", action="store_true", help="torch.compile every block")
     add("--checkpoint-activations", action="store_true", help="less memory, a third more compute")
-    add("--log-every", type=int, default=50, help="steps between step lines (50)")
-    add("--save-every", type=int, help="steps between checkpoints (a tenth, at most 1000)")
+    add("--log-every", type=positive(int), default=50, help="steps between step lines (50)")
+    add(
+        "--save-every", type=positive(int), help="steps between checkpoints (a tenth, at most 1000)"
+    )
     add("--plan", action="store_true", help="print what the run takes, and exit")
-    add("--gpus", type=int, help="processes to plan for (as many as run now)")
+    add("--gpus", type=positive(int), help="processes to plan for (as many as run now)")
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     return parser.parse_args(argv)
+
+
+def positive(kind):
+    """An argument type: a number of this kind above 0."""
+
+    def number(text):
+        if not kind(text) > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return kind(text)
+
+    return number
 
 
 def height_and_width(text):
@@ -109,7 +133,7 @@ def fail(message, status=2):
 
 
 def prepare(run):
-    """Settle in `run` what its arguments leave open, and open the data. Nothing is written.
+    """Settle in `run` what its arguments leave open, open the data, make --out.
 
     Raises ValueError or OSError, one line on what to do, when something cannot be used.
     """
@@ -158,6 +182,8 @@ def prepare(run):
     run.held_out_batches = data.Batches(run.held_out, size, channels, pairs, **dealt)
 
     # The paper trains 1600 epochs on ImageNet-1k, and on 5 billion samples of its own data.
+    if sum(length is not None for length in (run.steps, run.epochs, run.samples)) > 1:
+        raise ValueError("give one of --steps, --epochs and --samples")
     if run.steps is None:
         epochs = run.epochs and run.epochs * order.length
         samples = epochs or run.samples or samples or min(1600 * order.length, 5e9)
@@ -168,6 +194,10 @@ def prepare(run):
     run.identity = {"data": run.source.identity, "lanes": order.lanes, "init": run.init}
     run.identity |= {name: getattr(run, name) for name in same} | {"model": run.config}
     run.checkpoint = models.find_checkpoint(run.out, run.resume, run.identity)
+    if not run.plan:
+        Path(run.out).mkdir(parents=True, exist_ok=True)
+        if not os.access(run.out, os.W_OK):
+            raise ValueError(f"{run.out} cannot be written to: choose another --out")
 
 
 def settle_config(run):
@@ -223,7 +253,6 @@ def train(run):
         record = models.load_checkpoint(run.checkpoint, model, optimizer)
         first_step, bad = record["step"], record["bad"]
     if run.process == 0:
-        out.mkdir(parents=True, exist_ok=True)
         config = {"stage": "mae_pretrain", "command": sys.argv, **run.identity}
         models.write_text(out / "config.json", json.dumps(config, indent=1))
         models.cut_metrics(out, run.checkpoint, first_step)
@@ -326,10 +355,7 @@ def train(run):
         # ----------------------------------------------------------------------------------- save
         if saving or stopping:
             record = {"identity": run.identity, "samples": done * run.batch_size, "bad": bad}
-            try:
-                models.save_checkpoint(out / "checkpoints", done, model, optimizer, record)
-            except OSError as error:
-                fail(f"{error}. The checkpoint before it is whole: make room and run again", 1)
+            models.save_checkpoint(out / "checkpoints", done, model, optimizer, record)
         if stopping:
             break
     bar.close()
@@ -399,9 +425,11 @@ def main(argv=None):
     if run.plan:
         processes, recompute = run.gpus or run.processes, run.checkpoint_activations
         shape = (run.steps, run.batch_size, run.micro_batch, processes, run.precision, recompute)
-        models.print_plan(run.model, *shape)
-    else:
+        return models.print_plan(run.model, *shape)
+    try:
         train(run)
+    except OSError as error:  # disk full, most likely
+        fail(f"{error}. The last checkpoint in {run.out} is whole: the same command goes on", 1)
 
 
 if __name__ == "__main__":

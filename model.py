@@ -480,7 +480,7 @@ def training_memory(model, processes, micro_batch, precision, recompute=False):
 
 
 def fitting_batch(model, images, device, precision, recompute):
-    """The largest divisor of `images` whose activations should fit: in half a GPU, or 4 GB of RAM."""
+    """The largest divisor of `images` whose activations should fit in half a GPU, or in 4 GB."""
     memory = 4e9
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory / 2
@@ -717,7 +717,8 @@ def save_checkpoint(folder, step, model, optimizer, record, keep=2):
                 shutil.rmtree(old)
     except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"cannot save {final}: {error}") from error
+        reason = str(error).strip().splitlines()[-1]  # DCP's are a whole traceback
+        raise OSError(f"cannot save {final}: {reason}") from error
     barrier()
 
 

@@ -117,6 +117,11 @@ class Memory:
         return f"memory:{shard}:{index}"
 
 
+def opened(where):
+    """The source to train on behind a --data string."""
+    return data.open_sources(str(where))[0]
+
+
 def everything(source):
     """[(name, class, pixels)] of all samples of a source, in order."""
     samples = []
@@ -325,6 +330,8 @@ def test_seeds_and_epochs_give_different_orders():
     first = data.Order(UNEVEN, seed=0)
     streams = [stream(first, 0, count), stream(first, count, 2 * count)]
     streams.append(stream(data.Order(UNEVEN, seed=1), 0, count))
+    alone = [stream(data.Order([64], seed=seed), 0, 64) for seed in range(3)]  # nothing but a block
+    assert alone[0] != alone[1] != alone[2] != alone[0]
     for i, one in enumerate(streams):
         for other in streams[:i]:  # a handful may agree by chance
             assert sum(a == b for a, b in zip(one, other)) < count / 20
@@ -436,6 +443,15 @@ def test_fractional_weights_are_rounded_up_or_down_and_right_on_average():
         assert abs(total[sample] / epochs - weight) <= limit
 
 
+def test_a_weight_of_zero_is_never_drawn_even_where_a_point_falls_on_its_edge():
+    """65,536 pairs of weights 0 and 1 / 65,536: every point lies on the edge of a pair."""
+    totals = np.ones(data.WEIGHT, dtype=np.int64)
+    order = data.Order(totals * 2, seed=1, totals=totals, weights=lambda shard: np.array([0, 1]))
+    assert order.length == 1
+    drawn = stream(order, 0, 5)
+    assert {index for _, index in drawn} == {1} and len({shard for shard, _ in drawn}) == 5
+
+
 def test_weights_that_do_not_add_up_to_a_whole_number():
     """The epoch is the sum rounded down, so one draw in all may be missing, never one too many."""
     weights = Weights([[0.5, 1, 0.7], [0.3, 2], [1.1]])
@@ -501,6 +517,11 @@ def test_memory_grows_with_the_shards_only(shards, size, lanes):
     assert peak < 2**20 * 25
 
 
+def test_there_are_48_lanes_or_as_many_as_shards():
+    assert data.Order([20] * 100).lanes == 48
+    assert data.Order([20] * 5).lanes == 5
+
+
 def test_no_samples_is_an_error():
     for sizes in ([], [0, 0]):
         with pytest.raises(ValueError, match="no samples") as error:
@@ -531,6 +552,9 @@ def test_the_global_batch_is_the_same_for_any_processes_and_workers(processes, w
         list(data.loader(training_batches(process, processes), STEPS, workers))
         for process in range(processes)
     ]
+    for process, part in enumerate(parts):  # pairs stay together: mixup mixes 2i and 2i + 1
+        for batch in part:
+            assert (batch["positions"] // 2 % processes == process).all()
     for step, whole in zip(STEPS, expected):
         positions = torch.cat([part[step]["positions"] for part in parts])
         assert positions.sort().values.tolist() == list(range(step * 12, step * 12 + 12))
@@ -612,7 +636,7 @@ def test_workers_that_are_spawned_get_the_same_batches(tmp_path):
     write_tar(tmp_path / "a.tar", members_of(range(10)))
     write_files(tmp_path / "folder", {f"{i}.png": tile(i) for i in range(10)})
     for where in (tmp_path / "a.tar", tmp_path / "folder", "toy"):
-        source = data.open_source(str(where))
+        source = opened(where)
         batches = training_batches(source=source)
         batches[0]  # opens files, fills caches
         same_batch(pickle.loads(pickle.dumps(batches))[1], batches[1])
@@ -878,7 +902,7 @@ def test_the_flip_is_a_flip_and_comes_half_of_the_time():
 
 
 def test_min_crop_1_takes_the_centre():
-    content = encoded(painting(16, 40))
+    content = encoded(painting(20, 24))
     centre = decoded(content, (8, 8))
     for position in range(10):
         view = decoded(content, (8, 8), 3, data.random_bits(23, 0, 0, position, data.VIEW), 1)
@@ -1020,10 +1044,10 @@ def test_bad_files_in_a_folder_keep_their_positions(tmp_path):
         "b/bomb.png": BOMB,
     }
     whole = {name: tile(i) for i, name in enumerate([*broken, "b/gone.jpg"])}
-    good = data.open_source(write_files(tmp_path / "good", fine | whole))
+    good = opened(write_files(tmp_path / "good", fine | whole))
     folder = write_files(tmp_path / "bad", fine | broken)
     os.symlink("/no/such/file", f"{folder}/b/gone.jpg")
-    bad = data.open_source(folder)
+    bad = opened(folder)
     names = [f"{folder}/{name}" for name in whole]
     compare_with_bad(good, bad, names)
     batch = data.Batches(bad, (8, 8), 3, 19)[0]
@@ -1048,13 +1072,13 @@ def test_bad_members_of_a_shard_keep_their_positions(tmp_path):
     write_tar(good, members({}))
     write_tar(bad, members(broken))
     keys = sorted({name[:5] for name in broken})
-    sources = data.open_source(good), data.open_source(bad)
+    sources = opened(good), opened(bad)
     compare_with_bad(*sources, [f"{bad}:{key}" for key in keys])
 
 
 def test_a_missing_label_is_unknown_and_not_bad(tmp_path):
     members = [member for member in members_of(range(4)) if member[0] != "00002.cls"]
-    source = data.open_source(write_tar(tmp_path / "a.tar", members))
+    source = opened(write_tar(tmp_path / "a.tar", members))
     batch = data.Batches(source, (4, 4), 3, 4)[0]
     assert batch["labels"].tolist() == [0, 1, -1, 3] and batch["weight"].tolist() == [1] * 4
 
@@ -1064,9 +1088,7 @@ def test_a_tar_that_is_cut_gives_the_samples_before_the_cut(tmp_path, capsys):
     with tarfile.open(whole) as tar:
         member = tar.getmember("00007.png")
     os.truncate(cut, member.offset_data + member.size // 2)  # in the middle of a picture
-    expected, batch = (
-        data.Batches(data.open_source(path), (4, 4), 3, 12)[0] for path in (whole, cut)
-    )
+    expected, batch = (data.Batches(opened(path), (4, 4), 3, 12)[0] for path in (whole, cut))
     assert "cut" in capsys.readouterr().out
     assert batch["weight"].tolist() == [1] * 7 + [0] * 5
     assert torch.equal(batch["images"][:7], expected["images"][:7])
@@ -1081,7 +1103,7 @@ def test_a_label_that_is_cut_is_not_taken_for_another(tmp_path):
     with tarfile.open(path) as tar:
         offset = tar.getmember("b.cls").offset_data
     os.truncate(path, offset + 1)  # a 1 is left of it
-    batch = data.Batches(data.open_source(path), (4, 4), 3, 2)[0]
+    batch = data.Batches(opened(path), (4, 4), 3, 2)[0]
     assert batch["labels"].tolist() == [12, -1] and batch["weight"].tolist() == [1, 0]
 
 
@@ -1092,11 +1114,11 @@ def test_a_damaged_header_is_said_and_gives_the_samples_before_it(tmp_path, caps
     with open(path, "r+b") as file:
         file.seek(header)
         file.write(b"\xff" * 512)
-    source = data.open_source(path)
+    source = opened(path)
     assert source.sizes.tolist() == [7] and len(everything(source)) == 7
     assert f"byte {header}" in capsys.readouterr().out
     whole = write_tar(tmp_path / "whole.tar", members_of(range(12)))
-    data.open_source(whole)
+    opened(whole)
     assert capsys.readouterr().out == ""  # nothing is said of a tar in order
 
 
@@ -1124,9 +1146,9 @@ def test_whatever_a_decoder_raises_is_one_line():
 
 def test_a_damaged_index_file_is_not_fatal(tmp_path):
     path = write_tar(tmp_path / "a.tar", members_of(range(4)))
-    data.open_source(path)
+    opened(path)
     os.truncate(f"{path}.index", 100)
-    batch = data.Batches(data.open_source(path), (4, 4), 3, 4)[0]
+    batch = data.Batches(opened(path), (4, 4), 3, 4)[0]
     assert len(batch["bad"]) == (batch["weight"] == 0).sum()
     assert all(line.startswith(path) for line in batch["bad"])
 
@@ -1138,25 +1160,25 @@ def test_a_flat_folder_has_no_classes(tmp_path):
     names = ["a.jpg", "B.JPG", "c.Png", "d.webp", "e.jpeg", "f.tiff"]
     ignored = [".hidden.jpg", "notes.txt", "jpg", "x.jpg.part", ".thumbnails/a.jpg"]
     folder = write_files(tmp_path, {name: tile(i) for i, name in enumerate(names + ignored)})
-    source = data.open_source(folder)
+    source = opened(folder)
     assert source.classes is None and source.sizes.sum() == len(names)
     found = everything(source)
     assert sorted(name for name, _, _ in found) == sorted(f"{folder}/{name}" for name in names)
     assert {label for _, label, _ in found} == {-1}
-    assert data.open_source(folder, "val") is None
-    assert everything(data.open_source(folder + "/")) == found
+    assert data.open_sources(folder)[1] is None
+    assert everything(opened(folder + "/")) == found
 
 
 def test_pictures_beside_class_folders_mean_no_classes(tmp_path):
     names = ["cat/a.png", "dog/b.png", "c.png", "one/two/three.png"]
-    source = data.open_source(write_files(tmp_path, {name: tile(1) for name in names}))
+    source = opened(write_files(tmp_path, {name: tile(1) for name in names}))
     assert source.classes is None and len(everything(source)) == 4
 
 
 def test_class_folders_are_the_first_level(tmp_path):
     names = ["dog/a.png", "cat/deep/deeper/b.png", "cat/c.png", "emu/d.png", "dog/a/a.png"]
     folder = write_files(tmp_path, {name: tile(i) for i, name in enumerate(names)})
-    source = data.open_source(folder)
+    source = opened(folder)
     assert source.classes == ["cat", "dog", "emu"]
     labels = {os.path.relpath(name, folder): label for name, label, _ in everything(source)}
     assert labels == dict(zip(names, [1, 0, 0, 2, 1]))
@@ -1168,35 +1190,59 @@ def test_the_order_of_a_folder_is_mixed_and_depends_on_the_paths_alone(tmp_path)
     two = write_files(tmp_path / "elsewhere" / "two", {name: tile(1) for name in names[::-1]})
     orders = []
     for folder in (one, two):
-        samples = everything(data.open_source(folder))
+        samples = everything(opened(folder))
         orders.append([os.path.relpath(name, folder) for name, _, _ in samples])
         half = sum(label for _, label, _ in samples[:100])
         assert abs(half - 50) < 5 * 3.54  # 5 sigma of drawing 100 of 200 without replacement
     assert orders[0] == orders[1] and sorted(orders[0]) == names
 
 
-def test_train_and_val_of_a_folder_share_their_classes(tmp_path):
+def relative_labels(source, folder):
+    return {os.path.relpath(name, folder): label for name, label, _ in everything(source)}
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_train_and_val_of_a_folder_share_their_classes(tmp_path, named):
+    """Found as train/ and val/ of one folder, or named as --data and --val-data."""
     names = ["train/cat/a.png", "train/dog/b.png", "train/emu/c.png", "val/dog/d.png"]
     folder = write_files(tmp_path, {name: tile(i) for i, name in enumerate(names)})
-    train = data.open_source(folder)
-    assert train.classes == ["cat", "dog", "emu"] and train.sizes.sum() == 3
-
-    def val_labels():
-        val = data.open_source(folder, "val", classes=train.classes)
-        assert val.classes == train.classes
-        return {os.path.relpath(name, folder): label for name, label, _ in everything(val)}
-
-    assert val_labels() == {"val/dog/d.png": 1}
+    flags = (f"{folder}/train", f"{folder}/val") if named else (folder,)
+    train, val = data.open_sources(*flags)
+    assert train.classes == val.classes == ["cat", "dog", "emu"] and train.sizes.sum() == 3
+    assert relative_labels(val, folder) == {"val/dog/d.png": 1}
     write_files(folder, {"val/emu/e.png": tile(4)})
-    assert val_labels() == {"val/dog/d.png": 1, "val/emu/e.png": 2}
+    _, val = data.open_sources(*flags)
+    assert relative_labels(val, folder) == {"val/dog/d.png": 1, "val/emu/e.png": 2}
     write_files(folder, {"val/yak/f.png": tile(5)})
     with pytest.raises(ValueError, match="yak") as error:
-        data.open_source(folder, "val", classes=train.classes)
+        data.open_sources(*flags)
     one_line(error)
 
 
+def test_val_data_takes_the_place_of_a_folders_own_val(tmp_path):
+    names = ["train/cat/a.png", "train/dog/b.png", "val/dog/c.png", "val/cat/d.png"]
+    folder = write_files(tmp_path / "pets", {name: tile(i) for i, name in enumerate(names)})
+    other = write_files(tmp_path / "other", {"dog/e.png": tile(5), "cat/f.png": tile(6)})
+    train, val = data.open_sources(folder, other)
+    assert relative_labels(train, folder) == {"train/cat/a.png": 0, "train/dog/b.png": 1}
+    assert relative_labels(val, other) == {"cat/f.png": 0, "dog/e.png": 1}
+
+
+def test_val_shards_with_other_class_numbers_are_refused(tmp_path):
+    """Packed on their own, so that their dog is class 0 and train's is class 1."""
+    train = {f"{kind}/{i}.png": tile(i) for kind in ("cat", "dog", "emu") for i in range(2)}
+    val = {f"{kind}/{i}.png": tile(i) for kind in ("dog", "emu") for i in range(2)}
+    for name, files in (("train", train), ("val", val)):
+        folder = write_files(tmp_path / name, files)
+        data.pack(folder, f"{tmp_path}/{name}-shards/s-%d.tar", shard_size=9)
+    for where in ("train", "train-shards/s-0.tar"):
+        with pytest.raises(ValueError, match="class") as error:
+            data.open_sources(f"{tmp_path}/{where}", f"{tmp_path}/val-shards/s-0.tar")
+        one_line(error)
+
+
 def test_toy_has_both_splits_and_no_number_in_common():
-    train, val = (data.open_source("toy", split, (30, 48)) for split in ("train", "val"))
+    train, val = data.open_sources("toy", size=(30, 48))
     assert train.classes == val.classes and len(train.classes) == 10
     numbers = [
         {int(source.name(shard, 0).split(":")[1]) for shard in range(len(source.sizes))}
@@ -1234,7 +1280,7 @@ def test_wrong_data_is_one_line_that_names_it(tmp_path, monkeypatch, where, expe
         write_tar(f"a-{number:03}.tar", members_of([number]))
     write_tar("texts.tar", [("a.txt", b"hello"), ("b.json", b"{}")])
     with pytest.raises(ValueError) as error:
-        data.open_source(where)
+        opened(where)
     assert expected in one_line(error)
 
 
@@ -1243,9 +1289,7 @@ def test_globs_braces_and_commas_expand_in_order(tmp_path):
         write_tar(tmp_path / f"{name}.tar", members_of([0]))
 
     def names(pattern):
-        return [
-            os.path.basename(path)[:-4] for path in data.open_source(f"{tmp_path}/{pattern}").paths
-        ]
+        return [os.path.basename(path)[:-4] for path in opened(f"{tmp_path}/{pattern}").paths]
 
     for _ in range(2):  # the second time beside the index files
         assert names("a-*.tar") == ["a-08", "a-09", "a-10", "a-11"]
@@ -1292,17 +1336,17 @@ def test_shards_hold_what_tarfile_finds(tmp_path, capsys, kind):
         members += [(f"{key}.png", tile(number)), (f"{key}.cls", str(number).encode())]
         members += [(f"{key}.json", b"{}")]
         if number == 1:
-            members += [("notes.txt", b"hello"), ("x/", b""), ("only.json", b"{}")]
+            members += [("notes.txt", b"hello"), ("folder.png/", b""), ("only.json", b"{}")]
             members += [(".hidden.png", tile(99)), ("folder/.cls", b"3"), ("README", b"none")]
             members += [("label-first.cls", b"8\n"), ("label-first.png", tile(50))]
             members += [("no-label.PNG", tile(51)), ("many.dots.in.it.png", tile(52))]
     path = write_tar(tmp_path / "a.tar", members, format=FORMATS[kind])
     expected = by_tarfile(path)
     assert len(expected) == len(STRANGE[kind]) + 4
-    source = data.open_source(path)
+    source = opened(path)
     assert everything(source) == expected
     assert "left out" in capsys.readouterr().out
-    assert everything(data.open_source(path)) == expected  # and from the index
+    assert everything(opened(path)) == expected  # and from the index
 
 
 @pytest.fixture
@@ -1318,7 +1362,7 @@ def shards(tmp_path):
 
 def test_samples_of_many_shards_come_in_order(shards):
     folder, pattern = shards
-    source = data.open_source(pattern)
+    source = opened(pattern)
     assert source.sizes.tolist() == [7, 0, 1, 12, 3] and source.classes is None
     expected = [sample for path in sorted(folder.glob("*.tar")) for sample in by_tarfile(path)]
     assert everything(source) == expected
@@ -1327,7 +1371,7 @@ def test_samples_of_many_shards_come_in_order(shards):
 
 def test_the_index_is_written_beside_and_nothing_is_extracted(shards, monkeypatch):
     folder, pattern = shards
-    samples = everything(data.open_source(pattern))
+    samples = everything(opened(pattern))
     tars = [f"s-{number:02}.tar" for number in range(5)]
     indexes = [f"{name}.index" for name in tars]
     assert sorted(os.listdir(folder)) == sorted([*tars, *indexes, "index.json"])
@@ -1340,19 +1384,19 @@ def test_the_index_is_written_beside_and_nothing_is_extracted(shards, monkeypatc
 
     times = [(folder / name).stat().st_mtime_ns for name in indexes]
     monkeypatch.setattr(tarfile, "open", refuse)
-    assert everything(data.open_source(pattern)) == samples
+    assert everything(opened(pattern)) == samples
     assert [(folder / name).stat().st_mtime_ns for name in indexes] == times
 
 
 def test_a_shard_that_was_replaced_is_noticed(shards):
     folder, pattern = shards
     path = folder / "s-03.tar"
-    data.open_source(pattern)
+    opened(pattern)
     for numbers in (range(80, 85), range(90, 95)):  # another size first, then the same one
         before = path.stat()
         write_tar(path, members_of(numbers))
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1000))
-        source = data.open_source(pattern)
+        source = opened(pattern)
         assert source.sizes.tolist() == [7, 0, 1, 5, 3]
         assert [source.name(3, i)[-5:] for i in range(5)] == [f"{n:05}" for n in numbers]
         assert everything(source) == [
@@ -1362,10 +1406,10 @@ def test_a_shard_that_was_replaced_is_noticed(shards):
 
 def test_a_missing_index_file_is_written_again(shards):
     folder, pattern = shards
-    samples = everything(data.open_source(pattern))
+    samples = everything(opened(pattern))
     for name in ("s-03.tar.index", "index.json"):
         (folder / name).unlink()
-        assert everything(data.open_source(pattern)) == samples
+        assert everything(opened(pattern)) == samples
         assert (folder / name).exists()
 
 
@@ -1375,10 +1419,10 @@ def test_a_missing_index_file_is_written_again(shards):
 )  # fmt: skip
 def test_a_damaged_index_json_is_one_line_that_says_what_to_do(shards, content):
     folder, pattern = shards
-    data.open_source(pattern)
+    opened(pattern)
     (folder / "index.json").write_text(content)
     with pytest.raises(ValueError, match="index.json is damaged.*python data.py index") as error:
-        data.open_source(pattern)
+        opened(pattern)
     one_line(error)
 
 
@@ -1395,7 +1439,7 @@ def test_a_folder_that_cannot_be_written_is_indexed_in_memory(shards, monkeypatc
 
     monkeypatch.setattr("builtins.open", read_only)
     monkeypatch.setattr(io, "open", read_only)
-    assert everything(data.open_source(pattern)) == expected
+    assert everything(opened(pattern)) == expected
     assert "read-only" in capsys.readouterr().out
     assert sorted(os.listdir(folder)) == before
 
@@ -1407,13 +1451,13 @@ def test_a_folder_where_nothing_can_be_renamed_works_too(shards, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "replace", refuse)
-    assert len(everything(data.open_source(pattern))) == 23
+    assert len(everything(opened(pattern))) == 23
     assert not list(folder.glob("*.index")) and not (folder / "index.json").exists()
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 15, 16, 17, 22])
 def test_held_out_samples_are_the_last_ones(shards, count):
-    source = data.open_source(shards[1])
+    source = opened(shards[1])
     train, held_out = data.hold_out(source, count)
     assert train.sizes.sum() == 23 - count and held_out.sizes.sum() == count
     assert everything(train) + everything(held_out) == everything(source)
@@ -1424,7 +1468,7 @@ def test_held_out_samples_are_the_last_ones(shards, count):
     "start, stop", [(0, 23), (0, 0), (7, 8), (6, 9), (8, 20), (3, 5), (22, 23)]
 )
 def test_a_slice_may_begin_and_end_anywhere(shards, start, stop):
-    source = data.open_source(shards[1])
+    source = opened(shards[1])
     part = data.Slice(source, start, stop)
     assert everything(part) == everything(source)[start:stop]
     again = data.Slice(part, 0, part.sizes.sum())
@@ -1466,9 +1510,9 @@ def test_packed_shards_hold_the_same_bytes_and_classes(pets, tmp_path, capsys):
     assert index["classes"] == ["cat", "dog"]
     # The line that it prints can be typed, and gives the same samples in the same order.
     where = re.search(r"--data '(.+)'", capsys.readouterr().out)[1]
-    source = data.open_source(where)
+    source = opened(where)
     assert source.classes == ["cat", "dog"]
-    plain = everything(data.open_source(str(folder)))
+    plain = everything(opened(folder))
     assert [sample[1:] for sample in everything(source)] == [sample[1:] for sample in plain]
 
 
@@ -1477,7 +1521,7 @@ def test_one_shard_and_flat_pictures(tmp_path, capsys):
     packed = pack(folder, tmp_path / "out-%05d.tar")
     assert packed == {"out-00000.tar": {"a.png": tile(1)}}  # and no class
     where = re.search(r"--data '(.+)'", capsys.readouterr().out)[1]
-    source = data.open_source(where)
+    source = opened(where)
     assert source.classes is None and source.read(0, 0)["class"] == -1
 
 
@@ -1503,7 +1547,7 @@ def test_an_interrupted_pack_goes_on_and_ends_the_same(pets, tmp_path):
     assert {path.name: path.read_bytes() for path in out.glob("*.tar")} == whole
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
     assert not list(out.glob("*.tmp"))
-    assert data.open_source(f"{out}/p-*.tar").sizes.sum() == 20
+    assert opened(f"{out}/p-*.tar").sizes.sum() == 20
 
 
 def test_a_shard_with_other_samples_is_not_overwritten(pets, tmp_path):
@@ -1568,10 +1612,10 @@ def test_keys_of_a_shard_are_unique_and_readable(tmp_path):
     folder = write_files(tmp_path / "names", files)
     (packed,) = pack(folder, tmp_path / "p-%d.tar", shard_size=99).values()
     assert Counter(packed.values()) == Counter(files.values())
-    source = data.open_source(f"{tmp_path}/p-0.tar")
+    source = opened(f"{tmp_path}/p-0.tar")
     assert source.sizes.tolist() == [len(names)]  # no two of them became one sample
     packed_pixels, pixels = (
-        sorted(pixels for _, _, pixels in everything(s)) for s in (source, data.open_source(folder))
+        sorted(pixels for _, _, pixels in everything(s)) for s in (source, opened(folder))
     )
     assert packed_pixels == pixels
     data.pack(folder, f"{tmp_path}/p-%d.tar", shard_size=99)  # knows its own keys again
@@ -1585,7 +1629,7 @@ def test_val_packed_after_train_keeps_the_numbers_of_the_classes(tmp_path):
     packed = pack(write_files(tmp_path / "val", val), out / "val-%d.tar", shard_size=9)
     labels = {n: int(c) for n, c in packed["val-0.tar"].items() if n.endswith(".cls")}
     assert labels == {"dog/0.cls": 1, "dog/1.cls": 1, "emu/0.cls": 2, "emu/1.cls": 2}
-    assert data.open_source(f"{out}/val-0.tar").classes == ["cat", "dog", "emu"]
+    assert opened(f"{out}/val-0.tar").classes == ["cat", "dog", "emu"]
     with pytest.raises(ValueError, match="yak") as error:
         more = write_files(tmp_path / "more", val | {"yak/1.png": tile(1)})
         data.pack(more, f"{out}/more-%d.tar")
@@ -1629,7 +1673,7 @@ def test_pack_on_the_command_line_names_what_it_cannot_scale(tmp_path):
     joined = {k: v for path in tmp_path.glob("*.tar") for k, v in tar_files(path).items()}
     assert joined["bomb.png"] == bomb
     where = re.search(r"--data '(.+)'", result.stdout)[1]
-    assert data.open_source(where).sizes.sum() == 2
+    assert opened(where).sizes.sum() == 2
 
 
 def run_main(monkeypatch, *arguments):

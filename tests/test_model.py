@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -455,19 +456,37 @@ def check_xavier_uniform(parameter):
 # ----------------------------------------------------------------------------------------- counting
 
 
-@pytest.mark.parametrize(
-    "size, millions",
-    [("B", 85.8), ("L", 303.3), ("H", 630.8), ("2B", 1890.4), ("6.5B", 6447.6)],
-)
-def test_parameter_counts(size, millions):
+# name, width, layers, heads, patch side, millions of parameters: the paper's table 8; DeiT's for T, S
+ARCHITECTURES = [
+    ("T", 192, 12, 3, 16, None),
+    ("S", 384, 12, 6, 16, None),
+    ("B", 768, 12, 12, 16, 85.8),
+    ("L", 1024, 24, 16, 16, 303.3),
+    ("H", 1280, 32, 16, 14, 630.8),
+    ("2B", 2560, 24, 32, 14, 1890.4),
+    ("6.5B", 4096, 32, 32, 14, 6447.6),
+]
+
+
+@pytest.mark.parametrize("size, width, layers, heads, patch, millions", ARCHITECTURES)
+def test_architectures(size, width, layers, heads, patch, millions):
+    with torch.device("meta"):
+        encoder = ViT(size)
+    assert encoder.num_patches == (224 // patch) ** 2
+    assert encoder.pos_embed.shape == (1, 1 + encoder.num_patches, width)
+    assert (len(encoder.blocks), encoder.blocks[0].attn.heads) == (layers, heads)
+    total = sum(p.numel() for p in encoder.parameters()) / 1e6
+    assert millions is None or round(total, 1) == millions
+
+
+@pytest.mark.parametrize("size", ["B", "L", "H", "2B", "6.5B"])
+def test_the_decoder_s_parameters(size):
     with torch.device("meta"):
         encoder, autoencoder = ViT(size), MAE(size)
-    counts = {name: p.numel() / 1e6 for name, p in autoencoder.named_parameters()}
+    counts = {name: p.numel() for name, p in autoencoder.named_parameters()}
     decoder = sum(n for name, n in counts.items() if name.startswith(("decoder", "mask")))
-    total = sum(p.numel() for p in encoder.parameters()) / 1e6
-    assert round(total, 1) == millions
-    assert sum(counts.values()) == pytest.approx(total + decoder)
-    assert 26.1 <= round(decoder, 1) <= 27.8
+    assert 26.1 <= round(decoder / 1e6, 1) <= 27.8
+    assert sum(counts.values()) == sum(p.numel() for p in encoder.parameters()) + decoder
 
 
 def counted_flops(model, train=False):
@@ -927,42 +946,67 @@ def test_a_checkpoint_is_never_removed_for_being_older_than_those_of_another_run
         assert restored(latest(folder))[1]["step"] == step
 
 
-class FullDisk:
-    """Lets the first `room` calls of os.fsync and os.replace pass, then the disk is full."""
+def before_durable_calls(monkeypatch, action):
+    """Run `action` before each os.fsync and os.replace: who writes for good calls them."""
 
-    def __init__(self, monkeypatch, room):
-        self.room = room
-        for name in ("fsync", "replace"):
-            monkeypatch.setattr(os, name, self.limited(getattr(os, name)))
-
-    def limited(self, call):
+    def preceded(call):
         def wrapper(*arguments, **keywords):
-            self.room -= 1
-            return full_disk() if self.room < 0 else call(*arguments, **keywords)
+            action()
+            return call(*arguments, **keywords)
 
         return wrapper
 
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, preceded(getattr(os, name)))
 
-def test_a_save_that_fails_anywhere_leaves_whole_checkpoints_only(saved):
+
+def check_checkpoints(folder, states):
+    """Each one in the folder is whole, and LATEST names one."""
+    steps = steps_in(folder)
+    assert int(latest(folder).name.removeprefix("step-")) in steps
+    for step in steps:
+        run, record = restored(folder / f"step-{step:08d}")
+        assert record["step"] == step and equal_states(run_state(run), states[step])
+
+
+def test_a_save_on_a_full_disk_leaves_whole_checkpoints_only(saved):
     run, folder = saved
     states = {2: run_state(run)}
     states[3] = run_state(train(run, 2, 3))
     for room in itertools.count():
+        calls = iter(range(room))
         with pytest.MonkeyPatch.context() as monkeypatch:
-            FullDisk(monkeypatch, room)
+            before_durable_calls(monkeypatch, lambda: full_disk() if next(calls, -1) < 0 else None)
             try:
                 models.save_checkpoint(folder, 3, *run, {})
                 break
             except OSError as error:
                 assert "step-00000003" in str(error)
         assert latest(folder).name == "step-00000002"
-        for step in steps_in(folder):
-            other, record = restored(folder / f"step-{step:08d}")
-            assert record["step"] == step and equal_states(run_state(other), states[step])
+        check_checkpoints(folder, states)
+        directories = [path for path in folder.iterdir() if path.is_dir()]
+        assert len(directories) == len(steps_in(folder))  # nothing else takes room
     # Tensors, their index, the record and LATEST, each written for good: so it has been tried.
     assert room >= 4
     assert steps_in(folder) == [2, 3] and latest(folder).name == "step-00000003"
-    assert equal_states(run_state(restored(latest(folder))[0]), states[3])
+    check_checkpoints(folder, states)
+
+
+def test_a_kill_at_any_instant_of_a_save_leaves_whole_checkpoints_only(
+    saved, tmp_path, monkeypatch
+):
+    """What a kill would leave, copied each time that something is about to be written for good."""
+    run, folder = saved
+    states = {2: run_state(run)}
+    copies = (tmp_path / f"copy-{number}" for number in itertools.count())
+    before_durable_calls(monkeypatch, lambda: shutil.copytree(folder, next(copies)))
+    for step in (3, 4):
+        states[step] = run_state(train(run, step - 1, step))
+        models.save_checkpoint(folder, step, *run, {})
+    left = sorted(tmp_path.glob("copy-*"))
+    assert len(left) >= 8
+    for copy in left:
+        check_checkpoints(copy, states)
 
 
 @pytest.mark.parametrize("place", ["whole", "inside"])

@@ -1,0 +1,170 @@
+"""Stage 1 as a program: its recipe, what it writes, and what it does with unusable input."""
+
+import itertools
+import json
+import math
+import resource
+import shutil
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import TINY, read_metrics, stage
+from PIL import Image
+
+import data
+import mae_pretrain
+import model as models
+
+
+def settled(*arguments):
+    """The run that these arguments lead to, before anything is written."""
+    run = mae_pretrain.parse_arguments(list(arguments))
+    mae_pretrain.prepare(run)
+    return run
+
+
+def refused(capsys, *arguments):
+    """The one line with which stage 1 refuses these arguments, with exit status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        mae_pretrain.main(list(arguments))
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("mae_pretrain.py: ")
+    return lines[0]
+
+
+def test_defaults_are_the_papers_recipe(tmp_path):
+    run = settled("--size", "B", "--out", str(tmp_path / "run"))
+    assert run.batch_size == 4096
+    assert run.lr == pytest.approx(2.4e-3)  # 1.5e-4 x 4096 / 256
+    assert (run.weight_decay, run.warmup, run.min_crop) == (0.05, 0.05, 0.2)
+    assert run.config["decoder"] == [512, 8, 16] and run.config["mask_ratio"] == 0.75
+    assert run.config["normalize_targets"] and run.config["image_size"] == [224, 224]
+    assert run.steps == math.ceil(1600 * data.TOY_EPOCH / 4096)
+
+
+def test_the_length_can_be_given_in_steps_epochs_or_samples(tmp_path):
+    out = ("--out", str(tmp_path / "run"), "--batch-size", "100")
+    assert settled(*out, "--steps", "7").steps == 7
+    assert settled(*out, "--samples", "701").steps == 8
+    assert settled(*out, "--epochs", "0.5").steps == math.ceil(data.TOY_EPOCH / 2 / 100)
+
+
+def test_learning_rate_warms_up_from_above_zero_and_ends_near_zero():
+    run = Namespace(lr=1.0, warmup=0.1, steps=100)
+    rates = [mae_pretrain.learning_rate(step, run) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert all(a < b for a, b in itertools.pairwise(rates[:11]))
+    assert max(rates) == rates[10] == 1.0
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[55] == pytest.approx(0.5)  # half way through the cosine
+    assert 0 < rates[99] < 1e-3
+
+
+def test_a_run_leaves_all_that_the_next_stage_needs(tmp_path):
+    out = tmp_path / "run"
+    ran = stage(*TINY, "--out", out)
+    assert ran.returncode == 0, ran.stderr
+    names = {path.name for path in out.iterdir()}
+    wanted = {"config.json", "metrics.jsonl", "checkpoints", "model.pt", "reconstruction.png"}
+    assert names == wanted
+    kept = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert kept == ["LATEST", "step-00000008", "step-00000012"]
+    metrics = read_metrics(out)
+    assert [line["step"] for line in metrics] == list(range(1, 13))
+    assert [line["step"] for line in metrics if "held_out_loss" in line] == [4, 8, 12]
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    state, config = models.read_weights(out / "model.pt")
+    models.MAE(**config).load_state_dict(state)
+    assert json.loads((out / "config.json").read_text())["model"] == config
+    assert "trained" in ran.stdout and "next: python evaluate.py" in ran.stdout
+    Image.open(out / "reconstruction.png").verify()
+
+
+def test_init_inherits_the_architecture_and_says_what_became_of_the_weights(tmp_path):
+    torch.manual_seed(0)
+    encoder = models.ViT("16x2x2", image_size=16, patch_size=4)
+    models.save_weights(tmp_path / "encoder.pt", encoder.state_dict(), encoder.config)
+    start = ("--init", str(tmp_path / "encoder.pt"), "--decoder", "16x1x2", "--steps", "1")
+    ran = stage(*start, "--image-size", "24", "--batch-size", "4", "--out", tmp_path / "run")
+    assert ran.returncode == 0, ran.stderr
+    assert "resampled: pos_embed from 4x4 to 6x6" in ran.stdout
+    assert "newly initialised: decoder_blocks" in ran.stdout
+    _, config = models.read_weights(tmp_path / "run" / "model.pt")
+    assert (config["size"], config["image_size"]) == ("16x2x2", [24, 24])
+
+
+@pytest.mark.parametrize("size", models.SIZES)
+def test_plan_knows_every_size_and_writes_nothing(size, tmp_path, capsys):
+    mae_pretrain.main(["--size", size, "--plan", "--gpus", "128", "--out", str(tmp_path / "run")])
+    printed = capsys.readouterr().out
+    for word in ("parameters", "GFLOP", "steps", "128 processes", "GPU-days"):
+        assert word in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_unusable_arguments_are_refused_in_one_line(tmp_path, capsys):
+    photos = tmp_path / "empty"
+    photos.mkdir()
+    (tmp_path / "file.txt").write_text("x")
+    for arguments, words in {
+        ("--data", str(tmp_path / "nowhere")): "does not exist",
+        ("--data", str(photos)): "no pictures",
+        ("--data", str(tmp_path / "file.txt")): "not a folder",
+        ("--data", str(tmp_path / "a-*.tar")): "no shard matches",
+        ("--image-size", "50", "--patch-size", "16"): "not divisible by patch 16",
+        ("--image-size", "8", "--patch-size", "16"): "not divisible by patch 16",
+        ("--image-size", "large"): "--image-size",
+        ("--batch-size", "10", "--micro-batch", "4"): "does not divide",
+        ("--size", "XXL"): "XXL",
+        ("--decoder", "10x1x3"): "--decoder",
+        ("--mask-ratio", "1.0"): "mask ratio",
+        ("--channels", "2"): "channels",
+        ("--init", str(tmp_path / "no.pt")): "no weights",
+        ("--resume", str(tmp_path)): "no checkpoint",
+        ("--no-such-flag",): "--no-such-flag",
+        ("--steps", "many"): "--steps",
+        ("--steps", "0"): "--steps",
+        ("--batch-size", "-1"): "--batch-size",
+        ("--out", "/proc/nowhere"): "/proc",
+        ("--out", str(tmp_path / "file.txt")): "file.txt",
+    }.items():
+        out = () if "--out" in arguments else ("--out", str(tmp_path / "run"))
+        assert words in refused(capsys, *arguments, *out), arguments
+        assert not (tmp_path / "run").exists()
+
+
+def test_another_configuration_in_the_same_folder_is_refused_with_the_difference(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert stage(*TINY, "--out", out).returncode == 0
+    before = (out / "metrics.jsonl").read_bytes()
+    line = refused(capsys, *TINY, "--out", str(out), "--seed", "1")
+    assert "seed was 0, is 1" in line
+    line = refused(capsys, *TINY, "--out", str(tmp_path / "new"), "--resume", str(out), "--lr", "1")
+    assert "lr was 0.001, is 1.0" in line
+    for file in (out / "checkpoints").rglob("*"):
+        if file.is_file():
+            file.unlink()
+    assert "model.pt" in refused(capsys, *TINY, "--out", str(out))
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tmp_path):
+    """A limit on the size of files makes writes fail in the middle, as a full disk does."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert stage(*TINY, "--out", whole).returncode == 0
+    shutil.copytree(whole, cut)  # as if it had been killed after step 8
+    shutil.rmtree(cut / "checkpoints" / "step-00000012")
+    (cut / "checkpoints" / "LATEST").write_text("step-00000008")
+    limit = (20_000, resource.RLIM_INFINITY)
+    failed = stage(
+        *(*TINY, "--out", cut), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    )
+    assert failed.returncode == 1
+    assert "step-00000012" in failed.stderr and "is whole" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    kept = sorted(path.name for path in (cut / "checkpoints").iterdir())
+    assert kept == ["LATEST", "step-00000008"]
+    assert stage(*TINY, "--out", cut).returncode == 0
+    assert read_metrics(cut) == read_metrics(whole)

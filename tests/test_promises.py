@@ -1,0 +1,249 @@
+"""The promises of this repository, each tested on stage 1 as it is run: in processes of its own."""
+
+import json
+import os
+import pickle
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, command, picture, read_metrics, stage
+
+import model as models
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The output folder of one plain run."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert stage(*TINY, "--out", out).returncode == 0
+    return out
+
+
+def losses(out):
+    keys = ("loss", "grad_norm", "held_out_loss")
+    return [[line[key] for key in keys if key in line] for line in read_metrics(out)]
+
+
+def same_weights(a, b):
+    (a, _), (b, _) = (models.read_weights(out / "model.pt") for out in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# 1. Same command, same optimisation, on any number of processes.
+
+
+@pytest.mark.parametrize(
+    ("processes", "extra"),
+    [(None, ["--micro-batch", "2"]), (1, []), (2, []), (2, ["--micro-batch", "2"]), (4, [])],
+)
+def test_1_same_optimisation_on_any_number_of_processes(processes, extra, uninterrupted, tmp_path):
+    ran = stage(*TINY, "--out", tmp_path / "run", *extra, processes=processes)
+    assert ran.returncode == 0, ran.stderr
+    pieces = f"{processes or 1} processes x {8 // (processes or 1) // int((extra or [0, 8])[1])} x"
+    assert pieces in ran.stdout or not extra  # the accumulation is printed
+    for ours, theirs in zip(losses(tmp_path / "run"), losses(uninterrupted), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_1_a_batch_that_cannot_be_dealt_is_refused(tmp_path):
+    ran = stage(*TINY, "--out", tmp_path / "run", "--batch-size", "6", processes=2)
+    assert ran.returncode != 0
+    assert "a batch of 6 cannot be dealt to 2 processes" in ran.stderr
+
+
+# 2. The order of samples is a pure function of (seed, epoch, position). More of it in test_data.py.
+
+
+def test_2_workers_change_nothing(uninterrupted, tmp_path):
+    assert stage(*TINY, "--out", tmp_path / "run", "--workers", "3").returncode == 0
+    assert read_metrics(tmp_path / "run") == read_metrics(uninterrupted)
+    assert same_weights(tmp_path / "run", uninterrupted)
+
+
+def test_2_another_seed_is_another_run(uninterrupted, tmp_path):
+    assert stage(*TINY, "--out", tmp_path / "run", "--seed", "1").returncode == 0
+    assert losses(tmp_path / "run")[0] != pytest.approx(losses(uninterrupted)[0], rel=1e-3)
+
+
+# 3. Stop anywhere, go on exactly.
+
+
+def test_3_kill_9_at_random_instants(uninterrupted, tmp_path):
+    out, draws = tmp_path / "run", random.Random(0)
+    for _ in range(6):
+        process = subprocess.Popen(
+            command(*TINY, "--out", out),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        before, deadline = newest(out), time.monotonic() + 120
+        # Wait for progress, then for a random moment: in a step, in a save, in a clean-up.
+        while newest(out) == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(draws.random() * 0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert newest(out) is None or (newest(out) / "state.json").is_file()
+    assert stage(*TINY, "--out", out).returncode == 0
+    assert read_metrics(out) == read_metrics(uninterrupted)
+    assert same_weights(out, uninterrupted)
+
+
+def newest(out):
+    pointer = out / "checkpoints" / "LATEST"
+    return pointer.parent / pointer.read_text() if pointer.is_file() else None
+
+
+def test_3_sigterm_saves_and_the_same_command_goes_on(uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    with subprocess.Popen(
+        command(*TINY, "--out", out), cwd=ROOT, stdout=subprocess.PIPE
+    ) as process:
+        while b"step 5/12" not in process.stdout.readline():
+            pass
+        process.send_signal(signal.SIGTERM)
+        printed = process.stdout.read().decode()
+        assert process.wait() == 0
+    assert "the same command goes on" in printed
+    stopped = json.loads((newest(out) / "state.json").read_text())["step"]
+    assert 5 <= stopped < 12
+    ran = stage(*TINY, "--out", out)
+    assert f"going on from {newest(out).with_name(f'step-{stopped:08}')}" in ran.stdout
+    assert read_metrics(out) == read_metrics(uninterrupted)
+    assert same_weights(out, uninterrupted)
+
+
+def test_3_another_number_of_processes_goes_on_with_the_same_samples(uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    step_8 = uninterrupted / "checkpoints" / "step-00000008"
+    ran = stage(*TINY, "--out", out, "--resume", step_8, processes=2)
+    assert ran.returncode == 0, ran.stderr
+    assert [line["step"] for line in read_metrics(out)] == list(range(1, 13))
+    for ours, theirs in zip(losses(out), losses(uninterrupted), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+# 4. Nothing non-finite is stepped on or saved.
+
+
+def test_4_nothing_non_finite_is_stepped_on_or_saved(tmp_path):
+    model = models.MAE("16x2x2", decoder=(16, 1, 2), image_size=16, patch_size=4)
+    state = model.state_dict()
+    state["blocks.1.mlp.fc1.weight"][0, 0] = float("inf")
+    models.save_weights(tmp_path / "broken.pt", state, model.config)
+    start = ("--init", tmp_path / "broken.pt", "--batch-size", "8", "--steps", "3")
+    ran = stage(*start, "--out", tmp_path / "run")
+    assert ran.returncode == 1
+    assert "step 1, lr" in ran.stderr and "positions 0 and on: loss nan" in ran.stderr
+    named = ran.stderr.split("gradients not finite: ")[1].split(";")[0].split(". ")[0].split()
+    order = [name for name, _ in model.named_parameters()]
+    assert "blocks.1.mlp.fc1.weight" in named
+    assert named == sorted(named, key=order.index)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "model.pt").exists()
+
+
+# 5. Bad input is named, counted, capped and never fatal alone.
+
+
+def spoil(photos):
+    """Make five pictures of a folder unreadable, each in its own way, and return their names."""
+    paths = sorted(photos.iterdir())[:5]
+    paths[0].write_bytes(paths[0].read_bytes()[:200])  # truncated
+    paths[1].write_bytes(b"")
+    paths[2].write_text("not a picture")
+    header = struct.pack(">2I5B", 30_000, 30_000, 8, 2, 0, 0, 0)  # a bomb: 900 million pixels
+    chunk = b"IHDR" + header
+    paths[3].write_bytes(
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    )
+    paths[4].unlink()
+    paths[4].symlink_to("nowhere")
+    return [path.name for path in paths]
+
+
+def test_5_bad_pictures_are_named_counted_and_capped(photos, tmp_path):
+    names = spoil(photos)
+    run = [*TINY[2:], "--data", photos, "--batch-size", "40"]  # every picture comes once or twice
+    ran = stage(*run, "--out", tmp_path / "run", "--max-bad", "0.2", "--steps", "2")
+    assert ran.returncode == 0, ran.stderr
+    metrics = read_metrics(tmp_path / "run")
+    assert 5 <= metrics[-1]["bad"] <= 20
+    assert sum(name in ran.stderr for name in names) >= 4  # one may be held out
+    assert all(line["loss"] < 10 for line in metrics)
+    stopped = stage(*run, "--out", tmp_path / "strict", "--max-bad", "0.0001")
+    assert stopped.returncode == 1
+    assert "over --max-bad" in stopped.stderr and "Traceback" not in stopped.stderr
+
+
+def test_5_a_bad_picture_weighs_nothing(photos, tmp_path):
+    """The loss of a batch with an unreadable picture is that of the others alone."""
+    run = [*TINY[2:], "--data", photos, "--batch-size", "38", "--steps", "1", "--max-bad", "1"]
+    plain = stage(*run, "--out", tmp_path / "a", "--micro-batch", "1")
+    assert plain.returncode == 0, plain.stderr
+    spoil(photos)
+    spoiled = [stage(*run, "--out", tmp_path / f"b{m}", "--micro-batch", m) for m in (1, 19, 38)]
+    assert all(ran.returncode == 0 for ran in spoiled), spoiled[0].stderr
+    first, *others = (losses(tmp_path / f"b{m}")[0] for m in (1, 19, 38))
+    for loss in others:
+        assert loss == pytest.approx(first, rel=1e-5)
+    # Were the zero pictures in the mean, they would pull it down by their share, 4 of 38 or more.
+    assert losses(tmp_path / "b1")[0][0] == pytest.approx(losses(tmp_path / "a")[0][0], rel=0.05)
+
+
+# 6. Evaluation is exact: test_evaluate.py.
+# 7. A stage inherits the architecture and says what it loaded: test_mae_pretrain.py, test_model.py.
+
+
+# 8. No code runs from a file.
+
+
+class Attack:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_8_no_code_runs_from_a_file(uninterrupted, tmp_path):
+    marker = tmp_path / "marker"
+    torch.save({"model": Attack(marker)}, tmp_path / "attack.pt")
+    ran = stage(*TINY, "--init", tmp_path / "attack.pt", "--out", tmp_path / "a")
+    assert ran.returncode == 2 and len(ran.stderr.strip().splitlines()) == 1
+    subprocess.run(["cp", "-r", uninterrupted, tmp_path / "b"], check=True)
+    metadata = tmp_path / "b" / "checkpoints" / "step-00000012" / ".metadata"
+    metadata.write_bytes(pickle.dumps(Attack(marker)))
+    ran = stage(*TINY, "--out", tmp_path / "b")
+    assert ran.returncode == 2 and "refused" in ran.stderr
+    assert not marker.exists()
+
+
+# 9. Runs with or without CUDA, Triton and torchrun, from the same file.
+
+
+def test_9_no_optional_package_is_imported():
+    code = "import mae_pretrain, sys; print({'triton', 'torchvision', 'timm'} & set(sys.modules))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.strip() == "set()"
+
+
+def test_9_the_checkpoint_of_torchrun_serves_a_single_process(tmp_path):
+    ran = stage(*TINY, "--out", tmp_path / "run", "--save-every", "6", processes=2)
+    assert ran.returncode == 0, ran.stderr
+    again = stage(*TINY, "--out", tmp_path / "run", "--save-every", "6")
+    assert again.returncode == 0 and "going on from" in again.stdout
+    assert Path(tmp_path / "run" / "model.pt").is_file()
