@@ -610,12 +610,12 @@ class Batches(torch.utils.data.Dataset):
         size,
         channels,
         batch_size,
+        process=0,
+        processes=1,
+        num_patches=0,
         order=None,
         seed=0,
         min_crop=0.2,
-        num_patches=0,
-        process=0,
-        processes=1,
     ):
         if channels not in (1, 3, 4):
             raise ValueError(f"pictures can be read as 1, 3 or 4 channels, not as {channels}")
@@ -707,9 +707,14 @@ def ignore_signals(_):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def default_workers(processes_here=1):
-    """Loader processes per training process: the cores that are left, 1 to 16."""
-    return max(1, min(16, (os.cpu_count() or 2) // processes_here - 1))
+def loader_workers(asked, processes_here=1):
+    """Loader processes per training process: as asked, or the cores that are left, 1 to 16."""
+    cores = os.cpu_count() or 2
+    if asked is None:
+        return max(1, min(16, cores // processes_here - 1))
+    if not 0 <= asked <= 8 * cores:
+        raise ValueError(f"--workers {asked} is not between 0 and {8 * cores}, 8 for each core")
+    return asked
 
 
 # ------------------------------------------------------------------------------------ the toy world

@@ -363,30 +363,33 @@ def fail(message):
 
 def main(argv=None):
     run = parse_arguments(argv)
-    local, here = (
-        int(os.environ.get(f"LOCAL_{name}", i)) for i, name in enumerate(["RANK", "WORLD_SIZE"])
+    launched = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}  # by torchrun
+    process, processes, local, here = (
+        int(os.environ.get(name, str(alone))) for name, alone in launched.items()
     )
     kind = (torch.accelerator.current_accelerator() or torch.device("cpu")).type
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    workers = data.default_workers(here) if run.workers is None else run.workers
-    run.options = {"batch_size": run.batch_size, "workers": workers, "device": device}
-    run.options["max_bad"] = run.max_bad
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("gloo")  # only features on the CPU are exchanged
+    if process > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (one process speaks for all)
     try:
+        if processes > 1:
+            if run.task in ("reconstruct", "attention"):
+                raise ValueError(f"--task {run.task} draws on one process: leave torchrun out")
+            dist.init_process_group("gloo")  # only features on the CPU are exchanged
+        workers = data.loader_workers(run.workers, here)
+        run.options = {"batch_size": run.batch_size, "workers": workers, "device": device}
+        run.options["max_bad"] = run.max_bad
         model, line = load_model(run.checkpoint, run.task, device)
         print(line)
         size = models.pair(model.config["image_size"])
         train, val = data.open_sources(run.data, run.val_data, size)
         if val is None and run.task in ("knn", "fewshot"):
-            raise ValueError(
-                f"{run.data} has no train/ and val/: give the val pictures as --val-data"
-            )
+            raise ValueError(f"{run.data} has no train/ and val/: give the latter as --val-data")
         result = TASKS[run.task](model, [train, val or train], run)
     except (ValueError, OSError) as error:
         fail(error)
     print(json.dumps({"task": run.task, **result}))
-    if dist.is_initialized():
+    if processes > 1:
         dist.barrier()
         dist.destroy_process_group()
 

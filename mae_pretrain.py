@@ -51,45 +51,27 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser("mae_pretrain.py", allow_abbrev=False, description="Stage 1.")
     add = parser.add_argument_group("data").add_argument
     add("--data", help="a folder of pictures, tar shards (path, glob, {000..099}), or toy (toy)")
-    add(
-        "--val-data",
-        help="pictures to measure on (DATA/val if there is one, else held out of DATA)",
-    )
+    add("--val-data", help="pictures to measure on (those in DATA/val, else some held out of DATA)")
     add("--image-size", type=height_and_width, help="side or HEIGHTxWIDTH (224; toy size: 48)")
-    add("--channels", type=positive(int), help="to read pictures with: 1 grey, 3 RGB, 4 RGBA (3)")
-    add(
-        "--min-crop",
-        type=positive(float),
-        default=0.2,
-        help="least area of a random crop; 1: no crop (0.2)",
-    )
-    add(
-        "--lanes",
-        type=positive(int),
-        help="streams that the order is dealt to (48, or as few as the shards)",
-    )
+    add("--channels", type=int, help="to read pictures with: 1 grey, 3 RGB, 4 RGBA (3)")
+    add("--min-crop", type=float, default=0.2, help="least area of a random crop, 1: none (0.2)")
+    add("--lanes", type=int, help="streams that the order is dealt to (48, or the shards if fewer)")
     add("--workers", type=int, help="loader processes per training process (the cores left)")
-    add(
-        "--max-bad", type=float, default=0.01, help="share of unreadable pictures to stop at (0.01)"
-    )
+    add("--max-bad", type=float, default=0.01, help="unreadable share to stop at (0.01)")
     add = parser.add_argument_group("model").add_argument
     add("--size", help=f"{' '.join(models.SIZES)}, or WIDTHxLAYERSxHEADS (toy)")
-    add("--patch-size", type=positive(int), help="side of a patch (the size's own)")
+    add("--patch-size", type=int, help="side of a patch (the size's own)")
     add("--decoder", type=models.triple, help="WIDTHxLAYERSxHEADS (512x8x16; toy, T: smaller)")
     add("--mask-ratio", type=float, help="share of the patches that is hidden (0.75)")
     add("--raw-pixels", action="store_true", help="predict raw pixels, not normalised patches")
     add("--init", help="weights to start from: a model.pt or a public MAE checkpoint")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch-size", type=positive(int), help="global, over all processes (4096; toy size: 32)")
-    add("--micro-batch", type=positive(int), help="images at once on a process (what should fit)")
-    add("--steps", type=positive(int), help="length of the run; or give --epochs, or --samples")
-    add("--epochs", type=positive(float), help="(1600, but at most 5e9 samples)")
-    add("--samples", type=positive(float), help="(toy size: 48,000)")
-    add(
-        "--lr",
-        type=positive(float),
-        help="peak (1.5e-4 for 256 images of the batch; toy size: 8e-3)",
-    )
+    add("--batch-size", type=int, help="global, over all processes (4096; toy size: 32)")
+    add("--micro-batch", type=int, help="images at once on a process (what should fit)")
+    add("--steps", type=int, help="length of the run; or give --epochs, or --samples")
+    add("--epochs", type=float, help="(1600, but at most 5e9 samples)")
+    add("--samples", type=float, help="(toy size: 48,000)")
+    add("--lr", type=float, help="peak (1.5e-4 for 256 images of the batch; toy size: 8e-3)")
     add("--warmup", type=float, default=0.05, help="share of the steps (0.05)")
     add("--weight-decay", type=float, default=0.05, help="not of 1-D parameters (0.05)")
     add("--seed", type=int, default=0, help="of weights, order, crops and masks (0)")
@@ -99,25 +81,19 @@ def parse_arguments(argv):
     add("--precision", choices=("bf16", "fp32"), help="of the compute (CUDA: bf16, else fp32)")
     add("--compile", action="store_true", help="torch.compile every block")
     add("--checkpoint-activations", action="store_true", help="less memory, a third more compute")
-    add("--log-every", type=positive(int), default=50, help="steps between step lines (50)")
-    add(
-        "--save-every", type=positive(int), help="steps between checkpoints (a tenth, at most 1000)"
-    )
+    add("--log-every", type=int, default=50, help="steps between step lines (50)")
+    add("--save-every", type=int, help="steps between checkpoints (a tenth, at most 1000)")
     add("--plan", action="store_true", help="print what the run takes, and exit")
-    add("--gpus", type=positive(int), help="processes to plan for (as many as run now)")
+    add("--gpus", type=int, help="processes to plan for (as many as run now)")
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
-    return parser.parse_args(argv)
-
-
-def positive(kind):
-    """An argument type: a number of this kind above 0."""
-
-    def number(text):
-        if not kind(text) > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return kind(text)
-
-    return number
+    arguments = parser.parse_args(argv)
+    above_0 = "lanes batch_size micro_batch steps epochs samples lr log_every save_every gpus"
+    for name in above_0.split():
+        if getattr(arguments, name) is not None and getattr(arguments, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if [arguments.steps, arguments.epochs, arguments.samples].count(None) < 2:
+        parser.error("give only one of --steps, --epochs and --samples")
+    return arguments
 
 
 def height_and_width(text):
@@ -147,12 +123,16 @@ def prepare(run):
     run.precision = run.precision or ("bf16" if kind == "cuda" else "fp32")
     if run.precision == "bf16" and kind != "cuda":
         raise ValueError("--precision bf16 needs CUDA")
-    if run.workers is None:
-        run.workers = data.default_workers(here)
+    run.workers = data.loader_workers(run.workers, here)
 
     # --------------------------------------------------------------------------------------- data
-    run.weights, run.config = settle_config(run)
-    size, channels = models.pair(run.config["image_size"]), run.config["channels"]
+    names = ("size", "patch_size", "channels", "decoder", "mask_ratio", "image_size")
+    given = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
+    given |= {"normalize_targets": False} if run.raw_pixels else {}
+    if not run.init:
+        given = {"size": "toy", "image_size": recipe(run.size or "toy")[2], **given}
+    run.weights, run.config = models.inherit(run.init, given)
+    size, channels = models.pair(run.config["image_size"]), run.config.get("channels", 3)
     run.source, val = data.open_sources(run.data or "toy", run.val_data, size)
     if val:
         run.held_out = data.Slice(val, 0, min(HELD_OUT, int(val.sizes.sum())))
@@ -167,23 +147,18 @@ def prepare(run):
     run.config = run.model.config
     batch_size, base_lr, _, samples = recipe(run.config["size"])
     run.batch_size = run.batch_size or batch_size
-    share, compute = run.batch_size // run.processes, (run.precision, run.checkpoint_activations)
-    run.micro_batch = run.micro_batch or models.fitting_batch(
-        run.model, share, run.device, *compute
-    )
+    dealt = (run.process, run.processes, run.model.num_patches)
+    training = {"order": order, "seed": run.seed, "min_crop": run.min_crop}
+    run.batches = data.Batches(run.source, size, channels, run.batch_size, *dealt, **training)
+    share, recompute = run.batch_size // run.processes, run.checkpoint_activations
+    fitting = models.fitting_batch(run.model, share, run.device, run.precision, recompute)
+    run.micro_batch = run.micro_batch or fitting
     if share % run.micro_batch:
         raise ValueError(f"--micro-batch {run.micro_batch} does not divide a process's {share}")
-    dealt = {"process": run.process, "processes": run.processes}
-    dealt["num_patches"] = run.model.num_patches
-    run.batches = data.Batches(
-        run.source, size, channels, run.batch_size, order, run.seed, run.min_crop, **dealt
-    )
     pairs = 2 * run.processes * max(1, run.micro_batch // 2)
-    run.held_out_batches = data.Batches(run.held_out, size, channels, pairs, **dealt)
+    run.held_out_batches = data.Batches(run.held_out, size, channels, pairs, *dealt)
 
     # The paper trains 1600 epochs on ImageNet-1k, and on 5 billion samples of its own data.
-    if sum(length is not None for length in (run.steps, run.epochs, run.samples)) > 1:
-        raise ValueError("give one of --steps, --epochs and --samples")
     if run.steps is None:
         epochs = run.epochs and run.epochs * order.length
         samples = epochs or run.samples or samples or min(1600 * order.length, 5e9)
@@ -200,22 +175,6 @@ def prepare(run):
             raise ValueError(f"{run.out} cannot be written to: choose another --out")
 
 
-def settle_config(run):
-    """((weights, their grid) or None, MAE's arguments): --init's where given, else the flags'."""
-    names = ("size", "patch_size", "channels", "decoder", "mask_ratio", "image_size")
-    given = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
-    if not run.init:
-        config = {"size": "toy", "channels": 3} | given
-        config.setdefault("image_size", recipe(config["size"])[2])
-        return None, config | {"normalize_targets": not run.raw_pixels}
-    weights, config = models.read_weights(run.init)
-    for name in ("size", "patch_size", "channels"):
-        if given.get(name, config[name]) != config[name]:
-            raise ValueError(f"{run.init} has {name} {config[name]}: it cannot be changed")
-    grid = [side // config["patch_size"] for side in config["image_size"]]
-    return (weights, grid), config | given
-
-
 def train(run):
     # ------------------------------------------------------------------------------------ runtime
     say = print if run.process == 0 else lambda _: None
@@ -228,9 +187,14 @@ def train(run):
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("cpu:gloo,cuda:nccl", **alone)
     sharded = dist.is_initialized()
-    stop = []  # a signal only leaves a note: the loop saves and leaves, all processes together
+    stop = []  # a signal leaves a note: the loop saves and leaves, all processes together
+
+    def note(number, _):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)  # the second one ends the program
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: stop.append(number))
+        signal.signal(number, note)
 
     # -------------------------------------------------------------------------------------- model
     model = run.model.to_empty(device="cpu")
@@ -313,14 +277,10 @@ def train(run):
         if bad > run.max_bad * max(1000, done * run.batch_size):
             fail(f"{bad} unreadable pictures by step {done}, over --max-bad {run.max_bad}", 1)
         if not math.isfinite(loss + norm):
-            where = (
-                f"step {done}, lr {lr:.2e}, positions {step * run.batch_size} and on: loss {loss}"
-            )
+            what = f"step {done}: loss {loss}, gradient norm {norm}, lr {lr:.2e}"
+            where = f"positions {step * run.batch_size} to {done * run.batch_size - 1}"
             names = " ".join(models.non_finite_gradients(model)) or "none"
-            fail(
-                f"{where}, gradient norm {norm}; gradients not finite: {names}. Nothing was saved",
-                1,
-            )
+            fail(f"{what}, {where}. Nothing was saved. Gradients not finite: {names}", 1)
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
@@ -340,9 +300,7 @@ def train(run):
                 "mfu": rate * flops / (peak * run.processes) if peak else 0.0,
                 "data_wait": waited / (now - logged),
                 "memory_gib": models.peak_memory(device),
-                "eta": tqdm.format_interval(
-                    (now - began) / (done - first_step) * (run.steps - done)
-                ),
+                "eta_seconds": (now - began) / (done - first_step) * (run.steps - done),
             }
             if saving and len(run.held_out_batches):
                 entry["held_out_loss"] = held_out_loss(run, model)
@@ -395,7 +353,7 @@ def step_line(entry, steps):
         "step {step}/{steps}  loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  "
         "{images_per_second:.0f} images/s  mfu {mfu:.1%}  data wait {data_wait:.0%}  "
         "memory {memory_gib:.1f} GiB  eta {eta}"
-    ).format(steps=steps, **entry)
+    ).format(steps=steps, eta=tqdm.format_interval(entry["eta_seconds"]), **entry)
     bad = f"  unreadable {entry['bad']}" if entry["bad"] else ""
     held_out = f"  held-out {entry['held_out_loss']:.4f}" if "held_out_loss" in entry else ""
     return text + held_out + bad
@@ -428,8 +386,8 @@ def main(argv=None):
         return models.print_plan(run.model, *shape)
     try:
         train(run)
-    except OSError as error:  # disk full, most likely
-        fail(f"{error}. The last checkpoint in {run.out} is whole: the same command goes on", 1)
+    except OSError as error:  # a full disk, most likely
+        fail(error, status=1)
 
 
 if __name__ == "__main__":

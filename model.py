@@ -629,6 +629,22 @@ def encoder_config(config):
     return {key: config[key] for key in keys}
 
 
+def inherit(init, given):
+    """(weights to start from, config): of the file `init` with what is `given` changed in it.
+
+    Without a file: (None, given). A size, patch or number of channels that differs is a ValueError.
+    The weights are (state, grid of its position table), as load_weights takes them.
+    """
+    if not init:
+        return None, given
+    state, config = read_weights(init)
+    for name in ("size", "patch_size", "channels"):
+        if given.get(name, config[name]) != config[name]:
+            raise ValueError(f"{init} has {name} {config[name]}: it cannot be changed")
+    grid = [side // config["patch_size"] for side in config["image_size"]]
+    return (state, grid), config | given
+
+
 def load_weights(model, state, old_grid=None):
     """Load timm-named tensors into a ViT or an MAE and return one line on what became of them.
 
@@ -718,7 +734,9 @@ def save_checkpoint(folder, step, model, optimizer, record, keep=2):
     except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = str(error).strip().splitlines()[-1]  # DCP's are a whole traceback
-        raise OSError(f"cannot save {final}: {reason}") from error
+        raise OSError(
+            f"cannot save {final}: {reason}. The checkpoint before it is whole"
+        ) from error
     barrier()
 
 
@@ -744,11 +762,11 @@ def load_checkpoint(path, model, optimizer):
         step = torch.tensor(float(record["step"]), device=parameter.device)
         moments = {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": step, **moments}
-    dcp.load(
-        training_state(model, optimizer),
-        storage_reader=Reader(path),
-        no_dist=not dist.is_initialized(),
-    )
+    try:
+        state = training_state(model, optimizer)
+        dcp.load(state, storage_reader=Reader(path), no_dist=not dist.is_initialized())
+    except (dcp.api.CheckpointException, pickle.UnpicklingError) as error:
+        raise OSError(f"cannot load {path}: {str(error).strip().splitlines()[-1]}") from error
     return record
 
 

@@ -43,7 +43,7 @@ def stage(*arguments, processes=None, **options):
 
 def read_metrics(out):
     """metrics.jsonl as a list of dicts, without what depends on the clock or the machine."""
-    clock = ("images_per_second", "mfu", "data_wait", "memory_gib", "eta")
+    clock = ("images_per_second", "mfu", "data_wait", "memory_gib", "eta_seconds")
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 

@@ -960,6 +960,12 @@ def before_durable_calls(monkeypatch, action):
         monkeypatch.setattr(os, name, preceded(getattr(os, name)))
 
 
+def disk_with_room(calls):
+    """An action that does nothing so many times, and then fails like a full disk."""
+    left = iter(range(calls))
+    return lambda: None if next(left, None) is not None else full_disk()
+
+
 def check_checkpoints(folder, states):
     """Each one in the folder is whole, and LATEST names one."""
     steps = steps_in(folder)
@@ -974,9 +980,8 @@ def test_a_save_on_a_full_disk_leaves_whole_checkpoints_only(saved):
     states = {2: run_state(run)}
     states[3] = run_state(train(run, 2, 3))
     for room in itertools.count():
-        calls = iter(range(room))
         with pytest.MonkeyPatch.context() as monkeypatch:
-            before_durable_calls(monkeypatch, lambda: full_disk() if next(calls, -1) < 0 else None)
+            before_durable_calls(monkeypatch, disk_with_room(room))
             try:
                 models.save_checkpoint(folder, 3, *run, {})
                 break

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command, picture, read_metrics, stage
+from conftest import ROOT, TINY, command, read_metrics, stage
 
 import model as models
 
@@ -143,8 +143,8 @@ def test_4_nothing_non_finite_is_stepped_on_or_saved(tmp_path):
     start = ("--init", tmp_path / "broken.pt", "--batch-size", "8", "--steps", "3")
     ran = stage(*start, "--out", tmp_path / "run")
     assert ran.returncode == 1
-    assert "step 1, lr" in ran.stderr and "positions 0 and on: loss nan" in ran.stderr
-    named = ran.stderr.split("gradients not finite: ")[1].split(";")[0].split(". ")[0].split()
+    assert "step 1: loss nan" in ran.stderr and "positions 0 to 7" in ran.stderr
+    named = ran.stderr.split("Gradients not finite: ")[1].split()
     order = [name for name, _ in model.named_parameters()]
     assert "blocks.1.mlp.fc1.weight" in named
     assert named == sorted(named, key=order.index)
@@ -226,7 +226,7 @@ def test_8_no_code_runs_from_a_file(uninterrupted, tmp_path):
     metadata = tmp_path / "b" / "checkpoints" / "step-00000012" / ".metadata"
     metadata.write_bytes(pickle.dumps(Attack(marker)))
     ran = stage(*TINY, "--out", tmp_path / "b")
-    assert ran.returncode == 2 and "refused" in ran.stderr
+    assert ran.returncode == 1 and "refused" in ran.stderr
     assert not marker.exists()
 
 
