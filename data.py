@@ -28,6 +28,7 @@ import re
 import signal
 import tarfile
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -184,8 +185,9 @@ def open_sources(data, val_data=None, size=(64, 64)):
     """
     if data == "toy" and not val_data:
         return Toy("train", size), Toy("val", size)
-    if not val_data and all(os.path.isdir(os.path.join(data, name)) for name in ("train", "val")):
-        data, val_data = os.path.join(data, "train"), os.path.join(data, "val")
+    folders = [os.path.join(data, name) for name in ("train", "val")]
+    if all(map(os.path.isdir, folders)):
+        data, val_data = folders[0], val_data or folders[1]
     train = open_source(data, size)
     return train, open_source(val_data, size, train.classes) if val_data else None
 
@@ -199,7 +201,13 @@ def open_source(data, size, classes=None):
     if not data.endswith(".tar") and not re.search(r"[*?\[{]", data):
         state = "is not a folder or a .tar" if os.path.exists(data) else "does not exist"
         raise ValueError(f"{data} {state}: --data wants toy, a folder of pictures or tar shards")
-    return Shards(data)
+    shards = Shards(data)
+    if (classes and shards.classes or classes) != classes:
+        raise ValueError(
+            f"{data} numbers its classes otherwise than train: pack it after train, "
+            "into the same folder"
+        )
+    return shards
 
 
 class Toy:
@@ -234,7 +242,8 @@ class Folder:
             raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}")
 
         paths = []
-        for folder, _, files in os.walk(root, onerror=fail, followlinks=True):
+        for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
+            folders[:] = [name for name in folders if not name.startswith(".")]
             paths += [os.path.join(folder, name) for name in files if is_picture(name)]
         if not paths:
             raise ValueError(f"no pictures in {root} (looked for {' '.join(PICTURES)})")
@@ -243,7 +252,7 @@ class Folder:
         self.sizes = np.ones(len(paths), dtype=np.int64)
         names = sorted({path.split("/")[0] for path in paths})
         self.classes = None
-        if all("/" in path for path in paths) and len(names) > 1:
+        if all("/" in path for path in paths) and (classes or len(names) > 1):
             unknown = sorted(set(names) - set(classes or names))
             if unknown:
                 raise ValueError(f"{root} has classes that train has not: {', '.join(unknown[:5])}")
@@ -328,9 +337,19 @@ class Shards:
         text = json.dumps([[os.path.basename(p), entries[p]["samples"]] for p in self.paths])
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.identity = f"{self.sizes.sum()} pictures in {len(self.paths)} shards, {digest}"
+        self.open_caches()
+
+    def open_caches(self):
         # Caches live in the object so that forked workers each have their own, and are bounded.
         self.table = lru_cache(64)(lambda shard: self.load_table(shard))
         self.files = lru_cache(64)(lambda shard: io.FileIO(self.paths[shard]))
+
+    def __getstate__(self):  # where workers are spawned (macOS), they get a pickle, without caches
+        return {name: value for name, value in vars(self).items() if name not in ("table", "files")}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.open_caches()
 
     def load_table(self, shard):
         path = self.paths[shard]
@@ -359,7 +378,10 @@ class Shards:
         return {**sample, "class": int(label)}
 
     def name(self, shard, index):
-        return f"{self.paths[shard]}:{self.table(shard)['keys'][index]}"
+        try:
+            return f"{self.paths[shard]}:{self.table(shard)['keys'][index]}"
+        except (OSError, ValueError, zipfile.BadZipFile):  # its index is damaged
+            return f"{self.paths[shard]}:{index}"
 
 
 def expand(pattern):
@@ -390,8 +412,10 @@ def read_index(folder):
         return {"shards": {}}
     try:
         index = json.loads(Path(path).read_text())
-        return {**index, "shards": dict(index["shards"])}
-    except (ValueError, KeyError, TypeError):
+        for entry in index["shards"].values():
+            entry["samples"], entry["bytes"], entry["modified"]
+        return index
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
             f"{path} is damaged: remove it and run: python data.py index '{folder or '.'}/*.tar'"
         ) from None
@@ -468,7 +492,11 @@ def tar_members(path):
 
     A last file that is cut off is still given: reading it will fail, and be counted.
     """
-    with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
+    try:
+        tar = tarfile.open(path, "r:")
+    except tarfile.ReadError as error:
+        raise ValueError(f"{path} is no tar ({error}): leave it out, or write it again") from None
+    with tar, open(path, "rb") as file:
         try:
             while member := tar.next():
                 tar.members.clear()  # it would keep them all
@@ -517,7 +545,7 @@ def crop_and_resize(image, size, channels, bits=None, min_crop=0.2):
     channels-last memory, bicubic with antialiasing; normalisation waits for the device.
     """
     (height, width), aspect = size, size[1] / size[0]
-    turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations that swap the sides
+    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
     original = image.size[::-1] if turned else image.size
     if bits is None or min_crop >= 1:
         box = centre_box(*original, aspect)
@@ -665,10 +693,11 @@ class Batches(torch.utils.data.Dataset):
                 images[i] = crop_and_resize(
                     sample["image"], self.size, self.channels, bits, self.min_crop
                 )
+                labels[i], weight[i] = sample["class"], 1.0
             except Exception as error:  # noqa: BLE001 (decoders raise anything: named, counted)
-                bad.append(f"{self.source.name(*place)}: {type(error).__name__}: {error}")
-                continue
-            labels[i], weight[i] = sample["class"], 1.0
+                images[i] = 0
+                text = " ".join(f"{type(error).__name__}: {error}".split())
+                bad.append(f"{self.source.name(*place)}: {text}")
         return {
             "images": images,
             "ids": ids,
@@ -1016,9 +1045,12 @@ def unique_keys(paths):
     """Sample keys of paths: without extension and without dots; a repeated one gets a number."""
     keys, seen = [], {}
     for path in paths:
-        key = os.path.splitext(path)[0].replace(".", "_")
-        seen[key] = seen.get(key, 0) + 1
-        keys.append(key if seen[key] == 1 else f"{key}~{seen[key]}")
+        stem = key = os.path.splitext(path)[0].replace(".", "_")
+        while key in seen:
+            seen[stem] += 1
+            key = f"{stem}~{seen[stem]}"
+        seen[key] = 1
+        keys.append(key)
     return keys
 
 
@@ -1082,6 +1114,9 @@ def main():
     arguments = parser.parse_args()
     try:
         if arguments.command == "pack":
+            for flag in ("short_side", "shard_size"):
+                if getattr(arguments, flag) is not None and getattr(arguments, flag) < 1:
+                    raise ValueError(f"--{flag.replace('_', '-')} must be at least 1")
             pack(arguments.folder, arguments.pattern, arguments.short_side, arguments.shard_size)
         else:
             entries, _ = index_shards(expand(arguments.shards))

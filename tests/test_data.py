@@ -631,6 +631,17 @@ def test_batches_that_cannot_be_dealt_are_refused_with_the_number_to_use():
     one_line(error)
 
 
+def test_loader_processes_are_as_asked_or_what_is_left_and_bounded(monkeypatch):
+    for cores, here, left in ((2, 1, 1), (1, 1, 1), (8, 1, 7), (8, 2, 3), (256, 8, 16)):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert data.loader_workers(None, here) == left
+        assert [data.loader_workers(asked, here) for asked in (0, 5)] == [0, 5]
+        for asked in (-1, 10_000):
+            with pytest.raises(ValueError, match="--workers") as error:
+                data.loader_workers(asked, here)
+            one_line(error)
+
+
 def test_workers_that_are_spawned_get_the_same_batches(tmp_path):
     """macOS (and Python 3.14 on Linux) sends batches to its workers as a pickle."""
     write_tar(tmp_path / "a.tar", members_of(range(10)))

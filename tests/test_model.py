@@ -30,7 +30,6 @@ from model import MAE, ViT
 
 SMALL = {"size": "32x3x4", "image_size": (16, 24), "patch_size": 8}  # 2 x 3 patches
 SMALL_MAE = {**SMALL, "decoder": (16, 2, 2), "mask_ratio": 0.5}
-REFUSAL = (ValueError, pickle.UnpicklingError, dcp.api.CheckpointException)
 
 
 def random_images(model, count=3, seed=0):
@@ -70,20 +69,21 @@ def one_line(error):
 # --------------------------------------------------------------------------- the reference, float64
 
 
-def reference_norm(x, p, name):
+def reference_norm(x, weights, name):
     mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
-    return (x - mean) / torch.sqrt(variance + 1e-6) * p[f"{name}.weight"] + p[f"{name}.bias"]
+    x = (x - mean) / torch.sqrt(variance + 1e-6)
+    return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
 
-def reference_linear(x, p, name):
-    return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+def reference_linear(x, weights, name):
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
 
-def reference_attention(x, p, name, heads):
+def reference_attention(x, weights, name, heads):
     """The branch and its attention (B, heads, N, N), one head after the other."""
     width = x.shape[-1]
     size = width // heads
-    qkv = reference_linear(x, p, f"{name}.qkv")
+    qkv = reference_linear(x, weights, f"{name}.qkv")
     outputs, maps = [], []
     for head in range(heads):
         start = head * size
@@ -91,45 +91,47 @@ def reference_attention(x, p, name, heads):
         scores = torch.exp(q @ k.transpose(1, 2) / math.sqrt(size))
         maps.append(scores / scores.sum(-1, keepdim=True))
         outputs.append(maps[-1] @ v)
-    return reference_linear(torch.cat(outputs, -1), p, f"{name}.proj"), torch.stack(maps, 1)
+    return reference_linear(torch.cat(outputs, -1), weights, f"{name}.proj"), torch.stack(maps, 1)
 
 
-def reference_mlp(x, p, name):
-    x = reference_linear(x, p, f"{name}.fc1")
+def reference_mlp(x, weights, name):
+    x = reference_linear(x, weights, f"{name}.fc1")
     x = 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
-    return reference_linear(x, p, f"{name}.fc2")
+    return reference_linear(x, weights, f"{name}.fc2")
 
 
-def reference_blocks(x, p, name, heads, gates=None):
+def reference_blocks(x, weights, name, heads, gates=None):
     """All blocks of a prefix; gates (B, L, 2) scale the branches. Returns x and the last map."""
-    for layer in range(len({n.split(".")[1] for n in p if n.startswith(f"{name}.")})):
+    for layer in range(len({n.split(".")[1] for n in weights if n.startswith(f"{name}.")})):
         block = f"{name}.{layer}"
         gate = (1, 1) if gates is None else gates[:, layer].T[..., None, None]
         branch, attention = reference_attention(
-            reference_norm(x, p, f"{block}.norm1"), p, f"{block}.attn", heads
+            reference_norm(x, weights, f"{block}.norm1"), weights, f"{block}.attn", heads
         )
         x = x + gate[0] * branch
-        branch = reference_mlp(reference_norm(x, p, f"{block}.norm2"), p, f"{block}.mlp")
+        branch = reference_mlp(
+            reference_norm(x, weights, f"{block}.norm2"), weights, f"{block}.mlp"
+        )
         x = x + gate[1] * branch
     return x, attention
 
 
-def reference_embedding(p, images):
+def reference_embedding(weights, images):
     """Patches as tokens with their positions, (B, N, D), from a real convolution."""
-    weight = p["patch_embed.proj.weight"]
-    x = F.conv2d(images, weight, p["patch_embed.proj.bias"], stride=weight.shape[-1])
-    return x.flatten(2).transpose(1, 2) + p["pos_embed"][:, 1:]
+    weight = weights["patch_embed.proj.weight"]
+    x = F.conv2d(images, weight, weights["patch_embed.proj.bias"], stride=weight.shape[-1])
+    return x.flatten(2).transpose(1, 2) + weights["pos_embed"][:, 1:]
 
 
-def with_class_token(p, x):
-    first = p["cls_token"] + p["pos_embed"][:, :1]
+def with_class_token(weights, x):
+    first = weights["cls_token"] + weights["pos_embed"][:, :1]
     return torch.cat([first.repeat(len(x), 1, 1), x], 1)
 
 
-def reference_vit(p, images, heads, gates=None):
-    x = with_class_token(p, reference_embedding(p, images))
-    x, attention = reference_blocks(x, p, "blocks", heads, gates)
-    return reference_norm(x, p, "norm"), attention
+def reference_vit(weights, images, heads, gates=None):
+    x = with_class_token(weights, reference_embedding(weights, images))
+    x, attention = reference_blocks(x, weights, "blocks", heads, gates)
+    return reference_norm(x, weights, "norm"), attention
 
 
 def reference_patches(images, patch):
@@ -145,7 +147,7 @@ def normalized(patches):
     return (patches - mean) / torch.sqrt(variance + 1e-6)
 
 
-def public_mae(p, images, ids, visible, heads, decoder_heads, normalize_targets):
+def public_mae(weights, images, ids, visible, heads, decoder_heads, normalize_targets):
     """Losses (B,) as in facebookresearch/mae: un-shuffled decoder, all tokens, times the mask."""
     restore = ids.argsort(1)
     hidden = (restore >= visible).to(images.dtype)  # (B, N), 1 is hidden
@@ -153,38 +155,29 @@ def public_mae(p, images, ids, visible, heads, decoder_heads, normalize_targets)
     def pick(x, order):
         return torch.stack([sample[row] for sample, row in zip(x, order)])
 
-    x = with_class_token(p, pick(reference_embedding(p, images), ids[:, :visible]))
-    x = reference_norm(reference_blocks(x, p, "blocks", heads)[0], p, "norm")
-    x = reference_linear(x, p, "decoder_embed")
-    masks = p["mask_token"].repeat(len(x), ids.shape[1] - visible, 1)
+    x = with_class_token(weights, pick(reference_embedding(weights, images), ids[:, :visible]))
+    x = reference_norm(reference_blocks(x, weights, "blocks", heads)[0], weights, "norm")
+    x = reference_linear(x, weights, "decoder_embed")
+    masks = weights["mask_token"].repeat(len(x), ids.shape[1] - visible, 1)
     unshuffled = pick(torch.cat([x[:, 1:], masks], 1), restore)
-    x = torch.cat([x[:, :1], unshuffled], 1) + p["decoder_pos_embed"]
-    x = reference_blocks(x, p, "decoder_blocks", decoder_heads)[0]
-    x = reference_linear(reference_norm(x, p, "decoder_norm"), p, "decoder_pred")[:, 1:]
-    targets = reference_patches(images, p["patch_embed.proj.weight"].shape[-1])
+    x = torch.cat([x[:, :1], unshuffled], 1) + weights["decoder_pos_embed"]
+    x = reference_blocks(x, weights, "decoder_blocks", decoder_heads)[0]
+    x = reference_linear(reference_norm(x, weights, "decoder_norm"), weights, "decoder_pred")[:, 1:]
+    targets = reference_patches(images, weights["patch_embed.proj.weight"].shape[-1])
     targets = normalized(targets) if normalize_targets else targets
     return ((x - targets).square().mean(-1) * hidden).sum(1) / hidden.sum(1)
 
 
 # ------------------------------------------------------------------------------------ loss of a MAE
 
+RAW = {"size": "toy", "normalize_targets": False}
 # arguments, visible patches, heads of the encoder and of the decoder
 MAE_CASES = {
     "toy": ({"size": "toy", "image_size": 32}, 4, 6, 4),
     "toy, wide, 5 channels": ({"size": "toy", "image_size": (16, 40), "channels": 5}, 2, 6, 4),
-    "raw pixels": ({"size": "toy", "image_size": (32, 16), "normalize_targets": False}, 2, 6, 4),
-    "raw, 5 channels": (
-        {"size": "toy", "image_size": 24, "channels": 5, "normalize_targets": False},
-        2,
-        6,
-        4,
-    ),
-    "learned positions, half hidden": (
-        {**SMALL_MAE, "positions": "learned"},
-        3,
-        4,
-        2,
-    ),
+    "raw pixels": ({**RAW, "image_size": (32, 16)}, 2, 6, 4),
+    "raw, 5 channels": ({**RAW, "image_size": 24, "channels": 5}, 2, 6, 4),
+    "learned positions, half hidden": ({**SMALL_MAE, "positions": "learned"}, 3, 4, 2),
     "B": ({"size": "B", "image_size": (64, 32)}, 2, 12, 16),
 }
 
@@ -986,7 +979,7 @@ def test_a_save_on_a_full_disk_leaves_whole_checkpoints_only(saved):
                 models.save_checkpoint(folder, 3, *run, {})
                 break
             except OSError as error:
-                assert "step-00000003" in str(error)
+                assert "step-00000003" in str(error) and "\n" not in str(error)
         assert latest(folder).name == "step-00000002"
         check_checkpoints(folder, states)
         directories = [path for path in folder.iterdir() if path.is_dir()]
@@ -1021,8 +1014,9 @@ def test_code_in_a_checkpoint_s_metadata_is_refused_and_never_runs(saved, tmp_pa
     metadata = pickle.loads(path.read_bytes())
     metadata.planner_data = Trap(sprung)
     path.write_bytes(pickle.dumps(metadata if place == "inside" else Trap(sprung)))
-    with pytest.raises(REFUSAL, match="system: refused"):
+    with pytest.raises((ValueError, OSError), match="system: refused") as error:
         models.load_checkpoint(latest(folder), *run)
+    assert one_line(error)
     assert not sprung.exists()
     pickle.loads(path.read_bytes())
     assert sprung.exists()  # so it was a live one
@@ -1038,8 +1032,9 @@ def test_pickled_objects_among_a_checkpoint_s_tensors_are_refused_and_never_run(
     size = (path / "bytes").stat().st_size
     metadata.storage_data[MetadataIndex(name)] = _StorageInfo("bytes", 0, size)
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(REFUSAL, match="refused"):
+    with pytest.raises((ValueError, OSError), match="refused") as error:
         models.load_checkpoint(path, *run)
+    assert one_line(error)
     assert not sprung.exists()
     state = {name: run[0].state_dict()["cls_token"]}
     dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
