@@ -426,6 +426,7 @@ PEAK_FLOPS = {
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10G": 70e12,
     "RTX 4090": 165e12,
@@ -585,11 +586,12 @@ def read_weights(path):
         raise ValueError(f"no weights at {path}: give a model.pt or a public checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # noqa: BLE001 (torch.load says "damaged" in a dozen ways)
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot read weights from {path}: {reason}") from None
-    state = content.get("model", content) if isinstance(content, dict) else {}
-    state = {n: t for n, t in state.items() if isinstance(t, torch.Tensor)} if state else {}
+    state = content.get("model", content) if isinstance(content, dict) else None
+    state = state if isinstance(state, dict) else {}
+    state = {n: t for n, t in state.items() if isinstance(t, torch.Tensor)}
     if "patch_embed.proj.weight" not in state:
         raise ValueError(f"{path} holds no timm-named ViT (no patch_embed.proj.weight in it)")
     return state, content.get("config") or infer_config(state)
@@ -602,6 +604,8 @@ def infer_config(state):
     def triple_of(prefix, width):
         layers = len({name.split(".")[1] for name in state if name.startswith(f"{prefix}.")})
         known = [*SIZES.values(), (*DEFAULT_DECODER, 0)]
+        # toy and T are equally wide: those of the same depth first.
+        known.sort(key=lambda shape: shape[1] != layers)
         heads = [h for w, _, h, _ in known if w == width]
         if not heads or not layers:
             raise ValueError(f"cannot tell the number of heads of width {width}: it needs a config")
@@ -609,6 +613,8 @@ def infer_config(state):
 
     trunk = triple_of("blocks", width)
     named = [name for name, (*shape, _) in SIZES.items() if tuple(shape) == trunk]
+    if "pos_embed" not in state or state["pos_embed"].ndim != 3:
+        raise ValueError("there is no (1, 1 + patches, width) pos_embed among the weights")
     side = math.isqrt(state["pos_embed"].shape[1] - 1) * P
     config = {
         "size": named[0] if named else "x".join(map(str, trunk)),
@@ -660,6 +666,11 @@ def load_weights(model, state, old_grid=None):
             continue
         if name.endswith("pos_embed") and tensor.shape[1] != own[name].shape[1]:
             grid = old_grid or (math.isqrt(tensor.shape[1] - 1),) * 2
+            if math.prod(grid) != tensor.shape[1] - 1:
+                problems.append(
+                    f"{name} has {tensor.shape[1] - 1} positions, not {grid[0]}x{grid[1]}"
+                )
+                continue
             tensor = resample_positions(tensor, tuple(grid), model.grid)
             resampled.append(f"{name} from {grid[0]}x{grid[1]} to {model.grid[0]}x{model.grid[1]}")
         if tensor.shape == own[name].shape:
@@ -729,7 +740,9 @@ def save_checkpoint(folder, step, model, optimizer, record, keep=2):
             shutil.rmtree(final, ignore_errors=True)  # left by a run killed before it moved LATEST
             os.replace(temporary, final)
             write_text(folder / "LATEST", final.name)
-            for old in sorted(folder.glob("step-*"))[:-keep]:
+            # Later ones are of a former life of the run: they do not push out this one.
+            older = sorted(path for path in folder.glob("step-*") if path.name < final.name)
+            for old in older[: max(0, len(older) - keep + 1)]:
                 shutil.rmtree(old)
     except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1576,6 +1576,7 @@ def test_short_side_scales_only_what_is_larger(tmp_path):
     files = {
         "large.jpg": encoded(painting(120, 200), "JPEG", quality=95),
         "turned.jpg": photo(painting(120, 200), 6, "JPEG", quality=95),
+        "rough.jpg": encoded(textured(120, 200)[:, :, 0], "JPEG", quality=95),
         "clear.png": encoded(clear),
         "grey.png": encoded(painting(90, 60)[:, :, 1]),
         "deep.png": encoded(Image.fromarray(painting(90, 60)[:, :, 1].astype(np.uint16) * 257)),
@@ -1592,16 +1593,17 @@ def test_short_side_scales_only_what_is_larger(tmp_path):
     assert sizes == {
         "large": (40, 24),
         "turned": (40, 24),  # stored upright now
+        "rough": (40, 24),
         "clear": (48, 24),
         "grey": (24, 36),
         "deep": (24, 36),
     }
     assert all(image.getexif().get(274, 1) == 1 for image in images.values())
-    # JPEG at quality 90 is off by some levels: on average less than 4 (seen: 2).
+    # JPEG at quality 90 is off by some levels: on average less than 4 (seen: 3).
     for name, image in images.items():
-        original = decoded(files[f"{name}.{'jpg' if name in ('large', 'turned') else 'png'}"],
-                           image.size[::-1], 4)  # fmt: skip
-        assert np.abs(np.asarray(image.convert("RGBA")) - original).mean() < 4, name
+        (original,) = (files[file] for file in files if file.startswith(name))
+        expected = decoded(original, image.size[::-1], 4)
+        assert np.abs(np.asarray(image.convert("RGBA")) - expected).mean() < 4, name
 
 
 def test_keys_of_a_shard_are_unique_and_readable(tmp_path):
@@ -1630,6 +1632,8 @@ def test_keys_of_a_shard_are_unique_and_readable(tmp_path):
     )
     assert packed_pixels == pixels
     data.pack(folder, f"{tmp_path}/p-%d.tar", shard_size=99)  # knows its own keys again
+    for paths in itertools.permutations(["a.jpg", "a.png", "a.webp", "a~2.png", "a~3.png"]):
+        assert len(set(data.unique_keys(paths))) == len(paths)
 
 
 def test_val_packed_after_train_keeps_the_numbers_of_the_classes(tmp_path):
@@ -1809,9 +1813,10 @@ def test_toy_boxes_and_masks_fit_what_is_drawn():
         assert changed[masks.any(axis=0)].mean() > 0.95
 
 
-def test_plain_toy_objects_have_the_colour_that_they_are_named_after():
+def test_toy_objects_have_the_colour_that_they_are_named_after_and_not_the_backgrounds():
     for number in range(60):
         scene = data.toy_scene(number)
+        assert scene["background"]["colour"] not in {o["colour"] for o in scene["objects"]}
         sample = data.toy_sample(number, 96, masks=True)
         pixels = np.asarray(sample["image"]).astype(np.int64)
         for thing, mask in zip(scene["objects"], sample["masks"]):

@@ -355,6 +355,9 @@ def test_two_processes_give_what_one_gives(labelled, encoder, unreadable, tmp_pa
     np.testing.assert_allclose(one["features"], two["features"], rtol=0, atol=2e-5)
     # What is left out is left out on both, and where no sum is taken every bit is the same.
     whole, labels, keys = extracted(encoder.model, unreadable / "train", max_bad=0.5)
+    readable = {path.relative_to(labelled) for path in labelled.glob("train/*/*")}
+    assert {Path(key).relative_to(unreadable) for key in keys} == readable
+    assert len(keys) == len(labels) == len(whole["pixels"]) == 33
     for process in range(2):
         found = torch.load(tmp_path / f"features-{process}.pt", weights_only=True)
         assert torch.equal(found[0], whole["pixels"]) and torch.equal(found[1], labels)
