@@ -705,12 +705,13 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 def training_state(model, optimizer):
     """A run's tensors as one flat dict: parameters and, of the trained ones, Adam's moments."""
+    if hasattr(model, "reshard"):
+        model.reshard()  # after a forward without a backward, FSDP's root still has whole parameters
     state = {}
     for name, parameter in model.named_parameters():
         state[f"model/{name}"] = parameter.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if parameter in optimizer.state:
-                state[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+        for moment in ("exp_avg", "exp_avg_sq") if parameter.requires_grad else ():
+            state[f"{moment}/{name}"] = optimizer.state[parameter][moment]
     return state
 
 

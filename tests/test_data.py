@@ -252,7 +252,7 @@ SHAPES = [
     ([16] * 48, None),
     (list(range(60)), 48),
     ([9000, 0, 1, 8500, 3], 2),  # more than one block of shuffling
-    ([20000, 3], 1),  # one shard longer than a block
+    ([20000, 3, 30000, 17000], 1),  # shards longer than a block
 ]
 
 

@@ -735,7 +735,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, labelled, capsys)
 
 
 def test_unusable_input_is_refused_in_one_line(tmp_path, labelled, encoder, capsys):
-    (tmp_path / "text.pt").write_text("")
+    (tmp_path / "text.pt").write_text("this is not a checkpoint")
     (tmp_path / "empty").mkdir()
     for split in ("train", "val"):
         shutil.copytree(labelled / "val" / "ant", tmp_path / "flat" / split)
