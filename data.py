@@ -203,10 +203,7 @@ def open_source(data, size, classes=None):
         raise ValueError(f"{data} {state}: --data wants toy, a folder of pictures or tar shards")
     shards = Shards(data)
     if (classes and shards.classes or classes) != classes:
-        raise ValueError(
-            f"{data} numbers its classes otherwise than train: pack it after train, "
-            "into the same folder"
-        )
+        raise ValueError(f"{data} has other classes than train: pack it after train, beside it")
     return shards
 
 
@@ -396,10 +393,10 @@ def expand(pattern):
         head, tail = pattern[: match.start()], pattern[match.end() :]
         return list(itertools.chain(*(expand(head + item + tail) for item in items)))
     if re.search(r"[*?\[]", pattern):
-        paths = sorted(glob.glob(pattern))
+        paths = sorted(path for path in glob.glob(pattern) if path.endswith(".tar"))
         if not paths:
             raise ValueError(f"no shard matches {pattern}")
-        return [path for path in paths if not path.endswith(".index")]
+        return paths
     if not os.path.isfile(pattern):
         raise ValueError(f"there is no shard {pattern}")
     return [pattern]
@@ -416,16 +413,17 @@ def read_index(folder):
             entry["samples"], entry["bytes"], entry["modified"]
         return index
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"{path} is damaged: remove it and run: python data.py index '{folder or '.'}/*.tar'"
-        ) from None
+        raise ValueError(f"{path} is damaged: remove it, and it will be written again") from None
+
+
+def stamp(path):
+    """What an entry of index.json says of the file it was made from."""
+    status = os.stat(path)
+    return {"bytes": status.st_size, "modified": status.st_mtime_ns}
 
 
 def is_current(path, entry):
-    """Is this the shard that the entry of an index.json was made from?"""
-    status = os.stat(path)
-    same = [status.st_size, status.st_mtime_ns] == [entry["bytes"], entry["modified"]]
-    return same and os.path.isfile(f"{path}.index")
+    return stamp(path).items() <= entry.items() and os.path.isfile(f"{path}.index")
 
 
 def index_shards(paths, classes=None):
@@ -435,17 +433,13 @@ def index_shards(paths, classes=None):
     """
     entries, tables = {}, {}
     for path in tqdm(paths, desc="indexing shards", unit=" shards", disable=None):
-        status = os.stat(path)
-        table = scan_tar(path)
-        entries[path] = {
-            "samples": len(table["keys"]),
-            "bytes": status.st_size,
-            "modified": status.st_mtime_ns,
-        }
+        entries[path], table = stamp(path), scan_tar(path)
+        entries[path]["samples"] = len(table["keys"])
         try:
-            with open(f"{path}.index.tmp", "wb") as file:
+            temporary = f"{path}.index.{os.getpid()}"  # another process may be at it, too
+            with open(temporary, "wb") as file:
                 np.savez(file, **table)
-            os.replace(f"{path}.index.tmp", f"{path}.index")
+            os.replace(temporary, f"{path}.index")
         except OSError:
             tables[path] = table
     if tables:
@@ -492,24 +486,23 @@ def tar_members(path):
 
     A last file that is cut off is still given: reading it will fail, and be counted.
     """
+    tar = None
     try:
-        tar = tarfile.open(path, "r:")
-    except tarfile.ReadError as error:
-        raise ValueError(f"{path} is no tar ({error}): leave it out, or write it again") from None
-    with tar, open(path, "rb") as file:
-        try:
+        with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
             while member := tar.next():
                 tar.members.clear()  # it would keep them all
                 if member.isfile():
                     yield member.name, member.offset_data, member.size
             file.seek(tar.offset)
-            damaged = any(
-                file.read(512)
-            )  # a tar ends in zeros; tarfile takes any bad header as end
-        except tarfile.ReadError:
-            damaged = True
-        if damaged:
-            print(f"{path}: cut or damaged at byte {tar.offset}; the samples before it are used")
+            damaged = any(file.read(512))  # not the zeros of its end: tarfile tells no difference
+    except tarfile.ReadError as error:
+        if tar is None:
+            raise ValueError(
+                f"{path} is no tar ({error}): leave it out, or write it again"
+            ) from None
+        damaged = True
+    if damaged:
+        print(f"{path}: cut or damaged at byte {tar.offset}; the samples before it are used")
 
 
 # ------------------------------------------------------------------------------ pictures to tensors
@@ -589,29 +582,22 @@ def normalize(images):
     Any other number of channels: RGB's values for the first three of four or more, and the average
     of the three for what is left. Call it on the device: a batch travels as bytes.
     """
-    channels, device = images.shape[1], images.device
-    mean, deviation = channel_statistics(channels)
-    scale = torch.tensor([1 / (255 * d) for d in deviation], device=device).view(1, channels, 1, 1)
-    shift = torch.tensor([-m / d for m, d in zip(mean, deviation)], device=device)
-    return images.to(torch.float32).mul_(scale).add_(shift.view(1, channels, 1, 1))
+    statistics = torch.tensor(channel_statistics(images.shape[1]), device=images.device)
+    mean, deviation = statistics.view(2, 1, -1, 1, 1)
+    return images.to(torch.float32).mul_(1 / (255 * deviation)).sub_(mean / deviation)
 
 
 def denormalize(images):
     """The inverse of normalize: float (B, C, H, W) -> uint8, clipped."""
-    mean, deviation = (
-        torch.tensor(values, device=images.device).view(1, -1, 1, 1)
-        for values in channel_statistics(images.shape[1])
-    )
+    statistics = torch.tensor(channel_statistics(images.shape[1]), device=images.device)
+    mean, deviation = statistics.view(2, 1, -1, 1, 1)
     return ((images * deviation + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def channel_statistics(channels):
     mean, deviation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     known = 3 if channels >= 3 else 0
-    return (
-        mean[:known] + [sum(mean) / 3] * (channels - known),
-        deviation[:known] + [sum(deviation) / 3] * (channels - known),
-    )
+    return [v[:known] + [sum(v) / 3] * (channels - known) for v in (mean, deviation)]
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -992,21 +978,16 @@ def pack(folder, pattern, short_side=None, shard_size=None):
     the right samples are kept, so an interrupted run goes on where it was. Pictures are written as
     they are or, with short_side, scaled down to it if they are larger and encoded again.
     """
-    try:
-        if len({pattern % 0, pattern % 1}) < 2:
-            raise TypeError
-    except (TypeError, ValueError):
-        raise ValueError(f"{pattern} must hold one number, as in OUT-%05d.tar") from None
+    if not re.fullmatch(r"[^%]*%\d*d[^%]*\.tar", pattern):
+        raise ValueError(f"{pattern} must hold one number, as in OUT-%05d.tar")
     source, out = Folder(folder), os.path.dirname(pattern)
     os.makedirs(out or ".", exist_ok=True)
     index = read_index(out)
     classes = index.get("classes") or source.classes
     unknown = sorted(set(source.classes or ()) - set(classes or ()))
     if unknown:
-        raise ValueError(
-            f"{out}/index.json lists other classes (without {', '.join(unknown[:5])}): "
-            "pack train before val, and other data into another folder"
-        )
+        names = ", ".join(unknown[:5])
+        raise ValueError(f"{out}/index.json is without {names}: pack train first, or elsewhere")
     # At least 48 shards if there is enough: that is the number of lanes (see Order).
     shard_size = shard_size or max(1, min(10_000, -(-len(source.paths) // 48)))
     groups = [source.paths[i : i + shard_size] for i in range(0, len(source.paths), shard_size)]
@@ -1024,8 +1005,7 @@ def pack(folder, pattern, short_side=None, shard_size=None):
                 bar.update(len(paths))
                 written.append(shard)
                 continue
-            temporary = f"{shard}.tmp"
-            with tarfile.open(temporary, "w") as tar:
+            with tarfile.open(f"{shard}.tmp", "w") as tar:
                 for some in range(0, len(paths), 256):  # so many pictures are in memory at once
                     part = [os.path.join(folder, path) for path in paths[some : some + 256]]
                     encoded = threads.map(lambda path: encode(path, short_side), part)
@@ -1035,10 +1015,11 @@ def pack(folder, pattern, short_side=None, shard_size=None):
                             label = str(classes.index(path.split("/")[0])).encode()
                             add_member(tar, f"{key}.cls", label)
                         bar.update()
-            os.replace(temporary, shard)
+            os.replace(f"{shard}.tmp", shard)
             written.append(shard)
     index_shards(written, classes)
-    print(f"{len(source.paths)} pictures in {len(written)} shards: --data '{braces(written)}'")
+    shards = re.sub(r"%\d*d", "*", pattern)
+    print(f"{len(source.paths)} pictures in {len(written)} shards: --data '{shards}'")
 
 
 def unique_keys(paths):
@@ -1067,9 +1048,8 @@ def encode(path, short_side):
                 return kind, content
             image.draft(None, tuple(math.ceil(2 * scale * side) for side in image.size))
             image = ImageOps.exif_transpose(image)
-            opaque = (
-                image.mode in ("L", "RGB", "CMYK", "YCbCr") and "transparency" not in image.info
-            )
+            solid = image.mode in ("L", "RGB", "CMYK", "YCbCr")
+            opaque = solid and "transparency" not in image.info
             image = to_mode(image, 3 if opaque else 4)
             scale = short_side / min(image.size)
             size = tuple(max(1, round(scale * side)) for side in image.size)
@@ -1091,16 +1071,6 @@ def add_member(tar, name, content):
     tar.addfile(member, io.BytesIO(content))
 
 
-def braces(paths):
-    """["a-00.tar", "a-01.tar"] -> "a-{00..01}.tar"."""
-    if len(paths) == 1:
-        return paths[0]
-    head = os.path.commonprefix(paths)
-    head = head.rstrip("0123456789")
-    first, last = (re.match(r"\d+", path[len(head) :])[0] for path in (paths[0], paths[-1]))
-    return f"{head}{{{first}..{last}}}{paths[0][len(head) + len(first) :]}"
-
-
 def main():
     parser = argparse.ArgumentParser(description="Prepare shards.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1114,9 +1084,9 @@ def main():
     arguments = parser.parse_args()
     try:
         if arguments.command == "pack":
-            for flag in ("short_side", "shard_size"):
-                if getattr(arguments, flag) is not None and getattr(arguments, flag) < 1:
-                    raise ValueError(f"--{flag.replace('_', '-')} must be at least 1")
+            numbers = arguments.short_side, arguments.shard_size
+            if any(number is not None and number < 1 for number in numbers):
+                raise ValueError("--short-side and --shard-size must be at least 1")
             pack(arguments.folder, arguments.pattern, arguments.short_side, arguments.shard_size)
         else:
             entries, _ = index_shards(expand(arguments.shards))

@@ -128,8 +128,10 @@ def nearest(train, labels, test, classes):
 
 def accuracy(scores, labels, k):
     """Share of the rows of scores (m, classes) with their label among the k highest."""
-    best = scores.topk(min(k, scores.shape[1])).indices
-    return (best == labels[:, None]).any(dim=1).double().mean().item()
+    best = scores.topk(min(k, scores.shape[1]))
+    # A class without a vote (-inf) is not among the best, even where fewer than k have one.
+    hits = (best.indices == labels[:, None]) & best.values.isfinite()
+    return hits.any(dim=1).double().mean().item()
 
 
 def few_shot_split(labels, shots, seed):
@@ -200,9 +202,13 @@ def draw_attention(model, source, path, count=8):
 
 
 def some_pictures(source, config, count):
-    """The first `count` readable pictures of a source, (count, C, H, W) uint8."""
+    """The readable ones among the first `count` pictures of a source, (B, C, H, W) uint8."""
     size, channels = models.pair(config["image_size"]), config["channels"]
     batch = data.Batches(source, size, channels, count)[0]
+    for name in batch["bad"]:
+        print(f"unreadable, left out: {name}", file=sys.stderr)
+    if not batch["weight"].any():
+        raise ValueError(f"no readable picture among the first {count}: {source.identity}")
     return batch["images"][batch["weight"] > 0]
 
 
@@ -249,6 +255,7 @@ def labelled_features(model, sources, run):
 def task_knn(model, sources, run):
     x, x_test, y, y_test, classes = labelled_features(model, sources, run)
     votes = nearest(x, y, x_test, classes)
+    votes = votes.masked_fill(votes == 0, -torch.inf)
     top1, top5 = (accuracy(votes, y_test, k) for k in (1, 5))
     print(f"knn (k = {NEIGHBOURS}, cosine), {run.pool} pooling: top-1 {top1:.2%}, top-5 {top5:.2%}")
     return {"top1": top1, "top5": top5}
@@ -275,6 +282,8 @@ def task_features(model, sources, run):
     out = Path(run.out or "features.npz")
     if out.exists():
         raise ValueError(f"{out} exists: choose another --out")
+    if run.split == "val" and len(sources) == 1:
+        raise ValueError(f"{run.data} has no val/: say --split train")
     x, labels, keys = extract(
         {"": pooled(model, run.pool)}, sources[run.split == "val"], model.config, **run.options
     )
@@ -343,7 +352,12 @@ def parse_arguments(argv):
         "--max-bad", type=float, default=0.01, help="share of unreadable pictures to stop at (0.01)"
     )
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
-    return parser.parse_args(argv)
+    run = parser.parse_args(argv)
+    if run.seed < 0 or run.count < 1 or run.batch_size < 1:
+        parser.error("--seed must be at least 0, --count and --batch-size at least 1")
+    if run.out and not Path(run.out).absolute().parent.is_dir():
+        parser.error(f"--out {run.out}: there is no such folder")
+    return run
 
 
 def shots(text):
@@ -385,7 +399,7 @@ def main(argv=None):
         train, val = data.open_sources(run.data, run.val_data, size)
         if val is None and run.task in ("knn", "fewshot"):
             raise ValueError(f"{run.data} has no train/ and val/: give the latter as --val-data")
-        result = TASKS[run.task](model, [train, val or train], run)
+        result = TASKS[run.task](model, [train, val] if val else [train], run)
     except (ValueError, OSError) as error:
         fail(error)
     print(json.dumps({"task": run.task, **result}))

@@ -91,6 +91,8 @@ def parse_arguments(argv):
     for name in above_0.split():
         if getattr(arguments, name) is not None and getattr(arguments, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if arguments.seed < 0:
+        parser.error("--seed must be at least 0")
     if [arguments.steps, arguments.epochs, arguments.samples].count(None) < 2:
         parser.error("give only one of --steps, --epochs and --samples")
     return arguments
@@ -229,7 +231,7 @@ def train(run):
         f"{run.held_out.sizes.sum()} others to measure on\n"
         f"model    {run.config['size']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M "
         f"parameters with the decoder, {flops / 1e9:.2f} GFLOP an image\n"
-        f"batch    {run.batch_size} = {run.processes} processes x {pieces} x {run.micro_batch} images\n"
+        f"batch    {run.batch_size}: {run.processes} processes x {pieces} x {run.micro_batch} images\n"
         f"run      {run.steps} steps, peak lr {run.lr:.2e}, {run.precision} on {device.type}"
         + ("" if peak else f"; mfu is shown as 0: {chip}")
     )

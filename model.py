@@ -594,7 +594,11 @@ def read_weights(path):
     state = {n: t for n, t in state.items() if isinstance(t, torch.Tensor)}
     if "patch_embed.proj.weight" not in state:
         raise ValueError(f"{path} holds no timm-named ViT (no patch_embed.proj.weight in it)")
-    return state, content.get("config") or infer_config(state)
+    config = content.get("config") or infer_config(state)
+    known = {"size", "image_size", "patch_size", "channels", "positions"}
+    if not isinstance(config, dict) or known - config.keys():
+        raise ValueError(f"the config in {path} lacks {', '.join(sorted(known - set(config)))}")
+    return state, config
 
 
 def infer_config(state):
@@ -706,7 +710,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 def training_state(model, optimizer):
     """A run's tensors as one flat dict: parameters and, of the trained ones, Adam's moments."""
     if hasattr(model, "reshard"):
-        model.reshard()  # after a forward without a backward, FSDP's root still has whole parameters
+        model.reshard()  # after a forward without backward, FSDP's root still is whole
     state = {}
     for name, parameter in model.named_parameters():
         state[f"model/{name}"] = parameter.detach()
