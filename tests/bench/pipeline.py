@@ -85,13 +85,14 @@ def main():
     contents = [Path(name).read_bytes() for name in names]
     contents = contents[: len(contents) // options.batch * options.batch]  # whole batches
     source, side = Memory(contents), options.image_size
-    batches = data.Batches(source, (side, side), 3, options.batch, data.Order(source.sizes))
+    order = data.Order(source.sizes)
+    batches = data.Batches(source, (side, side), 3, options.batch, order=order)
 
     def ours(epoch, normalize=data.normalize):
         for step in range(epoch * len(batches), (epoch + 1) * len(batches)):
             batch = batches[step]
-            if batch["bad"]:
-                raise SystemExit(f"unreadable: {batch['bad'][0]}")
+            if batch["weight"].sum() != options.batch:  # or what is timed is not the whole work
+                raise SystemExit(f"a batch is not whole; unreadable: {batch['bad']}")
             normalize(batch["images"])
 
     def decode(_):
