@@ -1308,6 +1308,7 @@ def test_globs_braces_and_commas_expand_in_order(tmp_path):
         assert names("a-{10,08}.tar") == ["a-10", "a-08"]
         assert names("{a-0[89],c}.tar") == ["a-08", "a-09", "c"]
         assert names("c.tar") == ["c"]
+        assert names("a-*") == ["a-08", "a-09", "a-10", "a-11"]  # not what lies beside them
 
 
 # ------------------------------------------------------------------------------------------- shards
