@@ -231,7 +231,7 @@ def train(run):
         f"{run.held_out.sizes.sum()} others to measure on\n"
         f"model    {run.config['size']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M "
         f"parameters with the decoder, {flops / 1e9:.2f} GFLOP an image\n"
-        f"batch    {run.batch_size}: {run.processes} processes x {pieces} x {run.micro_batch} images\n"
+        f"batch    {run.batch_size}: {run.processes} processes x {pieces} x {run.micro_batch}\n"
         f"run      {run.steps} steps, peak lr {run.lr:.2e}, {run.precision} on {device.type}"
         + ("" if peak else f"; mfu is shown as 0: {chip}")
     )
