@@ -12,7 +12,6 @@
 Every random draw is keyed by (seed, epoch, position, purpose): nothing depends on the number of
 workers, processes or nodes, nor on what was drawn before. A sample that cannot be read keeps its
 position as a zero image of weight 0; nothing shifts.
-
 This file needs torch, numpy, pillow and tqdm, and stands alone when copied.
 """
 
