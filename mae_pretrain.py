@@ -122,8 +122,9 @@ def prepare(run):
     )
     kind = (torch.accelerator.current_accelerator() or torch.device("cpu")).type
     run.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    run.precision = run.precision or ("bf16" if kind == "cuda" else "fp32")
-    if run.precision == "bf16" and kind != "cuda":
+    planned = run.plan and run.gpus  # a plan for GPUs may be made anywhere
+    run.precision = run.precision or ("bf16" if planned or kind == "cuda" else "fp32")
+    if run.precision == "bf16" and kind != "cuda" and not planned:
         raise ValueError("--precision bf16 needs CUDA")
     run.workers = data.loader_workers(run.workers, here)
 
@@ -152,7 +153,8 @@ def prepare(run):
     dealt = (run.process, run.processes, run.model.num_patches)
     training = {"order": order, "seed": run.seed, "min_crop": run.min_crop}
     run.batches = data.Batches(run.source, size, channels, run.batch_size, *dealt, **training)
-    share, recompute = run.batch_size // run.processes, run.checkpoint_activations
+    share = run.batch_size // (planned or run.processes)
+    recompute = run.checkpoint_activations
     fitting = models.fitting_batch(run.model, share, run.device, run.precision, recompute)
     run.micro_batch = run.micro_batch or fitting
     if share % run.micro_batch:
@@ -163,7 +165,8 @@ def prepare(run):
     # The paper trains 1600 epochs on ImageNet-1k, and on 5 billion samples of its own data.
     if run.steps is None:
         epochs = run.epochs and run.epochs * order.length
-        samples = epochs or run.samples or samples or min(1600 * order.length, 5e9)
+        longest = 5e9 if run.plan and not run.data else min(1600 * order.length, 5e9)
+        samples = epochs or run.samples or samples or longest
         run.steps = math.ceil(samples / run.batch_size)
     run.lr = run.lr or base_lr * run.batch_size / 256
     run.save_every = run.save_every or max(1, min(1000, run.steps // 10))
