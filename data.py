@@ -720,7 +720,7 @@ def loader(batches, steps, workers, pin=False):
 
 
 def ignore_signals(_):
-    """Ctrl-C reaches loader processes too, but the training process decides when they end."""
+    os.setpgid(0, 0)  # torchrun signals process groups, but training decides when loaders end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -149,14 +149,19 @@ def print_probe(weights, config, train, test, pool, seed, **options):
     trained, untrained = (models.ViT(**models.encoder_config(config)).eval() for _ in range(2))
     models.load_weights(trained, weights)
     models.initialize(untrained, seed)
+    trained, untrained = (m.to(options.get("device", "cpu")) for m in (trained, untrained))
     functions = {"raw pixels": raw_pixels, "untrained": pooled(untrained, pool)}
     functions["trained"] = pooled(trained, pool)
     train = data.Slice(train, 0, min(4096, int(train.sizes.sum())))
     x, y, _ = extract(functions, train, config, **options)
     x_test, y_test, _ = extract(functions, test, config, **options)
+    known, known_test = y >= 0, y_test >= 0
+    if not known.any() or not known_test.any():
+        return print("linear probe: left out, for want of labels")
+    y, y_test = y[known], y_test[known_test]
     print(f"linear probe (closed form): {len(y)} labels, {len(y_test)} held-out pictures")
     for name in functions:
-        scaled, scaled_test = standardize(x[name], x_test[name])
+        scaled, scaled_test = standardize(x[name][known], x_test[name][known_test])
         scores = ridge(scaled, y, scaled_test, len(train.classes))
         print(f"  {name:12} top-1 {accuracy(scores, y_test, 1):.1%}")
 

@@ -225,6 +225,9 @@ def train(run):
         config = {"stage": "mae_pretrain", "command": sys.argv, **run.identity}
         models.write_text(out / "config.json", json.dumps(config, indent=1))
         models.cut_metrics(out, run.checkpoint, first_step)
+        if run.checkpoint and run.checkpoint.parent.resolve() == (out / "checkpoints").resolve():
+            # It may be an earlier one: from now on, it is the run's last.
+            models.write_text(out / "checkpoints" / "LATEST", run.checkpoint.name)
 
     # --------------------------------------------------------------------------------------- loop
     flops, (peak, chip) = 3 * models.flops_per_image(model), models.peak_flops(device)
@@ -371,10 +374,12 @@ def finish(run, weights):
     print(f"wrote {out / 'model.pt'}")
     autoencoder = models.MAE(**run.config).eval()
     autoencoder.load_state_dict(weights)
-    evaluate.draw_reconstructions(autoencoder, run.held_out, out / "reconstruction.png")
+    if run.held_out.sizes.sum():
+        evaluate.draw_reconstructions(autoencoder, run.held_out, out / "reconstruction.png")
     if run.source.classes and run.held_out.sizes.sum():
         sources = (run.source, run.held_out)
-        evaluate.print_probe(weights, run.config, *sources, "mean", run.seed, workers=run.workers)
+        options = {"workers": run.workers, "max_bad": run.max_bad, "device": run.device}
+        evaluate.print_probe(weights, run.config, *sources, "mean", run.seed, **options)
     where = f"{run.data or 'toy'}" + (f" --val-data {run.val_data}" if run.val_data else "")
     print(f"next: python evaluate.py --task knn --checkpoint {out / 'model.pt'} --data {where}")
 
@@ -391,7 +396,7 @@ def main(argv=None):
         return models.print_plan(run.model, *shape)
     try:
         train(run)
-    except OSError as error:  # a full disk, most likely
+    except (ValueError, OSError) as error:  # a full disk, most likely
         fail(error, status=1)
 
 

@@ -21,7 +21,6 @@ import json
 import math
 import os
 import pickle
-import resource
 import shutil
 import sys
 import warnings
@@ -494,6 +493,8 @@ def peak_memory(device):
     """GiB used at most so far: the allocator's on CUDA, else the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
@@ -753,7 +754,7 @@ def save_checkpoint(folder, step, model, optimizer, record, keep=2):
         shutil.rmtree(temporary, ignore_errors=True)
         reason = str(error).strip().splitlines()[-1]  # DCP's are a whole traceback
         raise OSError(
-            f"cannot save {final}: {reason}. The checkpoint before it is whole"
+            f"cannot save {final}: {reason}. Checkpoints before it, if any, are whole"
         ) from error
     barrier()
 
@@ -836,6 +837,9 @@ def find_checkpoint(out, resume, identity):
     changed = [f"{k} was {found.get(k)}, is {v}" for k, v in identity.items() if found.get(k) != v]
     if changed:
         raise ValueError(f"{path} is of another run ({'; '.join(changed)}): use another --out")
+    elsewhere = path.parent.resolve() != (Path(out) / "checkpoints").resolve()
+    if elsewhere and ((Path(out) / "model.pt").exists() or (Path(out) / "checkpoints").exists()):
+        raise ValueError(f"{out} holds a run of its own: use another --out, or leave --resume out")
     return path
 
 

@@ -162,7 +162,7 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tmp_path):
         *(*TINY, "--out", cut), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     )
     assert failed.returncode == 1
-    assert "step-00000012" in failed.stderr and "is whole" in failed.stderr
+    assert "step-00000012" in failed.stderr and "are whole" in failed.stderr
     assert "Traceback" not in failed.stderr
     kept = sorted(path.name for path in (cut / "checkpoints").iterdir())
     assert kept == ["LATEST", "step-00000008"]
