@@ -380,7 +380,7 @@ def finish(run, weights):
         sources = (run.source, run.held_out)
         options = {"workers": run.workers, "max_bad": run.max_bad, "device": run.device}
         evaluate.print_probe(weights, run.config, *sources, "mean", run.seed, **options)
-    where = f"{run.data or 'toy'}" + (f" --val-data {run.val_data}" if run.val_data else "")
+    where = f"'{run.data or 'toy'}'" + (f" --val-data '{run.val_data}'" if run.val_data else "")
     print(f"next: python evaluate.py --task knn --checkpoint {out / 'model.pt'} --data {where}")
 
 

@@ -711,7 +711,7 @@ def test_a_bare_encoder_into_a_mae_keeps_the_decoder_s_initial_values(tmp_path):
     torch.save(tensors, tmp_path / "bare.pth")
     model = MAE(**SMALL_MAE)
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    line = models.load_weights(model, torch.load(tmp_path / "bare.pth"), (2, 3))
+    line = models.load_weights(model, torch.load(tmp_path / "bare.pth", weights_only=True), (2, 3))
     assert section(line, "newly initialised") == DECODER_FAMILIES
     assert not section(line, "dropped")
     assert equal_states(model.state_dict(), {**initial, **tensors})
