@@ -298,10 +298,14 @@ class Slice:
         return self.first + shard, index + (self.skipped if shard == 0 else 0)
 
 
-def hold_out(source, count):
-    """(source without its last `count` samples, those samples): a slice to measure on."""
-    total = int(source.sizes.sum())
-    return Slice(source, 0, total - count), Slice(source, total - count, total)
+def hold_out(train, val, count):
+    """(source to train on, at most `count` samples to measure on): val's first ones or, without
+    val, the last ones of train, at most 5 % of it."""
+    if val:
+        return train, Slice(val, 0, min(count, int(val.sizes.sum())))
+    total = int(train.sizes.sum())
+    count = min(count, total // 20)
+    return Slice(train, 0, total - count), Slice(train, total - count, total)
 
 
 # ------------------------------------------------------------------------------------------- shards

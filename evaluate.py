@@ -166,6 +166,19 @@ def print_probe(weights, config, train, test, pool, seed, **options):
         print(f"  {name:12} top-1 {accuracy(scores, y_test, 1):.1%}")
 
 
+@torch.no_grad()
+def masked_loss(model, batches, device):
+    """An MAE's mean loss on a data.Batches, whose crops and masks are always the same."""
+    sums = torch.zeros(2, device=device)
+    for batch in data.loader(batches, range(len(batches)), workers=0):
+        images, ids, weight = (batch[key].to(device) for key in ("images", "ids", "weight"))
+        losses = model(data.normalize(images), ids)  # (b,)
+        sums += torch.stack([(losses * weight).sum(), weight.sum()])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return (sums[0] / sums[1].clamp(min=1)).item()
+
+
 # ----------------------------------------------------------------------------------------- pictures
 
 

@@ -6,7 +6,7 @@ One GPU      python mae_pretrain.py --data my_photos/ --size B --batch-size 1024
 One node     torchrun --nproc-per-node 8 mae_pretrain.py --size L --data 'shards/{00000..00999}.tar'
 Many nodes   torchrun --nnodes 16 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500
                  mae_pretrain.py --size H --data 'shards/{00000..09999}.tar' --lanes 384
-Beforehand   python mae_pretrain.py --size H --gpus 128 --plan
+Beforehand   python mae_pretrain.py --size H --gpus 128 --lanes 384 --plan
 Resume       the same command again: it goes on, exactly, from the last checkpoint in --out
 
 The recipe is He et al.'s (arXiv 2111.06377), which the paper (arXiv 2303.13496) reuses unchanged
@@ -52,7 +52,7 @@ def parse_arguments(argv):
     add = parser.add_argument_group("data").add_argument
     add("--data", help="a folder of pictures, tar shards (path, glob, {000..099}), or toy (toy)")
     add("--val-data", help="pictures to measure on (those in DATA/val, else some held out of DATA)")
-    add("--image-size", type=height_and_width, help="side or HEIGHTxWIDTH (224; toy size: 48)")
+    add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (224; toy size: 48)")
     add("--channels", type=int, help="to read pictures with: 1 grey, 3 RGB, 4 RGBA (3)")
     add("--min-crop", type=float, default=0.2, help="least area of a random crop, 1: none (0.2)")
     add("--lanes", type=int, help="streams that the order is dealt to (48, or the shards if fewer)")
@@ -68,15 +68,16 @@ def parse_arguments(argv):
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=int, help="global, over all processes (4096; toy size: 32)")
     add("--micro-batch", type=int, help="images at once on a process (what should fit)")
-    add("--steps", type=int, help="length of the run; or give --epochs, or --samples")
-    add("--epochs", type=float, help="(1600, but at most 5e9 samples)")
-    add("--samples", type=float, help="(toy size: 40,000)")
     add("--lr", type=float, help="peak (1.5e-4 for 256 images of the batch; toy size: 8e-3)")
     add("--warmup", type=float, default=0.05, help="share of the steps (0.05)")
     add("--weight-decay", type=float, default=0.05, help="not of 1-D parameters (0.05)")
     add("--seed", type=int, default=0, help="of weights, order, crops and masks (0)")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--steps", type=int, help="length of the run; or give --epochs, or --samples")
+    add("--epochs", type=float, help="(1600, but at most 5e9 samples)")
+    add("--samples", type=float, help="(toy size: 40,000)")
     add = parser.add_argument_group("run").add_argument
-    add("--out", default="runs/mae", help="where everything is written (runs/mae)")
+    add("--out", type=Path, default="runs/mae", help="where everything is written (runs/mae)")
     add("--resume", help="a run, or one of its checkpoints, to go on from (the one in --out)")
     add("--precision", choices=("bf16", "fp32"), help="of the compute (CUDA: bf16, else fp32)")
     add("--compile", action="store_true", help="torch.compile every block")
@@ -86,21 +87,12 @@ def parse_arguments(argv):
     add("--plan", action="store_true", help="print what the run takes, and exit")
     add("--gpus", type=int, help="processes to plan for (as many as run now)")
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
-    arguments = parser.parse_args(argv)
-    above_0 = "lanes batch_size micro_batch steps epochs samples lr log_every save_every gpus"
-    for name in above_0.split():
-        if getattr(arguments, name) is not None and getattr(arguments, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
-    if arguments.seed < 0:
-        parser.error("--seed must be at least 0")
-    if [arguments.steps, arguments.epochs, arguments.samples].count(None) < 2:
-        parser.error("give only one of --steps, --epochs and --samples")
-    return arguments
-
-
-def height_and_width(text):
-    sides = tuple(int(side) for side in text.split("x"))
-    return sides * 2 if len(sides) == 1 else sides
+    run = parser.parse_args(argv)
+    may_be_0 = ("seed", "workers", "min_crop", "max_bad", "mask_ratio", "warmup", "weight_decay")
+    for name, value in vars(run).items():
+        if type(value) in (int, float) and (value < 0 or value == 0 and name not in may_be_0):
+            parser.error(f"--{name.replace('_', '-')} {value} is too small")
+    return run
 
 
 def fail(message, status=2):
@@ -111,7 +103,7 @@ def fail(message, status=2):
 
 
 def prepare(run):
-    """Settle in `run` what its arguments leave open, open the data, make --out.
+    """Settle in `run` what its arguments leave open, and open the data. Nothing is written yet.
 
     Raises ValueError or OSError, one line on what to do, when something cannot be used.
     """
@@ -122,9 +114,10 @@ def prepare(run):
     )
     kind = (torch.accelerator.current_accelerator() or torch.device("cpu")).type
     run.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    planned = run.plan and run.gpus  # a plan for GPUs may be made anywhere
-    run.precision = run.precision or ("bf16" if planned or kind == "cuda" else "fp32")
-    if run.precision == "bf16" and kind != "cuda" and not planned:
+    if run.plan and run.gpus:  # a plan for GPUs may be made anywhere
+        run.processes, kind = run.gpus, "cuda"
+    run.precision = run.precision or ("bf16" if kind == "cuda" else "fp32")
+    if run.precision == "bf16" and kind != "cuda":
         raise ValueError("--precision bf16 needs CUDA")
     run.workers = data.loader_workers(run.workers, here)
 
@@ -136,12 +129,8 @@ def prepare(run):
         given = {"size": "toy", "image_size": recipe(run.size or "toy")[2], **given}
     run.weights, run.config = models.inherit(run.init, given)
     size, channels = models.pair(run.config["image_size"]), run.config.get("channels", 3)
-    run.source, val = data.open_sources(run.data or "toy", run.val_data, size)
-    if val:
-        run.held_out = data.Slice(val, 0, min(HELD_OUT, int(val.sizes.sum())))
-    else:
-        count = min(HELD_OUT, int(run.source.sizes.sum()) // 20)
-        run.source, run.held_out = data.hold_out(run.source, count)
+    train, run.val = data.open_sources(run.data or "toy", run.val_data, size)
+    run.source, run.held_out = data.hold_out(train, run.val, HELD_OUT)
     order = data.Order(run.source.sizes, run.seed, run.lanes)
 
     # -------------------------------------------------------------------------------------- model
@@ -153,9 +142,8 @@ def prepare(run):
     dealt = (run.process, run.processes, run.model.num_patches)
     training = {"order": order, "seed": run.seed, "min_crop": run.min_crop}
     run.batches = data.Batches(run.source, size, channels, run.batch_size, *dealt, **training)
-    share = run.batch_size // (planned or run.processes)
-    recompute = run.checkpoint_activations
-    fitting = models.fitting_batch(run.model, share, run.device, run.precision, recompute)
+    share, compute = run.batch_size // run.processes, (run.device, run.precision)
+    fitting = models.fitting_batch(run.model, share, *compute, run.checkpoint_activations)
     run.micro_batch = run.micro_batch or fitting
     if share % run.micro_batch:
         raise ValueError(f"--micro-batch {run.micro_batch} does not divide a process's {share}")
@@ -163,43 +151,31 @@ def prepare(run):
     run.held_out_batches = data.Batches(run.held_out, size, channels, pairs, *dealt)
 
     # The paper trains 1600 epochs on ImageNet-1k, and on 5 billion samples of its own data.
-    if run.steps is None:
-        epochs = run.epochs and run.epochs * order.length
-        longest = 5e9 if run.plan and not run.data else min(1600 * order.length, 5e9)
-        samples = epochs or run.samples or samples or longest
-        run.steps = math.ceil(samples / run.batch_size)
+    longest = 5e9 if run.plan and not run.data else min(1600 * order.length, 5e9)
+    samples = (run.epochs or 0) * order.length or run.samples or samples or longest
+    run.steps = run.steps or math.ceil(samples / run.batch_size)
     run.lr = run.lr or base_lr * run.batch_size / 256
     run.save_every = run.save_every or max(1, min(1000, run.steps // 10))
     same = ("batch_size", "steps", "lr", "warmup", "weight_decay", "seed", "min_crop", "precision")
     run.identity = {"data": run.source.identity, "lanes": order.lanes, "init": run.init}
     run.identity |= {name: getattr(run, name) for name in same} | {"model": run.config}
     run.checkpoint = models.find_checkpoint(run.out, run.resume, run.identity)
-    if not run.plan:
-        Path(run.out).mkdir(parents=True, exist_ok=True)
-        if not os.access(run.out, os.W_OK):
-            raise ValueError(f"{run.out} cannot be written to: choose another --out")
 
 
 def train(run):
     # ------------------------------------------------------------------------------------ runtime
     say = print if run.process == 0 else lambda _: None
-    device, out = run.device, Path(run.out)
+    device, out = run.device, run.out
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if run.processes > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    elif device.type == "cuda":  # sharded over one process: the same bf16 path as on many
+    sharded = run.processes > 1 or device.type == "cuda"  # one GPU: the same bf16 path as on many
+    if sharded:
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("cpu:gloo,cuda:nccl", **alone)
-    sharded = dist.is_initialized()
-    stop = []  # a signal leaves a note: the loop saves and leaves, all processes together
-
-    def note(number, _):
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)  # the second one ends the program
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
+        group = {} if run.processes > 1 else alone
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **group)
+    stop = []  # a signal leaves a note here: the loop saves and leaves, all processes together
+    for number in (signal.SIGTERM, signal.SIGINT):  # a second one finds the default, and ends it
+        signal.signal(number, lambda number, _: stop.append(signal.signal(number, signal.SIG_DFL)))
 
     # -------------------------------------------------------------------------------------- model
     model = run.model.to_empty(device="cpu")
@@ -223,24 +199,19 @@ def train(run):
         first_step, bad = record["step"], record["bad"]
     if run.process == 0:
         config = {"stage": "mae_pretrain", "command": sys.argv, **run.identity}
-        models.write_text(out / "config.json", json.dumps(config, indent=1))
-        models.cut_metrics(out, run.checkpoint, first_step)
-        if run.checkpoint and run.checkpoint.parent.resolve() == (out / "checkpoints").resolve():
-            # It may be an earlier one: from now on, it is the run's last.
-            models.write_text(out / "checkpoints" / "LATEST", run.checkpoint.name)
+        models.begin_run(out, config, run.checkpoint, first_step)
 
     # --------------------------------------------------------------------------------------- loop
     flops, (peak, chip) = 3 * models.flops_per_image(model), models.peak_flops(device)
     pieces = run.batch_size // run.processes // run.micro_batch
-    say(
-        f"data     {run.source.identity}{'' if run.data else ' (no --data was given)'}; "
-        f"{run.held_out.sizes.sum()} others to measure on\n"
-        f"model    {run.config['size']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M "
-        f"parameters with the decoder, {flops / 1e9:.2f} GFLOP an image\n"
-        f"batch    {run.batch_size}: {run.processes} processes x {pieces} x {run.micro_batch}\n"
-        f"run      {run.steps} steps, peak lr {run.lr:.2e}, {run.precision} on {device.type}"
-        + ("" if peak else f"; mfu is shown as 0: {chip}")
-    )
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    if not run.data:
+        say("no --data was given: training on the toy world's generated pictures")
+    say(f"data     {run.source.identity}; {run.held_out.sizes.sum()} others to measure on")
+    say(f"model    {run.config['size']}, {parameters:.1f} M parameters with the decoder")
+    say(f"compute  {flops / 1e9:.2f} GFLOP an image, {run.precision} on {chip}")
+    say(f"batch    {run.batch_size}: {run.processes} processes x {pieces} x {run.micro_batch}")
+    say(f"length   {run.steps} steps, peak lr {run.lr:.2e}")
     bar = tqdm(total=run.steps, initial=first_step, disable=None if run.process == 0 else True)
     steps = range(first_step, run.steps)
     batches = iter(data.loader(run.batches, steps, run.workers, pin=device.type == "cuda"))
@@ -285,10 +256,10 @@ def train(run):
         if bad > run.max_bad * max(1000, done * run.batch_size):
             fail(f"{bad} unreadable pictures by step {done}, over --max-bad {run.max_bad}", 1)
         if not math.isfinite(loss + norm):
-            what = f"step {done}: loss {loss}, gradient norm {norm}, lr {lr:.2e}"
-            where = f"positions {step * run.batch_size} to {done * run.batch_size - 1}"
+            what = f"step {done}: loss {loss}, gradient norm {norm}, lr {lr:.2e}, positions "
+            what += f"{step * run.batch_size} to {done * run.batch_size - 1}. Nothing was saved. "
             names = " ".join(models.non_finite_gradients(model)) or "none"
-            fail(f"{what}, {where}. Nothing was saved. Gradients not finite: {names}", 1)
+            fail(f"{what}Gradients not finite: {names}", 1)
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
@@ -297,21 +268,14 @@ def train(run):
         if saving or done % run.log_every == 0 or done == 1:
             now = time.perf_counter()
             rate = (done - last_logged) * run.batch_size / (now - logged)
-            entry = {
-                "step": done,
-                "samples": done * run.batch_size,
-                "loss": loss,
-                "lr": lr,
-                "grad_norm": norm,
-                "bad": bad,
-                "images_per_second": rate,
-                "mfu": rate * flops / (peak * run.processes) if peak else 0.0,
-                "data_wait": waited / (now - logged),
-                "memory_gib": models.peak_memory(device),
-                "eta_seconds": (now - began) / (done - first_step) * (run.steps - done),
-            }
+            entry = {"step": done, "samples": done * run.batch_size, "bad": bad}
+            entry |= {"loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": rate}
+            entry["mfu"] = rate * flops / (peak * run.processes) if peak else 0.0
+            entry["data_wait"] = waited / (now - logged)
+            entry["memory_gib"] = models.peak_memory(device)
+            entry["eta_seconds"] = (now - began) / (done - first_step) * (run.steps - done)
             if saving and len(run.held_out_batches):
-                entry["held_out_loss"] = held_out_loss(run, model)
+                entry["held_out_loss"] = evaluate.masked_loss(model, run.held_out_batches, device)
             if run.process == 0:
                 with open(out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(entry) + "\n")
@@ -343,19 +307,6 @@ def learning_rate(step, run):
     return run.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (run.steps - warmup)))
 
 
-@torch.no_grad()
-def held_out_loss(run, model):
-    """Mean loss on the held-out pictures: centre crops, always the same masks."""
-    sums = torch.zeros(2, device=run.device)
-    for batch in data.loader(run.held_out_batches, range(len(run.held_out_batches)), workers=0):
-        images, ids, weight = (batch[key].to(run.device) for key in ("images", "ids", "weight"))
-        losses = model(data.normalize(images), ids)
-        sums += torch.stack([(losses * weight).sum(), weight.sum()])
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    return (sums[0] / sums[1].clamp(min=1)).item()
-
-
 def step_line(entry, steps):
     text = (
         "step {step}/{steps}  loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  "
@@ -369,34 +320,29 @@ def step_line(entry, steps):
 
 def finish(run, weights):
     """Hand over model.pt, show what was learned, and say what to type next."""
-    out = Path(run.out)
-    models.save_weights(out / "model.pt", weights, run.config)
-    print(f"wrote {out / 'model.pt'}")
+    models.save_weights(run.out / "model.pt", weights, run.config)
+    print(f"wrote {run.out / 'model.pt'}")
     autoencoder = models.MAE(**run.config).eval()
     autoencoder.load_state_dict(weights)
+    shown = f"--checkpoint {run.out / 'model.pt'} --data '{run.data or 'toy'}'"
+    shown += f" --val-data '{run.val_data}'" if run.val_data else ""
     if run.held_out.sizes.sum():
-        evaluate.draw_reconstructions(autoencoder, run.held_out, out / "reconstruction.png")
+        evaluate.draw_reconstructions(autoencoder, run.held_out, run.out / "reconstruction.png")
     if run.source.classes and run.held_out.sizes.sum():
         sources = (run.source, run.held_out)
         options = {"workers": run.workers, "max_bad": run.max_bad, "device": run.device}
         evaluate.print_probe(weights, run.config, *sources, "mean", run.seed, **options)
-    where = f"'{run.data or 'toy'}'" + (f" --val-data '{run.val_data}'" if run.val_data else "")
-    print(f"next: python evaluate.py --task knn --checkpoint {out / 'model.pt'} --data {where}")
+    print(f"next: python evaluate.py --task {'knn' if run.val else 'attention'} {shown}")
 
 
 def main(argv=None):
     run = parse_arguments(argv)
     try:
         prepare(run)
-    except (ValueError, OSError) as error:
+        models.print_plan(run.model, run) if run.plan else train(run)
+    except ValueError as error:  # something in what was given
         fail(error)
-    if run.plan:
-        processes, recompute = run.gpus or run.processes, run.checkpoint_activations
-        shape = (run.steps, run.batch_size, run.micro_batch, processes, run.precision, recompute)
-        return models.print_plan(run.model, *shape)
-    try:
-        train(run)
-    except (ValueError, OSError) as error:  # a full disk, most likely
+    except OSError as error:  # a full disk, most likely
         fail(error, status=1)
 
 

@@ -71,8 +71,10 @@ def triple(text, wanted="WIDTHxLAYERSxHEADS"):
 
 
 def pair(image_size):
-    """224 -> (224, 224); (160, 224) stays (height, width)."""
-    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    """(height, width) of 224, "224", "160x224" or (160, 224)."""
+    sides = str(image_size).split("x") if isinstance(image_size, int | str) else image_size
+    height, width = sides if len(sides) == 2 else (*sides, *sides)
+    return int(height), int(width)
 
 
 # ---------------------------------------------------------------------------- patches and positions
@@ -434,14 +436,14 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device):
-    """(peak FLOP/s in dense bf16 or None, the reason or the chip's name) of a torch.device."""
+    """(peak FLOP/s in dense bf16 or None, the chip's name) of a torch.device."""
     if device.type != "cuda":
-        return None, f"no peak is known for a {device.type} device"
+        return None, f"{device.type} (of unknown peak: mfu is shown as 0)"
     name = torch.cuda.get_device_name(device)
     for chip, flops in PEAK_FLOPS.items():
         if chip in name:
             return flops, name
-    return None, f"no peak is known for {name}"
+    return None, f"{name} (of unknown peak: mfu is shown as 0)"
 
 
 def block_flops(width, tokens, queries=None):
@@ -481,7 +483,7 @@ def training_memory(model, processes, micro_batch, precision, recompute=False):
 
 def fitting_batch(model, images, device, precision, recompute):
     """The largest divisor of `images` whose activations should fit in half a GPU, or in 4 GB."""
-    memory = 4e9
+    memory = 40e9 if precision == "bf16" else 4e9  # a GPU of 80 GB that is only planned for
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory / 2
     one = training_memory(model, 1, 1, precision, recompute)[1]
@@ -499,17 +501,19 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def print_plan(model, steps, batch_size, micro_batch, processes, precision, recompute):
-    """What a training run takes, from shapes alone."""
+def print_plan(model, run):
+    """What a training run takes, from shapes alone. run: a stage's settled arguments."""
     parameters, flops = sum(p.numel() for p in model.parameters()), 3 * flops_per_image(model)
-    state, activations = training_memory(model, processes, micro_batch, precision, recompute)
-    days = steps * batch_size * flops / (0.4 * PEAK_FLOPS["H100"]) / 86400
+    shape = run.processes, run.micro_batch, run.precision, run.checkpoint_activations
+    state, activations = training_memory(model, *shape)
+    samples = run.steps * run.batch_size
+    days = samples * flops / (0.4 * PEAK_FLOPS["H100"]) / 86400
     print(f"parameters   {parameters / 1e6:,.1f} M")
     print(f"compute      {flops / 1e9:,.2f} GFLOP for an image of a training step")
-    print(f"steps        {steps:,} of {batch_size:,} images: {steps * batch_size:,} samples")
-    print(f"memory       on each of {processes} processes, estimated ({precision}):")
+    print(f"steps        {run.steps:,} of {run.batch_size:,} images: {samples:,} samples")
+    print(f"memory       on each of {run.processes} processes, estimated ({run.precision}):")
     print(f"             {state / 2**30:.2f} GiB weights, gradients and optimizer state")
-    print(f"             {activations / 2**30:.2f} GiB activations of {micro_batch} images")
+    print(f"             {activations / 2**30:.2f} GiB activations of {run.micro_batch} images")
     print(f"GPU-days     {days:,.2f} (H100 at 40 % of its peak: an assumption)")
 
 
@@ -819,7 +823,11 @@ def find_checkpoint(out, resume, identity):
     identity  JSON-able dict of what decides the run's results: the checkpoint's must be the same
     Raises ValueError, one line, when it is not, or when `out` holds something that would be lost.
     """
-    source = Path(resume or out)
+    source, there = Path(resume or out), Path(out)
+    while not there.exists():  # what of `out` exists is where it will be made
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out {out}: {there} cannot be written to")
     if (source / "state.json").is_file():
         path = source
     elif (source / "checkpoints" / "LATEST").is_file():
@@ -843,15 +851,27 @@ def find_checkpoint(out, resume, identity):
     return path
 
 
-def cut_metrics(out, checkpoint, step):
-    """Start out/metrics.jsonl with the lines of the checkpoint's run, if any, up to its step."""
-    lines = []
+def begin_run(out, config, checkpoint=None, step=0):
+    """Make the folder `out`, its config.json, and metrics.jsonl with the lines that still count:
+
+    those of the checkpoint's run, if any, up to its step. One process calls it. Raises ValueError
+    when nothing can be written there.
+    """
+    out, lines = Path(out), []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "config.json", json.dumps(config, indent=1))
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written to: {error}") from None
     if checkpoint:
         source = Path(checkpoint).parent.parent / "metrics.jsonl"
         lines = source.read_text().splitlines() if source.is_file() else []
+        if checkpoint.parent.resolve() == (out / "checkpoints").resolve():
+            # It may be an earlier one: from now on, it is the run's last.
+            write_text(out / "checkpoints" / "LATEST", checkpoint.name)
     # A line that a kill cut short does not end in a brace.
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    write_text(Path(out) / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
+    write_text(out / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
 
 
 def write_text(path, text):

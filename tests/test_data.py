@@ -1467,13 +1467,22 @@ def test_a_folder_where_nothing_can_be_renamed_works_too(shards, monkeypatch):
     assert not list(folder.glob("*.index")) and not (folder / "index.json").exists()
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 4, 15, 16, 17, 22])
-def test_held_out_samples_are_the_last_ones(shards, count):
-    source = opened(shards[1])
-    train, held_out = data.hold_out(source, count)
-    assert train.sizes.sum() == 23 - count and held_out.sizes.sum() == count
-    assert everything(train) + everything(held_out) == everything(source)
-    assert train.identity != held_out.identity != source.identity
+def test_held_out_samples_are_the_last_of_train_at_most_5_percent(shards):
+    samples = everything(opened(shards[1]))
+    for count, wanted in ((0, 0), (1, 1), (512, 1)):  # 5 % of 23 is 1
+        source = opened(shards[1])
+        train, held_out = data.hold_out(source, None, count)
+        assert held_out.sizes.sum() == wanted
+        assert everything(train) + everything(held_out) == samples
+        assert train.identity != held_out.identity != source.identity
+
+
+def test_held_out_samples_are_the_first_of_val_where_there_is_one(shards):
+    source, val = opened(shards[1]), opened(shards[1])
+    for count, wanted in ((4, 4), (512, 23)):
+        train, held_out = data.hold_out(source, val, count)
+        assert train is source
+        assert everything(held_out) == everything(val)[:wanted]
 
 
 @pytest.mark.parametrize(

@@ -563,6 +563,13 @@ def test_probe_compares_trained_untrained_and_raw_pixels(labelled, autoencoder, 
     assert sum("raw pixels" in line for line in printed) == 1
 
 
+def test_the_probe_is_left_out_for_want_of_labels(photos, autoencoder, capsys):
+    sources = data.hold_out(data.Folder(str(photos)), None, 2)
+    state, config = autoencoder.model.state_dict(), autoencoder.model.config
+    evaluate.print_probe(state, config, *sources, "mean", 0)
+    assert capsys.readouterr().out == "linear probe: left out, for want of labels\n"
+
+
 # ----------------------------------------------------------------------------------------- pictures
 
 

@@ -96,12 +96,15 @@ def test_init_inherits_the_architecture_and_says_what_became_of_the_weights(tmp_
 
 
 @pytest.mark.parametrize("size", models.SIZES)
-def test_plan_knows_every_size_and_writes_nothing(size, tmp_path, capsys):
-    mae_pretrain.main(["--size", size, "--plan", "--gpus", "128", "--out", str(tmp_path / "run")])
+def test_plan_knows_every_size_and_writes_nothing(size, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    mae_pretrain.main(
+        ["--size", size, "--batch-size", "4096", "--lanes", "384", "--plan", "--gpus", "128"]
+    )
     printed = capsys.readouterr().out
     for word in ("parameters", "GFLOP", "steps", "128 processes", "GPU-days"):
         assert word in printed
-    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_unusable_arguments_are_refused_in_one_line(tmp_path, capsys):
@@ -148,6 +151,28 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_difference
             file.unlink()
     assert "model.pt" in refused(capsys, *TINY, "--out", str(out))
     assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_into_a_folder_that_holds_another_run_is_refused(tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert stage(*TINY, "--out", first).returncode == 0
+    shutil.copytree(first, second)
+    line = refused(capsys, *TINY, "--out", str(second), "--resume", str(first))
+    assert "second holds a run of its own" in line
+
+
+def test_few_pictures_without_classes_are_enough(photos, tmp_path):
+    for path in sorted(photos.iterdir())[10:]:
+        path.unlink()
+    ran = stage(*TINY, "--data", photos, "--out", tmp_path / "run")
+    assert ran.returncode == 0, ran.stderr
+    assert "0 others to measure on" in ran.stdout and "probe" not in ran.stdout
+    assert (tmp_path / "run" / "model.pt").exists()
+
+
+def test_lanes_are_checked_for_the_gpus_that_are_planned_for(capsys):
+    line = refused(capsys, "--plan", "--gpus", "128", "--batch-size", "4096")
+    assert "48 lanes cannot be dealt to 128 processes" in line
 
 
 def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -105,21 +106,42 @@ def newest(out):
     return pointer.parent / pointer.read_text() if pointer.is_file() else None
 
 
-def test_3_sigterm_saves_and_the_same_command_goes_on(uninterrupted, tmp_path):
+@pytest.mark.parametrize("processes", [None, 2])
+def test_3_sigterm_saves_and_the_same_command_goes_on(processes, uninterrupted, tmp_path):
     out = tmp_path / "run"
-    with subprocess.Popen(
-        command(*TINY, "--out", out), cwd=ROOT, stdout=subprocess.PIPE
-    ) as process:
+    line = command(*TINY, "--out", out, processes=processes)
+    # torchrun hands a signal on to all that its processes have started, the loaders as well
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE) as process:
         while b"step 5/12" not in process.stdout.readline():
             pass
         process.send_signal(signal.SIGTERM)
         printed = process.stdout.read().decode()
-        assert process.wait() == 0
+        assert processes or process.wait() == 0  # torchrun's own status says that it was stopped
     assert "the same command goes on" in printed
     stopped = json.loads((newest(out) / "state.json").read_text())["step"]
     assert 5 <= stopped < 12
     ran = stage(*TINY, "--out", out)
     assert f"going on from {newest(out).with_name(f'step-{stopped:08}')}" in ran.stdout
+    if processes is None:
+        assert read_metrics(out) == read_metrics(uninterrupted)
+        assert same_weights(out, uninterrupted)
+    for ours, theirs in zip(losses(out), losses(uninterrupted), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_3_an_earlier_checkpoint_of_a_run_becomes_its_last(uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted, out)
+    stopped = stage(
+        *TINY, "--out", out, "--resume", out / "checkpoints" / "step-00000008", "--max-bad", "-1"
+    )
+    assert stopped.returncode == 2  # refused: nothing has changed
+    assert newest(out).name == "step-00000012"
+    step_8 = out / "checkpoints" / "step-00000008"
+    config = json.loads((out / "config.json").read_text())
+    models.begin_run(out, config, step_8, 8)
+    assert newest(out) == step_8 and read_metrics(out)[-1]["step"] == 8
+    assert stage(*TINY, "--out", out).returncode == 0  # as if it had been killed right then
     assert read_metrics(out) == read_metrics(uninterrupted)
     assert same_weights(out, uninterrupted)
 
