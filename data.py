@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 # A picture of more than 89 million pixels is an error, not a warning: see Batches.
@@ -748,83 +748,51 @@ def loader_workers(asked, processes_here=1):
 TOY_EPOCH = 65_536  # pictures in an epoch, for those who count in epochs
 TOY_VAL = 2**31  # numbers below are train, from here on val
 TOY_DRAWS = 100  # uniform draws per scene: background and count 12, an object at most 22
-TOY_CLASSES = (
-    "circle", "square", "triangle", "star", "cross",
-    "ring", "heart", "crescent", "arrow", "hourglass",
-)  # fmt: skip
+
+
+def _fold(t, n):
+    """The angle from the nearest of n equal spokes, the first of which points up (-y)."""
+    return (t + math.pi / 2 + math.pi / n) % (2 * math.pi / n) - math.pi / n
+
+
+# A shape is the distance of its edge from its centre, at most 1, in the direction t (radians).
+TOY_SHAPES = {
+    "circle": lambda t: 0.8 + 0 * t,
+    "square": lambda t: 0.7 / np.cos(_fold(t, 4)),
+    "triangle": lambda t: 0.5 / np.cos(_fold(t + math.pi, 3)),
+    "star": lambda t: 1 / (1 + 7.5 * abs(_fold(t, 5)) / math.pi),
+    "cross": lambda t: 0.32 / np.sin(abs(_fold(t, 4))).clip(0.32),
+    "flower": lambda t: 0.72 + 0.28 * np.cos(6 * t),
+    "gear": lambda t: 0.83 + 0.14 * np.tanh(4 * np.cos(8 * t)),
+    "leaf": lambda t: 0.42 / np.sqrt(1 - 0.82 * np.cos(t) ** 2),
+    "hourglass": lambda t: np.where(abs(_fold(t, 2)) < 0.75, 0.72 / np.cos(_fold(t, 2)), 0.15),
+    "pie": lambda t: np.where(abs(_fold(t, 1)) < 0.7, 0.12, 0.9),
+}
+TOY_CLASSES = tuple(TOY_SHAPES)
 TOY_COLOURS = {
     "red": (216, 36, 40), "orange": (244, 138, 28), "yellow": (248, 220, 48),
     "green": (44, 160, 60), "cyan": (60, 200, 214), "blue": (40, 72, 204),
     "purple": (124, 44, 160), "pink": (246, 140, 186),
 }  # fmt: skip
-TOY_TEXTURES = {"plain": "", "stripes": "striped ", "dots": "dotted ", "checks": "checked "}
-TOY_BACKGROUNDS = {
-    "plain": "plain {}", "gradient": "a smooth {} gradient", "blobs": "{} blobs",
-    "grain": "{} grain", "stripes": "{} stripes", "dots": "{} dots", "checks": "{} checks",
-}  # fmt: skip
+# A pattern (but "plain") is how much of the second colour is mixed in, cut at 0 and 1: from two
+# waves (-1 .. 1) that cross at a right angle and the distance along the first, in wavelengths. The
+# gains make edges a few pixels wide: hard edges would shimmer when shrunk.
+TOY_PATTERNS = {
+    "striped": lambda a, b, along: 0.5 + 2.5 * a,
+    "dotted": lambda a, b, along: 2.5 * (a + b - 0.75),
+    "checked": lambda a, b, along: 0.5 + 3.5 * a * b,
+    "shaded": lambda a, b, along: 0.5 + 0.13 * along,
+}
+# Smooth backgrounds and plain objects come twice or more as often: textures cost MAE capacity.
+TOY_TEXTURES = ("plain", "plain", "plain", "striped", "dotted", "checked")
+TOY_BACKGROUNDS = (*TOY_TEXTURES[1:], "shaded", "shaded", "shaded")
 # No train scene holds one of these, not even as a small object; val scenes do, at their natural
 # rate. What a model says about them is composition, not memory.
 TOY_HELD_OUT = frozenset({
-    ("red", "star"), ("yellow", "heart"), ("green", "circle"),
-    ("blue", "cross"), ("purple", "arrow"), ("pink", "square"),
+    ("red", "star"), ("yellow", "flower"), ("green", "circle"),
+    ("blue", "cross"), ("purple", "leaf"), ("pink", "square"),
 })  # fmt: skip
 TOY_SPAM = ("#love", "#nofilter", "#art", "#follow", "#instagood", "#monday", "#design", "#wow")
-TILE = 256  # side of a pattern tile in its own pixels
-
-
-def _outlines():
-    """{shape: (points, 2) float64}: one closed polygon each, inside [-1, 1]^2, y pointing down."""
-
-    def arc(start, stop, points, radius=1.0, x=0.0):
-        angle = np.linspace(math.radians(start), math.radians(stop), points)
-        return np.stack([x + radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-
-    spikes = arc(-90, 234, 10) * np.where(np.arange(10) % 2, 0.42, 1.0)[:, None]
-    turn = np.linspace(0, 2 * math.pi, 40)
-    heart_y = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
-    a = 0.34  # half the width of the bars of the cross
-    return {
-        "circle": arc(0, 360, 40),
-        "square": np.array([(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]),
-        "triangle": np.array([(0, -0.95), (1, 0.8), (-1, 0.8)]),
-        "star": spikes,
-        "cross": np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a),
-                           (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]),
-        # out around, then back around inside: the seam has no width, so the hole stays a hole
-        "ring": np.concatenate([arc(0, 360, 40), arc(360, 0, 40, radius=0.5)]),
-        "heart": np.stack([16 * np.sin(turn) ** 3, -heart_y - 2.5], axis=1) / 16,
-        "crescent": np.concatenate([arc(50, 310, 32), arc(-76, -284, 32, 0.79, 0.45)]),
-        "arrow": np.array([(-1, -0.32), (0.05, -0.32), (0.05, -0.9), (1, 0),
-                           (0.05, 0.9), (0.05, 0.32), (-1, 0.32)]),
-        "hourglass": np.array([(-0.85, -1), (0.85, -1), (0.14, 0),
-                               (0.85, 1), (-0.85, 1), (-0.14, 0)]),
-    }  # fmt: skip
-
-
-def _patterns():
-    """{pattern: (TILE, TILE) "L" image}: how much of the second colour to mix in, 0 to 255."""
-
-    def smooth(cells, position):
-        # lattice noise: random grey values, enlarged with bicubic interpolation
-        grey = (random_bits(cells * cells, 0, 0, position, TOY) >> np.uint64(56)).astype(np.uint8)
-        lattice = Image.fromarray(grey.reshape(cells, cells))
-        return np.asarray(lattice.resize((TILE, TILE), Image.Resampling.BICUBIC), np.float64)
-
-    y, x = np.mgrid[:TILE, :TILE].astype(np.float64)
-    wave_x, wave_y = np.sin(x * 2 * math.pi / 32), np.sin(y * 2 * math.pi / 32)
-    # the gains make edges about two tile pixels wide: hard edges would shimmer when shrunk
-    values = {
-        "gradient": x,
-        "stripes": 128 + 640 * wave_x,
-        "dots": 640 * (wave_x + wave_y - 0.75),
-        "checks": 128 + 900 * wave_x * wave_y,
-        "blobs": 128 + 6 * (smooth(9, 2**62) - 128),
-        "grain": smooth(48, 2**62 + 1),
-    }
-    return {n: Image.fromarray(v.clip(0, 255).astype(np.uint8)) for n, v in values.items()}
-
-
-TOY_OUTLINES, TOY_PATTERNS = _outlines(), _patterns()
 
 
 def toy_scene(number):
@@ -832,8 +800,8 @@ def toy_scene(number):
 
     {"background": paint, "objects": [paint with "shape", "radius", "centre" (x, y), "angle" in
     radians], largest first}, where a paint has "pattern", "colour" (name), "one" and "two" (rgb),
-    "turn" (the pattern's own angle), "zoom" and "shift". Objects are drawn in order, so the small
-    ones lie in front. To move an object, change its "centre": its texture moves with it.
+    "turn" (the pattern's own angle), "wave" (its length) and "shift". Objects are drawn in order,
+    so the small ones lie in front. To move an object, change its "centre": its texture comes along.
     """
     draws = iter(uniform(random_bits(TOY_DRAWS, 0, 0, number, TOY)).tolist())
 
@@ -843,38 +811,33 @@ def toy_scene(number):
     def pick(options):
         return options[int(next(draws) * len(options))]
 
-    def paint(pattern, colour):
+    def paint(patterns, colours, wave):
+        pattern, colour = pick(patterns), pick(colours)
         one = [min(255, max(0, round(c + between(-24, 24)))) for c in TOY_COLOURS[colour]]
         goal, strength = pick((0, 255)), between(0.15, 0.35)  # a darker or lighter shade of it
-        return {
-            "pattern": pattern, "colour": colour, "one": one,
-            "two": [round(c + strength * (goal - c)) for c in one],
-            "turn": between(0, 2 * math.pi), "zoom": between(0.7, 1.2),
-            "shift": [between(-1, 1), between(-1, 1)],
-        }  # fmt: skip
+        two = [round(c + strength * (goal - c)) for c in one]
+        place = {"turn": between(0, 2 * math.pi), "wave": wave * between(0.8, 1.4)}
+        place["shift"] = [between(-1, 1), between(-1, 1)]
+        return {"pattern": pattern, "colour": colour, "one": one, "two": two, **place}
 
-    colours = list(TOY_COLOURS)
-    # smooth backgrounds and plain objects twice or more as often: textures cost MAE capacity
-    background = paint(pick(("plain", "gradient", "blobs", *TOY_BACKGROUNDS)), pick(colours))
-    colours.remove(background["colour"])  # an object is never lost in its background
-    objects = []
-    for index in range(pick((1, 1, 1, 2, 3, 4))):
-        shape, colour = pick(TOY_CLASSES), pick(colours)
-        while number < TOY_VAL and (colour, shape) in TOY_HELD_OUT:
-            colour = colours[(colours.index(colour) + 1) % len(colours)]
-        thing = {"shape": shape, **paint(pick(("plain", "plain", *TOY_TEXTURES)), colour)}
-        largest = objects[0]["radius"] if objects else None
+    background, objects = paint(TOY_BACKGROUNDS, list(TOY_COLOURS), 0.28), []
+    # an object is never lost in its background
+    colours = [colour for colour in TOY_COLOURS if colour != background["colour"]]
+    for _ in range(pick((1, 1, 1, 2, 3, 4))):
+        shape = pick(TOY_CLASSES)
+        allowed = [c for c in colours if number >= TOY_VAL or (c, shape) not in TOY_HELD_OUT]
         # the first fills 50 to 60 % of the picture's side; the others at most half of that
-        radius = between(0.25, 0.3) if index == 0 else between(0.3, 0.5) * largest
+        radius = between(0.25, 0.3) if not objects else between(0.3, 0.5) * objects[0]["radius"]
+        thing = {"shape": shape, "radius": radius, **paint(TOY_TEXTURES, allowed, 0.6 * radius)}
+        thing["angle"] = between(-0.2, 0.2)
         # the best of four places: the one farthest from everything already there
         places = [[between(radius, 1 - radius) for _ in "xy"] for _ in range(4)]
         gaps = [
             min((math.dist(p, o["centre"]) - radius - o["radius"] for o in objects), default=0)
             for p in places
         ]
-        gap, centre = max(zip(gaps, places, strict=True))
+        gap, thing["centre"] = max(zip(gaps, places))
         if gap > -0.4 * radius:  # no room: leave it out rather than hide what is there
-            thing |= {"radius": radius, "centre": centre, "angle": between(-0.2, 0.2)}
             objects.append(thing)
     return {"background": background, "objects": objects}
 
@@ -885,78 +848,61 @@ def toy_render(scene, size=64, masks=False):
     boxes: (objects, 4) float32, x1 y1 x2 y2 in pixels, the object's full extent (also what another
     one hides) cut at the picture's edge. masks: (objects, size, size) bool, the visible pixels.
     """
-    fine = 4  # shapes are drawn this much larger and averaged down: PIL's polygons have hard edges
+    y, x = (np.mgrid[:size, :size].astype(np.float32) + 0.5) / size  # of the pixels' centres
 
-    def pattern(paint, centre, extent, left, top, width, height):
-        # Image.transform wants the map from picture pixels back to tile pixels
-        scale = paint["zoom"] * TILE / (extent * size)
-        cos, sin = scale * math.cos(paint["turn"]), scale * math.sin(paint["turn"])
-        x, y = left - centre[0] * size, top - centre[1] * size
-        u, v = (TILE * (0.5 + 0.1 * s) for s in paint["shift"])
-        rows = (cos, sin, u + cos * x + sin * y, -sin, cos, v - sin * x + cos * y)
-        return TOY_PATTERNS[paint["pattern"]].transform(
-            (width, height), Image.Transform.AFFINE, rows, Image.Resampling.BILINEAR
-        )
+    def painted(paint, x, y):  # (h, w) from the object's centre -> (h, w, 3)
+        cos, sin = math.cos(paint["turn"]) / paint["wave"], math.sin(paint["turn"]) / paint["wave"]
+        if paint["pattern"] == "plain":
+            return np.broadcast_to(np.float32(paint["one"]), (*x.shape, 3))
+        along, across = x * cos + y * sin, y * cos - x * sin
+        a, b = (np.sin(2 * math.pi * (w + s)) for w, s in zip((along, across), paint["shift"]))
+        mix = TOY_PATTERNS[paint["pattern"]](a, b, along).clip(0, 1)[..., None]
+        one, two = np.float32(paint["one"]), np.float32(paint["two"])
+        return one + mix * (two - one)
 
-    ground = scene["background"]
-    picture = Image.new("RGB", (size, size), tuple(ground["one"]))
-    if ground["pattern"] != "plain":
-        mix = pattern(ground, (0.5, 0.5), 2.2, 0, 0, size, size)
-        picture.paste(tuple(ground["two"]), mask=mix)
-    boxes, visible = [], []
+    picture, boxes, visible = painted(scene["background"], x - 0.5, y - 0.5).copy(), [], []
     for thing in scene["objects"]:
-        cos, sin = math.cos(thing["angle"]), math.sin(thing["angle"])
-        outline = TOY_OUTLINES[thing["shape"]] @ np.array([[cos, sin], [-sin, cos]])
-        outline = (outline * thing["radius"] + thing["centre"]) * size
-        box = np.concatenate([outline.min(axis=0), outline.max(axis=0)]).clip(0, size)
-        boxes.append(box)
+        outline, radius, centre = TOY_SHAPES[thing["shape"]], thing["radius"], thing["centre"]
+        t = np.linspace(0, 2 * math.pi, 96, endpoint=False)
+        edge = np.stack([np.cos(t), np.sin(t)]) * outline(t - thing["angle"]) * radius
+        box = (np.concatenate([edge.min(axis=1), edge.max(axis=1)]) + centre * 2) * size
+        boxes.append(box.clip(0, size))
         # only the window around the object is drawn: most objects are small
-        left, top = int(box[0]), int(box[1])
-        width, height = math.ceil(box[2]) - left, math.ceil(box[3]) - top
-        window = Image.new("L", (width * fine, height * fine))
-        points = (outline - (left, top)) * fine
-        ImageDraw.Draw(window).polygon(points.ravel().tolist(), fill=255)
-        window = window.reduce(fine)
-        picture.paste(tuple(thing["one"]), (left, top), window)
-        if thing["pattern"] != "plain":
-            extent = 5 * thing["radius"]
-            mix = pattern(thing, thing["centre"], extent, left, top, width, height)
-            picture.paste(tuple(thing["two"]), (left, top), ImageChops.multiply(window, mix))
+        (left, top), (right, bottom) = np.floor(boxes[-1]).astype(int).reshape(2, 2) + [[0], [1]]
+        window = np.s_[max(0, top - 1) : bottom + 1, max(0, left - 1) : right + 1]
+        u, v = x[window] - centre[0], y[window] - centre[1]
+        reach = outline(np.arctan2(v, u) - thing["angle"]) * radius - np.hypot(u, v)
+        inside = (reach * size + 0.5).clip(0, 1)  # the edge is a pixel wide
+        picture[window] += inside[..., None] * (painted(thing, u, v) - picture[window])
         if masks:
-            inside = np.zeros((size, size), dtype=bool)
-            inside[top : top + height, left : left + width] = np.asarray(window) > 127
-            visible = [earlier & ~inside for earlier in visible] + [inside]
-    return picture, np.array(boxes, dtype=np.float32), np.stack(visible) if masks else None
+            shape = np.zeros((size, size), dtype=bool)
+            shape[window] = inside > 0.5
+            visible = [earlier & ~shape for earlier in visible] + [shape]
+    image = Image.fromarray(picture.round().astype(np.uint8))
+    return image, np.array(boxes, dtype=np.float32), np.stack(visible) if masks else None
 
 
-def toy_caption(scene):
-    """A sentence such as "a large red striped star and a small blue circle on green stripes"."""
-    nouns = [
-        f"a {_size_word(o)} {o['colour']} {TOY_TEXTURES[o['pattern']]}{o['shape']}"
-        for o in scene["objects"]
-    ]
-    ground = scene["background"]
-    nouns = " and ".join([", ".join(nouns[:-1]), nouns[-1]] if nouns[1:] else nouns)
-    return f"{nouns} on {TOY_BACKGROUNDS[ground['pattern']].format(ground['colour'])}"
-
-
-def _size_word(thing):
-    return "large" if thing["radius"] > 0.16 else "medium" if thing["radius"] > 0.12 else "small"
+def toy_phrases(scene):
+    """What there is to see: "large red striped star" for each object, "plain green ground"."""
+    phrases = []
+    for thing in scene["objects"]:
+        size = ("small", "medium", "large")[(thing["radius"] > 0.12) + (thing["radius"] > 0.16)]
+        phrases.append(f"{size} {thing['colour']} {thing['pattern']} {thing['shape']}")
+    return [*phrases, f"{scene['background']['pattern']} {scene['background']['colour']} ground"]
 
 
 def toy_hashtags(scene, number):
-    """Noisy tags, as people would write them: some true ones are left out, some say nothing."""
-    chance = uniform(random_bits(64, 0, 1, number, TOY)).tolist()  # epoch 1: not the scene's draws
-    ground, tags = scene["background"], []
-    for thing in scene["objects"]:
-        shape, colour = thing["shape"], thing["colour"]
-        tags += [f"#{shape}", f"#{colour}{shape}", f"#{shape}lover", f"#{colour}"]
-        tags += [f"#{_size_word(thing)}{shape}", f"#{thing['pattern']}"]
-    tags += [f"#{ground['pattern']}background", f"#{ground['colour']}vibes"]
-    tags += [f"#setof{len(scene['objects'])}"]
-    kept = [tag for tag, c in zip(tags, chance, strict=False) if c < 0.4]
-    spam = TOY_SPAM[int(chance[-1] * len(TOY_SPAM))]
-    return list(dict.fromkeys(kept + [spam]))  # each once, in order
+    """Noisy tags, as people would write them: some true ones are left out, one says nothing.
+
+    Words of a phrase (#star), pairs that follow each other (#redstar), and how many there are.
+    """
+    chance = uniform(random_bits(64, 0, 1, number, TOY))  # epoch 1: not the scene's draws
+    phrases = [phrase.split() for phrase in toy_phrases(scene)]
+    tags = [f"#{word}" for words in phrases for word in words]
+    tags += [f"#{a}{b}" for words in phrases for a, b in itertools.pairwise(words)]
+    tags.append(f"#setof{len(scene['objects'])}")
+    kept = [tag for tag, c in zip(tags, chance) if c < 0.4]
+    return list(dict.fromkeys([*kept, TOY_SPAM[int(chance[-1] * len(TOY_SPAM))]]))  # each once
 
 
 def toy_sample(number, size=64, masks=False):
@@ -965,11 +911,12 @@ def toy_sample(number, size=64, masks=False):
     the largest and gives the class. See toy_render for boxes and masks."""
     scene = toy_scene(number)
     image, boxes, visible = toy_render(scene, size, masks)
+    *things, ground = toy_phrases(scene)
     sample = {
         "image": image,
         "class": TOY_CLASSES.index(scene["objects"][0]["shape"]),
         "hashtags": toy_hashtags(scene, number),
-        "caption": toy_caption(scene),
+        "caption": f"a {' and a '.join(things)} on {ground}",
         "boxes": boxes,
     }
     return sample | ({"masks": visible} if masks else {})

@@ -1840,7 +1840,7 @@ def test_toy_captions_and_hashtags_speak_of_the_scene():
     true_tags = 0
     for number in range(100):
         scene, sample = data.toy_scene(number), data.toy_sample(number, 16)
-        words = re.sub(r"(striped|dotted|checked) ", "", sample["caption"])
+        words = re.sub(r"(plain|striped|dotted|checked) ", "", sample["caption"])
         for thing in scene["objects"]:
             assert re.search(rf"\b{thing['colour']} {thing['shape']}\b", words)
         assert scene["background"]["colour"] in words.rpartition(" on ")[2]
