@@ -24,6 +24,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import tarfile
 import warnings
@@ -95,9 +96,11 @@ class Order:
     totals   (S,) int64, the sum of each shard's sampling weights in units of 1 / WEIGHT, or None
     weights  shard -> (size,) int64, its samples' weights in the same units, read with the shard
 
-    With weights, sample i owns a stretch of length weights[i] of a line of length sum(totals), and
-    is drawn once for each point k * WEIGHT + offset on it, k = 0, 1, ... (systematic sampling): as
-    often as its weight says, rounded up or down; the offset, new in each epoch, decides which.
+    With weights, sample i owns a stretch of length weights[i] of a circle of length sum(totals),
+    and is drawn once for each of the points offset + k * WEIGHT on it, k = 0 .. length - 1
+    (systematic sampling): as often as its weight says, rounded up or down; the offset, new in each
+    epoch, decides which. (Where the sum is no whole number, the last gap is a little wider, and the
+    sample that it meets may get one draw less: the offset decides whose turn it is.)
     """
 
     def __init__(self, sizes, seed=0, lanes=None, totals=None, weights=None):
@@ -131,12 +134,16 @@ class Order:
 
     def block(self, epoch, lane, turn):
         """The shuffled block of a lane that holds its `turn`: (its first turn, shards, indices)."""
-        edges, offset = self.edges, 0
+        edges = self.edges
         if self.weights is not None:  # from weight to draws: the points that lie before each edge
-            # The points are as many as the epoch is long: no further one may lie on the line.
-            rest = int(edges[-1]) % WEIGHT
-            offset = rest + int(random_bits(1, self.seed, epoch, 0, OFFSET)[0] % (WEIGHT - rest))
-            edges = np.clip(-((offset - edges) // WEIGHT), 0, self.length)
+            # Cut open at 0, the circle is a line: `wrapped` points on it begin at `low`, the others
+            # at `high`, the offset.
+            total = int(edges[-1])
+            high = int(random_bits(1, self.seed, epoch, 0, OFFSET)[0] % total)
+            wrapped = max(0, self.length - -((high - total) // WEIGHT))
+            low = high + (self.length - wrapped) * WEIGHT - total
+            edges = np.clip(-((low - edges) // WEIGHT), 0, wrapped)
+            edges += np.clip(-((high - self.edges) // WEIGHT), 0, self.length - wrapped)
         # The lane's stretch of the epoch's draws, and the pieces of shards that lie in it.
         start, stop = (
             self.before(cut, (epoch + 1) * self.length) - self.before(cut, epoch * self.length)
@@ -161,7 +168,9 @@ class Order:
             indices = np.empty_like(draws)
             for i in np.unique(pieces):
                 ends = np.cumsum(self.weights(int(self.shards[i])))
-                points = draws[pieces == i] * WEIGHT + offset - self.edges[i]
+                number = draws[pieces == i]
+                begin = np.where(number < wrapped, low, high - wrapped * WEIGHT)
+                points = begin + number * WEIGHT - self.edges[i]
                 indices[pieces == i] = np.searchsorted(ends, points, "right")
         shuffle = permutation(len(draws), self.seed, epoch, lane << 32 | int(block), BLOCKS)
         return int(first), self.shards[pieces][shuffle], indices[shuffle]
@@ -190,13 +199,13 @@ def open_sources(data, val_data=None, size=(64, 64)):
     if all(map(os.path.isdir, folders)):
         data, val_data = folders[0], val_data or folders[1]
     train = open_source(data, size)
-    return train, open_source(val_data, size, train.classes) if val_data else None
+    return train, open_source(val_data, size, train.classes, "val") if val_data else None
 
 
-def open_source(data, size, classes=None):
+def open_source(data, size, classes=None, split="train"):
     """One source. classes: the names that are known, when it must have no others."""
-    if data == "toy":
-        return Toy("train", size)
+    if data == "toy" and classes in (None, list(TOY_CLASSES)):
+        return Toy(split, size)
     if os.path.isdir(data):
         return Folder(data, classes)
     if not data.endswith(".tar") and not re.search(r"[*?\[{]", data):
@@ -239,9 +248,11 @@ class Folder:
         def fail(error):
             raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}")
 
-        paths = []
+        paths, seen = [], {os.path.realpath(root)}
         for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+            places = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
+            folders[:] = [n for n in folders if not n.startswith(".") and places[n] not in seen]
+            seen.update(map(places.get, folders))  # links may lead in circles
             paths += [os.path.join(folder, name) for name in files if is_picture(name)]
         if not paths:
             raise ValueError(f"no pictures in {root} (looked for {' '.join(PICTURES)})")
@@ -255,6 +266,8 @@ class Folder:
             if unknown:
                 raise ValueError(f"{root} has classes that train has not: {', '.join(unknown[:5])}")
             self.classes = classes or names
+        elif any("/" in path for path in paths):
+            print(f"{root}: no classes (they would be the folders, two or more, of all pictures)")
         digest = hashlib.sha256("\n".join(self.paths).encode(errors="surrogateescape"))
         self.identity = f"{len(paths)} pictures, {digest.hexdigest()[:16]}"
 
@@ -322,16 +335,19 @@ class Shards:
 
     def __init__(self, pattern):
         self.paths = expand(pattern)
-        entries, self.classes = {}, None
+        entries, known = {}, []
         for folder in sorted({os.path.dirname(path) for path in self.paths}):
             index = read_index(folder)
-            self.classes = self.classes or index.get("classes")
+            known += [index["classes"]] if "classes" in index else []
             found = {os.path.join(folder, name): e for name, e in index["shards"].items()}
             entries |= {path: entry for path, entry in found.items() if is_current(path, entry)}
+        self.classes = known[0] if known else None
+        if any(classes != self.classes for classes in known):
+            raise ValueError(f"{pattern}: the folders number their classes differently")
         missing = [path for path in self.paths if path not in entries]
         self.tables = {}  # only of shards whose index cannot be written beside them
         if missing:
-            indexed, self.tables = index_shards(missing, self.classes)
+            indexed, self.tables = index_shards(missing)
             entries |= indexed
         self.sizes = np.array([entries[path]["samples"] for path in self.paths], dtype=np.int64)
         if not self.sizes.any():
@@ -357,8 +373,14 @@ class Shards:
         path = self.paths[shard]
         if path in self.tables:
             return self.tables[path]
-        with np.load(f"{path}.index", allow_pickle=False) as table:
-            return dict(table)
+        try:
+            with np.load(f"{path}.index", allow_pickle=False) as file:
+                table = dict(file)
+            if len(table["offsets"]) == self.sizes[shard]:
+                return table
+        except (ValueError, KeyError, zipfile.BadZipFile):
+            pass
+        raise ValueError(f"{path}.index is damaged: remove it, and it will be written again")
 
     def members(self, shard, index):
         """{extension: (offset, length)} of a sample."""
@@ -367,7 +389,12 @@ class Shards:
         return {str(name): (int(start), int(size)) for name, start, size in rows if size >= 0}
 
     def bytes(self, shard, offset, length):
-        content = os.pread(self.files(shard).fileno(), length, offset)
+        file = self.files(shard)
+        if hasattr(os, "pread"):  # forked workers share a file's position, so it is not used
+            content = os.pread(file.fileno(), length, offset)
+        else:  # Windows, which does not fork
+            file.seek(offset)
+            content = file.read(length)
         if len(content) < length:
             raise OSError(f"the shard ends {length - len(content)} bytes before the file does")
         return content
@@ -376,13 +403,13 @@ class Shards:
         members = self.members(shard, index)
         picture = next(name for name in members if is_picture(f"x.{name}"))
         sample = {"image": Image.open(io.BytesIO(self.bytes(shard, *members[picture])))}
-        label = self.bytes(shard, *members["cls"]) if "cls" in members else b"-1"
-        return {**sample, "class": int(label)}
+        label = self.bytes(shard, *members["cls"]) if "cls" in members else b""
+        return {**sample, "class": int(label) if label.strip().isdigit() else -1}
 
     def name(self, shard, index):
         try:
             return f"{self.paths[shard]}:{self.table(shard)['keys'][index]}"
-        except (OSError, ValueError, zipfile.BadZipFile):  # its index is damaged
+        except (OSError, ValueError):  # its index is damaged
             return f"{self.paths[shard]}:{index}"
 
 
@@ -415,10 +442,13 @@ def read_index(folder):
     try:
         index = json.loads(Path(path).read_text())
         for entry in index["shards"].values():
-            entry["samples"], entry["bytes"], entry["modified"]
+            if not isinstance(entry["samples"], int) or entry["samples"] < 0:
+                raise ValueError(entry)
+            entry["bytes"], entry["modified"]
         return index
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is damaged: remove it, and it will be written again") from None
+        again = "it will be written again, but for class names, which only `data.py pack` writes"
+        raise ValueError(f"{path} is damaged: remove it, and {again}") from None
 
 
 def stamp(path):
@@ -444,10 +474,9 @@ def index_shards(paths, classes=None):
             with open(temporary, "wb") as file:
                 np.savez(file, **table)
             os.replace(temporary, f"{path}.index")
-        except OSError:
+        except OSError as error:
             tables[path] = table
-    if tables:
-        print(f"the index of {len(tables)} shards is kept in memory: their folder is read-only")
+            print(f"the index of {path} is kept in memory: {error}")
     for folder in {os.path.dirname(path) for path in entries} if not tables else ():
         index = read_index(folder)
         for path in (path for path in entries if os.path.dirname(path) == folder):
@@ -476,6 +505,9 @@ def scan_tar(path):
     kept = [i for i, row in enumerate(rows) if pictures & row.keys()]
     if len(kept) < len(rows):
         print(f"{path}: {len(rows) - len(kept)} samples without a picture are left out")
+    several = sum(len(pictures & row.keys()) > 1 for row in rows)
+    if several:
+        print(f"{path}: {several} names (up to the first dot) have several pictures: one is used")
     places = np.full((2, len(kept), len(extensions)), -1, dtype=np.int64)
     for row, i in enumerate(kept):
         for column, place in rows[i].items():
@@ -542,7 +574,10 @@ def crop_and_resize(image, size, channels, bits=None, min_crop=0.2):
     channels-last memory, bicubic with antialiasing; normalisation waits for the device.
     """
     (height, width), aspect = size, size[1] / size[0]
-    orientation = image.getexif().get(0x0112, 1)  # EXIF's; Pillow turns a TIFF by itself
+    try:
+        orientation = image.getexif().get(0x0112, 1)  # EXIF's; Pillow turns a TIFF by itself
+    except Exception:  # noqa: BLE001 (damaged EXIF raises anything; the pixels may be whole)
+        orientation = 1
     turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # those swap the sides
     original = image.size[::-1] if turned else image.size
     if bits is None or min_crop >= 1:
@@ -558,7 +593,9 @@ def crop_and_resize(image, size, channels, bits=None, min_crop=0.2):
         image = ImageOps.exif_transpose(image)
     if image.size != original:
         sx, sy = image.width / original[0], image.height / original[1]
-        box = int(box[0] * sx), int(box[1] * sy), int(box[2] * sx), int(box[3] * sy)
+        edges = box[0] * sx, box[1] * sy, (box[0] + box[2]) * sx, (box[1] + box[3]) * sy
+        left, top, right, bottom = map(round, edges)
+        box = left, top, right - left, bottom - top
     left, top, w, h = box
     pixels = np.array(to_mode(image.crop((left, top, left + w, top + h)), channels))
     pixels = torch.from_numpy(pixels.reshape(1, h, w, channels)).permute(0, 3, 1, 2)
@@ -593,7 +630,8 @@ def normalize(images):
     # The channels lie within a row of pixels: with factors of a whole row the CPU's loops are long
     # (three times as fast). On a batch of Batches, rows are a view.
     rows = images.permute(0, 2, 3, 1).flatten(2)  # (B, H, W*C)
-    statistics = torch.tensor(channel_statistics(channels), device=images.device)
+    statistics = torch.tensor(channel_statistics(channels))
+    statistics = statistics.to(images.device, non_blocking=True)  # the GPU is not waited for
     mean, deviation = statistics.repeat(1, width)  # (W*C,) each
     rows = rows.to(torch.float32).mul_(1 / (255 * deviation)).sub_(mean / deviation)
     return rows.unflatten(2, (width, channels)).permute(0, 3, 1, 2)
@@ -616,9 +654,9 @@ def channel_statistics(channels):
 
 
 class Batches(torch.utils.data.Dataset):
-    """step -> this process's part of the global batch of that step, a dict:
+    """step * pieces + piece -> that piece of this process's part of that step's batch, a dict:
 
-    images     (b, C, H, W) uint8, b = batch size / processes; zero where a sample could not be read
+    images     (b, C, H, W) uint8, b = batch size / processes / pieces; zero where unreadable
     ids        (b, N) int64, each sample's random order of patches (only with num_patches)
     labels     (b,) int64 class numbers, -1 where unknown
     weight     (b,) float32, 1, or 0 for a sample that could not be read
@@ -628,6 +666,7 @@ class Batches(torch.utils.data.Dataset):
     order     an Order for training: random crops and flips. None: the source's samples one after
               the other, centre crops, and weight 0 past the last one
     process, processes   this one's number, and how many there are
+    pieces    that a process's part of a batch is made in: they need not be in memory together
     """
 
     def __init__(
@@ -642,6 +681,7 @@ class Batches(torch.utils.data.Dataset):
         order=None,
         seed=0,
         min_crop=0.2,
+        pieces=1,
     ):
         if channels not in (1, 3, 4):
             raise ValueError(f"pictures can be read as 1, 3 or 4 channels, not as {channels}")
@@ -654,16 +694,18 @@ class Batches(torch.utils.data.Dataset):
         self.source, self.size, self.channels = source, size, channels
         self.batch_size, self.order, self.seed = batch_size, order, seed
         self.min_crop, self.num_patches = min_crop, num_patches
-        self.process, self.processes = process, processes
+        self.process, self.processes, self.pieces = process, processes, pieces
         self.edges = np.concatenate([[0], np.cumsum(source.sizes)])
 
     def __len__(self):
-        """Steps in which every sample comes once (the last one may hold others or padding)."""
-        return math.ceil(int(self.edges[-1]) / self.batch_size)
+        """Items in which every sample comes once (the last step may hold others or padding)."""
+        return math.ceil(int(self.edges[-1]) / self.batch_size) * self.pieces
 
-    def __getitem__(self, step):
+    def __getitem__(self, item):
+        step, piece = divmod(item, self.pieces)
         positions = step * self.batch_size + np.arange(self.batch_size)
         positions = positions[positions // 2 % self.processes == self.process]
+        positions = positions.reshape(self.pieces, -1)[piece]
         height, width = self.size
         # Channels-last memory, because the pictures arrive in it and patchify reads it that way.
         shape = len(positions), height, width, self.channels
@@ -710,11 +752,11 @@ class Batches(torch.utils.data.Dataset):
         return shard, int(position - self.edges[shard])
 
 
-def loader(batches, steps, workers, pin=False):
-    """Batches of the given steps (a range), made ahead by worker processes; 0: in this process."""
+def loader(batches, items, workers, pin=False):
+    """The given items (a range) of Batches, made ahead by worker processes; 0: in this process."""
     return torch.utils.data.DataLoader(
         batches,
-        sampler=steps,
+        sampler=items,
         batch_size=None,
         num_workers=workers,
         pin_memory=pin,
@@ -724,7 +766,8 @@ def loader(batches, steps, workers, pin=False):
 
 
 def ignore_signals(_):
-    os.setpgid(0, 0)  # torchrun signals process groups, but training decides when loaders end
+    if hasattr(os, "setpgid"):  # not on Windows
+        os.setpgid(0, 0)  # torchrun signals process groups, but training decides when loaders end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -928,9 +971,8 @@ def toy_sample(number, size=64, masks=False):
 def pack(folder, pattern, short_side=None, shard_size=None):
     """Write the pictures of a folder into tar shards, with .cls members if it has class folders.
 
-    Each shard is written to a temporary file and renamed; shards that are there already and hold
-    the right samples are kept, so an interrupted run goes on where it was. Pictures are written as
-    they are or, with short_side, scaled down to it if they are larger and encoded again.
+    A shard that is there already and holds the right samples is kept: an interrupted run goes on.
+    Pictures are written as they are or, with short_side, scaled down to it and encoded again.
     """
     if not re.fullmatch(r"[^%]*%\d*d[^%]*\.tar", pattern):
         raise ValueError(f"{pattern} must hold one number, as in OUT-%05d.tar")
@@ -942,6 +984,8 @@ def pack(folder, pattern, short_side=None, shard_size=None):
     # At least 48 shards if there is enough: that is the number of lanes (see Order).
     shard_size = shard_size or max(1, min(10_000, -(-len(source.paths) // 48)))
     groups = [source.paths[i : i + shard_size] for i in range(0, len(source.paths), shard_size)]
+    if os.path.exists(pattern % len(groups)):
+        raise ValueError(f"{pattern % len(groups)} is left of another pack: move it away")
     written = []
     with (
         ThreadPoolExecutor() as threads,  # Pillow works outside Python's lock
@@ -951,7 +995,10 @@ def pack(folder, pattern, short_side=None, shard_size=None):
             shard = pattern % number
             keys = unique_keys(paths)
             if os.path.exists(shard):
-                if scan_tar(shard)["keys"].tolist() != keys:
+                first = encode(os.path.join(folder, paths[0]), short_side)[1]
+                with open(shard, "rb") as file:
+                    same = file.read(512 + len(first))[512:] == first
+                if not same or scan_tar(shard)["keys"].tolist() != keys:
                     raise ValueError(f"{shard} exists and holds other samples: move it away")
                 bar.update(len(paths))
                 written.append(shard)
@@ -969,27 +1016,29 @@ def pack(folder, pattern, short_side=None, shard_size=None):
             os.replace(f"{shard}.tmp", shard)
             written.append(shard)
     index_shards(written, classes)
-    shards = re.sub(r"%\d*d", "*", pattern)
-    print(f"{len(source.paths)} pictures in {len(written)} shards: --data '{shards}'")
+    shards = shlex.quote(re.sub(r"%\d*d", "*", glob.escape(pattern)))
+    print(f"{len(source.paths)} pictures in {len(written)} shards: --data {shards}")
 
 
 def unique_keys(paths):
-    """Sample keys of paths: without extension and without dots; a repeated one gets a number."""
-    keys, seen = [], {}
+    """Sample keys of paths: without extension and without dots; a repeated one gets a tilde."""
+    keys = {}
     for path in paths:
-        stem = key = os.path.splitext(path)[0].replace(".", "_")
-        while key in seen:
-            seen[stem] += 1
-            key = f"{stem}~{seen[stem]}"
-        seen[key] = 1
-        keys.append(key)
-    return keys
+        key = os.path.splitext(path)[0].replace(".", "_")
+        while key in keys:
+            key += "~"
+        keys[key] = path
+    return list(keys)
 
 
 def encode(path, short_side):
     """(extension, bytes) of a picture for a shard."""
     kind = os.path.splitext(path)[1][1:].lower()
-    content = Path(path).read_bytes()
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        tqdm.write(f"{path} cannot be read ({error}), packed without content")
+        return kind, b""
     if short_side is None:
         return kind, content
     try:

@@ -46,7 +46,7 @@ def extract(functions, source, config, batch_size=64, workers=0, device="cpu", m
     config      a model's: says image_size and channels
     Returns {name: (n, D) float32}, labels (n,) int64 and keys (n,) of the samples that could be
     read. Under torchrun each process computes its share, and all get the whole. Raises ValueError
-    when more than the share max_bad cannot be read.
+    when more than the share max_bad cannot be read (one alone always may), or all.
     """
     process, processes = distributed()
     size, channels = models.pair(config["image_size"]), config["channels"]
@@ -63,6 +63,8 @@ def extract(functions, source, config, batch_size=64, workers=0, device="cpu", m
         images = data.normalize(batch["images"].to(device))
         for name, function in functions.items():
             found = function(images).float().cpu()[real]
+            if not found.isfinite().all():
+                raise ValueError("the features are not finite: the weights must be damaged")
             features.setdefault(name, torch.zeros(total, found.shape[1]))[rows] = found
         for name in batch["bad"]:
             print(f"unreadable, left out: {name}", file=sys.stderr)
@@ -71,7 +73,7 @@ def extract(functions, source, config, batch_size=64, workers=0, device="cpu", m
             dist.all_reduce(tensor)
     read = read > 0
     bad = total - int(read.sum())
-    if bad > max_bad * total:
+    if bad == total or bad > max(1, max_bad * total):
         raise ValueError(f"{bad} of {total} pictures cannot be read, over --max-bad {max_bad}")
     places = [(shard, i) for shard, n in enumerate(source.sizes.tolist()) for i in range(n)]
     keys = np.array([source.name(*place) for place, ok in zip(places, read.tolist()) if ok])
@@ -152,6 +154,8 @@ def print_probe(weights, config, train, test, pool, seed, **options):
     trained, untrained = (m.to(options.get("device", "cpu")) for m in (trained, untrained))
     functions = {"raw pixels": raw_pixels, "untrained": pooled(untrained, pool)}
     functions["trained"] = pooled(trained, pool)
+    if train.classes != test.classes or not train.classes:
+        return print("linear probe: left out, for want of labels")
     train = data.Slice(train, 0, min(4096, int(train.sizes.sum())))
     x, y, _ = extract(functions, train, config, **options)
     x_test, y_test, _ = extract(functions, test, config, **options)
@@ -162,7 +166,7 @@ def print_probe(weights, config, train, test, pool, seed, **options):
     print(f"linear probe (closed form): {len(y)} labels, {len(y_test)} held-out pictures")
     for name in functions:
         scaled, scaled_test = standardize(x[name][known], x_test[name][known_test])
-        scores = ridge(scaled, y, scaled_test, len(train.classes))
+        scores = ridge(scaled, y, scaled_test, int(max(y.max(), y_test.max())) + 1)
         print(f"  {name:12} top-1 {accuracy(scores, y_test, 1):.1%}")
 
 
@@ -177,6 +181,22 @@ def masked_loss(model, batches, device):
     if dist.is_initialized():
         dist.all_reduce(sums)
     return (sums[0] / sums[1].clamp(min=1)).item()
+
+
+def show_autoencoder(weights, run):
+    """What stage 1 shows when it ends: reconstructions, and the probe if there are labels.
+
+    weights: an MAE's; run: stage 1's settled arguments. What is unreadable is said, never fatal.
+    """
+    autoencoder = models.MAE(**run.config).eval()
+    autoencoder.load_state_dict(weights)
+    options = {"workers": run.workers, "max_bad": run.max_bad, "device": run.device}
+    try:
+        if run.held_out.sizes.sum():
+            draw_reconstructions(autoencoder, run.held_out, run.out / "reconstruction.png")
+            print_probe(weights, run.config, run.source, run.held_out, "mean", run.seed, **options)
+    except (ValueError, OSError) as error:
+        print(f"no more is shown: {error}")
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -254,6 +274,10 @@ def draw_grid(columns, titles, path):
 def labelled_features(model, sources, run):
     """Standardised features and labels of train and val, and the number of classes."""
     features, labels = [], []
+    if (sources[0].classes is None) != (sources[1].classes is None):
+        raise ValueError(
+            "only one of --data and --val-data names its classes: they cannot be matched"
+        )
     for source in sources:
         x, y, _ = extract({"": pooled(model, run.pool)}, source, model.config, **run.options)
         known = y >= 0
@@ -266,6 +290,8 @@ def labelled_features(model, sources, run):
         features.append(x[""][known])
         labels.append(y[known])
     classes = int(max(y.max() for y in labels)) + 1
+    if classes > 1_000_000:
+        raise ValueError(f"there is a label {classes - 1}: classes are numbered from 0")
     print(f"{len(labels[0])} train and {len(labels[1])} val samples, {classes} classes")
     return *standardize(*features), *labels, classes
 
@@ -399,7 +425,7 @@ def main(argv=None):
     process, processes, local, here = (
         int(os.environ.get(name, str(alone))) for name, alone in launched.items()
     )
-    kind = (torch.accelerator.current_accelerator() or torch.device("cpu")).type
+    kind = (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if process > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (one process speaks for all)

@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -88,10 +89,13 @@ def parse_arguments(argv):
     add("--gpus", type=int, help="processes to plan for (as many as run now)")
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     run = parser.parse_args(argv)
-    may_be_0 = ("seed", "workers", "min_crop", "max_bad", "mask_ratio", "warmup", "weight_decay")
+    shares = ("min_crop", "max_bad", "mask_ratio", "warmup")
     for name, value in vars(run).items():
-        if type(value) in (int, float) and (value < 0 or value == 0 and name not in may_be_0):
-            parser.error(f"--{name.replace('_', '-')} {value} is too small")
+        least = 0 if name in (*shares, "seed", "workers", "weight_decay") else 1e-30
+        if type(value) in (int, float) and not least <= value <= (1 if name in shares else 2**62):
+            parser.error(f"--{name.replace('_', '-')} {value} is out of range")
+    if run.gpus and not run.plan:
+        parser.error("--gpus goes with --plan")
     return run
 
 
@@ -112,7 +116,8 @@ def prepare(run):
     run.process, run.processes, local, here = (
         int(os.environ.get(name, str(alone))) for name, alone in launched.items()
     )
-    kind = (torch.accelerator.current_accelerator() or torch.device("cpu")).type
+    kind = (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
+    kind = "cpu" if kind == "mps" and run.processes > 1 else kind  # no collectives on MPS
     run.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if run.plan and run.gpus:  # a plan for GPUs may be made anywhere
         run.processes, kind = run.gpus, "cuda"
@@ -139,14 +144,15 @@ def prepare(run):
     run.config = run.model.config
     batch_size, base_lr, _, samples = recipe(run.config["size"])
     run.batch_size = run.batch_size or batch_size
-    dealt = (run.process, run.processes, run.model.num_patches)
-    training = {"order": order, "seed": run.seed, "min_crop": run.min_crop}
-    run.batches = data.Batches(run.source, size, channels, run.batch_size, *dealt, **training)
     share, compute = run.batch_size // run.processes, (run.device, run.precision)
     fitting = models.fitting_batch(run.model, share, *compute, run.checkpoint_activations)
     run.micro_batch = run.micro_batch or fitting
-    if share % run.micro_batch:
+    run.pieces = share // run.micro_batch
+    if run.pieces * run.micro_batch != share:
         raise ValueError(f"--micro-batch {run.micro_batch} does not divide a process's {share}")
+    dealt = (run.process, run.processes, run.model.num_patches)
+    drawn = {"order": order, "seed": run.seed, "min_crop": run.min_crop, "pieces": run.pieces}
+    run.batches = data.Batches(run.source, size, channels, run.batch_size, *dealt, **drawn)
     pairs = 2 * run.processes * max(1, run.micro_batch // 2)
     run.held_out_batches = data.Batches(run.held_out, size, channels, pairs, *dealt)
 
@@ -157,9 +163,11 @@ def prepare(run):
     run.lr = run.lr or base_lr * run.batch_size / 256
     run.save_every = run.save_every or max(1, min(1000, run.steps // 10))
     same = ("batch_size", "steps", "lr", "warmup", "weight_decay", "seed", "min_crop", "precision")
-    run.identity = {"data": run.source.identity, "lanes": order.lanes, "init": run.init}
-    run.identity |= {name: getattr(run, name) for name in same} | {"model": run.config}
-    run.checkpoint = models.find_checkpoint(run.out, run.resume, run.identity)
+    run.identity = {"data": run.source.identity, "held_out": run.held_out.identity}
+    run.identity |= {"lanes": order.lanes, "init": run.init, "model": run.config}
+    run.identity |= {name: getattr(run, name) for name in same}
+    if not run.plan:
+        run.checkpoint = models.find_checkpoint(run.out, run.resume, run.identity)
 
 
 def train(run):
@@ -170,18 +178,20 @@ def train(run):
         torch.cuda.set_device(device)
     sharded = run.processes > 1 or device.type == "cuda"  # one GPU: the same bf16 path as on many
     if sharded:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        group = {} if run.processes > 1 else alone
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **group)
+        dist.init_process_group(backend, **(alone if run.processes == 1 else {}))
     stop = []  # a signal leaves a note here: the loop saves and leaves, all processes together
-    for number in (signal.SIGTERM, signal.SIGINT):  # a second one finds the default, and ends it
-        signal.signal(number, lambda number, _: stop.append(signal.signal(number, signal.SIG_DFL)))
+    signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
+    once = signal.SIG_DFL  # a second Ctrl-C ends the program
+    signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, once)))
 
     # -------------------------------------------------------------------------------------- model
     model = run.model.to_empty(device="cpu")
     models.initialize(model, run.seed)
     if run.weights:
         say(models.load_weights(model, *run.weights))
+        run.weights = None
     model = model.to(device)
 
     # -------------------------------------------------------------------------------- parallelize
@@ -198,68 +208,70 @@ def train(run):
         record = models.load_checkpoint(run.checkpoint, model, optimizer)
         first_step, bad = record["step"], record["bad"]
     if run.process == 0:
-        config = {"stage": "mae_pretrain", "command": sys.argv, **run.identity}
-        models.begin_run(out, config, run.checkpoint, first_step)
+        config = {"stage": "mae_pretrain", "command": sys.argv, "resume": run.resume}
+        models.begin_run(out, config | run.identity, run.checkpoint, first_step)
 
     # --------------------------------------------------------------------------------------- loop
     flops, (peak, chip) = 3 * models.flops_per_image(model), models.peak_flops(device)
-    pieces = run.batch_size // run.processes // run.micro_batch
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    millions = sum(p.numel() for p in model.parameters()) / 1e6  # with the decoder
     if not run.data:
         say("no --data was given: training on the toy world's generated pictures")
     say(f"data     {run.source.identity}; {run.held_out.sizes.sum()} others to measure on")
-    say(f"model    {run.config['size']}, {parameters:.1f} M parameters with the decoder")
-    say(f"compute  {flops / 1e9:.2f} GFLOP an image, {run.precision} on {chip}")
-    say(f"batch    {run.batch_size}: {run.processes} processes x {pieces} x {run.micro_batch}")
-    say(f"length   {run.steps} steps, peak lr {run.lr:.2e}")
+    say(
+        f"model    {run.config['size']}, {millions:.1f} M parameters, {flops / 1e9:.2f} GFLOP/image"
+    )
+    say(f"batch    {run.batch_size}: {run.processes} processes x {run.pieces} x {run.micro_batch}")
+    say(f"run      {run.steps} steps, peak lr {run.lr:.2e}, {run.precision} on {chip}")
     bar = tqdm(total=run.steps, initial=first_step, disable=None if run.process == 0 else True)
-    steps = range(first_step, run.steps)
-    batches = iter(data.loader(run.batches, steps, run.workers, pin=device.type == "cuda"))
+    items = range(first_step * run.pieces, run.steps * run.pieces)
+    batches = iter(data.loader(run.batches, items, run.workers, pin=device.type == "cuda"))
     began = logged = time.perf_counter()
     waited, last_logged, stopping = 0.0, first_step, False
-    for step in steps:
-        asked = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - asked
+    for step in range(first_step, run.steps):
         lr = learning_rate(step, run)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # The loss is a weighted mean over the whole global batch, in whatever pieces it comes.
-        images, ids, weight = (
-            batch[key].to(device, non_blocking=True) for key in ("images", "ids", "weight")
-        )
-        total = weight.sum()
-        if sharded:
-            dist.all_reduce(total)
-        loss = torch.zeros((), device=device)
-        for begin in range(0, len(weight), run.micro_batch):
-            part = slice(begin, begin + run.micro_batch)
+        sums, unreadable = torch.zeros(4, device=device), []
+        for piece in range(run.pieces):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            unreadable += batch["bad"]
+            images, ids, weight = (
+                batch[key].to(device, non_blocking=True) for key in ("images", "ids", "weight")
+            )
             if sharded:  # gradients are reduced once, with the last piece
-                model.set_requires_gradient_sync(part.stop == len(weight))
-            losses = model(data.normalize(images[part]), ids[part])  # (micro-batch,)
-            share = (losses * weight[part]).sum() / total.clamp(min=1)
-            (share * run.processes).backward()  # FSDP averages over the processes
-            loss += share.detach()
+                model.set_requires_gradient_sync(piece == run.pieces - 1)
+            losses = model(data.normalize(images), ids)  # (micro-batch,)
+            loss = (losses * weight).sum() / run.batch_size
+            (loss * run.processes).backward()  # FSDP averages over the processes
+            sums[:2] += torch.stack([loss.detach(), weight.sum()])
 
         # The one host read of a step, after backward and before the optimizer.
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = models.whole(torch.nn.utils.get_total_norm(gradients))
-        counts = torch.tensor([len(batch["bad"]), len(stop)], dtype=torch.float32, device=device)
-        sums = torch.cat([loss[None], counts])
+        sums[2], sums[3] = len(unreadable), len(stop)
         if sharded:
             dist.all_reduce(sums)
-        loss, unreadable, stopping, norm = torch.cat([sums, norm[None]]).tolist()
-        done, bad = step + 1, bad + int(unreadable)
-        for name in batch["bad"] if bad <= 20 else ():  # all are counted, the first ones named
+        loss, weight, new_bad, stopping, norm = torch.cat([sums, norm[None]]).tolist()
+        if weight < run.batch_size:  # unreadable ones: the mean is over the others
+            scale = run.batch_size / max(weight, 1)
+            loss, norm = loss * scale, norm * scale
+            for gradient in gradients:
+                gradient.mul_(scale)
+        done, bad = step + 1, bad + int(new_bad)
+        for name in unreadable if bad <= 20 else ():  # all are counted, the first ones named
             tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
-        if bad > run.max_bad * max(1000, done * run.batch_size):
+        if bad > run.max_bad * max(1000, done * run.batch_size) or weight == 0:
             fail(f"{bad} unreadable pictures by step {done}, over --max-bad {run.max_bad}", 1)
         if not math.isfinite(loss + norm):
-            what = f"step {done}: loss {loss}, gradient norm {norm}, lr {lr:.2e}, positions "
-            what += f"{step * run.batch_size} to {done * run.batch_size - 1}. Nothing was saved. "
-            names = " ".join(models.non_finite_gradients(model)) or "none"
-            fail(f"{what}Gradients not finite: {names}", 1)
+            what = (
+                f"step {done}: loss {loss}, gradient norm {norm}, lr {lr:.2e}; nothing was saved. "
+            )
+            what += f"Positions {step * run.batch_size} to {done * run.batch_size - 1}. "
+            names = " ".join(models.non_finite_gradients(model))
+            fail(f"{what}Gradients not finite: {names or 'none'}", 1)
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
@@ -271,8 +283,10 @@ def train(run):
             entry = {"step": done, "samples": done * run.batch_size, "bad": bad}
             entry |= {"loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": rate}
             entry["mfu"] = rate * flops / (peak * run.processes) if peak else 0.0
-            entry["data_wait"] = waited / (now - logged)
-            entry["memory_gib"] = models.peak_memory(device)
+            entry |= {
+                "data_wait": waited / (now - logged),
+                "memory_gib": models.peak_memory(device),
+            }
             entry["eta_seconds"] = (now - began) / (done - first_step) * (run.steps - done)
             if saving and len(run.held_out_batches):
                 entry["held_out_loss"] = evaluate.masked_loss(model, run.held_out_batches, device)
@@ -322,17 +336,11 @@ def finish(run, weights):
     """Hand over model.pt, show what was learned, and say what to type next."""
     models.save_weights(run.out / "model.pt", weights, run.config)
     print(f"wrote {run.out / 'model.pt'}")
-    autoencoder = models.MAE(**run.config).eval()
-    autoencoder.load_state_dict(weights)
-    shown = f"--checkpoint {run.out / 'model.pt'} --data '{run.data or 'toy'}'"
-    shown += f" --val-data '{run.val_data}'" if run.val_data else ""
-    if run.held_out.sizes.sum():
-        evaluate.draw_reconstructions(autoencoder, run.held_out, run.out / "reconstruction.png")
-    if run.source.classes and run.held_out.sizes.sum():
-        sources = (run.source, run.held_out)
-        options = {"workers": run.workers, "max_bad": run.max_bad, "device": run.device}
-        evaluate.print_probe(weights, run.config, *sources, "mean", run.seed, **options)
-    print(f"next: python evaluate.py --task {'knn' if run.val else 'attention'} {shown}")
+    evaluate.show_autoencoder(weights, run)
+    flags = ["--checkpoint", str(run.out / "model.pt"), "--data", run.data or "toy"]
+    flags += ["--val-data", run.val_data] if run.val_data else []
+    task = "knn" if run.val and run.val.classes and run.source.classes else "attention"
+    print(f"next: python evaluate.py --task {task} {shlex.join(flags)}")
 
 
 def main(argv=None):
@@ -340,10 +348,8 @@ def main(argv=None):
     try:
         prepare(run)
         models.print_plan(run.model, run) if run.plan else train(run)
-    except ValueError as error:  # something in what was given
-        fail(error)
-    except OSError as error:  # a full disk, most likely
-        fail(error, status=1)
+    except (ValueError, OSError) as error:  # something in what was given; or a full disk
+        fail(error, 2 if isinstance(error, ValueError) else 1)
 
 
 if __name__ == "__main__":

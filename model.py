@@ -16,6 +16,7 @@ weights load by name.
 This file needs torch only and stands alone when copied.
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -392,8 +393,8 @@ def initialize(model, seed=0):
     """Fill every parameter, each from a generator keyed by (seed, its name).
 
     So a weight depends neither on the order of modules nor on the number of processes. The values
-    are the public MAE code's: Linear (and the patch embedding, as a Linear) Xavier-uniform with
-    bias 0, tokens and learned positions N(0, 0.02), norms 1 and 0, fixed positions sine-cosine.
+    are the public MAE code's (but for the patch embedding's bias, which it leaves at PyTorch's
+    default): Linear and the patch embedding, as a Linear, Xavier-uniform with bias 0, tokens and learned positions N(0, 0.02), norms 1 and 0, fixed positions sine-cosine.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -465,14 +466,16 @@ def flops_per_image(model):
     return encoder + decoder + last
 
 
-def training_memory(model, processes, micro_batch, precision, recompute=False):
+def training_memory(model, processes, micro_batch, precision, recompute=False, pieces=1):
     """Estimated bytes on each process: (weights, gradients and optimizer state, activations).
 
-    Weights, gradients and Adam's two moments are fp32, sharded: 16 bytes a parameter. For its
+    Weights, gradients and Adam's two moments are fp32, sharded: 16 bytes a parameter. A gradient
+    that is accumulated over pieces is kept whole until the last one: 4 bytes a parameter. For its
     backward a block keeps about 16 times (tokens, width): its input, two norms, qkv, attention's
     output, and four for each side of GELU; with recomputation only its input.
     """
-    state = 16 * sum(p.numel() for p in model.parameters()) / processes
+    state = sum(p.numel() for p in model.parameters())
+    state *= 16 / processes + (4 if pieces > 1 and processes > 1 else 0)
     width, layers, _ = model.config["decoder"]
     tokens = model.layers * (1 + model.num_visible) * model.width
     tokens += layers * (1 + model.num_patches) * width
@@ -495,7 +498,9 @@ def peak_memory(device):
     """GiB used at most so far: the allocator's on CUDA, else the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # not on Windows
+    if sys.platform == "win32":
+        return 0.0
+    import resource
 
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
@@ -504,7 +509,7 @@ def peak_memory(device):
 def print_plan(model, run):
     """What a training run takes, from shapes alone. run: a stage's settled arguments."""
     parameters, flops = sum(p.numel() for p in model.parameters()), 3 * flops_per_image(model)
-    shape = run.processes, run.micro_batch, run.precision, run.checkpoint_activations
+    shape = run.processes, run.micro_batch, run.precision, run.checkpoint_activations, run.pieces
     state, activations = training_memory(model, *shape)
     samples = run.steps * run.batch_size
     days = samples * flops / (0.4 * PEAK_FLOPS["H100"]) / 86400
@@ -566,8 +571,13 @@ def whole(tensor):
 
 
 def full_state(model):
-    """{name: whole fp32 CPU tensor}. Every process must call it."""
-    return {name: whole(t).detach().float().cpu() for name, t in model.state_dict().items()}
+    """{name: whole fp32 CPU tensor} on the first process, {} on the others, which must call it."""
+    state, first = {}, not dist.is_initialized() or dist.get_rank() == 0
+    for name, tensor in model.state_dict().items():
+        tensor = whole(tensor)
+        if first:
+            state[name] = tensor.detach().float().cpu()
+    return state
 
 
 def save_weights(path, state, config):
@@ -590,10 +600,14 @@ def read_weights(path):
     if not Path(path).is_file():
         raise ValueError(f"no weights at {path}: give a model.pt or a public checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # The public MAE code stores its arguments beside the weights: plain values in a Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 (torch.load says "damaged" in a dozen ways)
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot read weights from {path}: {reason}") from None
+        reason = "damaged, or more than tensors and plain values in it: nothing of it was run"
+        raise ValueError(
+            f"cannot read weights from {path} ({type(error).__name__}): {reason}"
+        ) from None
     state = content.get("model", content) if isinstance(content, dict) else None
     state = state if isinstance(state, dict) else {}
     state = {n: t for n, t in state.items() if isinstance(t, torch.Tensor)}
@@ -603,6 +617,13 @@ def read_weights(path):
     known = {"size", "image_size", "patch_size", "channels", "positions"}
     if not isinstance(config, dict) or known - config.keys():
         raise ValueError(f"the config in {path} lacks {', '.join(sorted(known - set(config)))}")
+    try:
+        with torch.device("meta"):  # shapes without memory
+            shape = ViT(**encoder_config(config)).patch_embed["proj"].weight.shape
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"the config in {path} cannot be used: {error}") from None
+    if shape != state["patch_embed.proj.weight"].shape:
+        raise ValueError(f"the config in {path} is not that of its weights")
     return state, config
 
 
@@ -613,11 +634,11 @@ def infer_config(state):
     def triple_of(prefix, width):
         layers = len({name.split(".")[1] for name in state if name.startswith(f"{prefix}.")})
         known = [*SIZES.values(), (*DEFAULT_DECODER, 0)]
-        # toy and T are equally wide: those of the same depth first.
-        known.sort(key=lambda shape: shape[1] != layers)
-        heads = [h for w, _, h, _ in known if w == width]
-        if not heads or not layers:
-            raise ValueError(f"cannot tell the number of heads of width {width}: it needs a config")
+        heads = [h for w, l, h, _ in known if (w, l) == (width, layers)]
+        if not heads:
+            raise ValueError(
+                f"how many heads have {layers} layers of width {width}? It needs a config"
+            )
         return width, layers, heads[0]
 
     trunk = triple_of("blocks", width)
@@ -729,9 +750,13 @@ def save_checkpoint(folder, step, model, optimizer, record, keep=2):
 
     Everything is written to a temporary directory, synced and renamed, and only then are the
     checkpoints before the last `keep` removed: a kill at any instant leaves a whole one.
-    Every process must call it. Raises OSError (disk full, ...) with the old ones in place.
+    Every process must call it. Raises OSError (disk full, ...) with the old ones in place, and
+    ValueError when the step has made parameters that are not finite.
     """
     import torch.distributed.checkpoint as dcp
+
+    if not whole(torch.nn.utils.get_total_norm(list(model.parameters()))).isfinite():
+        raise ValueError(f"step {step} made weights that are not finite: nothing of it was saved")
 
     folder, writer = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
     final, temporary = folder / f"step-{step:08d}", folder / ".saving"
@@ -749,7 +774,7 @@ def save_checkpoint(folder, step, model, optimizer, record, keep=2):
             write_text(temporary / "state.json", json.dumps({**record, "step": step}))
             shutil.rmtree(final, ignore_errors=True)  # left by a run killed before it moved LATEST
             os.replace(temporary, final)
-            write_text(folder / "LATEST", final.name)
+            write_text(folder / "LATEST", final.name)  # syncs the folder: both names
             # Later ones are of a former life of the run: they do not push out this one.
             older = sorted(path for path in folder.glob("step-*") if path.name < final.name)
             for old in older[: max(0, len(older) - keep + 1)]:
@@ -782,7 +807,8 @@ def load_checkpoint(path, model, optimizer):
 
     record = json.loads((Path(path) / "state.json").read_text())
     for parameter in (p for p in model.parameters() if p.requires_grad):
-        step = torch.tensor(float(record["step"]), device=parameter.device)
+        place = parameter.device if optimizer.defaults["fused"] else "cpu"  # as AdamW itself does
+        step = torch.tensor(float(record["step"]), device=place)
         moments = {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": step, **moments}
     try:
@@ -807,10 +833,10 @@ class MetadataUnpickler(pickle.Unpickler):
             ("torch.serialization", "_get_layout"),
         }
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        is_metadata = module in (
-            "torch.distributed.checkpoint.metadata",
+        is_metadata = module == "torch.distributed.checkpoint.metadata" or (module, name) == (
             "torch.distributed.checkpoint.filesystem",
-        ) and isinstance(getattr(__import__(module, fromlist=[name]), name, None), type)
+            "_StorageInfo",
+        )
         if (module, name) in plain or is_dtype or is_metadata:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"the checkpoint's metadata asks for {module}.{name}: refused")
@@ -834,19 +860,22 @@ def find_checkpoint(out, resume, identity):
         path = source / "checkpoints" / (source / "checkpoints" / "LATEST").read_text().strip()
     elif resume:
         raise ValueError(f"--resume {resume}: there is no checkpoint in it")
-    elif (Path(out) / "model.pt").exists():
-        raise ValueError(
-            f"{out} holds a model.pt and no checkpoint to go on from: use another --out"
-        )
+    elif (Path(out) / "model.pt").exists() or list((Path(out) / "checkpoints").glob("step-*")):
+        raise ValueError(f"{out} holds a model.pt or checkpoints, but no LATEST: use another --out")
     else:
         return None
-    found = json.loads((path / "state.json").read_text())["identity"]
+    try:
+        found = json.loads((path / "state.json").read_text())["identity"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): --resume another step-NNN") from None
     identity = json.loads(json.dumps(identity))  # tuples become lists, as they did in the file
     changed = [f"{k} was {found.get(k)}, is {v}" for k, v in identity.items() if found.get(k) != v]
     if changed:
         raise ValueError(f"{path} is of another run ({'; '.join(changed)}): use another --out")
     elsewhere = path.parent.resolve() != (Path(out) / "checkpoints").resolve()
     if elsewhere and ((Path(out) / "model.pt").exists() or (Path(out) / "checkpoints").exists()):
+        if json.loads((Path(out) / "config.json").read_text()).get("resume") == str(resume):
+            return find_checkpoint(out, None, identity)  # the same command again
         raise ValueError(f"{out} holds a run of its own: use another --out, or leave --resume out")
     return path
 
@@ -858,6 +887,8 @@ def begin_run(out, config, checkpoint=None, step=0):
     when nothing can be written there.
     """
     out, lines = Path(out), []
+    if (out / "config.json").is_file() and '"stage"' not in (out / "config.json").read_text():
+        raise ValueError(f"{out} holds a config.json that is not ours: use another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "config.json", json.dumps(config, indent=1))
@@ -876,12 +907,21 @@ def begin_run(out, config, checkpoint=None, step=0):
 
 def write_text(path, text):
     """Replace a file's text: whole or not at all, even if the machine goes down."""
-    temporary = Path(f"{path}.tmp")
+    path, temporary = Path(path), Path(f"{path}.tmp")
     with open(temporary, "w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path):
+    """Names are stored in folders: without this, a rename may not outlive a power cut."""
+    if sys.platform != "win32":
+        folder = os.open(path, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def barrier():

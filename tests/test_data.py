@@ -443,6 +443,21 @@ def test_fractional_weights_are_rounded_up_or_down_and_right_on_average():
         assert abs(total[sample] / epochs - weight) <= limit
 
 
+@pytest.mark.parametrize("weights", [[0.25] * 102, [0.1, 0.9, 0.45, 1.3, 0.7, 0.2, 1.0] * 9])
+def test_no_sample_is_favoured_where_the_weights_are_no_whole_number_in_all(weights):
+    """Each is drawn weight x length / sum times on average, wherever it lies."""
+    order = Weights([weights[:40], weights[40:]]).order(seed=5, lanes=2)
+    places = [(0, i) for i in range(40)] + [(1, i) for i in range(len(weights) - 40)]
+    epochs, total = 1000, Counter()
+    assert order.length == math.floor(sum(weights)) < sum(weights)
+    for epoch in range(epochs):
+        total += epoch_counts(order, epoch)
+    for place, weight in zip(places, weights):
+        promised = weight * order.length / sum(weights)
+        # 5 standard deviations of a coin that decides between two neighbouring numbers
+        assert abs(total[place] / epochs - promised) < 5 * math.sqrt(0.25 / epochs)
+
+
 def test_a_weight_of_zero_is_never_drawn_even_where_a_point_falls_on_its_edge():
     """65,536 pairs of weights 0 and 1 / 65,536: every point lies on the edge of a pair."""
     totals = np.ones(data.WEIGHT, dtype=np.int64)
@@ -1074,8 +1089,6 @@ def test_bad_members_of_a_shard_keep_their_positions(tmp_path):
     broken = {
         "00002.png": tile(2)[:40] + bytes(len(tile(2)) - 40),
         "00004.png": b"",
-        "00005.cls": b"seven",
-        "00006.cls": b"",
         "00008.cls": b"9" * 30,  # a number, but none that fits
         "00009.png": BOMB,
     }
@@ -1087,11 +1100,13 @@ def test_bad_members_of_a_shard_keep_their_positions(tmp_path):
     compare_with_bad(*sources, [f"{bad}:{key}" for key in keys])
 
 
-def test_a_missing_label_is_unknown_and_not_bad(tmp_path):
-    members = [member for member in members_of(range(4)) if member[0] != "00002.cls"]
+def test_a_missing_or_unreadable_label_is_unknown_and_not_bad(tmp_path):
+    texts = {"00003.cls": b"cat", "00004.cls": b"", "00005.cls": b"-7"}
+    members = [(n, texts.get(n, c)) for n, c in members_of(range(6)) if n != "00002.cls"]
     source = opened(write_tar(tmp_path / "a.tar", members))
-    batch = data.Batches(source, (4, 4), 3, 4)[0]
-    assert batch["labels"].tolist() == [0, 1, -1, 3] and batch["weight"].tolist() == [1] * 4
+    batch = data.Batches(source, (4, 4), 3, 6)[0]
+    assert batch["labels"].tolist() == [0, 1, -1, -1, -1, -1]
+    assert batch["weight"].tolist() == [1] * 6
 
 
 def test_a_tar_that_is_cut_gives_the_samples_before_the_cut(tmp_path, capsys):
@@ -1452,7 +1467,7 @@ def test_a_folder_that_cannot_be_written_is_indexed_in_memory(shards, monkeypatc
     monkeypatch.setattr("builtins.open", read_only)
     monkeypatch.setattr(io, "open", read_only)
     assert everything(opened(pattern)) == expected
-    assert "read-only" in capsys.readouterr().out
+    assert "kept in memory" in capsys.readouterr().out
     assert sorted(os.listdir(folder)) == before
 
 
@@ -1732,6 +1747,23 @@ def test_sizes_that_make_no_sense_are_refused(pets, tmp_path, monkeypatch, capsy
     arguments = ["pack", pets[0], tmp_path / "out" / "p-%d.tar", flag, value]
     assert run_main(monkeypatch, *arguments) == 2
     assert flag in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_pack_keeps_the_place_of_a_file_that_cannot_be_read(pets, tmp_path, capsys):
+    folder, files = pets
+    os.symlink("/no/such/file", folder / "cat" / "gone.png")
+    packed = pack(folder, tmp_path / "out" / "p-%d.tar", shard_size=99)["p-0.tar"]
+    assert packed["cat/gone.png"] == b"" and len(packed) == 2 * (len(files) + 1)
+    assert "gone.png cannot be read" in capsys.readouterr().out
+
+
+def test_shards_of_another_pack_are_neither_kept_nor_left(pets, tmp_path):
+    """Scaled otherwise, or more of them: the pattern would mix them."""
+    folder, _ = pets
+    pack(folder, tmp_path / "out" / "p-%d.tar", shard_size=4)
+    for options in ({"shard_size": 4, "short_side": 2}, {"shard_size": 5}, {"shard_size": 20}):
+        with pytest.raises(ValueError, match="other samples|another pack"):
+            data.pack(str(folder), f"{tmp_path}/out/p-%d.tar", **options)
 
 
 # ------------------------------------------------------------------------------------ the toy world

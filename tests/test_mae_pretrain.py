@@ -130,6 +130,10 @@ def test_unusable_arguments_are_refused_in_one_line(tmp_path, capsys):
         ("--steps", "many"): "--steps",
         ("--steps", "0"): "--steps",
         ("--batch-size", "-1"): "--batch-size",
+        ("--lr", "nan"): "--lr nan is out of range",
+        ("--epochs", "inf"): "--epochs inf is out of range",
+        ("--warmup", "2"): "--warmup 2.0 is out of range",
+        ("--gpus", "8"): "--gpus goes with --plan",
         ("--out", "/proc/nowhere"): "/proc",
         ("--out", str(tmp_path / "file.txt")): "file.txt",
     }.items():
@@ -159,6 +163,33 @@ def test_resume_into_a_folder_that_holds_another_run_is_refused(tmp_path, capsys
     shutil.copytree(first, second)
     line = refused(capsys, *TINY, "--out", str(second), "--resume", str(first))
     assert "second holds a run of its own" in line
+    # But the same command again goes on with what the first one began.
+    step_8 = first / "checkpoints" / "step-00000008"
+    third = ("--out", str(tmp_path / "third"), "--resume", str(step_8))
+    assert stage(*TINY, *third).returncode == 0
+    assert "going on from" in stage(*TINY, *third).stdout
+
+
+def test_what_is_not_a_run_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    line = refused(capsys, *TINY, "--out", str(tmp_path))
+    assert "not ours" in line and [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_plan_can_be_made_beside_a_run(tmp_path, capsys):
+    (tmp_path / "model.pt").touch()
+    mae_pretrain.main([*TINY, "--out", str(tmp_path), "--plan"])
+    assert "GPU-days" in capsys.readouterr().out
+
+
+def test_an_unreadable_held_out_picture_does_not_end_a_run(photos, tmp_path):
+    last = data.Folder(str(photos)).name(39, 0)  # one of the two that are held out
+    open(last, "w").close()
+    for held_out in (1, 2):
+        ran = stage(*TINY, "--data", photos, "--out", tmp_path / f"run-{held_out}")
+        assert ran.returncode == 0 and "next: " in ran.stdout, ran.stderr
+        open(data.Folder(str(photos)).name(38, 0), "w").close()  # then both
+    assert "no more is shown: no readable picture" in ran.stdout
 
 
 def test_few_pictures_without_classes_are_enough(photos, tmp_path):

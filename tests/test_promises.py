@@ -167,12 +167,19 @@ def test_4_nothing_non_finite_is_stepped_on_or_saved(tmp_path):
     start = ("--init", tmp_path / "broken.pt", "--batch-size", "8", "--steps", "3")
     ran = stage(*start, "--out", tmp_path / "run")
     assert ran.returncode == 1
-    assert "step 1: loss nan" in ran.stderr and "positions 0 to 7" in ran.stderr
+    assert "step 1: loss nan" in ran.stderr and "Positions 0 to 7" in ran.stderr
     named = ran.stderr.split("Gradients not finite: ")[1].split()
     order = [name for name, _ in model.named_parameters()]
     assert "blocks.1.mlp.fc1.weight" in named
     assert named == sorted(named, key=order.index)
     assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "model.pt").exists()
+
+
+def test_4_weights_that_a_step_made_non_finite_are_not_saved(tmp_path):
+    ran = stage(*TINY, "--out", tmp_path / "run", "--lr", "1e18", "--warmup", "0", "--steps", "1")
+    assert ran.returncode == 2 and "weights that are not finite" in ran.stderr
+    assert not list((tmp_path / "run").rglob("step-*"))
     assert not (tmp_path / "run" / "model.pt").exists()
 
 
@@ -220,6 +227,13 @@ def test_5_a_bad_picture_weighs_nothing(photos, tmp_path):
     first, *others = (losses(tmp_path / f"b{m}")[0] for m in (1, 19, 38))
     for loss in others:
         assert loss == pytest.approx(first, rel=1e-5)
+    # On two processes, of which one has more of them: the mean is over all, not of two means.
+    run = [*TINY[2:], "--data", photos, "--batch-size", "36", "--steps", "2", "--max-bad", "1"]
+    for name, processes in (("one", None), ("two", 2)):
+        ran = stage(*run, "--out", tmp_path / name, "--lanes", "2", processes=processes)
+        assert ran.returncode == 0, ran.stderr
+    for ours, theirs in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
     # Were the zero pictures in the mean, they would pull it down by their share, 4 of 38 or more.
     assert losses(tmp_path / "b1")[0][0] == pytest.approx(losses(tmp_path / "a")[0][0], rel=0.05)
 
