@@ -26,11 +26,15 @@ import os
 import re
 import shlex
 import signal
+import sys
 import tarfile
+import unicodedata
 import warnings
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -178,27 +182,29 @@ class Order:
 
 # ------------------------------------------------------------------------------------------ sources
 #
-# A source has: sizes (S,) int64, samples per shard; classes, a list of names, or None;
-# read(shard, index) -> {"image": PIL image, "class": int, -1 if unknown, ...}; name(shard, index).
+# A source has: sizes (S,) int64, samples per shard; classes, a list of names, or None; identity;
+# read(shard, index) -> {"image": PIL image, "class": int, -1 if unknown, ...}; name(shard, index);
+# hashtags(shard, index) -> a list of tags, or a text with #tags in it.
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
-def open_sources(data, val_data=None, size=(64, 64)):
+def open_sources(data, val_data=None, size=(64, 64), labels=None):
     """(source to train on, source to measure on or None) behind --data and --val-data.
 
     data     "toy"; a folder of pictures; or tar shards: a path, a glob, or {00000..00099} braces
     size     (height, width) that pictures will have: the toy world is drawn for it
+    labels   a file that lists the pictures of a folder: see Folder
 
-    Without val_data, toy has its own, and so has a folder with train/ and val/ in it. Raises
-    ValueError with one line that says what to do.
+    Without val_data, toy has its own, and so has a folder with train/ and val/ in it (unless labels
+    list its pictures). Raises ValueError with one line that says what to do.
     """
     if data == "toy" and not val_data:
         return Toy("train", size), Toy("val", size)
     folders = [os.path.join(data, name) for name in ("train", "val")]
-    if all(map(os.path.isdir, folders)):
+    if all(map(os.path.isdir, folders)) and not labels:
         data, val_data = folders[0], val_data or folders[1]
-    train = open_source(data, size)
+    train = Folder(data, labels=labels) if labels else open_source(data, size)
     return train, open_source(val_data, size, train.classes, "val") if val_data else None
 
 
@@ -222,6 +228,7 @@ class Toy:
 
     def __init__(self, split, size):
         self.first = 0 if split == "train" else TOY_VAL
+        self.sides = size
         self.size = max(size) * 4 // 3  # larger than the target, so that crops are not enlarged
         self.sizes = np.ones(TOY_EPOCH if split == "train" else TOY_EPOCH // 16, dtype=np.int64)
         self.classes = list(TOY_CLASSES)
@@ -233,51 +240,90 @@ class Toy:
     def name(self, shard, index):
         return f"toy:{self.first + shard}"
 
+    def hashtags(self, shard, index):
+        return toy_hashtags(toy_scene(self.first + shard), self.first + shard)
+
 
 class Folder:
     """Pictures below a folder. If all lie in subfolders, the first level's names are the classes.
+
+    With `labels`, those that this file lists: JSON lines of {"path", and "class" or "hashtags"}.
 
     They are kept in the order of a hash of their paths: the same on every machine, and neighbours
     have nothing to do with each other. So any stretch of it is a fair sample: the held-out slice, a
     lane, a packed shard.
     """
 
-    def __init__(self, root, classes=None):
-        self.root = root
-
-        def fail(error):
-            raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}")
-
-        paths, seen = [], {os.path.realpath(root)}
-        for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
-            places = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
-            folders[:] = [n for n in folders if not n.startswith(".") and places[n] not in seen]
-            seen.update(map(places.get, folders))  # links may lead in circles
-            paths += [os.path.join(folder, name) for name in files if is_picture(name)]
-        if not paths:
-            raise ValueError(f"no pictures in {root} (looked for {' '.join(PICTURES)})")
-        paths = [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
+    def __init__(self, root, classes=None, labels=None):
+        self.root, self.labels = root, read_labels(labels) if labels else None
+        paths = self.labels or pictures_below(root)
         self.paths = sorted(paths, key=lambda path: (stable_hash(path), path))
         self.sizes = np.ones(len(paths), dtype=np.int64)
-        names = sorted({path.split("/")[0] for path in paths})
+        names = {self.class_name(path) for path in paths}
         self.classes = None
-        if all("/" in path for path in paths) and (classes or len(names) > 1):
-            unknown = sorted(set(names) - set(classes or names))
+        if None not in names and (classes or labels or len(names) > 1):
+            unknown = sorted(names - set(classes or names))
             if unknown:
                 raise ValueError(f"{root} has classes that train has not: {', '.join(unknown[:5])}")
-            self.classes = classes or names
-        elif any("/" in path for path in paths):
+            self.classes = classes or sorted(names)
+            self.numbers = {name: number for number, name in enumerate(self.classes)}
+        elif names != {None}:
             print(f"{root}: no classes (they would be the folders, two or more, of all pictures)")
         digest = hashlib.sha256("\n".join(self.paths).encode(errors="surrogateescape"))
         self.identity = f"{len(paths)} pictures, {digest.hexdigest()[:16]}"
 
+    def class_name(self, path):
+        if self.labels:
+            return self.labels[path].get("class")
+        return path.split("/")[0] if "/" in path else None
+
     def read(self, shard, index):
         path = self.paths[shard]
-        label = self.classes.index(path.split("/")[0]) if self.classes else -1
+        label = self.numbers[self.class_name(path)] if self.classes else -1
         return {"image": Image.open(os.path.join(self.root, path)), "class": label}
+
+    def hashtags(self, shard, index):
+        return (self.labels or {}).get(self.paths[shard], {}).get("hashtags", [])
 
     def name(self, shard, index):
         return os.path.join(self.root, self.paths[shard])
+
+
+def pictures_below(root):
+    """Paths of all pictures in a folder and the folders in it, relative to it."""
+
+    def fail(error):
+        raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}")
+
+    paths, seen = [], {os.path.realpath(root)}
+    for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
+        places = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
+        folders[:] = [n for n in folders if not n.startswith(".") and places[n] not in seen]
+        seen.update(map(places.get, folders))  # links may lead in circles
+        paths += [os.path.join(folder, name) for name in files if is_picture(name)]
+    if not paths:
+        raise ValueError(f"no pictures in {root} (looked for {' '.join(PICTURES)})")
+    return [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
+
+
+def read_labels(path):
+    """{picture's path: its JSON object} of a file of JSON lines. Damaged lines are left out."""
+    found = {}
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read labels from {path}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            found[entry["path"]] = entry
+        except (ValueError, KeyError, TypeError) as error:
+            print(f"{path}:{number} is left out: {error!r}", file=sys.stderr)
+    if not found:
+        raise ValueError(
+            f'{path} lists no pictures: lines must be {{"path": ..., "hashtags": [...]}}'
+        )
+    return found
 
 
 def is_picture(name):
@@ -306,6 +352,9 @@ class Slice:
 
     def name(self, shard, index):
         return self.source.name(*self.origin(shard, index))
+
+    def hashtags(self, shard, index):
+        return self.source.hashtags(*self.origin(shard, index))
 
     def origin(self, shard, index):
         return self.first + shard, index + (self.skipped if shard == 0 else 0)
@@ -405,6 +454,14 @@ class Shards:
         sample = {"image": Image.open(io.BytesIO(self.bytes(shard, *members[picture])))}
         label = self.bytes(shard, *members["cls"]) if "cls" in members else b""
         return {**sample, "class": int(label) if label.strip().isdigit() else -1}
+
+    def hashtags(self, shard, index):
+        """From the sample's .json (a list, a text, or either under "hashtags"), else its .txt."""
+        members = self.members(shard, index)
+        if "json" not in members:
+            return self.bytes(shard, *members["txt"]).decode() if "txt" in members else []
+        content = json.loads(self.bytes(shard, *members["json"]))
+        return content.get("hashtags", []) if isinstance(content, dict) else content
 
     def name(self, shard, index):
         try:
@@ -653,49 +710,43 @@ def channel_statistics(channels):
 # ------------------------------------------------------------------------------------------ batches
 
 
+@dataclass(eq=False)
 class Batches(torch.utils.data.Dataset):
     """step * pieces + piece -> that piece of this process's part of that step's batch, a dict:
 
     images     (b, C, H, W) uint8, b = batch size / processes / pieces; zero where unreadable
     ids        (b, N) int64, each sample's random order of patches (only with num_patches)
     labels     (b,) int64 class numbers, -1 where unknown
-    weight     (b,) float32, 1, or 0 for a sample that could not be read
+    tags       (b, T) int64 ids of hashtags, filled up with -1 (only with a vocabulary)
+    weight     (b,) float32: 1, or 0 for a sample that could not be read, or without a known tag
     positions  (b,) int64 in the global stream
     bad        a list of "name: error" for the samples that could not be read
-
-    order     an Order for training: random crops and flips. None: the source's samples one after
-              the other, centre crops, and weight 0 past the last one
-    process, processes   this one's number, and how many there are
-    pieces    that a process's part of a batch is made in: they need not be in memory together
     """
 
-    def __init__(
-        self,
-        source,
-        size,
-        channels,
-        batch_size,
-        process=0,
-        processes=1,
-        num_patches=0,
-        order=None,
-        seed=0,
-        min_crop=0.2,
-        pieces=1,
-    ):
-        if channels not in (1, 3, 4):
-            raise ValueError(f"pictures can be read as 1, 3 or 4 channels, not as {channels}")
-        if processes > 1 and batch_size % (2 * processes):
-            why = f"a batch of {batch_size} cannot be dealt to {processes} processes in pairs"
-            raise ValueError(f"{why}: use a multiple of {2 * processes}")
-        if order is not None and order.lanes % processes:
-            why = f"{order.lanes} lanes cannot be dealt to {processes} processes"
-            raise ValueError(f"{why}: give --lanes, a multiple of {processes}, and keep to it")
-        self.source, self.size, self.channels = source, size, channels
-        self.batch_size, self.order, self.seed = batch_size, order, seed
-        self.min_crop, self.num_patches = min_crop, num_patches
-        self.process, self.processes, self.pieces = process, processes, pieces
-        self.edges = np.concatenate([[0], np.cumsum(source.sizes)])
+    source: object
+    size: tuple  # (height, width)
+    channels: int
+    batch_size: int  # over all processes
+    process: int = 0  # this one's number
+    processes: int = 1
+    num_patches: int = 0
+    order: object = None  # an Order to train in: random crops and flips. None: the source's samples
+    # one after the other, centre crops, and weight 0 past the last one
+    seed: int = 0
+    min_crop: float = 0.2
+    pieces: int = 1  # a process's part is made in pieces: they need not be in memory together
+    vocabulary: object = None
+
+    def __post_init__(self):
+        if self.channels not in (1, 3, 4):
+            raise ValueError(f"pictures can be read as 1, 3 or 4 channels, not as {self.channels}")
+        if self.processes > 1 and self.batch_size % (2 * self.processes):
+            why = f"a batch of {self.batch_size} cannot be dealt to {self.processes} processes"
+            raise ValueError(f"{why} in pairs: use a multiple of {2 * self.processes}")
+        if self.order is not None and self.order.lanes % self.processes:
+            why = f"{self.order.lanes} lanes cannot be dealt to {self.processes} processes"
+            raise ValueError(f"{why}: give --lanes, a multiple of {self.processes}, and keep to it")
+        self.edges = np.concatenate([[0], np.cumsum(self.source.sizes)])
 
     def __len__(self):
         """Items in which every sample comes once (the last step may hold others or padding)."""
@@ -713,7 +764,7 @@ class Batches(torch.utils.data.Dataset):
         labels = torch.full((len(positions),), -1)
         weight = torch.zeros(len(positions))
         ids = torch.zeros(len(positions), self.num_patches, dtype=torch.int64)
-        bad = []
+        tags, bad = [[] for _ in positions], []
         for i, position in enumerate(positions.tolist()):
             epoch = position // self.order.length if self.order else 0
             if self.num_patches:
@@ -728,19 +779,20 @@ class Batches(torch.utils.data.Dataset):
                 images[i] = crop_and_resize(
                     sample["image"], self.size, self.channels, bits, self.min_crop
                 )
-                labels[i], weight[i] = sample["class"], 1.0
+                if self.vocabulary is not None:
+                    tags[i] = self.vocabulary.ids(self.source.hashtags(*place))
+                labels[i], weight[i] = (
+                    sample["class"],
+                    float(self.vocabulary is None or tags[i] != []),
+                )
             except Exception as error:  # noqa: BLE001 (decoders raise anything: named, counted)
                 images[i] = 0
                 text = " ".join(f"{type(error).__name__}: {error}".split())
                 bad.append(f"{self.source.name(*place)}: {text}")
-        return {
-            "images": images,
-            "ids": ids,
-            "labels": labels,
-            "weight": weight,
-            "positions": torch.from_numpy(positions),
-            "bad": bad,
-        }
+        longest = max(map(len, tags))
+        tags = torch.tensor([t + [-1] * (longest - len(t)) for t in tags], dtype=torch.int64)
+        batch = {"images": images, "ids": ids, "labels": labels, "tags": tags, "weight": weight}
+        return batch | {"positions": torch.from_numpy(positions), "bad": bad}
 
     def place(self, position):
         """(shard, index) of a position, None past the end."""
@@ -869,8 +921,8 @@ def toy_scene(number):
     for _ in range(pick((1, 1, 1, 2, 3, 4))):
         shape = pick(TOY_CLASSES)
         allowed = [c for c in colours if number >= TOY_VAL or (c, shape) not in TOY_HELD_OUT]
-        # the first fills 50 to 60 % of the picture's side; the others at most half of that
-        radius = between(0.25, 0.3) if not objects else between(0.3, 0.5) * objects[0]["radius"]
+        # the first fills some 60 % of the picture's side; the others at most half of that
+        radius = between(0.3, 0.36) if not objects else between(0.3, 0.5) * objects[0]["radius"]
         thing = {"shape": shape, "radius": radius, **paint(TOY_TEXTURES, allowed, 0.6 * radius)}
         thing["angle"] = between(-0.2, 0.2)
         # the best of four places: the one farthest from everything already there
@@ -929,7 +981,7 @@ def toy_phrases(scene):
     """What there is to see: "large red striped star" for each object, "plain green ground"."""
     phrases = []
     for thing in scene["objects"]:
-        size = ("small", "medium", "large")[(thing["radius"] > 0.12) + (thing["radius"] > 0.16)]
+        size = ("small", "medium", "large")[(thing["radius"] > 0.13) + (thing["radius"] > 0.18)]
         phrases.append(f"{size} {thing['colour']} {thing['pattern']} {thing['shape']}")
     return [*phrases, f"{scene['background']['pattern']} {scene['background']['colour']} ground"]
 
@@ -963,6 +1015,199 @@ def toy_sample(number, size=64, masks=False):
         "boxes": boxes,
     }
     return sample | ({"masks": visible} if masks else {})
+
+
+# ----------------------------------------------------------------------------------------- hashtags
+
+TAG_CHUNK = 4096  # samples whose tags are read together
+MOST_TAGS = 10_000_000  # counted at once: past it, the rarest are forgotten
+HELD_OUT_TAGS = 512  # pictures to measure on, and never more than 5 % of them: never drawn
+
+
+class Vocabulary:
+    """The hashtags that are classes, by falling number of pictures: the order of their ids.
+
+    counts     {canonical tag: pictures that carry it}
+    synonyms   {canonical tag: the canonical tag that it counts as}
+    """
+
+    def __init__(self, counts, synonyms):
+        self.counts = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+        self.synonyms = synonyms
+        self.numbers = {tag: number for number, tag in enumerate(self.counts)}
+
+    def __len__(self):
+        return len(self.counts)
+
+    def ids(self, hashtags):
+        """The ids of a sample's hashtags, each once, rising; unknown ones are left out."""
+        tags = canonical(hashtags, self.synonyms)
+        return sorted(self.numbers[tag] for tag in tags if tag in self.numbers)
+
+    def rarest(self, hashtags):
+        """How many pictures carry the rarest known one of these hashtags; 0 if none is known."""
+        tags = canonical(hashtags, self.synonyms)
+        return min((self.counts[tag] for tag in tags if tag in self.counts), default=0)
+
+
+def canonical(hashtags, synonyms):
+    """The set of canonical tags in a list of tags, or in a text with #tags in it.
+
+    Unicode's NFKC, case-folded, without # and punctuation ("#Blue-Square" -> "bluesquare"), then
+    the synonyms. Raises ValueError if it is neither a list of texts nor a text.
+    """
+    if isinstance(hashtags, str):
+        hashtags = re.findall(r"#\w+", unicodedata.normalize("NFKC", hashtags))
+    if not isinstance(hashtags, list) or not all(isinstance(tag, str) for tag in hashtags):
+        raise ValueError(f"hashtags must be a list of texts, or a text: {hashtags!r:.80}")
+    folded = (unicodedata.normalize("NFKC", tag).casefold() for tag in hashtags)
+    folded = (unicodedata.normalize("NFKC", tag) for tag in folded)  # folding may undo it
+    plain = {"".join(c for c in t if unicodedata.category(c)[0] not in "PZC") for t in folded}
+    return {synonyms.get(tag, tag) for tag in plain - {""}}
+
+
+@dataclass(eq=False)
+class TagChunks(torch.utils.data.Dataset):
+    """chunk of TAG_CHUNK samples -> (function(hashtags) of each, names of unreadable ones)."""
+
+    source: object
+    function: object
+    unreadable: object  # what stands for the function's result then
+
+    def __getitem__(self, chunk):
+        start, total = chunk * TAG_CHUNK, int(self.source.sizes.sum())
+        part = Slice(self.source, start, min(total, start + TAG_CHUNK))
+        found, bad = [], []
+        for place in ((shard, i) for shard, n in enumerate(part.sizes.tolist()) for i in range(n)):
+            try:
+                found.append(self.function(part.hashtags(*place)))
+            except (OSError, ValueError, TypeError, AttributeError) as error:
+                found.append(self.unreadable)
+                bad.append(f"{part.name(*place)}: {error}")
+        return found, bad
+
+
+def read_tags(source, function, unreadable, workers, title):
+    """Yield function(hashtags) for chunks of samples, in order, as lists; say what is unreadable."""
+    chunks, bad = range(math.ceil(int(source.sizes.sum()) / TAG_CHUNK)), 0
+    parts = loader(TagChunks(source, function, unreadable), chunks, workers)
+    for found, names in tqdm(parts, desc=title, unit=" chunks", disable=None):
+        for name in names if bad <= 20 else ():  # all are counted, the first ones named
+            tqdm.write(f"unreadable hashtags: {name}", file=sys.stderr)
+        bad += len(names)
+        yield found
+    if bad:
+        print(f"{bad} samples have unreadable hashtags")
+
+
+def count_hashtags(source, size=28_000, min_count=5, synonyms=None, workers=0):
+    """The Vocabulary of a source: at most `size` tags that at least `min_count` pictures carry.
+
+    28,000 is the paper's number of classes. Raises ValueError when no tag is left.
+    """
+    synonyms, counts = synonyms or {}, Counter()
+    read = read_tags(source, partial(canonical, synonyms=synonyms), set(), workers, "counting")
+    for chunk in read:
+        counts.update(tag for tags in chunk for tag in tags)
+        if len(counts) > MOST_TAGS:  # bounds the memory
+            counts = Counter(dict(counts.most_common(MOST_TAGS // 2)))
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:size]
+    ranked = {tag: count for tag, count in ranked if count >= min_count}
+    if not ranked:
+        raise ValueError(f"no hashtag on {min_count} pictures or more among {source.identity}")
+    return Vocabulary(ranked, synonyms)
+
+
+def write_hashtags(source, vocabulary, out, tail_below=None, workers=0):
+    """Write out/vocabulary.json, and weights.npy and totals.npy: sampling weights, see Order.
+
+    SWAG's sampler (arXiv 2201.08371; cut and shares are its authors'). The tail is the pictures
+    with a tag that fewer than `tail_below` pictures carry, the head is the others; 70 % of an epoch
+    is drawn from the head, 30 % from the tail. Within each, a picture's importance is the maximum
+    over its tags of 1 / sqrt(pictures with that tag) (recalled): its rarest tag decides. An epoch
+    is as long as there are pictures to draw. Those without a known tag weigh 0, and so do the last
+    ones, at most HELD_OUT_TAGS and 5 %, which are held out.
+    """
+    total = int(source.sizes.sum())
+    held_out, tail_below = (
+        min(HELD_OUT_TAGS, total // 20),
+        tail_below or min(5000, -(-total // 100)),
+    )
+    os.makedirs(out, exist_ok=True)
+    rarest = np.lib.format.open_memmap(f"{out}/weights.npy", "w+", np.int64, (total,))
+    filled = 0
+    for chunk in read_tags(source, vocabulary.rarest, 0, workers, "weighing"):
+        rarest[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
+    rarest[total - held_out :] = 0
+    # All that a weight depends on is how many pictures carry the rarest tag.
+    counts, pictures = np.unique(rarest, return_counts=True)
+    known, tail, importance = counts > 0, counts < tail_below, np.maximum(counts, 1) ** -0.5
+    shares = np.where(tail, 0.3, 0.7)
+    if (tail | ~known).all() or (~tail | ~known).all():
+        print(
+            f"all pictures are in the {'tail' if tail[known].any() else 'head'}: it has all draws"
+        )
+        shares[:] = 1.0
+    sums = [max(1e-9, (pictures * importance)[known & part].sum()) for part in (~tail, tail)]
+    weights = pictures[known].sum() * shares * importance / np.where(tail, sums[1], sums[0])
+    weights = np.where(known, np.maximum(1, np.rint(weights * WEIGHT)), 0).astype(np.int64)
+    edges = np.concatenate([[0], np.cumsum(source.sizes)]).tolist()
+    totals = np.zeros(len(source.sizes), dtype=np.int64)
+    for shard, (start, stop) in enumerate(itertools.pairwise(edges)):
+        rarest[start:stop] = weights[np.searchsorted(counts, rarest[start:stop])]
+        totals[shard] = rarest[start:stop].sum()
+    rarest.flush()
+    np.save(f"{out}/totals.npy", totals)
+    content = {"data": source.identity, "held_out": held_out, "tail_below": tail_below}
+    tags = [{"tag": t, "id": i, "count": n} for i, (t, n) in enumerate(vocabulary.counts.items())]
+    content |= {"synonyms": vocabulary.synonyms, "tags": tags}
+    Path(out, "vocabulary.json").write_text(json.dumps(content, ensure_ascii=False, indent=0))
+    drawn, tailed = pictures[known].sum(), pictures[known & tail].sum()
+    print(
+        f"{len(vocabulary)} hashtags; {drawn} of {total} pictures are drawn, {tailed} of the tail"
+    )
+
+
+def open_hashtags(source, folder):
+    """(Vocabulary, source to train on, slice to measure on, {"totals", "weights"} for Order).
+
+    From a folder that write_hashtags wrote for this source; without one, for the toy world: the
+    tags of its first pictures, and no weights. Raises ValueError, one line, when that cannot be.
+    """
+    if not folder and isinstance(source, Toy):
+        vocabulary = count_hashtags(Slice(source, 0, TAG_CHUNK))
+        return vocabulary, source, Slice(Toy("val", source.sides), 0, HELD_OUT_TAGS), {}
+    hint = "write it with: python data.py hashtags DATA --out TAGS, and give --tags TAGS"
+    try:
+        content = json.loads(Path(folder or "", "vocabulary.json").read_text())
+        counts = {entry["tag"]: entry["count"] for entry in content["tags"]}
+        vocabulary, total = Vocabulary(counts, content["synonyms"]), int(source.sizes.sum())
+        held_out, totals = content["held_out"], np.load(f"{folder}/totals.npy")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"no hashtags in {folder} ({error!r}): {hint}") from None
+    if content["data"] != source.identity or not counts:
+        raise ValueError(f"{folder} is of other data ({content['data']}): {hint}")
+    edges = np.concatenate([[0], np.cumsum(source.sizes)])
+    weights = partial(read_weights, f"{folder}/weights.npy", edges)
+    draws = {"totals": totals, "weights": weights}
+    return vocabulary, source, Slice(source, total - held_out, total), draws
+
+
+def read_weights(path, edges, shard):
+    return np.array(np.load(path, mmap_mode="r")[edges[shard] : edges[shard + 1]])
+
+
+def read_synonyms(path):
+    """{canonical tag: canonical tag} of lines of two columns, parted by a tab."""
+    try:
+        rows = [line.split("\t") for line in Path(path).read_text().splitlines() if line.strip()]
+        pairs = [[canonical([tag], {}).pop() for tag in (one, other)] for one, other in rows]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"cannot read synonyms, two columns and a tab, from {path}: {error}"
+        ) from None
+    return dict(pairs)
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -1081,9 +1326,25 @@ def main():
     command.add_argument("--shard-size", type=int, help="pictures in a shard")
     command = commands.add_parser("index", help="write the index of tar shards beside them")
     command.add_argument("shards", help="a path, a glob or {00000..00099} braces")
+    command = commands.add_parser("hashtags", help="vocabulary and sampling weights of a data set")
+    command.add_argument("data", help="as --data: shards with .json or .txt, or a folder, or toy")
+    command.add_argument("--out", required=True, help="the folder that --tags will name")
+    command.add_argument("--labels", help='JSON lines of {"path", "hashtags"} for a folder')
+    command.add_argument("--synonyms", help="two columns: a tag, and the tag that it counts as")
+    command.add_argument("--vocabulary", type=int, default=28_000, help="most tags (28,000)")
+    command.add_argument("--min-count", type=int, default=5, help="pictures of a tag (5: ours)")
+    command.add_argument("--tail-below", type=int, help="pictures (5,000 or 1 %% of them)")
+    command.add_argument("--workers", type=int, help="processes (the cores left)")
     arguments = parser.parse_args()
     try:
-        if arguments.command == "pack":
+        if arguments.command == "hashtags":
+            workers = loader_workers(arguments.workers)
+            source = open_sources(arguments.data, labels=arguments.labels)[0]
+            synonyms = read_synonyms(arguments.synonyms) if arguments.synonyms else None
+            counting = arguments.vocabulary, arguments.min_count, synonyms, workers
+            vocabulary = count_hashtags(source, *counting)
+            write_hashtags(source, vocabulary, arguments.out, arguments.tail_below, workers)
+        elif arguments.command == "pack":
             numbers = arguments.short_side, arguments.shard_size
             if any(number is not None and number < 1 for number in numbers):
                 raise ValueError("--short-side and --shard-size must be at least 1")

@@ -183,6 +183,24 @@ def masked_loss(model, batches, device):
     return (sums[0] / sums[1].clamp(min=1)).item()
 
 
+@torch.no_grad()
+def hit_rates(model, batches, device):
+    """{"hit_1", "hit_5"}: shares of the pictures of a data.Batches with one of their hashtags
+    among the model's k highest logits."""
+    sums = torch.zeros(3, device=device)
+    for batch in data.loader(batches, range(len(batches)), workers=0):
+        images, tags, weight = (batch[key].to(device) for key in ("images", "tags", "weight"))
+        logits = model(data.normalize(images))
+        best = logits.topk(min(5, logits.shape[1])).indices  # (b, 5)
+        right = (best[:, :, None] == tags[:, None, :]).any(dim=2)
+        hits = torch.stack([right[:, 0], right.any(dim=1), torch.ones_like(right[:, 0])])
+        sums += (hits * weight).sum(dim=1)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    hit_1, hit_5, count = sums.tolist()
+    return {"hit_1": hit_1 / max(1, count), "hit_5": hit_5 / max(1, count)}
+
+
 def show_autoencoder(weights, run):
     """What stage 1 shows when it ends: reconstructions, and the probe if there are labels.
 

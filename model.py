@@ -2,6 +2,7 @@
 
     ViT               plain encoder: patches, a class token, pre-norm blocks, a final norm
     MAE               the same encoder plus a small decoder that predicts the hidden patches
+    Classifier        the same encoder plus a linear head; tag_loss for hashtags
     initialize        every parameter from a generator keyed by its own name
     flops_per_image   forward FLOPs, counted from the architecture
     parameter_groups  who is decayed, who is not
@@ -262,10 +263,14 @@ class ViT(nn.Module):
         images (B, C, H, W) float, normalised. noise (B, L, 2) uniform in [0, 1): stochastic depth,
         drawn by the caller for each sample, so that it does not depend on how samples are batched.
         """
+        return self.norm(self.encode(images, noise))
+
+    def encode(self, images, noise=None):
+        """forward without the final norm."""
         x = self.tokens(images)
         for i, block in enumerate(self.blocks):
             x = block(x, noise=None if noise is None else noise[:, i])
-        return self.norm(x)
+        return x
 
     def class_attention(self, images):
         """Where the last block's class token looks: (B, heads, N), each row sums to at most 1."""
@@ -386,6 +391,58 @@ def patch_statistics(patches):
     return mean, (variance + 1e-6).sqrt()
 
 
+# ---------------------------------------------------------------------------------- the classifier
+
+
+class Classifier(ViT):
+    """An encoder and a linear head on pooled tokens.
+
+    classes      how many
+    pool         "cls": the class token after the final norm (the released models). "mean": the mean
+                 of the patches, then a norm of its own instead (public MAE code, finetuning)
+    class_names  kept in the config, to travel with the weights
+    head_std     of the head's initial weights; 0 as SWAG's
+    other arguments: see ViT
+    """
+
+    def __init__(
+        self,
+        size="B",
+        classes=1000,
+        pool="cls",
+        class_names=None,
+        head_std=0.0,
+        **encoder_arguments,
+    ):
+        super().__init__(size, **encoder_arguments)
+        if pool not in ("cls", "mean"):
+            raise ValueError(f"pool {pool!r} is unknown: 'cls' or 'mean'")
+        self.config |= {"classes": classes, "pool": pool, "class_names": class_names}
+        self.classes, self.head_std = classes, head_std
+        if pool == "mean":
+            self.fc_norm, self.norm = nn.LayerNorm(self.width, eps=1e-6), nn.Identity()
+        self.head = nn.Linear(self.width, classes)
+        initialize(self)
+
+    def forward(self, images, noise=None):
+        """(B, classes) logits of (B, C, H, W) normalised images. noise: see ViT."""
+        x = self.encode(images, noise)
+        if self.config["pool"] == "cls":
+            return self.head(self.norm(x)[:, 0])
+        return self.head(self.fc_norm(x[:, 1:].mean(dim=1)))
+
+
+def tag_loss(logits, tags):
+    """Softmax cross-entropy against 1/K on each of a sample's K tags: (B,) float32.
+
+    logits (B, V); tags (B, T) int64 ids, filled up with -1; a sample without any counts its
+    logsumexp and wants weight 0. Computed from the ids: there is no (B, V) target (paper, 3.3).
+    """
+    logits, known = logits.float(), tags >= 0
+    picked = logits.gather(1, tags.clamp(min=0)) * known  # (B, T)
+    return logits.logsumexp(dim=1) - picked.sum(dim=1) / known.sum(dim=1).clamp(min=1)
+
+
 # ----------------------------------------------------------------------------------- initialisation
 
 
@@ -414,6 +471,8 @@ def initial_value(model, name, parameter, generator):
         return torch.randn(shape, generator=generator) * 0.02
     if parameter.ndim == 1:
         return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+    if name == "head.weight":
+        return torch.randn(shape, generator=generator) * model.head_std
     bound = math.sqrt(6 / (shape[0] + shape[1:].numel()))  # Xavier: fan-in plus fan-out
     return torch.rand(shape, generator=generator) * (2 * bound) - bound
 
@@ -455,10 +514,11 @@ def block_flops(width, tokens, queries=None):
 
 
 def flops_per_image(model):
-    """Forward FLOPs of a ViT or an MAE on one image. A training step is three times that."""
+    """Forward FLOPs of a ViT, a Classifier or an MAE on one image. A training step is three times that."""
     D, N, pixels = model.width, model.num_patches, model.patch_size**2 * model.config["channels"]
     if not isinstance(model, MAE):
-        return 2 * pixels * D * N + model.layers * block_flops(D, 1 + N)
+        head = 2 * D * getattr(model, "classes", 0)
+        return 2 * pixels * D * N + model.layers * block_flops(D, 1 + N) + head
     K, (width, layers, _) = model.num_visible, model.config["decoder"]
     encoder = 2 * pixels * D * K + model.layers * block_flops(D, 1 + K)
     decoder = 2 * D * width * (1 + K) + (layers - 1) * block_flops(width, 1 + N)
@@ -476,9 +536,11 @@ def training_memory(model, processes, micro_batch, precision, recompute=False, p
     """
     state = sum(p.numel() for p in model.parameters())
     state *= 16 / processes + (4 if pieces > 1 and processes > 1 else 0)
-    width, layers, _ = model.config["decoder"]
-    tokens = model.layers * (1 + model.num_visible) * model.width
-    tokens += layers * (1 + model.num_patches) * width
+    tokens = model.layers * (1 + model.num_patches) * model.width
+    if isinstance(model, MAE):
+        width, layers, _ = model.config["decoder"]
+        tokens = model.layers * (1 + model.num_visible) * model.width
+        tokens += layers * (1 + model.num_patches) * width
     return state, tokens * micro_batch * (2 if precision == "bf16" else 4) * (
         1 if recompute else 16
     )
@@ -681,18 +743,21 @@ def inherit(init, given):
     return (state, grid), config | given
 
 
-def load_weights(model, state, old_grid=None):
-    """Load timm-named tensors into a ViT or an MAE and return one line on what became of them.
+def load_weights(model, state, old_grid=None, keep_head=False):
+    """Load timm-named tensors into a ViT, an MAE or a Classifier; return one line on the outcome.
 
     Position tables of another grid are resampled (old_grid: theirs, square if not given). A decoder
-    or a head that the file has and the model lacks is dropped; a decoder that the model has and the
-    file lacks keeps its initial values. Anything else that does not fit is a ValueError.
+    or a head that the file has and the model lacks is dropped, and so is any head unless keep_head;
+    what the model has of these and the file lacks keeps its initial values. Anything else that does
+    not fit is a ValueError.
     """
     own = model.state_dict()
     optional = ("decoder_", "mask_token", "head.", "fc_norm.")
+    optional += ("norm.",) if "fc_norm.weight" in own else ()  # which stands for it
+    kept = {name for name in state if keep_head or not name.startswith("head.")}
     loaded, resampled, problems = {}, [], []
     for name, tensor in state.items():
-        if name not in own:
+        if name not in own or name not in kept:
             continue
         if name.endswith("pos_embed") and tensor.shape[1] != own[name].shape[1]:
             grid = old_grid or (math.isqrt(tensor.shape[1] - 1),) * 2
@@ -707,8 +772,8 @@ def load_weights(model, state, old_grid=None):
             loaded[name] = tensor
         else:
             problems.append(f"{name} is {tuple(tensor.shape)}, wanted {tuple(own[name].shape)}")
-    new = [name for name in own if name not in state]
-    dropped = [name for name in state if name not in own]
+    new = [name for name in own if name not in kept]
+    dropped = [name for name in state if name not in own or name not in kept]
     problems += [f"{name} is missing" for name in new if not name.startswith(optional)]
     problems += [f"{name} is unknown" for name in dropped if not name.startswith(optional)]
     if problems:

@@ -1,0 +1,365 @@
+"""Stage 2: the encoder learns to predict the hashtags of pictures. (weakly supervised pretraining)
+
+Laptop       python weak_pretrain.py --init runs/mae/model.pt             # toy world, two minutes
+             python weak_pretrain.py                                      # the same from scratch
+Own data     python data.py hashtags 'shards/*.tar' --out tags/           # vocabulary and weights
+One GPU      python weak_pretrain.py --data 'shards/*.tar' --tags tags/ --init mae.pt --compile
+One node     torchrun --nproc-per-node 8 weak_pretrain.py --data 'shards/*.tar' --tags tags/ ...
+Many nodes   torchrun --nnodes 16 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500
+                 weak_pretrain.py --size H --data 'shards/*.tar' --tags tags/ --lanes 384 ...
+Beforehand   python weak_pretrain.py --size H --gpus 128 --lanes 384 --plan
+Resume       the same command again: it goes on, exactly, from the last checkpoint in --out
+
+The recipe is SWAG's (arXiv 2201.08371), which the paper (arXiv 2303.13496) reuses unchanged, with
+and without stage 1's weights: softmax over all hashtags against 1/K on each of a picture's K.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+# On a CPU, OpenMP's idle threads spin: on two cores, one busy loader process then makes two
+# training threads ten times slower than one. Passive ones sleep. Said before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+import evaluate
+import model as models
+
+
+def recipe(size):
+    """(batch size, peak lr per 256 images, image side, samples, beta2, gradient clip).
+
+    All but toy's is recalled from the paper's appendix, not printed in its main text. An epoch of
+    its data is 5e9 samples.
+    """
+    if size == "toy":
+        return 64, 4e-3, 48, 24_000, 0.999, math.inf  # ours
+    if size in ("2B", "6.5B"):
+        return 8192, 1e-4 / 32, 224, 5e9, 0.95, 1.0  # for stability
+    return 8192, 4e-4 / 32, 224, 5e9, 0.999, math.inf
+
+
+# ---------------------------------------------------------------------------------------- arguments
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser("weak_pretrain.py", allow_abbrev=False, description="Stage 2.")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", help="a folder of pictures, tar shards (path, glob, {000..099}), or toy (toy)")
+    add("--labels", help='JSON lines of {"path", "hashtags"} for the pictures of a folder')
+    add("--tags", help="what `python data.py hashtags` wrote for this data (toy has its own)")
+    add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (224; toy size: 48)")
+    add("--channels", type=int, help="to read pictures with: 1 grey, 3 RGB, 4 RGBA (3)")
+    add("--min-crop", type=float, default=0.2, help="least area of a random crop, 1: none (0.2)")
+    add("--lanes", type=int, help="streams that the order is dealt to (48, or the shards if fewer)")
+    add("--workers", type=int, help="loader processes per training process (the cores left)")
+    add("--max-bad", type=float, default=0.01, help="unreadable share to stop at (0.01)")
+    add = parser.add_argument_group("model").add_argument
+    add("--size", help=f"{' '.join(models.SIZES)}, or WIDTHxLAYERSxHEADS (toy)")
+    add("--patch-size", type=int, help="side of a patch (the size's own)")
+    add("--init", help="weights to start from: stage 1's model.pt, or a public MAE checkpoint")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch-size", type=int, help="global, over all processes (8192; toy size: 64)")
+    add("--micro-batch", type=int, help="images at once on a process (what should fit)")
+    add("--lr", type=float, help="peak (4e-4 for a batch of 8192, 2B and up 1e-4; toy size: 1e-3)")
+    add("--warmup", type=float, default=0.05, help="share of the steps (0.05)")
+    add("--weight-decay", type=float, default=0.1, help="not of 1-D parameters (0.1)")
+    add("--clip", type=float, help="largest gradient norm (none; 2B and up: 1.0)")
+    add("--seed", type=int, default=0, help="of weights, order and crops (0)")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--steps", type=int, help="length of the run; or give --epochs, or --samples")
+    add("--epochs", type=float, help="passes over the data, each as long as its weights say")
+    add("--samples", type=float, help="(5e9, the paper's epoch; toy size: 24,000)")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", type=Path, default="runs/weak", help="where everything is written (runs/weak)")
+    add("--resume", help="a run, or one of its checkpoints, to go on from (the one in --out)")
+    add("--precision", choices=("bf16", "fp32"), help="of the compute (CUDA: bf16, else fp32)")
+    add("--compile", action="store_true", help="torch.compile every block")
+    add("--checkpoint-activations", action="store_true", help="less memory, a third more compute")
+    add("--log-every", type=int, default=50, help="steps between step lines (50)")
+    add("--save-every", type=int, help="steps between checkpoints (a tenth, at most 1000)")
+    add("--plan", action="store_true", help="print what the run takes, and exit")
+    add("--gpus", type=int, help="processes to plan for (as many as run now)")
+    parser.error = lambda message: fail(f"{message} (--help lists all flags)")
+    run = parser.parse_args(argv)
+    shares = ("min_crop", "max_bad", "warmup")
+    for name, value in vars(run).items():
+        least = 0 if name in (*shares, "seed", "workers", "weight_decay") else 1e-30
+        if type(value) in (int, float) and not least <= value <= (1 if name in shares else 2**62):
+            parser.error(f"--{name.replace('_', '-')} {value} is out of range")
+    if run.gpus and not run.plan:
+        parser.error("--gpus goes with --plan")
+    return run
+
+
+def fail(message, status=2):
+    """One line, from one process, on what is wrong and what to do."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"weak_pretrain.py: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def prepare(run):
+    """Settle in `run` what its arguments leave open, and open the data. Nothing is written yet.
+
+    Raises ValueError or OSError, one line on what to do, when something cannot be used.
+    """
+    # ------------------------------------------------------------------------------------ runtime
+    launched = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}  # by torchrun
+    run.process, run.processes, local, here = (
+        int(os.environ.get(name, str(alone))) for name, alone in launched.items()
+    )
+    kind = (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
+    kind = "cpu" if kind == "mps" and run.processes > 1 else kind  # no collectives on MPS
+    run.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    if run.plan and run.gpus:  # a plan for GPUs may be made anywhere
+        run.processes, kind = run.gpus, "cuda"
+    run.precision = run.precision or ("bf16" if kind == "cuda" else "fp32")
+    if run.precision == "bf16" and kind != "cuda":
+        raise ValueError("--precision bf16 needs CUDA")
+    run.workers = data.loader_workers(run.workers, here)
+
+    # --------------------------------------------------------------------------------------- data
+    names = ("size", "patch_size", "channels", "image_size")
+    given = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
+    if not run.init:
+        given = {"size": "toy", "image_size": recipe(run.size or "toy")[2], **given}
+    run.weights, config = models.inherit(run.init, given)
+    config = {key: config[key] for key in (*names, "positions") if key in config}
+    size, channels = models.pair(config["image_size"]), config.get("channels", 3)
+    source, _ = data.open_sources(run.data or "toy", None, size, run.labels)
+    if run.plan and not run.tags:
+        run.vocabulary, run.source, weights = range(28_000), source, {}  # the paper's
+    else:
+        run.vocabulary, run.source, run.held_out, weights = data.open_hashtags(source, run.tags)
+    order = data.Order(run.source.sizes, run.seed, run.lanes, **weights)
+
+    # -------------------------------------------------------------------------------------- model
+    with torch.device("meta"):  # shapes without memory
+        run.model = models.Classifier(classes=len(run.vocabulary), **config)
+    run.config = run.model.config
+    batch_size, base_lr, _, samples, run.beta2, clip = recipe(run.config["size"])
+    run.clip = run.clip or clip
+    run.batch_size = run.batch_size or batch_size
+    share, compute = run.batch_size // run.processes, (run.device, run.precision)
+    fitting = models.fitting_batch(run.model, share, *compute, run.checkpoint_activations)
+    run.micro_batch = run.micro_batch or fitting
+    run.pieces = share // run.micro_batch
+    if run.pieces * run.micro_batch != share:
+        raise ValueError(f"--micro-batch {run.micro_batch} does not divide a process's {share}")
+    dealt = {"process": run.process, "processes": run.processes, "vocabulary": run.vocabulary}
+    drawn = {"order": order, "seed": run.seed, "min_crop": run.min_crop, "pieces": run.pieces}
+    run.batches = data.Batches(run.source, size, channels, run.batch_size, **dealt, **drawn)
+    if not run.plan:
+        pairs = 2 * run.processes * max(1, run.micro_batch // 2)
+        run.held_out_batches = data.Batches(run.held_out, size, channels, pairs, **dealt)
+    samples = (run.epochs or 0) * order.length or run.samples or samples
+    run.steps = run.steps or math.ceil(samples / run.batch_size)
+    run.lr = run.lr or base_lr * run.batch_size / 256
+    run.save_every = run.save_every or max(1, min(1000, run.steps // 10))
+    same = ("batch_size", "steps", "lr", "warmup", "weight_decay", "seed", "min_crop", "clip")
+    run.identity = {"stage": "weak_pretrain", "data": run.source.identity, "model": run.config}
+    run.identity |= {"lanes": order.lanes, "init": run.init, "precision": run.precision}
+    run.identity |= {name: getattr(run, name) for name in same}
+    if not run.plan:
+        run.checkpoint = models.find_checkpoint(run.out, run.resume, run.identity)
+
+
+def train(run):
+    # ------------------------------------------------------------------------------------ runtime
+    say = print if run.process == 0 else lambda _: None
+    device, out = run.device, run.out
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    sharded = run.processes > 1 or device.type == "cuda"  # one GPU: the same bf16 path as on many
+    if sharded:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, **(alone if run.processes == 1 else {}))
+    stop = []  # a signal leaves a note here: the loop saves and leaves, all processes together
+    signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
+    once = signal.SIG_DFL  # a second Ctrl-C ends the program
+    signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, once)))
+
+    # -------------------------------------------------------------------------------------- model
+    model = run.model.to_empty(device="cpu")
+    models.initialize(model, run.seed)
+    if run.weights:
+        say(models.load_weights(model, *run.weights))
+        run.weights = None
+    model = model.to(device)
+
+    # -------------------------------------------------------------------------------- parallelize
+    models.parallelize(model, sharded, run.precision, run.compile, run.checkpoint_activations)
+
+    # ---------------------------------------------------------------------------------- optimizer
+    groups = models.parameter_groups(model, run.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, run.beta2), fused=device.type != "mps")
+
+    # ------------------------------------------------------------------------------------- resume
+    first_step, bad, untagged = 0, 0, 0
+    if run.checkpoint:
+        say(f"going on from {run.checkpoint}")
+        record = models.load_checkpoint(run.checkpoint, model, optimizer)
+        first_step, bad, untagged = record["step"], record["bad"], record["untagged"]
+    if run.process == 0:
+        config = {**run.identity, "command": sys.argv, "resume": run.resume}
+        models.begin_run(out, config, run.checkpoint, first_step)
+
+    # --------------------------------------------------------------------------------------- loop
+    flops, (peak, chip) = 3 * models.flops_per_image(model), models.peak_flops(device)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    toy = "" if run.data else " (no --data was given)"
+    say(f"data     {run.source.identity}{toy}, {len(run.vocabulary)} hashtags")
+    say(
+        f"model    {run.config['size']}, {millions:.1f} M weights, {flops / 1e9:.2f} GFLOP an image"
+    )
+    say(f"batch    {run.batch_size}: {run.processes} processes x {run.pieces} x {run.micro_batch}")
+    say(f"run      {run.steps} steps, peak lr {run.lr:.2e}, {run.precision} on {chip}")
+    bar = tqdm(total=run.steps, initial=first_step, disable=None if run.process == 0 else True)
+    items = range(first_step * run.pieces, run.steps * run.pieces)
+    batches = iter(data.loader(run.batches, items, run.workers, pin=device.type == "cuda"))
+    began = logged = time.perf_counter()
+    waited, last_logged, stopping = 0.0, first_step, False
+    for step in range(first_step, run.steps):
+        lr = learning_rate(step, run)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        sums, unreadable = torch.zeros(4, device=device), []
+        for piece in range(run.pieces):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            unreadable += batch["bad"]
+            images, tags, weight = (
+                batch[key].to(device, non_blocking=True) for key in ("images", "tags", "weight")
+            )
+            if sharded:  # gradients are reduced once, with the last piece
+                model.set_requires_gradient_sync(piece == run.pieces - 1)
+            losses = models.tag_loss(model(data.normalize(images)), tags)  # (micro-batch,)
+            loss = (losses * weight).sum() / run.batch_size
+            (loss * run.processes).backward()  # FSDP averages over the processes
+            sums[:2] += torch.stack([loss.detach(), weight.sum()])
+
+        # The one host read of a step, after backward and before the optimizer.
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = models.whole(torch.nn.utils.get_total_norm(gradients))
+        sums[2], sums[3] = len(unreadable), len(stop)
+        if sharded:
+            dist.all_reduce(sums)
+        loss, weight, new_bad, stopping, norm = torch.cat([sums, norm[None]]).tolist()
+        scale = run.batch_size / max(weight, 1)  # the mean is over the pictures that count
+        loss, norm = loss * scale, norm * scale
+        scale *= min(1.0, run.clip / max(norm, 1e-9))
+        if scale != 1.0:
+            for gradient in gradients:
+                gradient.mul_(scale)
+        done, bad = step + 1, bad + int(new_bad)
+        untagged += round(run.batch_size - weight - new_bad)
+        for name in unreadable if bad <= 20 else ():  # all are counted, the first ones named
+            tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
+        if bad > run.max_bad * max(1000, done * run.batch_size) or weight == 0:
+            fail(f"{bad} unreadable pictures by step {done}, over --max-bad {run.max_bad}", 1)
+        if not math.isfinite(loss + norm):
+            what = (
+                f"step {done}: loss {loss}, gradient norm {norm}, lr {lr:.2e}; nothing was saved. "
+            )
+            what += f"Positions {step * run.batch_size} to {done * run.batch_size - 1}. "
+            names = " ".join(models.non_finite_gradients(model))
+            fail(f"{what}Gradients not finite: {names or 'none'}", 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.update()
+
+        saving = done % run.save_every == 0 or done == run.steps
+        if saving or done % run.log_every == 0 or done == 1:
+            now = time.perf_counter()
+            rate = (done - last_logged) * run.batch_size / (now - logged)
+            entry = {"step": done, "samples": done * run.batch_size}
+            entry |= {"bad": bad, "untagged": untagged}
+            entry |= {"loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": rate}
+            entry["mfu"] = rate * flops / (peak * run.processes) if peak else 0.0
+            entry["data_wait"] = waited / (now - logged)
+            entry["memory_gib"] = models.peak_memory(device)
+            entry["eta_seconds"] = (now - began) / (done - first_step) * (run.steps - done)
+            if saving:
+                entry |= evaluate.hit_rates(model, run.held_out_batches, device)
+            if run.process == 0:
+                with open(out / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+                tqdm.write(step_line(entry, run.steps))
+            waited, last_logged, logged = 0.0, done, time.perf_counter()
+
+        # ----------------------------------------------------------------------------------- save
+        if saving or stopping:
+            record = {"identity": run.identity, "bad": bad, "untagged": untagged}
+            models.save_checkpoint(out / "checkpoints", done, model, optimizer, record)
+        if stopping:
+            break
+    bar.close()
+    weights = models.full_state(model)  # every process takes part
+    if sharded:
+        dist.barrier()  # without it, a process may abort at exit
+        dist.destroy_process_group()
+    if stopping and done < run.steps:
+        say(f"stopped at step {done} of {run.steps}, saved: the same command goes on")
+    elif run.process == 0:
+        finish(run, weights)
+
+
+def learning_rate(step, run):
+    """Linear warm-up, whose first step is not 0, then a line to 0 (recalled, unsure), per step."""
+    warmup = run.warmup * run.steps
+    if step < warmup:
+        return run.lr * (step + 1) / (warmup + 1)
+    return run.lr * (run.steps - step) / (run.steps - warmup)
+
+
+def step_line(entry, steps):
+    text = (
+        "step {step}/{steps}  loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  "
+        "{images_per_second:.0f} images/s  mfu {mfu:.1%}  data wait {data_wait:.0%}  "
+        "memory {memory_gib:.1f} GiB  eta {eta}"
+    ).format(steps=steps, eta=tqdm.format_interval(entry["eta_seconds"]), **entry)
+    for name, key in (("unreadable", "bad"), ("without tags", "untagged")):
+        text += f"  {name} {entry[key]}" if entry[key] else ""
+    return text + (
+        "  hits {hit_1:.1%}, of 5 {hit_5:.1%}".format(**entry) if "hit_1" in entry else ""
+    )
+
+
+def finish(run, weights):
+    """Hand over model.pt, show what was learned, and say what to type next."""
+    config = run.config | {"class_names": list(run.vocabulary.counts)}
+    models.save_weights(run.out / "model.pt", weights, config)
+    print(f"wrote {run.out / 'model.pt'}")
+    if isinstance(run.source, data.Toy):
+        options = {"workers": run.workers, "device": run.device}
+        evaluate.print_probe(weights, config, run.source, run.held_out, "cls", run.seed, **options)
+    flags = ["--checkpoint", str(run.out / "model.pt"), "--data", run.data or "toy"]
+    print(f"next: python evaluate.py --task fewshot --pool cls {shlex.join(flags)}")
+
+
+def main(argv=None):
+    run = parse_arguments(argv)
+    try:
+        prepare(run)
+        models.print_plan(run.model, run) if run.plan else train(run)
+    except (ValueError, OSError) as error:  # something in what was given; or a full disk
+        fail(error, 2 if isinstance(error, ValueError) else 1)
+
+
+if __name__ == "__main__":
+    main()
