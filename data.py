@@ -269,7 +269,8 @@ class Folder:
             self.numbers = {name: number for number, name in enumerate(self.classes)}
         elif names != {None}:
             print(f"{root}: no classes (they would be the folders, two or more, of all pictures)")
-        digest = hashlib.sha256("\n".join(self.paths).encode(errors="surrogateescape"))
+        facts = [json.dumps(self.labels[path]) for path in self.paths] if labels else self.paths
+        digest = hashlib.sha256("\n".join(facts).encode(errors="surrogateescape"))
         self.identity = f"{len(paths)} pictures, {digest.hexdigest()[:16]}"
 
     def class_name(self, path):

@@ -438,7 +438,8 @@ def tag_loss(logits, tags):
     logits (B, V); tags (B, T) int64 ids, filled up with -1; a sample without any counts its
     logsumexp and wants weight 0. Computed from the ids: there is no (B, V) target (paper, 3.3).
     """
-    logits, known = logits.float(), tags >= 0
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    known = tags >= 0
     picked = logits.gather(1, tags.clamp(min=0)) * known  # (B, T)
     return logits.logsumexp(dim=1) - picked.sum(dim=1) / known.sum(dim=1).clamp(min=1)
 

@@ -24,19 +24,19 @@ TINY = [
 ]
 
 
-def command(*arguments, processes=None):
-    """The command line of stage 1, under torchrun if a number of processes is given."""
+def command(*arguments, processes=None, program="mae_pretrain.py"):
+    """The command line of a stage, under torchrun if a number of processes is given."""
     if processes is None:
-        return [sys.executable, "mae_pretrain.py", *map(str, arguments)]
+        return [sys.executable, program, *map(str, arguments)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     # Each test has a port of its own choosing: two test runs on a machine must not meet.
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    return [*launcher, "mae_pretrain.py", *map(str, arguments)]
+    return [*launcher, program, *map(str, arguments)]
 
 
-def stage(*arguments, processes=None, **options):
-    """Run stage 1 in a process of its own, as a user does, and return what it printed."""
-    line = command(*arguments, processes=processes)
+def stage(*arguments, processes=None, program="mae_pretrain.py", **options):
+    """Run a stage in a process of its own, as a user does, and return what it printed."""
+    line = command(*arguments, processes=processes, program=program)
     options = {"timeout": 300, **options}
     return subprocess.run(line, check=False, cwd=ROOT, capture_output=True, text=True, **options)
 

@@ -1882,3 +1882,182 @@ def test_toy_captions_and_hashtags_speak_of_the_scene():
         shape = data.TOY_CLASSES[sample["class"]]
         true_tags += any(shape in tag for tag in tags)
     assert 40 < true_tags <= 100  # noisy, but about the picture
+
+
+# ----------------------------------------------------------------------------------------- hashtags
+
+
+def test_canonical_tags_by_hand():
+    found = {
+        "#Blue-Square": {"bluesquare"},
+        "#\uff23\uff21\uff34": {"cat"},  # full-width letters
+        "#Stra\u00dfe": {"strasse"},
+        "#!?": set(),
+        "#\u0928\u092e\u0938\u094d\u0924\u0947": {
+            "\u0928\u092e\u0938\u094d\u0924\u0947"
+        },  # marks stay
+        "#kitten": {"cat"},
+    }
+    for tag, canonical in found.items():
+        assert data.canonical([tag], {"kitten": "cat"}) == canonical
+    text = "My #Cat, and the #DOG! no tag, a#b"
+    assert data.canonical(text, {}) == {"cat", "dog", "b"}
+    for wrong in ({"a": 1}, ["#a", 3], None, 7):
+        with pytest.raises(ValueError, match="list of texts"):
+            data.canonical(wrong, {})
+
+
+def tagged_members(tags_of_samples, kind="json"):
+    for number, tags in enumerate(tags_of_samples):
+        yield f"{number:05}.png", tile(number % 256)
+        if tags is not None:
+            yield (
+                f"{number:05}.{kind}",
+                tags if isinstance(tags, bytes) else json.dumps(tags).encode(),
+            )
+
+
+# Of 60 samples: "all" on 57, "half" on 29, "few" on 6; 3 without a tag.
+LONG_TAIL = [
+    [] if i in (1, 2, 3) else ["#all"] + ["#half"] * (i % 2 == 0) + ["#FEW"] * (i % 10 == 0)
+    for i in range(60)
+]
+
+
+@pytest.fixture
+def tagged(tmp_path):
+    """Four shards of 15 samples with the tags of LONG_TAIL: their pattern."""
+    for shard in range(4):
+        write_tar(tmp_path / f"t-{shard}.tar", tagged_members(LONG_TAIL[15 * shard :][:15]))
+    return f"{tmp_path}/t-*.tar"
+
+
+def test_hashtags_of_all_that_may_hold_them(tmp_path):
+    samples = [["#a", "b"], "we like #a", {"hashtags": ["#a"], "caption": "#no"}, {"x": 1}, None]
+    source = opened(write_tar(tmp_path / "a.tar", tagged_members(samples)))
+    found = [data.canonical(source.hashtags(0, i), {}) for i in range(5)]
+    assert found == [{"a", "b"}, {"a"}, {"a"}, set(), set()]
+    texts = [b"first #one", "\u00fcber #zw\u00f6lf".encode()]
+    source = opened(write_tar(tmp_path / "b.tar", tagged_members(texts, "txt")))
+    found = [data.canonical(source.hashtags(0, i), {}) for i in range(2)]
+    assert found == [{"one"}, {"zw\u00f6lf"}]
+
+
+def test_a_vocabulary_counts_pictures_and_is_cut_at_both_ends(tagged):
+    source = opened(tagged)
+    vocabulary = data.count_hashtags(source, min_count=1)
+    assert vocabulary.counts == {"all": 57, "half": 29, "few": 6}  # most frequent first
+    assert vocabulary.ids(["#few", "#nothing", "ALL", "all"]) == [0, 2]
+    assert list(data.count_hashtags(source, size=2, min_count=1).counts) == ["all", "half"]
+    assert list(data.count_hashtags(source, min_count=7).counts) == ["all", "half"]
+    merged = data.count_hashtags(source, min_count=1, synonyms={"few": "half"})
+    assert merged.counts == {"all": 57, "half": 29} and merged.ids(["#FEW"]) == [1]
+    with pytest.raises(ValueError, match="no hashtag on 100 pictures") as error:
+        data.count_hashtags(source, min_count=100)
+    one_line(error)
+
+
+def test_counting_and_weighing_do_not_depend_on_chunks_and_workers(tagged, tmp_path, monkeypatch):
+    found = []
+    for chunk, workers in ((4096, 0), (7, 0), (15, 2)):
+        monkeypatch.setattr(data, "TAG_CHUNK", chunk)
+        source, out = opened(tagged), tmp_path / f"tags-{chunk}"
+        data.write_hashtags(source, data.count_hashtags(source, workers=workers), out, 10, workers)
+        found.append([(out / name).read_bytes() for name in ("vocabulary.json", "weights.npy")])
+    assert found[0] == found[1] == found[2]
+
+
+def test_sampling_weights_by_hand(tagged, tmp_path):
+    """Tail: the 6 pictures with #few. Head: weight ~ 57 ** -0.5 or 29 ** -0.5. 70 % : 30 %."""
+    source = opened(tagged)
+    data.write_hashtags(source, data.count_hashtags(source, min_count=1), tmp_path / "tags", 10)
+    _, train, held_out, draws = data.open_hashtags(source, tmp_path / "tags")
+    assert held_out.sizes.sum() == 3 and train is source  # 5 % of 60
+    drawn = [i for i, tags in enumerate(LONG_TAIL[:57]) if tags]
+    importance = {
+        i: (6 if "#FEW" in LONG_TAIL[i] else 29 if "#half" in LONG_TAIL[i] else 57) ** -0.5
+        for i in drawn
+    }
+    tail = {i for i in drawn if "#FEW" in LONG_TAIL[i]}
+    sums = {part: sum(v for i, v in importance.items() if (i in tail) == part) for part in (0, 1)}
+    weights = np.concatenate([draws["weights"](shard) for shard in range(4)]) / data.WEIGHT
+    for i in range(60):
+        part = i in tail
+        wanted = len(drawn) * (0.7, 0.3)[part] * importance.get(i, 0) / sums[part]
+        assert weights[i] == pytest.approx(wanted, abs=1e-5)
+    assert draws["totals"].tolist() == [draws["weights"](shard).sum() for shard in range(4)]
+    assert weights.sum() == pytest.approx(len(drawn), abs=1e-3)
+    # And the order draws each sample as often: rounded in each epoch, exactly on average.
+    order = data.Order(source.sizes, 0, 2, **draws)
+    epochs, total = 500, Counter()
+    for epoch in range(epochs):
+        counts = epoch_counts(order, epoch)
+        assert all(
+            count in (math.floor(weights[15 * s + i]), math.ceil(weights[15 * s + i]))
+            for (s, i), count in counts.items()
+        )
+        total += counts
+    for place in range(60):
+        mean = total[divmod(place, 15)] / epochs
+        wanted = weights[place] * order.length / weights.sum()
+        assert abs(mean - wanted) <= 5 * math.sqrt(0.25 / epochs) * (weights[place] > 0)
+
+
+def test_where_all_is_head_or_tail_it_has_all_draws(tagged, tmp_path, capsys):
+    source = opened(tagged)
+    vocabulary = data.count_hashtags(source)
+    for tail_below, name in ((2, "head"), (100, "tail")):
+        data.write_hashtags(source, vocabulary, tmp_path / name, tail_below)
+        assert f"all pictures are in the {name}" in capsys.readouterr().out
+        totals = data.open_hashtags(source, tmp_path / name)[3]["totals"]
+        assert totals.sum() / data.WEIGHT == pytest.approx(54, abs=1e-3)  # 57, of them 54 drawn
+
+
+def test_unreadable_hashtags_are_named_and_counted_and_weigh_nothing(tmp_path, capsys):
+    samples = [["#a"], b"{broken", ["#a"], [3], None]
+    source = opened(write_tar(tmp_path / "a.tar", tagged_members(samples)))
+    vocabulary = data.count_hashtags(source, min_count=1)
+    assert vocabulary.counts == {"a": 2}
+    printed = capsys.readouterr()
+    assert "2 samples have unreadable hashtags" in printed.out
+    assert "a.tar:00001" in printed.err and "a.tar:00003" in printed.err
+    batch = data.Batches(source, (4, 4), 3, 5, vocabulary=vocabulary)[0]
+    assert batch["tags"].tolist() == [[0], [-1], [0], [-1], [-1]]
+    assert batch["weight"].tolist() == [1, 0, 1, 0, 0]
+    assert [name.split(":")[1] for name in batch["bad"]] == ["00001", "00003"]  # not 4: no tags
+
+
+def test_a_batch_holds_the_ids_of_its_tags(tagged):
+    source = opened(tagged)
+    vocabulary = data.count_hashtags(source, min_count=1)
+    batch = data.Batches(source, (4, 4), 3, 12, vocabulary=vocabulary)[0]
+    ids = [
+        [0] * (i not in (1, 2, 3)) + [1] * (i % 2 == 0 and i != 2) + [2] * (i % 10 == 0)
+        for i in range(12)
+    ]
+    assert batch["tags"].tolist() == [row + [-1] * (3 - len(row)) for row in ids]
+    assert batch["weight"].tolist() == [float(bool(row)) for row in ids]
+
+
+def test_hashtags_on_the_command_line(tagged, tmp_path, monkeypatch, capsys):
+    (tmp_path / "map.tsv").write_text("#Few\thalf\n\n")
+    out = tmp_path / "out" / "tags"
+    flags = ["--synonyms", tmp_path / "map.tsv", "--min-count", 2, "--workers", 0]
+    assert run_main(monkeypatch, "hashtags", tagged, "--out", out, *flags) == 0
+    assert "2 hashtags; 54 of 60 pictures are drawn" in capsys.readouterr().out
+    content = json.loads((out / "vocabulary.json").read_text())
+    assert content["tags"] == [
+        {"tag": "all", "id": 0, "count": 57},
+        {"tag": "half", "id": 1, "count": 29},
+    ]
+    (tmp_path / "bad.tsv").write_text("one column\n")
+    for flag, value in (
+        ("--min-count", 99),
+        ("--synonyms", tmp_path / "bad.tsv"),
+        ("--labels", "no"),
+    ):
+        assert (
+            run_main(monkeypatch, "hashtags", tagged, "--out", tmp_path / "new", flag, value) == 2
+        )
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "new").exists()

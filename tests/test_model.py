@@ -380,6 +380,59 @@ def test_class_attention_is_the_last_block_s_softmax_from_the_class_token(size):
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-10)
 
 
+# ---------------------------------------------------------------------------------- the classifier
+
+
+@pytest.mark.parametrize("classes", [7, 300])
+def test_tag_loss_and_its_gradient_are_those_of_the_dense_formulation(classes):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, classes, generator=generator, dtype=torch.float64, requires_grad=True)
+    tags = torch.tensor([[0, 3, 6], [2, -1, -1], [5, 1, -1], [4, -1, -1], [-1, -1, -1]])
+    target = torch.zeros(5, classes, dtype=torch.float64)
+    for row, ids in enumerate(tags.tolist()):
+        for number in (ids := [i for i in ids if i >= 0]):
+            target[row, number] = 1 / len(ids)
+    weight = torch.tensor([1.0, 0.5, 2.0, 1.0, 0.0], dtype=torch.float64)
+    dense = -(target * logits.log_softmax(dim=1)).sum(dim=1)
+    (expected,) = torch.autograd.grad((dense * weight).sum(), logits)
+    loss = models.tag_loss(logits, tags)
+    (gradient,) = torch.autograd.grad((loss * weight).sum(), logits)
+    torch.testing.assert_close(loss[:4], dense[:4], rtol=1e-10, atol=0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("how", ["cls", "mean"])
+def test_a_classifier_is_its_encoder_pooled_normed_and_a_linear_head(how):
+    model = models.Classifier(classes=5, pool=how, head_std=0.1, **SMALL)
+    images = random_images(model)
+    x = model.encode(images)
+    norm = model.norm if how == "cls" else model.fc_norm
+    pooled = x[:, 0] if how == "cls" else x[:, 1:].mean(dim=1)
+    expected = F.layer_norm(pooled, (32,), norm.weight, norm.bias, 1e-6) @ model.head.weight.T
+    torch.testing.assert_close(model(images), expected)
+    assert 0.05 < model.head.weight.std() < 0.2 and not model.head.bias.any()
+    assert models.flops_per_image(model) == models.flops_per_image(ViT(**SMALL)) + 2 * 32 * 5
+
+
+def test_a_head_travels_and_is_dropped_unless_asked_for():
+    source = models.Classifier(classes=5, head_std=0.1, **SMALL)
+    state = source.state_dict()
+    for classes, keep, line in ((5, True, None), (5, False, "head"), (9, False, "head")):
+        model = models.Classifier(classes=classes, **SMALL)
+        said = models.load_weights(model, state, (2, 3), keep_head=keep)
+        assert (
+            section(said, "dropped")
+            == section(said, "newly initialised")
+            == ({line} - {None} or set())
+        )
+        assert torch.equal(model.cls_token, source.cls_token)
+        assert bool(model.head.weight.any()) == keep
+    mean = models.Classifier(classes=5, pool="mean", **SMALL)
+    said = models.load_weights(mean, state, (2, 3))
+    assert section(said, "newly initialised") == {"fc_norm", "head"}
+    assert section(said, "dropped") == {"head", "norm"}
+
+
 # ----------------------------------------------------------------------------------- initialisation
 
 

@@ -1,0 +1,161 @@
+"""Stage 2 as a program: hashtags in, an encoder and a head out, and the promises it shares."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import read_metrics, stage
+
+import data
+import model as models
+import weak_pretrain
+
+TINY = [
+    *("--size", "16x2x2", "--image-size", "16", "--patch-size", "4", "--batch-size", "8"),
+    *("--lr", "1e-3", "--steps", "12", "--save-every", "4", "--log-every", "1", "--workers", "1"),
+]
+
+
+def weak(*arguments, **options):
+    return stage(*TINY, *arguments, program="weak_pretrain.py", **options)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The output folder of one run on the toy world, from scratch."""
+    out = tmp_path_factory.mktemp("weak") / "run"
+    ran = weak("--out", out)
+    assert ran.returncode == 0, ran.stderr
+    return out
+
+
+@pytest.fixture
+def tagged(photos, tmp_path):
+    """The photos with hashtags, and the folder that `data.py hashtags` makes of them.
+
+    Every third has none that is known, and one has something that is no list of tags.
+    """
+    lines = []
+    for i in range(40):
+        tags = ["#Rare", "#common"] if i % 10 == 0 else ["#common"] if i % 3 else []
+        lines.append({"path": f"{i:03}.jpg", "hashtags": tags if i != 1 else {"no": "list"}})
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{broken\n")
+    source = data.Folder(str(photos), labels=str(labels))
+    vocabulary = data.count_hashtags(source, min_count=3)
+    data.write_hashtags(source, vocabulary, str(tmp_path / "tags"), tail_below=10)
+    return ["--data", photos, "--labels", labels, "--tags", tmp_path / "tags"]
+
+
+def test_a_run_leaves_an_encoder_and_a_head_and_logs_hits(plain):
+    state, config = models.read_weights(plain / "model.pt")
+    assert config["class_names"] and len(config["class_names"]) == config["classes"]
+    assert state["head.weight"].shape == (config["classes"], 16)
+    models.Classifier(**config).load_state_dict(state)
+    metrics = read_metrics(plain)
+    assert [line["step"] for line in metrics if "hit_5" in line] == [4, 8, 12]
+    assert 0 <= metrics[-1]["hit_1"] <= metrics[-1]["hit_5"] <= 1
+    # The head begins at zero: all tags are equally likely.
+    assert metrics[0]["loss"] == pytest.approx(np.log(config["classes"]), rel=1e-5)
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+
+
+@pytest.mark.parametrize(("processes", "extra"), [(None, ["--micro-batch", "2"]), (2, [])])
+def test_same_optimisation_on_any_number_of_processes(processes, extra, plain, tmp_path):
+    ran = weak("--out", tmp_path / "run", *extra, processes=processes)
+    assert ran.returncode == 0, ran.stderr
+    for ours, theirs in zip(read_metrics(tmp_path / "run"), read_metrics(plain), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_stopped_and_resumed_is_the_same_run(plain, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(plain, out)
+    shutil.rmtree(out / "checkpoints" / "step-00000012")
+    (out / "checkpoints" / "LATEST").write_text("step-00000008")
+    (out / "model.pt").unlink()
+    ran = weak("--out", out)
+    assert ran.returncode == 0 and "going on from" in ran.stdout
+    assert read_metrics(out) == read_metrics(plain)
+    ours, theirs = (models.read_weights(path / "model.pt")[0] for path in (out, plain))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_it_starts_from_stage_1_without_its_decoder(tmp_path):
+    model = models.MAE("16x2x2", decoder=(16, 1, 2), image_size=16, patch_size=4)
+    models.save_weights(tmp_path / "mae.pt", model.state_dict(), model.config)
+    ran = stage(
+        *("--init", tmp_path / "mae.pt", "--out", tmp_path / "run", "--steps", "1"),
+        *("--batch-size", "8", "--lr", "1e-9"),
+        program="weak_pretrain.py",
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "newly initialised: head" in ran.stdout and "dropped: decoder_blocks" in ran.stdout
+    state, config = models.read_weights(tmp_path / "run" / "model.pt")
+    assert "decoder" not in config and config["pool"] == "cls"
+    for name, tensor in state.items():
+        if not name.startswith("head"):
+            torch.testing.assert_close(tensor, model.state_dict()[name], rtol=0, atol=1e-6)
+
+
+def test_pictures_of_a_folder_with_tags_from_a_file(tagged, tmp_path):
+    ran = weak(*tagged, "--out", tmp_path / "run")
+    assert ran.returncode == 0, ran.stderr
+    assert "labels.jsonl:41 is left out" in ran.stderr
+    assert "2 hashtags" in ran.stdout
+    # Pictures without a known tag are never drawn, so none has to be left out of a batch.
+    assert read_metrics(tmp_path / "run")[-1]["untagged"] == 0
+
+
+def test_the_gradient_is_clipped_where_that_is_asked_for(tmp_path):
+    free, tight = tmp_path / "free", tmp_path / "tight"
+    for out, clip in ((free, "1e9"), (tight, "1e-3")):
+        assert weak("--out", out, "--clip", clip).returncode == 0
+    free, tight = read_metrics(free), read_metrics(tight)
+    assert free[0]["grad_norm"] == tight[0]["grad_norm"]  # it is the norm before
+    assert free[-1]["loss"] != tight[-1]["loss"]
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        weak_pretrain.main(list(map(str, arguments)))
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("weak_pretrain.py: ")
+    return line
+
+
+def test_unusable_input_is_refused_in_one_line(tagged, photos, tmp_path, capsys):
+    out = ["--out", tmp_path / "run"]
+    assert "give --tags" in refused(capsys, "--data", photos, *out)
+    assert "no hashtags in" in refused(capsys, "--data", photos, "--tags", tmp_path, *out)
+    assert "other data" in refused(capsys, "--data", photos, "--tags", tagged[-1], *out)
+    assert "cannot read labels" in refused(
+        capsys, "--data", photos, "--labels", tmp_path / "x", *out
+    )
+    model = models.ViT("16x2x2", image_size=16, patch_size=4)
+    models.save_weights(tmp_path / "vit.pt", model.state_dict(), model.config)
+    line = refused(capsys, "--init", tmp_path / "vit.pt", "--size", "toy", *out)
+    assert "it cannot be changed" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_is_the_papers_as_far_as_it_is_known(tmp_path):
+    run = weak_pretrain.parse_arguments(["--size", "B", "--plan"])
+    weak_pretrain.prepare(run)
+    assert (run.batch_size, run.lr, run.weight_decay) == (8192, pytest.approx(4e-4), 0.1)
+    assert (run.warmup, run.min_crop, run.beta2, run.clip) == (0.05, 0.2, 0.999, float("inf"))
+    assert run.steps * run.batch_size == pytest.approx(5e9, rel=1e-5)
+    run = weak_pretrain.parse_arguments(["--size", "2B", "--plan"])
+    weak_pretrain.prepare(run)
+    assert (run.lr, run.beta2, run.clip) == (pytest.approx(1e-4), 0.95, 1.0)
+    assert len(run.vocabulary) == 28_000
+
+
+def test_learning_rate_is_a_ramp_and_a_line():
+    run = weak_pretrain.argparse.Namespace(lr=1.0, warmup=0.1, steps=100)
+    rates = [weak_pretrain.learning_rate(step, run) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 11) and max(rates) == rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5) and rates[99] == pytest.approx(1 / 90)
