@@ -1036,6 +1036,8 @@ class Vocabulary:
         self.counts = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
         self.synonyms = synonyms
         self.numbers = {tag: number for number, tag in enumerate(self.counts)}
+        digest = hashlib.sha256(json.dumps([self.counts, synonyms]).encode()).hexdigest()[:16]
+        self.identity = f"{len(counts)} hashtags, {digest}"
 
     def __len__(self):
         return len(self.counts)
@@ -1171,14 +1173,14 @@ def write_hashtags(source, vocabulary, out, tail_below=None, workers=0):
 
 
 def open_hashtags(source, folder):
-    """(Vocabulary, source to train on, slice to measure on, {"totals", "weights"} for Order).
+    """(Vocabulary, slice to measure on and not to train on, {"totals", "weights"} for Order).
 
     From a folder that write_hashtags wrote for this source; without one, for the toy world: the
     tags of its first pictures, and no weights. Raises ValueError, one line, when that cannot be.
     """
     if not folder and isinstance(source, Toy):
         vocabulary = count_hashtags(Slice(source, 0, TAG_CHUNK))
-        return vocabulary, source, Slice(Toy("val", source.sides), 0, HELD_OUT_TAGS), {}
+        return vocabulary, Slice(Toy("val", source.sides), 0, HELD_OUT_TAGS), {}
     hint = "write it with: python data.py hashtags DATA --out TAGS, and give --tags TAGS"
     try:
         content = json.loads(Path(folder or "", "vocabulary.json").read_text())
@@ -1192,7 +1194,7 @@ def open_hashtags(source, folder):
     edges = np.concatenate([[0], np.cumsum(source.sizes)])
     weights = partial(read_weights, f"{folder}/weights.npy", edges)
     draws = {"totals": totals, "weights": weights}
-    return vocabulary, source, Slice(source, total - held_out, total), draws
+    return vocabulary, Slice(source, total - held_out, total), draws
 
 
 def read_weights(path, edges, shard):

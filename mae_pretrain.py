@@ -86,7 +86,7 @@ def parse_arguments(argv):
     add("--log-every", type=int, default=50, help="steps between step lines (50)")
     add("--save-every", type=int, help="steps between checkpoints (a tenth, at most 1000)")
     add("--plan", action="store_true", help="print what the run takes, and exit")
-    add("--gpus", type=int, help="processes to plan for (as many as run now)")
+    add("--gpus", type=int, help="processes to plan for (as many as run now): --plan, too")
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     run = parser.parse_args(argv)
     shares = ("min_crop", "max_bad", "mask_ratio", "warmup")
@@ -94,8 +94,7 @@ def parse_arguments(argv):
         least = 0 if name in (*shares, "seed", "workers", "weight_decay") else 1e-30
         if type(value) in (int, float) and not least <= value <= (1 if name in shares else 2**62):
             parser.error(f"--{name.replace('_', '-')} {value} is out of range")
-    if run.gpus and not run.plan:
-        parser.error("--gpus goes with --plan")
+    run.plan = run.plan or bool(run.gpus)
     return run
 
 
@@ -107,10 +106,7 @@ def fail(message, status=2):
 
 
 def prepare(run):
-    """Settle in `run` what its arguments leave open, and open the data. Nothing is written yet.
-
-    Raises ValueError or OSError, one line on what to do, when something cannot be used.
-    """
+    """Settle what the arguments leave open, and open the data. ValueError says what is unusable."""
     # ------------------------------------------------------------------------------------ runtime
     launched = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}  # by torchrun
     run.process, run.processes, local, here = (
@@ -181,10 +177,10 @@ def train(run):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, **(alone if run.processes == 1 else {}))
-    stop = []  # a signal leaves a note here: the loop saves and leaves, all processes together
+    # A signal leaves a note: the loop saves and leaves, all processes together. A second Ctrl-C ends.
+    stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
-    once = signal.SIG_DFL  # a second Ctrl-C ends the program
-    signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, once)))
+    signal.signal(signal.SIGINT, lambda n, _: stop.append(signal.signal(n, signal.SIG_DFL)))
 
     # -------------------------------------------------------------------------------------- model
     model = run.model.to_empty(device="cpu")

@@ -38,11 +38,8 @@ import model as models
 
 
 def recipe(size):
-    """(batch size, peak lr per 256 images, image side, samples, beta2, gradient clip).
-
-    All but toy's is recalled from the paper's appendix, not printed in its main text. An epoch of
-    its data is 5e9 samples.
-    """
+    """(batch size, peak lr per 256 images, image side, samples, beta2, gradient clip)."""
+    # But for toy's, recalled from the paper's appendix, not printed in its main text.
     if size == "toy":
         return 64, 4e-3, 48, 24_000, 0.999, math.inf  # ours
     if size in ("2B", "6.5B"):
@@ -90,7 +87,7 @@ def parse_arguments(argv):
     add("--log-every", type=int, default=50, help="steps between step lines (50)")
     add("--save-every", type=int, help="steps between checkpoints (a tenth, at most 1000)")
     add("--plan", action="store_true", help="print what the run takes, and exit")
-    add("--gpus", type=int, help="processes to plan for (as many as run now)")
+    add("--gpus", type=int, help="processes to plan for (as many as run now): --plan, too")
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     run = parser.parse_args(argv)
     shares = ("min_crop", "max_bad", "warmup")
@@ -98,8 +95,7 @@ def parse_arguments(argv):
         least = 0 if name in (*shares, "seed", "workers", "weight_decay") else 1e-30
         if type(value) in (int, float) and not least <= value <= (1 if name in shares else 2**62):
             parser.error(f"--{name.replace('_', '-')} {value} is out of range")
-    if run.gpus and not run.plan:
-        parser.error("--gpus goes with --plan")
+    run.plan = run.plan or bool(run.gpus)
     return run
 
 
@@ -111,10 +107,7 @@ def fail(message, status=2):
 
 
 def prepare(run):
-    """Settle in `run` what its arguments leave open, and open the data. Nothing is written yet.
-
-    Raises ValueError or OSError, one line on what to do, when something cannot be used.
-    """
+    """Settle what the arguments leave open, and open the data. ValueError says what is unusable."""
     # ------------------------------------------------------------------------------------ runtime
     launched = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}  # by torchrun
     run.process, run.processes, local, here = (
@@ -138,12 +131,11 @@ def prepare(run):
     run.weights, config = models.inherit(run.init, given)
     config = {key: config[key] for key in (*names, "positions") if key in config}
     size, channels = models.pair(config["image_size"]), config.get("channels", 3)
-    source, _ = data.open_sources(run.data or "toy", None, size, run.labels)
-    if run.plan and not run.tags:
-        run.vocabulary, run.source, weights = range(28_000), source, {}  # the paper's
-    else:
-        run.vocabulary, run.source, run.held_out, weights = data.open_hashtags(source, run.tags)
-    order = data.Order(run.source.sizes, run.seed, run.lanes, **weights)
+    run.source, _ = data.open_sources(run.data or "toy", None, size, run.labels)
+    run.vocabulary, run.held_out, draws = range(28_000), data.Slice(run.source, 0, 0), {}
+    if run.tags or not run.plan:  # else the paper's number of hashtags is planned for
+        run.vocabulary, run.held_out, draws = data.open_hashtags(run.source, run.tags)
+    order = data.Order(run.source.sizes, run.seed, run.lanes, **draws)
 
     # -------------------------------------------------------------------------------------- model
     with torch.device("meta"):  # shapes without memory
@@ -161,9 +153,8 @@ def prepare(run):
     dealt = {"process": run.process, "processes": run.processes, "vocabulary": run.vocabulary}
     drawn = {"order": order, "seed": run.seed, "min_crop": run.min_crop, "pieces": run.pieces}
     run.batches = data.Batches(run.source, size, channels, run.batch_size, **dealt, **drawn)
-    if not run.plan:
-        pairs = 2 * run.processes * max(1, run.micro_batch // 2)
-        run.held_out_batches = data.Batches(run.held_out, size, channels, pairs, **dealt)
+    pairs = 2 * run.processes * max(1, run.micro_batch // 2)
+    run.held_out_batches = data.Batches(run.held_out, size, channels, pairs, **dealt)
     samples = (run.epochs or 0) * order.length or run.samples or samples
     run.steps = run.steps or math.ceil(samples / run.batch_size)
     run.lr = run.lr or base_lr * run.batch_size / 256
@@ -171,6 +162,7 @@ def prepare(run):
     same = ("batch_size", "steps", "lr", "warmup", "weight_decay", "seed", "min_crop", "clip")
     run.identity = {"stage": "weak_pretrain", "data": run.source.identity, "model": run.config}
     run.identity |= {"lanes": order.lanes, "init": run.init, "precision": run.precision}
+    run.identity["hashtags"] = getattr(run.vocabulary, "identity", None)
     run.identity |= {name: getattr(run, name) for name in same}
     if not run.plan:
         run.checkpoint = models.find_checkpoint(run.out, run.resume, run.identity)
@@ -187,10 +179,10 @@ def train(run):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, **(alone if run.processes == 1 else {}))
-    stop = []  # a signal leaves a note here: the loop saves and leaves, all processes together
+    # A signal leaves a note: the loop saves and leaves, all processes together. A second Ctrl-C ends.
+    stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
-    once = signal.SIG_DFL  # a second Ctrl-C ends the program
-    signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, once)))
+    signal.signal(signal.SIGINT, lambda n, _: stop.append(signal.signal(n, signal.SIG_DFL)))
 
     # -------------------------------------------------------------------------------------- model
     model = run.model.to_empty(device="cpu")
@@ -221,7 +213,7 @@ def train(run):
     flops, (peak, chip) = 3 * models.flops_per_image(model), models.peak_flops(device)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     toy = "" if run.data else " (no --data was given)"
-    say(f"data     {run.source.identity}{toy}, {len(run.vocabulary)} hashtags")
+    say(f"data     {run.source.identity}{toy}; {run.vocabulary.identity}")
     say(
         f"model    {run.config['size']}, {millions:.1f} M weights, {flops / 1e9:.2f} GFLOP an image"
     )
@@ -287,8 +279,12 @@ def train(run):
         if saving or done % run.log_every == 0 or done == 1:
             now = time.perf_counter()
             rate = (done - last_logged) * run.batch_size / (now - logged)
-            entry = {"step": done, "samples": done * run.batch_size}
-            entry |= {"bad": bad, "untagged": untagged}
+            entry = {
+                "step": done,
+                "samples": done * run.batch_size,
+                "bad": bad,
+                "untagged": untagged,
+            }
             entry |= {"loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": rate}
             entry["mfu"] = rate * flops / (peak * run.processes) if peak else 0.0
             entry["data_wait"] = waited / (now - logged)
@@ -335,9 +331,8 @@ def step_line(entry, steps):
     ).format(steps=steps, eta=tqdm.format_interval(entry["eta_seconds"]), **entry)
     for name, key in (("unreadable", "bad"), ("without tags", "untagged")):
         text += f"  {name} {entry[key]}" if entry[key] else ""
-    return text + (
-        "  hits {hit_1:.1%}, of 5 {hit_5:.1%}".format(**entry) if "hit_1" in entry else ""
-    )
+    hits = "  hits {hit_1:.1%}, of 5 {hit_5:.1%}".format(**entry) if "hit_1" in entry else ""
+    return text + hits
 
 
 def finish(run, weights):

@@ -133,7 +133,6 @@ def test_unusable_arguments_are_refused_in_one_line(tmp_path, capsys):
         ("--lr", "nan"): "--lr nan is out of range",
         ("--epochs", "inf"): "--epochs inf is out of range",
         ("--warmup", "2"): "--warmup 2.0 is out of range",
-        ("--gpus", "8"): "--gpus goes with --plan",
         ("--out", "/proc/nowhere"): "/proc",
         ("--out", str(tmp_path / "file.txt")): "file.txt",
     }.items():
