@@ -8,6 +8,7 @@
 
     python data.py pack FOLDER OUT-%05d.tar [--short-side 256]     pictures -> shards
     python data.py index 'SHARDS-*.tar'                            shards -> their index
+    python data.py hashtags DATA --out TAGS                        vocabulary and sampling weights
 
 Every random draw is keyed by (seed, epoch, position, purpose): nothing depends on the number of
 workers, processes or nodes, nor on what was drawn before. A sample that cannot be read keeps its
@@ -199,6 +200,8 @@ def open_sources(data, val_data=None, size=(64, 64), labels=None):
     Without val_data, toy has its own, and so has a folder with train/ and val/ in it (unless labels
     list its pictures). Raises ValueError with one line that says what to do.
     """
+    if labels and not os.path.isdir(data):
+        raise ValueError("--labels wants a folder that its paths lie in as --data")
     if data == "toy" and not val_data:
         return Toy("train", size), Toy("val", size)
     folders = [os.path.join(data, name) for name in ("train", "val")]
@@ -275,7 +278,7 @@ class Folder:
 
     def class_name(self, path):
         if self.labels:
-            return self.labels[path].get("class")
+            return str(self.labels[path]["class"]) if "class" in self.labels[path] else None
         return path.split("/")[0] if "/" in path else None
 
     def read(self, shard, index):
@@ -309,21 +312,21 @@ def pictures_below(root):
 
 def read_labels(path):
     """{picture's path: its JSON object} of a file of JSON lines. Damaged lines are left out."""
-    found = {}
+    found, bad = {}, 0
     try:
-        lines = Path(path).read_text().splitlines()
+        with open(path, encoding="utf-8-sig") as file:
+            for line in file:
+                try:
+                    entry = json.loads(line)
+                    found[os.path.normpath(entry["path"])] = entry
+                except (ValueError, KeyError, TypeError):
+                    bad += 1
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read labels from {path}: {error}") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-            found[entry["path"]] = entry
-        except (ValueError, KeyError, TypeError) as error:
-            print(f"{path}:{number} is left out: {error!r}", file=sys.stderr)
+    if bad:
+        print(f"{path}: {bad} lines that are no {{'path': ...}} are left out", file=sys.stderr)
     if not found:
-        raise ValueError(
-            f'{path} lists no pictures: lines must be {{"path": ..., "hashtags": [...]}}'
-        )
+        raise ValueError(f"{path} lists no pictures: lines must be JSON with a path")
     return found
 
 
@@ -342,7 +345,7 @@ class Slice:
     def __init__(self, source, start, stop):
         edges = np.concatenate([[0], np.cumsum(source.sizes)])
         self.first = int(np.searchsorted(edges, start, "right")) - 1
-        last = int(np.searchsorted(edges, stop, "left"))
+        last = max(self.first, int(np.searchsorted(edges, stop, "left")))
         cuts = np.clip(edges[self.first : last + 1], start, stop)
         self.source, self.skipped = source, int(cuts[0] - edges[self.first])
         self.sizes, self.classes = np.diff(cuts), source.classes
@@ -1021,8 +1024,8 @@ def toy_sample(number, size=64, masks=False):
 # ----------------------------------------------------------------------------------------- hashtags
 
 TAG_CHUNK = 4096  # samples whose tags are read together
-MOST_TAGS = 10_000_000  # counted at once: past it, the rarest are forgotten
-HELD_OUT_TAGS = 512  # pictures to measure on, and never more than 5 % of them: never drawn
+MOST_TAGS = 4_000_000  # counted at once; past it the rarest are forgotten, and counts are too low
+HELD_OUT = 512  # pictures to measure on, and never more than 5 % of them
 
 
 class Vocabulary:
@@ -1036,8 +1039,6 @@ class Vocabulary:
         self.counts = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
         self.synonyms = synonyms
         self.numbers = {tag: number for number, tag in enumerate(self.counts)}
-        digest = hashlib.sha256(json.dumps([self.counts, synonyms]).encode()).hexdigest()[:16]
-        self.identity = f"{len(counts)} hashtags, {digest}"
 
     def __len__(self):
         return len(self.counts)
@@ -1047,11 +1048,6 @@ class Vocabulary:
         tags = canonical(hashtags, self.synonyms)
         return sorted(self.numbers[tag] for tag in tags if tag in self.numbers)
 
-    def rarest(self, hashtags):
-        """How many pictures carry the rarest known one of these hashtags; 0 if none is known."""
-        tags = canonical(hashtags, self.synonyms)
-        return min((self.counts[tag] for tag in tags if tag in self.counts), default=0)
-
 
 def canonical(hashtags, synonyms):
     """The set of canonical tags in a list of tags, or in a text with #tags in it.
@@ -1060,47 +1056,51 @@ def canonical(hashtags, synonyms):
     the synonyms. Raises ValueError if it is neither a list of texts nor a text.
     """
     if isinstance(hashtags, str):
-        hashtags = re.findall(r"#\w+", unicodedata.normalize("NFKC", hashtags))
+        text = unicodedata.normalize("NFKC", hashtags)
+        hashtags = re.findall(r"#([^\s#,.;:!?()\[\]\"']+)", text)
     if not isinstance(hashtags, list) or not all(isinstance(tag, str) for tag in hashtags):
         raise ValueError(f"hashtags must be a list of texts, or a text: {hashtags!r:.80}")
-    folded = (unicodedata.normalize("NFKC", tag).casefold() for tag in hashtags)
-    folded = (unicodedata.normalize("NFKC", tag) for tag in folded)  # folding may undo it
-    plain = {"".join(c for c in t if unicodedata.category(c)[0] not in "PZC") for t in folded}
+    parts = (unicodedata.normalize("NFKC", part) for tag in hashtags for part in tag.split("#"))
+    parts = (unicodedata.normalize("NFKC", part.casefold()) for part in parts)
+    plain = {"".join(c for c in p if unicodedata.category(c)[0] not in "PZC") for p in parts}
     return {synonyms.get(tag, tag) for tag in plain - {""}}
 
 
 @dataclass(eq=False)
 class TagChunks(torch.utils.data.Dataset):
-    """chunk of TAG_CHUNK samples -> (function(hashtags) of each, names of unreadable ones)."""
+    """chunk of TAG_CHUNK samples -> (what its tags say, names of the samples with unreadable ones).
+
+    What they say is {tag: samples} or, with a vocabulary, the id of each sample's rarest known tag
+    (its largest: ids fall with the number of pictures), (n,) int32, -1 without one.
+    """
 
     source: object
-    function: object
-    unreadable: object  # what stands for the function's result then
+    synonyms: dict
+    vocabulary: object = None
 
     def __getitem__(self, chunk):
         start, total = chunk * TAG_CHUNK, int(self.source.sizes.sum())
         part = Slice(self.source, start, min(total, start + TAG_CHUNK))
-        found, bad = [], []
+        counts, rarest, bad = Counter(), [], []
         for place in ((shard, i) for shard, n in enumerate(part.sizes.tolist()) for i in range(n)):
+            tags = set()
             try:
-                found.append(self.function(part.hashtags(*place)))
-            except (OSError, ValueError, TypeError, AttributeError) as error:
-                found.append(self.unreadable)
+                tags = canonical(part.hashtags(*place), self.synonyms)
+            except Exception as error:  # noqa: BLE001 (named and counted, whatever it was)
                 bad.append(f"{part.name(*place)}: {error}")
-        return found, bad
+            if self.vocabulary is None:
+                counts.update(tags)
+            else:
+                rarest.append(
+                    max((self.vocabulary.numbers.get(tag, -1) for tag in tags), default=-1)
+                )
+        # (As a dict: torch's loader copies mappings by update(), which doubles a Counter.)
+        return (dict(counts) if self.vocabulary is None else np.array(rarest, dtype=np.int32)), bad
 
-
-def read_tags(source, function, unreadable, workers, title):
-    """Yield function(hashtags) for chunks of samples, in order, as lists; say what is unreadable."""
-    chunks, bad = range(math.ceil(int(source.sizes.sum()) / TAG_CHUNK)), 0
-    parts = loader(TagChunks(source, function, unreadable), chunks, workers)
-    for found, names in tqdm(parts, desc=title, unit=" chunks", disable=None):
-        for name in names if bad <= 20 else ():  # all are counted, the first ones named
-            tqdm.write(f"unreadable hashtags: {name}", file=sys.stderr)
-        bad += len(names)
-        yield found
-    if bad:
-        print(f"{bad} samples have unreadable hashtags")
+    def read(self, workers, title):
+        """All chunks in order, made by worker processes, with a bar."""
+        chunks = range(math.ceil(int(self.source.sizes.sum()) / TAG_CHUNK))
+        return tqdm(loader(self, chunks, workers), desc=title, unit=" chunks", disable=None)
 
 
 def count_hashtags(source, size=28_000, min_count=5, synonyms=None, workers=0):
@@ -1108,12 +1108,16 @@ def count_hashtags(source, size=28_000, min_count=5, synonyms=None, workers=0):
 
     28,000 is the paper's number of classes. Raises ValueError when no tag is left.
     """
-    synonyms, counts = synonyms or {}, Counter()
-    read = read_tags(source, partial(canonical, synonyms=synonyms), set(), workers, "counting")
-    for chunk in read:
-        counts.update(tag for tags in chunk for tag in tags)
-        if len(counts) > MOST_TAGS:  # bounds the memory
+    synonyms, counts, unreadable = synonyms or {}, Counter(), 0
+    for found, bad in TagChunks(source, synonyms).read(workers, "counting"):
+        counts.update(found)
+        for name in bad[: max(0, 20 - unreadable)]:  # all are counted, the first ones named
+            tqdm.write(f"unreadable hashtags: {name}", file=sys.stderr)
+        unreadable += len(bad)
+        if len(counts) > MOST_TAGS:
             counts = Counter(dict(counts.most_common(MOST_TAGS // 2)))
+    if unreadable:
+        print(f"{unreadable} samples have unreadable hashtags")
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:size]
     ranked = {tag: count for tag, count in ranked if count >= min_count}
     if not ranked:
@@ -1121,96 +1125,120 @@ def count_hashtags(source, size=28_000, min_count=5, synonyms=None, workers=0):
     return Vocabulary(ranked, synonyms)
 
 
-def write_hashtags(source, vocabulary, out, tail_below=None, workers=0):
-    """Write out/vocabulary.json, and weights.npy and totals.npy: sampling weights, see Order.
+def write_hashtags(source, out, tail_below=None, workers=0, **counting):
+    """Index the hashtags of a source, but for a slice that is held out, into the folder `out`:
+
+    rarest.npy, the id of each sample's rarest tag; totals.npy, each shard's sum of sampling
+    weights (see Order); and vocabulary.json, with the weight that each rarest tag gives.
 
     SWAG's sampler (arXiv 2201.08371; cut and shares are its authors'). The tail is the pictures
     with a tag that fewer than `tail_below` pictures carry, the head is the others; 70 % of an epoch
     is drawn from the head, 30 % from the tail. Within each, a picture's importance is the maximum
     over its tags of 1 / sqrt(pictures with that tag) (recalled): its rarest tag decides. An epoch
-    is as long as there are pictures to draw. Those without a known tag weigh 0, and so do the last
-    ones, at most HELD_OUT_TAGS and 5 %, which are held out.
+    is as long as there are pictures with a known tag; the others are never drawn.
     """
-    total = int(source.sizes.sum())
-    held_out, tail_below = (
-        min(HELD_OUT_TAGS, total // 20),
-        tail_below or min(5000, -(-total // 100)),
-    )
+    train, _ = hold_out(source, None, HELD_OUT)
     os.makedirs(out, exist_ok=True)
-    rarest = np.lib.format.open_memmap(f"{out}/weights.npy", "w+", np.int64, (total,))
-    filled = 0
-    for chunk in read_tags(source, vocabulary.rarest, 0, workers, "weighing"):
-        rarest[filled : filled + len(chunk)] = chunk
-        filled += len(chunk)
-    rarest[total - held_out :] = 0
-    # All that a weight depends on is how many pictures carry the rarest tag.
-    counts, pictures = np.unique(rarest, return_counts=True)
-    known, tail, importance = counts > 0, counts < tail_below, np.maximum(counts, 1) ** -0.5
-    shares = np.where(tail, 0.3, 0.7)
-    if (tail | ~known).all() or (~tail | ~known).all():
-        print(
-            f"all pictures are in the {'tail' if tail[known].any() else 'head'}: it has all draws"
-        )
-        shares[:] = 1.0
-    sums = [max(1e-9, (pictures * importance)[known & part].sum()) for part in (~tail, tail)]
-    weights = pictures[known].sum() * shares * importance / np.where(tail, sums[1], sums[0])
-    weights = np.where(known, np.maximum(1, np.rint(weights * WEIGHT)), 0).astype(np.int64)
-    edges = np.concatenate([[0], np.cumsum(source.sizes)]).tolist()
-    totals = np.zeros(len(source.sizes), dtype=np.int64)
-    for shard, (start, stop) in enumerate(itertools.pairwise(edges)):
-        rarest[start:stop] = weights[np.searchsorted(counts, rarest[start:stop])]
-        totals[shard] = rarest[start:stop].sum()
+    Path(out, "vocabulary.json").unlink(
+        missing_ok=True
+    )  # it comes last: without it, nothing counts
+    vocabulary = count_hashtags(train, workers=workers, **counting)
+    total, filled = int(train.sizes.sum()), 0
+    rarest = np.lib.format.open_memmap(f"{out}/rarest.npy", "w+", np.int32, (total,))
+    pictures = np.zeros(
+        len(vocabulary) + 1, dtype=np.int64
+    )  # with this rarest tag; last: with none
+    for found, _ in TagChunks(train, vocabulary.synonyms, vocabulary).read(workers, "weighing"):
+        rarest[filled : filled + len(found)] = found
+        filled += len(found)
+        pictures += np.bincount(np.asarray(found) % len(pictures), minlength=len(pictures))
     rarest.flush()
-    np.save(f"{out}/totals.npy", totals)
-    content = {"data": source.identity, "held_out": held_out, "tail_below": tail_below}
-    tags = [{"tag": t, "id": i, "count": n} for i, (t, n) in enumerate(vocabulary.counts.items())]
-    content |= {"synonyms": vocabulary.synonyms, "tags": tags}
-    Path(out, "vocabulary.json").write_text(json.dumps(content, ensure_ascii=False, indent=0))
-    drawn, tailed = pictures[known].sum(), pictures[known & tail].sum()
-    print(
-        f"{len(vocabulary)} hashtags; {drawn} of {total} pictures are drawn, {tailed} of the tail"
-    )
+    tail_below = tail_below or min(5000, math.ceil(total / 100))
+    counts, drawn = np.array(list(vocabulary.counts.values())), pictures[:-1]
+    tail, importance = counts < tail_below, counts**-0.5
+    shares = {True: 0.3, False: 0.7}
+    if not drawn[tail].any() or not drawn[~tail].any():
+        print(
+            f"all pictures are in the {'tail' if drawn[tail].any() else 'head'}: it has all draws"
+        )
+        shares = {True: 1.0, False: 1.0}
+    weights = np.zeros(len(pictures), dtype=np.int64)  # the last one, of -1, stays 0
+    for part, share in shares.items():
+        which = tail == part
+        scale = share * drawn.sum() / max(1e-9, (drawn * importance)[which].sum())
+        weights[:-1][which] = np.maximum(1, np.rint(scale * importance[which] * WEIGHT))
+    edges = np.concatenate([[0], np.cumsum(train.sizes)]).tolist()
+    totals = [int(weights[rarest[a:b]].sum()) for a, b in itertools.pairwise(edges)]
+    np.save(f"{out}/totals.npy", np.array(totals, dtype=np.int64))
+    rows = enumerate(zip(vocabulary.counts.items(), weights.tolist()))
+    tags = [{"tag": t, "id": i, "count": n, "weight": w} for i, ((t, n), w) in rows]
+    content = {"data": train.identity, "tail_below": tail_below, "tags": tags}
+    text = json.dumps(content | {"synonyms": vocabulary.synonyms}, ensure_ascii=False, indent=0)
+    Path(out, "vocabulary.json").write_text(text, encoding="utf-8")
+    numbers = f"{drawn.sum()} of {total} pictures are drawn, {drawn[tail].sum()} of them tail"
+    print(f"{len(vocabulary)} hashtags; {numbers}; {int(source.sizes.sum()) - total} are held out")
 
 
 def open_hashtags(source, folder):
-    """(Vocabulary, slice to measure on and not to train on, {"totals", "weights"} for Order).
+    """(Vocabulary, source to train on, slice to measure on, {"totals", "weights"} for Order, text).
 
     From a folder that write_hashtags wrote for this source; without one, for the toy world: the
-    tags of its first pictures, and no weights. Raises ValueError, one line, when that cannot be.
+    tags of its first pictures, and no weights. The text says which tags and weights these are.
+    Raises ValueError, one line, when that cannot be.
     """
     if not folder and isinstance(source, Toy):
         vocabulary = count_hashtags(Slice(source, 0, TAG_CHUNK))
-        return vocabulary, Slice(Toy("val", source.sides), 0, HELD_OUT_TAGS), {}
+        val = Slice(Toy("val", source.sides), 0, HELD_OUT)
+        return vocabulary, source, val, {}, f"{len(vocabulary)} hashtags"
+    train, held_out = hold_out(source, None, HELD_OUT)
     hint = "write it with: python data.py hashtags DATA --out TAGS, and give --tags TAGS"
     try:
-        content = json.loads(Path(folder or "", "vocabulary.json").read_text())
+        text = Path(folder or "", "vocabulary.json").read_text(encoding="utf-8")
+        content, totals = json.loads(text), np.load(f"{folder}/totals.npy")
         counts = {entry["tag"]: entry["count"] for entry in content["tags"]}
-        vocabulary, total = Vocabulary(counts, content["synonyms"]), int(source.sizes.sum())
-        held_out, totals = content["held_out"], np.load(f"{folder}/totals.npy")
+        vocabulary = Vocabulary(counts, content["synonyms"])
+        table = np.array([entry["weight"] for entry in content["tags"]] + [0], dtype=np.int64)
+        made_for, rarest = content["data"], open_array(f"{folder}/rarest.npy")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"no hashtags in {folder} ({error!r}): {hint}") from None
-    if content["data"] != source.identity or not counts:
-        raise ValueError(f"{folder} is of other data ({content['data']}): {hint}")
-    edges = np.concatenate([[0], np.cumsum(source.sizes)])
-    weights = partial(read_weights, f"{folder}/weights.npy", edges)
+    if made_for != train.identity or len(rarest) != train.sizes.sum():
+        raise ValueError(f"{folder} is of other data ({made_for}): {hint}")
+    edges = np.concatenate([[0], np.cumsum(train.sizes)])
+    weights = partial(shard_weights, f"{folder}/rarest.npy", table, edges)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     draws = {"totals": totals, "weights": weights}
-    return vocabulary, Slice(source, total - held_out, total), draws
+    return vocabulary, train, held_out, draws, f"{len(vocabulary)} hashtags, {digest}"
 
 
-def read_weights(path, edges, shard):
-    return np.array(np.load(path, mmap_mode="r")[edges[shard] : edges[shard + 1]])
+@lru_cache(1)
+def open_array(path):
+    return np.load(path, mmap_mode="r")
+
+
+def shard_weights(path, table, edges, shard):
+    return table[open_array(path)[edges[shard] : edges[shard + 1]]]
 
 
 def read_synonyms(path):
-    """{canonical tag: canonical tag} of lines of two columns, parted by a tab."""
+    """{canonical tag: canonical tag} of lines of two columns, parted by a tab; chains are followed.
+
+    Raises ValueError when a line is something else, or leads in a circle.
+    """
     try:
-        rows = [line.split("\t") for line in Path(path).read_text().splitlines() if line.strip()]
-        pairs = [[canonical([tag], {}).pop() for tag in (one, other)] for one, other in rows]
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        rows = [line.split("\t") for line in lines if line.strip()]
+        pairs = dict([canonical([tag], {}).pop() for tag in (one, other)] for one, other in rows)
+        for tag, other in pairs.items():
+            seen = {tag}
+            while other in pairs and other not in seen:
+                seen.add(other)
+                other = pairs[other]
+            if other in seen:
+                raise ValueError(f"{tag} leads in a circle")
+            pairs[tag] = other
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"cannot read synonyms, two columns and a tab, from {path}: {error}"
-        ) from None
-    return dict(pairs)
+        raise ValueError(f"{path} is no list of synonyms (two columns, a tab): {error}") from None
+    return pairs
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -1319,38 +1347,42 @@ def add_member(tar, name, content):
     tar.addfile(member, io.BytesIO(content))
 
 
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Prepare shards.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("pack", help="pictures of a folder -> tar shards")
     command.add_argument("folder")
     command.add_argument("pattern", help="OUT-%%05d.tar")
-    command.add_argument("--short-side", type=int, help="scale larger pictures down to this")
-    command.add_argument("--shard-size", type=int, help="pictures in a shard")
+    command.add_argument("--short-side", type=positive, help="scale larger pictures down to this")
+    command.add_argument("--shard-size", type=positive, help="pictures in a shard")
     command = commands.add_parser("index", help="write the index of tar shards beside them")
     command.add_argument("shards", help="a path, a glob or {00000..00099} braces")
     command = commands.add_parser("hashtags", help="vocabulary and sampling weights of a data set")
-    command.add_argument("data", help="as --data: shards with .json or .txt, or a folder, or toy")
+    command.add_argument("data", help="as --data: shards with .json or .txt, or a folder")
     command.add_argument("--out", required=True, help="the folder that --tags will name")
     command.add_argument("--labels", help='JSON lines of {"path", "hashtags"} for a folder')
     command.add_argument("--synonyms", help="two columns: a tag, and the tag that it counts as")
-    command.add_argument("--vocabulary", type=int, default=28_000, help="most tags (28,000)")
-    command.add_argument("--min-count", type=int, default=5, help="pictures of a tag (5: ours)")
-    command.add_argument("--tail-below", type=int, help="pictures (5,000 or 1 %% of them)")
+    command.add_argument("--vocabulary", type=positive, default=28_000, help="most tags (28,000)")
+    command.add_argument(
+        "--min-count", type=positive, default=5, help="pictures of a tag (5, ours)"
+    )
+    command.add_argument("--tail-below", type=positive, help="pictures (5,000 or 1 %% of them)")
     command.add_argument("--workers", type=int, help="processes (the cores left)")
     arguments = parser.parse_args()
     try:
         if arguments.command == "hashtags":
+            source, _ = open_sources(arguments.data, labels=arguments.labels)
+            counting = {"size": arguments.vocabulary, "min_count": arguments.min_count}
+            counting["synonyms"] = read_synonyms(arguments.synonyms) if arguments.synonyms else None
             workers = loader_workers(arguments.workers)
-            source = open_sources(arguments.data, labels=arguments.labels)[0]
-            synonyms = read_synonyms(arguments.synonyms) if arguments.synonyms else None
-            counting = arguments.vocabulary, arguments.min_count, synonyms, workers
-            vocabulary = count_hashtags(source, *counting)
-            write_hashtags(source, vocabulary, arguments.out, arguments.tail_below, workers)
+            write_hashtags(source, arguments.out, arguments.tail_below, workers, **counting)
         elif arguments.command == "pack":
-            numbers = arguments.short_side, arguments.shard_size
-            if any(number is not None and number < 1 for number in numbers):
-                raise ValueError("--short-side and --shard-size must be at least 1")
             pack(arguments.folder, arguments.pattern, arguments.short_side, arguments.shard_size)
         else:
             entries, _ = index_shards(expand(arguments.shards))

@@ -186,7 +186,7 @@ def masked_loss(model, batches, device):
 @torch.no_grad()
 def hit_rates(model, batches, device):
     """{"hit_1", "hit_5"}: shares of the pictures of a data.Batches with one of their hashtags
-    among the model's k highest logits."""
+    among the model's k highest logits; {} if none of them has a known one."""
     sums = torch.zeros(3, device=device)
     for batch in data.loader(batches, range(len(batches)), workers=0):
         images, tags, weight = (batch[key].to(device) for key in ("images", "tags", "weight"))
@@ -198,7 +198,7 @@ def hit_rates(model, batches, device):
     if dist.is_initialized():
         dist.all_reduce(sums)
     hit_1, hit_5, count = sums.tolist()
-    return {"hit_1": hit_1 / max(1, count), "hit_5": hit_5 / max(1, count)}
+    return {"hit_1": hit_1 / count, "hit_5": hit_5 / count} if count else {}
 
 
 def show_autoencoder(weights, run):

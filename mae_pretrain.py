@@ -35,8 +35,6 @@ import data
 import evaluate
 import model as models
 
-HELD_OUT = 512  # pictures to measure on, and never more than 5 % of them
-
 
 def recipe(size):
     """(batch size, peak lr per 256 images, image side, samples or None for the paper's)."""
@@ -128,10 +126,11 @@ def prepare(run):
     given |= {"normalize_targets": False} if run.raw_pixels else {}
     if not run.init:
         given = {"size": "toy", "image_size": recipe(run.size or "toy")[2], **given}
-    run.weights, run.config = models.inherit(run.init, given)
+    names += ("positions", "normalize_targets")
+    run.weights, run.config = models.inherit(run.init, given, names)
     size, channels = models.pair(run.config["image_size"]), run.config.get("channels", 3)
     train, run.val = data.open_sources(run.data or "toy", run.val_data, size)
-    run.source, run.held_out = data.hold_out(train, run.val, HELD_OUT)
+    run.source, run.held_out = data.hold_out(train, run.val, data.HELD_OUT)
     order = data.Order(run.source.sizes, run.seed, run.lanes)
 
     # -------------------------------------------------------------------------------------- model
@@ -177,8 +176,7 @@ def train(run):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, **(alone if run.processes == 1 else {}))
-    # A signal leaves a note: the loop saves and leaves, all processes together. A second Ctrl-C ends.
-    stop = []
+    stop = []  # A signal leaves a note: the loop saves and ends. A second Ctrl-C ends it at once.
     signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
     signal.signal(signal.SIGINT, lambda n, _: stop.append(signal.signal(n, signal.SIG_DFL)))
 

@@ -452,7 +452,8 @@ def initialize(model, seed=0):
 
     So a weight depends neither on the order of modules nor on the number of processes. The values
     are the public MAE code's (but for the patch embedding's bias, which it leaves at PyTorch's
-    default): Linear and the patch embedding, as a Linear, Xavier-uniform with bias 0, tokens and learned positions N(0, 0.02), norms 1 and 0, fixed positions sine-cosine.
+    default): Linear and the patch embedding, as a Linear, Xavier-uniform with bias 0, tokens and
+    learned positions N(0, 0.02), norms 1 and 0, fixed positions sine-cosine. Heads: see Classifier.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -515,7 +516,7 @@ def block_flops(width, tokens, queries=None):
 
 
 def flops_per_image(model):
-    """Forward FLOPs of a ViT, a Classifier or an MAE on one image. A training step is three times that."""
+    """Forward FLOPs of any of the models on one image. A training step is three times that."""
     D, N, pixels = model.width, model.num_patches, model.patch_size**2 * model.config["channels"]
     if not isinstance(model, MAE):
         head = 2 * D * getattr(model, "classes", 0)
@@ -728,9 +729,10 @@ def encoder_config(config):
     return {key: config[key] for key in keys}
 
 
-def inherit(init, given):
+def inherit(init, given, names):
     """(weights to start from, config): of the file `init` with what is `given` changed in it.
 
+    names: the entries of the config that the model to be built knows; the others are left out.
     Without a file: (None, given). A size, patch or number of channels that differs is a ValueError.
     The weights are (state, grid of its position table), as load_weights takes them.
     """
@@ -741,7 +743,7 @@ def inherit(init, given):
         if given.get(name, config[name]) != config[name]:
             raise ValueError(f"{init} has {name} {config[name]}: it cannot be changed")
     grid = [side // config["patch_size"] for side in config["image_size"]]
-    return (state, grid), config | given
+    return (state, grid), {name: config[name] for name in names if name in config} | given
 
 
 def load_weights(model, state, old_grid=None, keep_head=False):

@@ -38,13 +38,13 @@ import model as models
 
 
 def recipe(size):
-    """(batch size, peak lr per 256 images, image side, samples, beta2, gradient clip)."""
+    """(batch size, peak lr per 256 images, image side, samples or None, beta2, gradient clip)."""
     # But for toy's, recalled from the paper's appendix, not printed in its main text.
     if size == "toy":
-        return 64, 4e-3, 48, 24_000, 0.999, math.inf  # ours
+        return 64, 4e-3, 48, 24_000, 0.999, None  # ours
     if size in ("2B", "6.5B"):
-        return 8192, 1e-4 / 32, 224, 5e9, 0.95, 1.0  # for stability
-    return 8192, 4e-4 / 32, 224, 5e9, 0.999, math.inf
+        return 8192, 1e-4 / 32, 224, None, 0.95, 1.0  # for stability
+    return 8192, 4e-4 / 32, 224, None, 0.999, None
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -77,7 +77,7 @@ def parse_arguments(argv):
     add = parser.add_mutually_exclusive_group().add_argument
     add("--steps", type=int, help="length of the run; or give --epochs, or --samples")
     add("--epochs", type=float, help="passes over the data, each as long as its weights say")
-    add("--samples", type=float, help="(5e9, the paper's epoch; toy size: 24,000)")
+    add("--samples", type=float, help="(an epoch; toy size: 24,000)")
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, default="runs/weak", help="where everything is written (runs/weak)")
     add("--resume", help="a run, or one of its checkpoints, to go on from (the one in --out)")
@@ -128,13 +128,14 @@ def prepare(run):
     given = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
     if not run.init:
         given = {"size": "toy", "image_size": recipe(run.size or "toy")[2], **given}
-    run.weights, config = models.inherit(run.init, given)
-    config = {key: config[key] for key in (*names, "positions") if key in config}
+    run.weights, config = models.inherit(run.init, given, (*names, "positions"))
     size, channels = models.pair(config["image_size"]), config.get("channels", 3)
     run.source, _ = data.open_sources(run.data or "toy", None, size, run.labels)
-    run.vocabulary, run.held_out, draws = range(28_000), data.Slice(run.source, 0, 0), {}
-    if run.tags or not run.plan:  # else the paper's number of hashtags is planned for
-        run.vocabulary, run.held_out, draws = data.open_hashtags(run.source, run.tags)
+    if run.plan and not run.tags and run.size not in (None, "toy"):  # the paper's number of tags
+        run.vocabulary, run.held_out, draws, run.hashtags = range(28_000), run.source, {}, ""
+    else:
+        found = data.open_hashtags(run.source, run.tags)
+        run.vocabulary, run.source, run.held_out, draws, run.hashtags = found
     order = data.Order(run.source.sizes, run.seed, run.lanes, **draws)
 
     # -------------------------------------------------------------------------------------- model
@@ -155,6 +156,8 @@ def prepare(run):
     run.batches = data.Batches(run.source, size, channels, run.batch_size, **dealt, **drawn)
     pairs = 2 * run.processes * max(1, run.micro_batch // 2)
     run.held_out_batches = data.Batches(run.held_out, size, channels, pairs, **dealt)
+    # One epoch of the data; the paper's epoch is 5 billion samples.
+    samples = samples or (5e9 if run.plan and not run.data else order.length)
     samples = (run.epochs or 0) * order.length or run.samples or samples
     run.steps = run.steps or math.ceil(samples / run.batch_size)
     run.lr = run.lr or base_lr * run.batch_size / 256
@@ -162,7 +165,7 @@ def prepare(run):
     same = ("batch_size", "steps", "lr", "warmup", "weight_decay", "seed", "min_crop", "clip")
     run.identity = {"stage": "weak_pretrain", "data": run.source.identity, "model": run.config}
     run.identity |= {"lanes": order.lanes, "init": run.init, "precision": run.precision}
-    run.identity["hashtags"] = getattr(run.vocabulary, "identity", None)
+    run.identity["hashtags"] = run.hashtags
     run.identity |= {name: getattr(run, name) for name in same}
     if not run.plan:
         run.checkpoint = models.find_checkpoint(run.out, run.resume, run.identity)
@@ -179,8 +182,7 @@ def train(run):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, **(alone if run.processes == 1 else {}))
-    # A signal leaves a note: the loop saves and leaves, all processes together. A second Ctrl-C ends.
-    stop = []
+    stop = []  # A signal leaves a note: the loop saves and ends. A second Ctrl-C ends it at once.
     signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
     signal.signal(signal.SIGINT, lambda n, _: stop.append(signal.signal(n, signal.SIG_DFL)))
 
@@ -213,10 +215,11 @@ def train(run):
     flops, (peak, chip) = 3 * models.flops_per_image(model), models.peak_flops(device)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     toy = "" if run.data else " (no --data was given)"
-    say(f"data     {run.source.identity}{toy}; {run.vocabulary.identity}")
+    say(f"data     {run.source.identity}{toy}; {run.hashtags}")
     say(
-        f"model    {run.config['size']}, {millions:.1f} M weights, {flops / 1e9:.2f} GFLOP an image"
+        f"model    {run.config['size']}, {millions:.1f} M weights, {flops / 1e9:.2f} GFLOP an image,"
     )
+    say(f"         {run.config['positions']} positions, as they are in stage 1")
     say(f"batch    {run.batch_size}: {run.processes} processes x {run.pieces} x {run.micro_batch}")
     say(f"run      {run.steps} steps, peak lr {run.lr:.2e}, {run.precision} on {chip}")
     bar = tqdm(total=run.steps, initial=first_step, disable=None if run.process == 0 else True)
@@ -254,7 +257,7 @@ def train(run):
         loss, weight, new_bad, stopping, norm = torch.cat([sums, norm[None]]).tolist()
         scale = run.batch_size / max(weight, 1)  # the mean is over the pictures that count
         loss, norm = loss * scale, norm * scale
-        scale *= min(1.0, run.clip / max(norm, 1e-9))
+        scale *= min(1.0, run.clip / max(norm, 1e-9)) if run.clip else 1.0
         if scale != 1.0:
             for gradient in gradients:
                 gradient.mul_(scale)
@@ -262,7 +265,7 @@ def train(run):
         untagged += round(run.batch_size - weight - new_bad)
         for name in unreadable if bad <= 20 else ():  # all are counted, the first ones named
             tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
-        if bad > run.max_bad * max(1000, done * run.batch_size) or weight == 0:
+        if bad > run.max_bad * max(1000, done * run.batch_size):
             fail(f"{bad} unreadable pictures by step {done}, over --max-bad {run.max_bad}", 1)
         if not math.isfinite(loss + norm):
             what = (
@@ -290,7 +293,7 @@ def train(run):
             entry["data_wait"] = waited / (now - logged)
             entry["memory_gib"] = models.peak_memory(device)
             entry["eta_seconds"] = (now - began) / (done - first_step) * (run.steps - done)
-            if saving:
+            if saving and len(run.held_out_batches):
                 entry |= evaluate.hit_rates(model, run.held_out_batches, device)
             if run.process == 0:
                 with open(out / "metrics.jsonl", "a") as file:
@@ -343,8 +346,9 @@ def finish(run, weights):
     if isinstance(run.source, data.Toy):
         options = {"workers": run.workers, "device": run.device}
         evaluate.print_probe(weights, config, run.source, run.held_out, "cls", run.seed, **options)
-    flags = ["--checkpoint", str(run.out / "model.pt"), "--data", run.data or "toy"]
-    print(f"next: python evaluate.py --task fewshot --pool cls {shlex.join(flags)}")
+    where = "DIR" if run.data else "toy"
+    path = shlex.quote(str(run.out / "model.pt"))
+    print(f"next: python evaluate.py --task fewshot --pool cls --checkpoint {path} --data {where}")
 
 
 def main(argv=None):

@@ -1900,8 +1900,10 @@ def test_canonical_tags_by_hand():
     }
     for tag, canonical in found.items():
         assert data.canonical([tag], {"kitten": "cat"}) == canonical
-    text = "My #Cat, and the #DOG! no tag, a#b"
-    assert data.canonical(text, {}) == {"cat", "dog", "b"}
+    assert data.canonical(["#a #b", "#c#d"], {}) == {"a", "b", "c", "d"}
+    text = "My #Cat, and the #DOG! no tag, a#b (#\u0928\u092e\u0938\u094d\u0924\u0947) #blue-square"
+    marks = "\u0928\u092e\u0938\u094d\u0924\u0947"
+    assert data.canonical(text, {}) == {"cat", "dog", "b", "bluesquare", marks}
     for wrong in ({"a": 1}, ["#a", 3], None, 7):
         with pytest.raises(ValueError, match="list of texts"):
             data.canonical(wrong, {})
@@ -1961,43 +1963,45 @@ def test_counting_and_weighing_do_not_depend_on_chunks_and_workers(tagged, tmp_p
     found = []
     for chunk, workers in ((4096, 0), (7, 0), (15, 2)):
         monkeypatch.setattr(data, "TAG_CHUNK", chunk)
-        source, out = opened(tagged), tmp_path / f"tags-{chunk}"
-        data.write_hashtags(source, data.count_hashtags(source, workers=workers), out, 10, workers)
-        found.append([(out / name).read_bytes() for name in ("vocabulary.json", "weights.npy")])
+        out = tmp_path / f"tags-{chunk}"
+        data.write_hashtags(opened(tagged), out, 10, workers)
+        found.append([(out / name).read_bytes() for name in ("vocabulary.json", "rarest.npy")])
     assert found[0] == found[1] == found[2]
 
 
 def test_sampling_weights_by_hand(tagged, tmp_path):
-    """Tail: the 6 pictures with #few. Head: weight ~ 57 ** -0.5 or 29 ** -0.5. 70 % : 30 %."""
+    """Of the first 57: "few" on 6 is the tail. Head: weight ~ 54 ** -0.5, or 27 ** -0.5 with "half"."""
     source = opened(tagged)
-    data.write_hashtags(source, data.count_hashtags(source, min_count=1), tmp_path / "tags", 10)
-    _, held_out, draws = data.open_hashtags(source, tmp_path / "tags")
-    assert held_out.sizes.sum() == 3  # 5 % of 60
-    drawn = [i for i, tags in enumerate(LONG_TAIL[:57]) if tags]
+    data.write_hashtags(source, tmp_path / "tags", 10, min_count=1)
+    vocabulary, train, held_out, draws, _ = data.open_hashtags(source, tmp_path / "tags")
+    assert held_out.sizes.sum() == 3 and train.sizes.tolist() == [15, 15, 15, 12]  # 5 % of 60
+    assert vocabulary.counts == {"all": 54, "half": 28, "few": 6}
+    tags = LONG_TAIL[:57]
+    drawn = [i for i, names in enumerate(tags) if names]
     importance = {
-        i: (6 if "#FEW" in LONG_TAIL[i] else 29 if "#half" in LONG_TAIL[i] else 57) ** -0.5
-        for i in drawn
+        i: (6 if "#FEW" in tags[i] else 28 if "#half" in tags[i] else 54) ** -0.5 for i in drawn
     }
-    tail = {i for i in drawn if "#FEW" in LONG_TAIL[i]}
+    tail = {i for i in drawn if "#FEW" in tags[i]}
     sums = {part: sum(v for i, v in importance.items() if (i in tail) == part) for part in (0, 1)}
     weights = np.concatenate([draws["weights"](shard) for shard in range(4)]) / data.WEIGHT
-    for i in range(60):
+    for i in range(57):
         part = i in tail
         wanted = len(drawn) * (0.7, 0.3)[part] * importance.get(i, 0) / sums[part]
         assert weights[i] == pytest.approx(wanted, abs=1e-5)
     assert draws["totals"].tolist() == [draws["weights"](shard).sum() for shard in range(4)]
     assert weights.sum() == pytest.approx(len(drawn), abs=1e-3)
     # And the order draws each sample as often: rounded in each epoch, exactly on average.
-    order = data.Order(source.sizes, 0, 2, **draws)
+    order = data.Order(train.sizes, 0, 2, **draws)
     epochs, total = 500, Counter()
     for epoch in range(epochs):
         counts = epoch_counts(order, epoch)
-        assert all(
-            count in (math.floor(weights[15 * s + i]), math.ceil(weights[15 * s + i]))
-            for (s, i), count in counts.items()
-        )
+        for (shard, i), count in counts.items():
+            assert count in (
+                math.floor(weights[15 * shard + i]),
+                math.ceil(weights[15 * shard + i]),
+            )
         total += counts
-    for place in range(60):
+    for place in range(57):
         mean = total[divmod(place, 15)] / epochs
         wanted = weights[place] * order.length / weights.sum()
         assert abs(mean - wanted) <= 5 * math.sqrt(0.25 / epochs) * (weights[place] > 0)
@@ -2005,12 +2009,28 @@ def test_sampling_weights_by_hand(tagged, tmp_path):
 
 def test_where_all_is_head_or_tail_it_has_all_draws(tagged, tmp_path, capsys):
     source = opened(tagged)
-    vocabulary = data.count_hashtags(source)
     for tail_below, name in ((2, "head"), (100, "tail")):
-        data.write_hashtags(source, vocabulary, tmp_path / name, tail_below)
+        data.write_hashtags(source, tmp_path / name, tail_below)
         assert f"all pictures are in the {name}" in capsys.readouterr().out
-        totals = data.open_hashtags(source, tmp_path / name)[2]["totals"]
-        assert totals.sum() / data.WEIGHT == pytest.approx(54, abs=1e-3)  # 57, of them 54 drawn
+        totals = data.open_hashtags(source, tmp_path / name)[3]["totals"]
+        assert totals.sum() / data.WEIGHT == pytest.approx(54, abs=1e-3)
+
+
+def test_an_unfinished_or_foreign_index_of_hashtags_is_refused(tagged, tmp_path):
+    source, out = opened(tagged), tmp_path / "tags"
+    data.write_hashtags(source, out)
+    (out / "rarest.npy").rename(out / "away")
+    with pytest.raises(ValueError, match="no hashtags in") as error:
+        data.open_hashtags(source, out)
+    one_line(error)
+    (out / "away").rename(out / "rarest.npy")
+    other = opened(write_tar(tmp_path / "other.tar", tagged_members(LONG_TAIL)))
+    with pytest.raises(ValueError, match="of other data") as error:
+        data.open_hashtags(other, out)
+    one_line(error)
+    with pytest.raises(ValueError, match="no hashtag on 99"):
+        data.write_hashtags(source, out, min_count=99)
+    assert not (out / "vocabulary.json").exists()  # the old one would not fit what was begun
 
 
 def test_unreadable_hashtags_are_named_and_counted_and_weigh_nothing(tmp_path, capsys):
@@ -2040,18 +2060,20 @@ def test_a_batch_holds_the_ids_of_its_tags(tagged):
 
 
 def test_hashtags_on_the_command_line(tagged, tmp_path, monkeypatch, capsys):
-    (tmp_path / "map.tsv").write_text("#Few\thalf\n\n")
+    (tmp_path / "map.tsv").write_text("#Few\tfewer\n\nFEWER\thalf\n")  # a chain
     out = tmp_path / "out" / "tags"
     flags = ["--synonyms", tmp_path / "map.tsv", "--min-count", 2, "--workers", 0]
     assert run_main(monkeypatch, "hashtags", tagged, "--out", out, *flags) == 0
-    assert "2 hashtags; 54 of 60 pictures are drawn" in capsys.readouterr().out
+    assert "2 hashtags; 54 of 57 pictures are drawn" in capsys.readouterr().out
     content = json.loads((out / "vocabulary.json").read_text())
     assert content["tags"] == [
-        {"tag": "all", "id": 0, "count": 57},
-        {"tag": "half", "id": 1, "count": 29},
+        {"tag": "all", "id": 0, "count": 54, "weight": content["tags"][0]["weight"]},
+        {"tag": "half", "id": 1, "count": 28, "weight": content["tags"][1]["weight"]},
     ]
     (tmp_path / "bad.tsv").write_text("one column\n")
+    (tmp_path / "circle.tsv").write_text("a\tb\nb\tc\nc\tb\n")
     for flag, value in (
+        ("--synonyms", tmp_path / "circle.tsv"),
         ("--min-count", 99),
         ("--synonyms", tmp_path / "bad.tsv"),
         ("--labels", "no"),

@@ -95,6 +95,17 @@ def test_init_inherits_the_architecture_and_says_what_became_of_the_weights(tmp_
     assert (config["size"], config["image_size"]) == ("16x2x2", [24, 24])
 
 
+def test_init_may_be_of_a_later_stage(tmp_path):
+    model = models.Classifier("16x2x2", classes=5, image_size=16, patch_size=4)
+    models.save_weights(tmp_path / "weak.pt", model.state_dict(), model.config)
+    ran = stage(
+        *("--init", tmp_path / "weak.pt", "--decoder", "16x1x2", "--steps", "1"),
+        *("--batch-size", "4", "--out", tmp_path / "run"),
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "dropped: head" in ran.stdout
+
+
 @pytest.mark.parametrize("size", models.SIZES)
 def test_plan_knows_every_size_and_writes_nothing(size, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -44,8 +44,7 @@ def tagged(photos, tmp_path):
     labels = tmp_path / "labels.jsonl"
     labels.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{broken\n")
     source = data.Folder(str(photos), labels=str(labels))
-    vocabulary = data.count_hashtags(source, min_count=3)
-    data.write_hashtags(source, vocabulary, str(tmp_path / "tags"), tail_below=10)
+    data.write_hashtags(source, tmp_path / "tags", tail_below=10, min_count=3)
     return ["--data", photos, "--labels", labels, "--tags", tmp_path / "tags"]
 
 
@@ -103,10 +102,18 @@ def test_it_starts_from_stage_1_without_its_decoder(tmp_path):
 def test_pictures_of_a_folder_with_tags_from_a_file(tagged, tmp_path):
     ran = weak(*tagged, "--out", tmp_path / "run")
     assert ran.returncode == 0, ran.stderr
-    assert "labels.jsonl:41 is left out" in ran.stderr
+    assert "labels.jsonl: 1 lines" in ran.stderr
     assert "2 hashtags" in ran.stdout
     # Pictures without a known tag are never drawn, so none has to be left out of a batch.
     assert read_metrics(tmp_path / "run")[-1]["untagged"] == 0
+
+
+def test_other_hashtags_are_another_run(tagged, photos, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert weak(*tagged, "--out", out).returncode == 0
+    source = data.Folder(str(photos), labels=str(tagged[3]))
+    data.write_hashtags(source, tmp_path / "tags", tail_below=5, min_count=3)
+    assert "hashtags was" in refused(capsys, *TINY, *tagged, "--out", out)
 
 
 def test_the_gradient_is_clipped_where_that_is_asked_for(tmp_path):
@@ -135,6 +142,7 @@ def test_unusable_input_is_refused_in_one_line(tagged, photos, tmp_path, capsys)
     assert "cannot read labels" in refused(
         capsys, "--data", photos, "--labels", tmp_path / "x", *out
     )
+    assert "wants a folder" in refused(capsys, "--labels", tmp_path / "x", *out)
     model = models.ViT("16x2x2", image_size=16, patch_size=4)
     models.save_weights(tmp_path / "vit.pt", model.state_dict(), model.config)
     line = refused(capsys, "--init", tmp_path / "vit.pt", "--size", "toy", *out)
@@ -146,7 +154,7 @@ def test_the_recipe_is_the_papers_as_far_as_it_is_known(tmp_path):
     run = weak_pretrain.parse_arguments(["--size", "B", "--plan"])
     weak_pretrain.prepare(run)
     assert (run.batch_size, run.lr, run.weight_decay) == (8192, pytest.approx(4e-4), 0.1)
-    assert (run.warmup, run.min_crop, run.beta2, run.clip) == (0.05, 0.2, 0.999, float("inf"))
+    assert (run.warmup, run.min_crop, run.beta2, run.clip) == (0.05, 0.2, 0.999, None)
     assert run.steps * run.batch_size == pytest.approx(5e9, rel=1e-5)
     run = weak_pretrain.parse_arguments(["--size", "2B", "--plan"])
     weak_pretrain.prepare(run)
