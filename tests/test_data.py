@@ -1995,11 +1995,9 @@ def test_sampling_weights_by_hand(tagged, tmp_path):
     epochs, total = 500, Counter()
     for epoch in range(epochs):
         counts = epoch_counts(order, epoch)
-        for (shard, i), count in counts.items():
-            assert count in (
-                math.floor(weights[15 * shard + i]),
-                math.ceil(weights[15 * shard + i]),
-            )
+        missing = [math.floor(weights[p]) - counts[divmod(p, 15)] for p in range(57)]
+        assert sum(n for n in missing if n > 0) <= 1  # the sum of the weights is not whole
+        assert all(counts[divmod(p, 15)] <= math.ceil(weights[p]) for p in range(57))
         total += counts
     for place in range(57):
         mean = total[divmod(place, 15)] / epochs
@@ -2082,4 +2080,4 @@ def test_hashtags_on_the_command_line(tagged, tmp_path, monkeypatch, capsys):
             run_main(monkeypatch, "hashtags", tagged, "--out", tmp_path / "new", flag, value) == 2
         )
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "new" / "vocabulary.json").exists()
