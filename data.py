@@ -1033,9 +1033,11 @@ class Vocabulary:
 
     counts     {canonical tag: pictures that carry it}
     synonyms   {canonical tag: the canonical tag that it counts as}
+    identity   says which index it comes from
     """
 
-    def __init__(self, counts, synonyms):
+    def __init__(self, counts, synonyms, identity=""):
+        self.identity = identity
         self.counts = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
         self.synonyms = synonyms
         self.numbers = {tag: number for number, tag in enumerate(self.counts)}
@@ -1180,23 +1182,22 @@ def write_hashtags(source, out, tail_below=None, workers=0, **counting):
 
 
 def open_hashtags(source, folder):
-    """(Vocabulary, source to train on, slice to measure on, {"totals", "weights"} for Order, text).
+    """(Vocabulary, source to train on, slice to measure on, {"totals", "weights"} for Order).
 
     From a folder that write_hashtags wrote for this source; without one, for the toy world: the
-    tags of its first pictures, and no weights. The text says which tags and weights these are.
-    Raises ValueError, one line, when that cannot be.
+    tags of its first pictures, and no weights. Raises ValueError, one line, when that cannot be.
     """
     if not folder and isinstance(source, Toy):
         vocabulary = count_hashtags(Slice(source, 0, TAG_CHUNK))
-        val = Slice(Toy("val", source.sides), 0, HELD_OUT)
-        return vocabulary, source, val, {}, f"{len(vocabulary)} hashtags"
+        return vocabulary, source, Slice(Toy("val", source.sides), 0, HELD_OUT), {}
     train, held_out = hold_out(source, None, HELD_OUT)
     hint = "write it with: python data.py hashtags DATA --out TAGS, and give --tags TAGS"
     try:
         text = Path(folder or "", "vocabulary.json").read_text(encoding="utf-8")
         content, totals = json.loads(text), np.load(f"{folder}/totals.npy")
         counts = {entry["tag"]: entry["count"] for entry in content["tags"]}
-        vocabulary = Vocabulary(counts, content["synonyms"])
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        vocabulary = Vocabulary(counts, content["synonyms"], digest)
         table = np.array([entry["weight"] for entry in content["tags"]] + [0], dtype=np.int64)
         made_for, rarest = content["data"], open_array(f"{folder}/rarest.npy")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -1205,9 +1206,7 @@ def open_hashtags(source, folder):
         raise ValueError(f"{folder} is of other data ({made_for}): {hint}")
     edges = np.concatenate([[0], np.cumsum(train.sizes)])
     weights = partial(shard_weights, f"{folder}/rarest.npy", table, edges)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    draws = {"totals": totals, "weights": weights}
-    return vocabulary, train, held_out, draws, f"{len(vocabulary)} hashtags, {digest}"
+    return vocabulary, train, held_out, {"totals": totals, "weights": weights}
 
 
 @lru_cache(1)

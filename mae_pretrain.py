@@ -139,9 +139,8 @@ def prepare(run):
     run.config = run.model.config
     batch_size, base_lr, _, samples = recipe(run.config["size"])
     run.batch_size = run.batch_size or batch_size
-    share, compute = run.batch_size // run.processes, (run.device, run.precision)
-    fitting = models.fitting_batch(run.model, share, *compute, run.checkpoint_activations)
-    run.micro_batch = run.micro_batch or fitting
+    share = run.batch_size // run.processes
+    run.micro_batch = run.micro_batch or models.fitting_batch(run.model, share, run)
     run.pieces = share // run.micro_batch
     if run.pieces * run.micro_batch != share:
         raise ValueError(f"--micro-batch {run.micro_batch} does not divide a process's {share}")

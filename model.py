@@ -548,12 +548,12 @@ def training_memory(model, processes, micro_batch, precision, recompute=False, p
     )
 
 
-def fitting_batch(model, images, device, precision, recompute):
+def fitting_batch(model, images, run):
     """The largest divisor of `images` whose activations should fit in half a GPU, or in 4 GB."""
-    memory = 40e9 if precision == "bf16" else 4e9  # a GPU of 80 GB that is only planned for
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory / 2
-    one = training_memory(model, 1, 1, precision, recompute)[1]
+    memory = 40e9 if run.precision == "bf16" else 4e9  # a GPU of 80 GB that is only planned for
+    if run.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(run.device).total_memory / 2
+    one = training_memory(model, 1, 1, run.precision, run.checkpoint_activations)[1]
     fitting = (n for n in range(1, images + 1) if images % n == 0 and n * one <= memory)
     return max(fitting, default=1)
 
@@ -789,6 +789,7 @@ def load_weights(model, state, old_grid=None, keep_head=False):
 
     return (
         f"weights: {len(loaded)} tensors loaded"
+        + ("" if resampled or "pos_embed" not in loaded else ", positions as they were")
         + (f"; resampled: {', '.join(resampled)}" if resampled else "")
         + (f"; newly initialised: {families(new)}" if new else "")
         + (f"; dropped: {families(dropped)}" if dropped else "")

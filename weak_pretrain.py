@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 import os
-import shlex
 import signal
 import sys
 import time
@@ -38,8 +37,7 @@ import model as models
 
 
 def recipe(size):
-    """(batch size, peak lr per 256 images, image side, samples or None, beta2, gradient clip)."""
-    # But for toy's, recalled from the paper's appendix, not printed in its main text.
+    """(batch size, lr per 256 images, image side, samples, beta2, clip): recalled, but for toy's."""
     if size == "toy":
         return 64, 4e-3, 48, 24_000, 0.999, None  # ours
     if size in ("2B", "6.5B"):
@@ -72,7 +70,6 @@ def parse_arguments(argv):
     add("--lr", type=float, help="peak (4e-4 for a batch of 8192, 2B and up 1e-4; toy size: 1e-3)")
     add("--warmup", type=float, default=0.05, help="share of the steps (0.05)")
     add("--weight-decay", type=float, default=0.1, help="not of 1-D parameters (0.1)")
-    add("--clip", type=float, help="largest gradient norm (none; 2B and up: 1.0)")
     add("--seed", type=int, default=0, help="of weights, order and crops (0)")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--steps", type=int, help="length of the run; or give --epochs, or --samples")
@@ -132,22 +129,20 @@ def prepare(run):
     size, channels = models.pair(config["image_size"]), config.get("channels", 3)
     run.source, _ = data.open_sources(run.data or "toy", None, size, run.labels)
     if run.plan and not run.tags and run.size not in (None, "toy"):  # the paper's number of tags
-        run.vocabulary, run.held_out, draws, run.hashtags = range(28_000), run.source, {}, ""
+        run.vocabulary, draws = data.Vocabulary(dict.fromkeys(map(str, range(28_000)), 1), {}), {}
+        run.held_out = run.source
     else:
-        found = data.open_hashtags(run.source, run.tags)
-        run.vocabulary, run.source, run.held_out, draws, run.hashtags = found
+        run.vocabulary, run.source, run.held_out, draws = data.open_hashtags(run.source, run.tags)
     order = data.Order(run.source.sizes, run.seed, run.lanes, **draws)
 
     # -------------------------------------------------------------------------------------- model
     with torch.device("meta"):  # shapes without memory
         run.model = models.Classifier(classes=len(run.vocabulary), **config)
     run.config = run.model.config
-    batch_size, base_lr, _, samples, run.beta2, clip = recipe(run.config["size"])
-    run.clip = run.clip or clip
+    batch_size, base_lr, _, samples, run.beta2, run.clip = recipe(run.config["size"])
     run.batch_size = run.batch_size or batch_size
-    share, compute = run.batch_size // run.processes, (run.device, run.precision)
-    fitting = models.fitting_batch(run.model, share, *compute, run.checkpoint_activations)
-    run.micro_batch = run.micro_batch or fitting
+    share = run.batch_size // run.processes
+    run.micro_batch = run.micro_batch or models.fitting_batch(run.model, share, run)
     run.pieces = share // run.micro_batch
     if run.pieces * run.micro_batch != share:
         raise ValueError(f"--micro-batch {run.micro_batch} does not divide a process's {share}")
@@ -156,16 +151,14 @@ def prepare(run):
     run.batches = data.Batches(run.source, size, channels, run.batch_size, **dealt, **drawn)
     pairs = 2 * run.processes * max(1, run.micro_batch // 2)
     run.held_out_batches = data.Batches(run.held_out, size, channels, pairs, **dealt)
-    # One epoch of the data; the paper's epoch is 5 billion samples.
-    samples = samples or (5e9 if run.plan and not run.data else order.length)
-    samples = (run.epochs or 0) * order.length or run.samples or samples
+    epoch = 5e9 if run.plan and not run.data else order.length  # the paper's, or the data's own
+    samples = (run.epochs or 0) * order.length or run.samples or samples or epoch
     run.steps = run.steps or math.ceil(samples / run.batch_size)
     run.lr = run.lr or base_lr * run.batch_size / 256
     run.save_every = run.save_every or max(1, min(1000, run.steps // 10))
-    same = ("batch_size", "steps", "lr", "warmup", "weight_decay", "seed", "min_crop", "clip")
+    same = ("batch_size", "steps", "lr", "warmup", "weight_decay", "seed", "min_crop", "precision")
     run.identity = {"stage": "weak_pretrain", "data": run.source.identity, "model": run.config}
-    run.identity |= {"lanes": order.lanes, "init": run.init, "precision": run.precision}
-    run.identity["hashtags"] = run.hashtags
+    run.identity |= {"tags": run.vocabulary.identity, "lanes": order.lanes, "init": run.init}
     run.identity |= {name: getattr(run, name) for name in same}
     if not run.plan:
         run.checkpoint = models.find_checkpoint(run.out, run.resume, run.identity)
@@ -215,11 +208,10 @@ def train(run):
     flops, (peak, chip) = 3 * models.flops_per_image(model), models.peak_flops(device)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     toy = "" if run.data else " (no --data was given)"
-    say(f"data     {run.source.identity}{toy}; {run.hashtags}")
+    say(f"data     {run.source.identity}{toy}; {len(run.vocabulary)} hashtags")
     say(
-        f"model    {run.config['size']}, {millions:.1f} M weights, {flops / 1e9:.2f} GFLOP an image,"
+        f"model    {run.config['size']}, {millions:.1f} M weights, {flops / 1e9:.2f} GFLOP an image"
     )
-    say(f"         {run.config['positions']} positions, as they are in stage 1")
     say(f"batch    {run.batch_size}: {run.processes} processes x {run.pieces} x {run.micro_batch}")
     say(f"run      {run.steps} steps, peak lr {run.lr:.2e}, {run.precision} on {chip}")
     bar = tqdm(total=run.steps, initial=first_step, disable=None if run.process == 0 else True)
@@ -258,9 +250,8 @@ def train(run):
         scale = run.batch_size / max(weight, 1)  # the mean is over the pictures that count
         loss, norm = loss * scale, norm * scale
         scale *= min(1.0, run.clip / max(norm, 1e-9)) if run.clip else 1.0
-        if scale != 1.0:
-            for gradient in gradients:
-                gradient.mul_(scale)
+        for gradient in gradients if scale != 1.0 else ():
+            gradient.mul_(scale)
         done, bad = step + 1, bad + int(new_bad)
         untagged += round(run.batch_size - weight - new_bad)
         for name in unreadable if bad <= 20 else ():  # all are counted, the first ones named
@@ -330,12 +321,9 @@ def step_line(entry, steps):
     text = (
         "step {step}/{steps}  loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  "
         "{images_per_second:.0f} images/s  mfu {mfu:.1%}  data wait {data_wait:.0%}  "
-        "memory {memory_gib:.1f} GiB  eta {eta}"
+        "memory {memory_gib:.1f} GiB  eta {eta}  unreadable {bad}  without tags {untagged}"
     ).format(steps=steps, eta=tqdm.format_interval(entry["eta_seconds"]), **entry)
-    for name, key in (("unreadable", "bad"), ("without tags", "untagged")):
-        text += f"  {name} {entry[key]}" if entry[key] else ""
-    hits = "  hits {hit_1:.1%}, of 5 {hit_5:.1%}".format(**entry) if "hit_1" in entry else ""
-    return text + hits
+    return text + ("  hits {hit_1:.1%} / {hit_5:.1%}".format(**entry) if "hit_1" in entry else "")
 
 
 def finish(run, weights):
@@ -346,9 +334,8 @@ def finish(run, weights):
     if isinstance(run.source, data.Toy):
         options = {"workers": run.workers, "device": run.device}
         evaluate.print_probe(weights, config, run.source, run.held_out, "cls", run.seed, **options)
-    where = "DIR" if run.data else "toy"
-    path = shlex.quote(str(run.out / "model.pt"))
-    print(f"next: python evaluate.py --task fewshot --pool cls --checkpoint {path} --data {where}")
+    where = f"{run.out / 'model.pt'} --data {'DIR' if run.data else 'toy'}"
+    print(f"next: python evaluate.py --task fewshot --pool cls --checkpoint {where}")
 
 
 def main(argv=None):

@@ -1973,7 +1973,7 @@ def test_sampling_weights_by_hand(tagged, tmp_path):
     """Of the first 57: "few" on 6 is the tail. Head: weight ~ 54 ** -0.5, or 27 ** -0.5 with "half"."""
     source = opened(tagged)
     data.write_hashtags(source, tmp_path / "tags", 10, min_count=1)
-    vocabulary, train, held_out, draws, _ = data.open_hashtags(source, tmp_path / "tags")
+    vocabulary, train, held_out, draws = data.open_hashtags(source, tmp_path / "tags")
     assert held_out.sizes.sum() == 3 and train.sizes.tolist() == [15, 15, 15, 12]  # 5 % of 60
     assert vocabulary.counts == {"all": 54, "half": 28, "few": 6}
     tags = LONG_TAIL[:57]
