@@ -1,7 +1,6 @@
 """Stage 2: the encoder learns to predict the hashtags of pictures. (weakly supervised pretraining)
 
-Laptop       python weak_pretrain.py --init runs/mae/model.pt             # toy world, two minutes
-             python weak_pretrain.py                                      # the same from scratch
+Laptop       python weak_pretrain.py [--init runs/mae/model.pt]           # toy world, two minutes
 Own data     python data.py hashtags 'shards/*.tar' --out tags/           # vocabulary and weights
 One GPU      python weak_pretrain.py --data 'shards/*.tar' --tags tags/ --init mae.pt --compile
 One node     torchrun --nproc-per-node 8 weak_pretrain.py --data 'shards/*.tar' --tags tags/ ...

@@ -14,6 +14,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -1097,3 +1098,54 @@ def test_pickled_objects_among_a_checkpoint_s_tensors_are_refused_and_never_run(
     state = {name: run[0].state_dict()["cls_token"]}
     dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
     assert sprung.exists()  # so it was a live one
+
+
+# -------------------------------------------------------------------------------------- parallelize
+
+
+@pytest.fixture
+def group():
+    """A process group of one: what a single GPU trains under."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_sharded_compiled_and_recomputed_steps_are_the_plain_one(
+    shard, compiled, recompute, group, monkeypatch
+):
+    # What is compiled is the same graph with any backend; the default one needs a C++ compiler.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    plain, model = MAE(**SMALL_MAE), MAE(**SMALL_MAE)
+    images, ids = random_images(plain), random_ids(plain)
+    models.parallelize(model, shard, "fp32", compiled, recompute)
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    for part in range(2):  # accumulated over two pieces, as the stages do
+        if shard:
+            model.set_requires_gradient_sync(part == 1)
+        for one in (plain, model):
+            one(images[part : part + 1], ids[part : part + 1]).sum().backward()
+    for (name, a), b in zip(plain.named_parameters(), model.parameters()):
+        if a.requires_grad:
+            torch.testing.assert_close(models.whole(b.grad), a.grad, rtol=1e-4, atol=1e-6, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images, ids), plain(images, ids), rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_computes_in_bf16_from_fp32_masters(group):
+    plain, model = MAE(**SMALL_MAE), MAE(**SMALL_MAE)
+    images, ids = random_images(plain), random_ids(plain)
+    models.parallelize(model, True, "bf16")
+    loss, expected = model(images, ids), plain(images, ids)
+    assert loss.dtype == torch.float32  # targets and errors are not rounded
+    assert not torch.equal(loss, expected)  # but the network's products are
+    torch.testing.assert_close(loss, expected, rtol=0.02, atol=0)  # bf16 keeps 8 bits: 0.4 %
+    loss.sum().backward()
+    for parameter in model.parameters():
+        assert parameter.dtype == torch.float32
+        assert parameter.grad is None or parameter.grad.dtype == torch.float32
