@@ -17,6 +17,7 @@ This file needs torch, numpy, pillow and tqdm, and stands alone when copied.
 """
 
 import argparse
+import csv
 import glob
 import hashlib
 import io
@@ -29,9 +30,9 @@ import shlex
 import signal
 import sys
 import tarfile
+import tempfile
 import unicodedata
 import warnings
-import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ from tqdm import tqdm
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 # What a random draw is for. Numbers, not names, because they are half of Philox's key.
-SHARDS, OFFSET, LANES, BLOCKS, VIEW, MASK, TOY, SPLIT = range(1, 9)
+SHARDS, OFFSET, LANES, BLOCKS, VIEW, MASK, TOY, SPLIT, AUGMENT, DEVICE = range(1, 11)
 
 
 def random_bits(count, seed, epoch, position, purpose):
@@ -72,6 +73,11 @@ def permutation(count, seed, epoch, position, purpose):
     return np.argsort(random_bits(count, seed, epoch, position, purpose), kind="stable")
 
 
+def running_sum(counts):
+    """(S,) -> (S + 1,) int64: how many there are before each, and in all."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
 # -------------------------------------------------------------------------------------------- order
 
 WEIGHT = 1 << 16  # a sampling weight of 1.0: weights are whole numbers, so that sums are exact
@@ -79,7 +85,7 @@ SHUFFLE_BLOCK = 8192  # samples that are shuffled together, from as few shards a
 
 
 class Order:
-    """The endless stream of samples: position -> (shard, index in the shard).
+    """The endless stream of samples: position -> sample number, counted through the shards.
 
     Position p lies in epoch p // length. An epoch is a fixed multiset: every sample once or, with
     sampling weights, as often as its weight says.
@@ -94,12 +100,11 @@ class Order:
     in that epoch. So lanes never end unevenly. Instead, a shard that a cut runs through is read by
     two lanes, and from epoch to epoch the cuts move by fewer than 2 x lanes samples. Within a lane,
     shards come in a random order, and samples are shuffled in blocks of neighbouring shards: a
-    process holds one block of indices per lane and nothing else that grows with the data set but
-    one number per shard.
+    process holds one block of numbers per lane, and otherwise only what grows with the shards.
 
     sizes    (S,) samples in each shard
     totals   (S,) int64, the sum of each shard's sampling weights in units of 1 / WEIGHT, or None
-    weights  shard -> (size,) int64, its samples' weights in the same units, read with the shard
+    weights  (first, stop) -> int64 weights of these samples in the same units, read with a shard
 
     With weights, sample i owns a stretch of length weights[i] of a circle of length sum(totals),
     and is drawn once for each of the points offset + k * WEIGHT on it, k = 0 .. length - 1
@@ -112,25 +117,26 @@ class Order:
         sizes = np.asarray(sizes, dtype=np.int64)
         self.seed, self.weights = seed, weights
         self.lanes = lanes or min(48, len(sizes))
-        self.shards = permutation(len(sizes), seed, 0, 0, SHARDS)
-        spans = (sizes if weights is None else np.asarray(totals, dtype=np.int64))[self.shards]
-        self.edges = np.concatenate([[0], np.cumsum(spans)])  # (S + 1,) in samples, or in weight
+        shards = permutation(len(sizes), seed, 0, 0, SHARDS)
+        spans = (sizes if weights is None else np.asarray(totals, dtype=np.int64))[shards]
+        self.edges = running_sum(spans)  # (S + 1,) in samples, or in weight
+        self.first, self.sizes = (np.cumsum(sizes) - sizes)[shards], sizes[shards]
         self.length = int(self.edges[-1]) // (1 if weights is None else WEIGHT)
         if self.length < 1:
             raise ValueError("there are no samples to draw from")
-        self.blocks = {}  # lane -> (epoch, first turn, shards, indices) of its current block
+        self.blocks = {}  # lane -> (epoch, first turn, sample numbers) of its current block
 
     def __call__(self, position):
-        """(shard, index in the shard) of a position."""
+        """The sample number of a position."""
         epoch, lane = position // self.length, position // 2 % self.lanes
         start = epoch * self.length
         turn = self.before(lane + 1, position) - self.before(lane + 1, start)
         turn -= self.before(lane, position) - self.before(lane, start)  # the lane's turns so far
-        block_epoch, first, shards, indices = self.blocks.get(lane, (-1, 0, (), ()))
-        if block_epoch != epoch or not first <= turn < first + len(shards):
-            first, shards, indices = self.block(epoch, lane, turn)
-            self.blocks[lane] = epoch, first, shards, indices
-        return int(shards[turn - first]), int(indices[turn - first])
+        block_epoch, first, samples = self.blocks.get(lane, (-1, 0, ()))
+        if block_epoch != epoch or not first <= turn < first + len(samples):
+            first, samples = self.block(epoch, lane, turn)
+            self.blocks[lane] = epoch, first, samples
+        return int(samples[turn - first])
 
     def before(self, lane, position):
         """How many of the positions before `position` belong to lanes before `lane`."""
@@ -138,7 +144,7 @@ class Order:
         return rounds * 2 * lane + min(rest, 2 * lane)
 
     def block(self, epoch, lane, turn):
-        """The shuffled block of a lane that holds its `turn`: (its first turn, shards, indices)."""
+        """The shuffled block of a lane that holds its `turn`: (its first turn, sample numbers)."""
         edges = self.edges
         if self.weights is not None:  # from weight to draws: the points that lie before each edge
             # Cut open at 0, the circle is a line: `wrapped` points on it begin at `low`, the others
@@ -164,59 +170,63 @@ class Order:
         number = firsts // SHUFFLE_BLOCK
         block = number[np.searchsorted(firsts + counts, turn, "right")]
         order, counts, firsts = (array[number == block] for array in (order, counts, firsts))
-        first = firsts[0]
-        draws = np.arange(counts.sum()) + np.repeat(cuts[order] - (firsts - first), counts)
-        pieces = np.repeat(piece + order, counts)
+        draws = np.arange(counts.sum()) + np.repeat(cuts[order] - (firsts - firsts[0]), counts)
+        shards = np.repeat(piece + order, counts)
         if self.weights is None:
-            indices = draws - edges[pieces]
+            samples = draws - edges[shards]
         else:
-            indices = np.empty_like(draws)
-            for i in np.unique(pieces):
-                ends = np.cumsum(self.weights(int(self.shards[i])))
-                number = draws[pieces == i]
-                begin = np.where(number < wrapped, low, high - wrapped * WEIGHT)
-                points = begin + number * WEIGHT - self.edges[i]
-                indices[pieces == i] = np.searchsorted(ends, points, "right")
+            points = draws * WEIGHT + np.where(draws < wrapped, low, high - wrapped * WEIGHT)
+            points -= self.edges[shards]
+            samples = np.empty_like(draws)
+            for i in np.unique(shards):
+                ends = np.cumsum(self.weights(self.first[i], self.first[i] + self.sizes[i]))
+                samples[shards == i] = np.searchsorted(ends, points[shards == i], "right")
+        samples += self.first[shards]
         shuffle = permutation(len(draws), self.seed, epoch, lane << 32 | int(block), BLOCKS)
-        return int(first), self.shards[pieces][shuffle], indices[shuffle]
+        return int(firsts[0]), samples[shuffle]
 
 
 # ------------------------------------------------------------------------------------------ sources
 #
 # A source has: sizes (S,) int64, samples per shard; classes, a list of names, or None; identity;
-# read(shard, index) -> {"image": PIL image, "class": int, -1 if unknown, ...}; name(shard, index);
-# hashtags(shard, index) -> a list of tags, or a text with #tags in it.
+# read(number) -> {"image": PIL image, "class": int, -1 if unknown, ...}; name(number);
+# label(number) -> that class alone; hashtags(number) -> a list of tags, or a text with #tags in it.
+# Numbers run through the shards.
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
-def open_sources(data, val_data=None, size=(64, 64), labels=None):
+def open_sources(data, val_data=None, size=(64, 64), labels=None, val_labels=None):
     """(source to train on, source to measure on or None) behind --data and --val-data.
 
     data     "toy"; a folder of pictures; or tar shards: a path, a glob, or {00000..00099} braces
     size     (height, width) that pictures will have: the toy world is drawn for it
-    labels   a file that lists the pictures of a folder: see Folder
+    labels   a file that lists the pictures of a folder: see read_labels
 
     Without val_data, toy has its own, and so has a folder with train/ and val/ in it (unless labels
     list its pictures). Raises ValueError with one line that says what to do.
     """
-    if labels and not os.path.isdir(data):
+    if (labels or val_labels) and not os.path.isdir(data):
         raise ValueError("--labels wants a folder that its paths lie in as --data")
-    if data == "toy" and not val_data:
-        return Toy("train", size), Toy("val", size)
     folders = [os.path.join(data, name) for name in ("train", "val")]
-    if all(map(os.path.isdir, folders)) and not labels:
+    if data == "toy":
+        val_data = val_data or "toy"
+    elif all(map(os.path.isdir, folders)) and not labels:
         data, val_data = folders[0], val_data or folders[1]
-    train = Folder(data, labels=labels) if labels else open_source(data, size)
-    return train, open_source(val_data, size, train.classes, "val") if val_data else None
+    elif val_labels:
+        val_data = val_data or data
+    train = open_source(data, size, labels=labels)
+    if not val_data:
+        return train, None
+    return train, open_source(val_data, size, train.classes, "val", val_labels)
 
 
-def open_source(data, size, classes=None, split="train"):
+def open_source(data, size, classes=None, split="train", labels=None):
     """One source. classes: the names that are known, when it must have no others."""
     if data == "toy" and classes in (None, list(TOY_CLASSES)):
         return Toy(split, size)
     if os.path.isdir(data):
-        return Folder(data, classes)
+        return Folder(data, classes, labels)
     if not data.endswith(".tar") and not re.search(r"[*?\[{]", data):
         state = "is not a folder or a .tar" if os.path.exists(data) else "does not exist"
         raise ValueError(f"{data} {state}: --data wants toy, a folder of pictures or tar shards")
@@ -237,20 +247,23 @@ class Toy:
         self.classes = list(TOY_CLASSES)
         self.identity = f"toy world, {len(self.sizes)} pictures an epoch"
 
-    def read(self, shard, index):
-        return toy_sample(self.first + shard, self.size)
+    def read(self, number):
+        return toy_sample(self.first + number, self.size)
 
-    def name(self, shard, index):
-        return f"toy:{self.first + shard}"
+    def label(self, number):
+        return TOY_CLASSES.index(toy_scene(self.first + number)["objects"][0]["shape"])
 
-    def hashtags(self, shard, index):
-        return toy_hashtags(toy_scene(self.first + shard), self.first + shard)
+    def name(self, number):
+        return f"toy:{self.first + number}"
+
+    def hashtags(self, number):
+        return toy_hashtags(toy_scene(self.first + number), self.first + number)
 
 
 class Folder:
     """Pictures below a folder. If all lie in subfolders, the first level's names are the classes.
 
-    With `labels`, those that this file lists: JSON lines of {"path", and "class" or "hashtags"}.
+    With `labels`, the pictures, classes and hashtags that this file lists: see read_labels.
 
     They are kept in the order of a hash of their paths: the same on every machine, and neighbours
     have nothing to do with each other. So any stretch of it is a fair sample: the held-out slice, a
@@ -258,43 +271,41 @@ class Folder:
     """
 
     def __init__(self, root, classes=None, labels=None):
-        self.root, self.labels = root, read_labels(labels) if labels else None
-        paths = self.labels or pictures_below(root)
-        self.paths = sorted(paths, key=lambda path: (stable_hash(path), path))
-        self.sizes = np.ones(len(paths), dtype=np.int64)
-        names = {self.class_name(path) for path in paths}
-        self.classes = None
-        if None not in names and (classes or labels or len(names) > 1):
-            unknown = sorted(names - set(classes or names))
+        entries = read_labels(labels) if labels else pictures_below(root)
+        self.root = root
+        self.paths = sorted(entries, key=lambda path: (stable_hash(path), path))
+        self.sizes = np.ones(len(self.paths), dtype=np.int64)
+        names = [entries[path].get("class") for path in self.paths]
+        found, self.classes = set(names), None
+        if None not in found and (classes or labels or len(found) > 1):
+            unknown = sorted(found - set(classes or found))
             if unknown:
                 raise ValueError(f"{root} has classes that train has not: {', '.join(unknown[:5])}")
-            self.classes = classes or sorted(names)
-            self.numbers = {name: number for number, name in enumerate(self.classes)}
-        elif names != {None}:
+            self.classes = classes or sorted(found)
+        elif found != {None}:
             print(f"{root}: no classes (they would be the folders, two or more, of all pictures)")
-        facts = [json.dumps(self.labels[path]) for path in self.paths] if labels else self.paths
-        digest = hashlib.sha256("\n".join(facts).encode(errors="surrogateescape"))
-        self.identity = f"{len(paths)} pictures, {digest.hexdigest()[:16]}"
+        numbers = {name: number for number, name in enumerate(self.classes or [])}
+        self.labels = np.array([numbers.get(name, -1) for name in names])
+        self.tags = [entries[path].get("hashtags", []) for path in self.paths] if labels else None
+        facts = json.dumps([self.paths, self.tags, names if labels else None])
+        digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
+        self.identity = f"{len(self.paths)} pictures, {digest}"
 
-    def class_name(self, path):
-        if self.labels:
-            return str(self.labels[path]["class"]) if "class" in self.labels[path] else None
-        return path.split("/")[0] if "/" in path else None
+    def read(self, number):
+        return {"image": Image.open(self.name(number)), "class": self.label(number)}
 
-    def read(self, shard, index):
-        path = self.paths[shard]
-        label = self.numbers[self.class_name(path)] if self.classes else -1
-        return {"image": Image.open(os.path.join(self.root, path)), "class": label}
+    def label(self, number):
+        return int(self.labels[number])
 
-    def hashtags(self, shard, index):
-        return (self.labels or {}).get(self.paths[shard], {}).get("hashtags", [])
+    def hashtags(self, number):
+        return self.tags[number] if self.tags else []
 
-    def name(self, shard, index):
-        return os.path.join(self.root, self.paths[shard])
+    def name(self, number):
+        return os.path.join(self.root, self.paths[number])
 
 
 def pictures_below(root):
-    """Paths of all pictures in a folder and the folders in it, relative to it."""
+    """{path of a picture, relative to root: {"class": first folder of the path, if any}}."""
 
     def fail(error):
         raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}")
@@ -307,26 +318,45 @@ def pictures_below(root):
         paths += [os.path.join(folder, name) for name in files if is_picture(name)]
     if not paths:
         raise ValueError(f"no pictures in {root} (looked for {' '.join(PICTURES)})")
-    return [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
+    paths = [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
+    return {path: {"class": path.split("/")[0]} if "/" in path else {} for path in paths}
 
 
 def read_labels(path):
-    """{picture's path: its JSON object} of a file of JSON lines. Damaged lines are left out."""
+    """{picture's path: {"class": name, "hashtags": [...]}, each if given} of a file of labels.
+
+    .jsonl: lines of {"path", and "class" or "hashtags"}; damaged ones are counted and left out.
+    .csv: lines of path,class; a first line of just these words is skipped. .json: iNaturalist's,
+    {"images": [{"id", "file_name"}], "annotations": [{"image_id", "category_id"}], "categories":
+    [{"id", "name"}]}. Raises ValueError, one line, when it is none of these.
+    """
     found, bad = {}, 0
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            for line in file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.endswith(".csv"):
+                rows = [row for row in csv.reader(file) if row]
+                found = {os.path.normpath(name): {"class": label} for name, label in rows}
+                found.pop("path", None)
+            elif path.endswith(".json"):
+                content = json.load(file)
+                names = {entry["id"]: entry["name"] for entry in content["categories"]}
+                files = {entry["id"]: entry["file_name"] for entry in content["images"]}
+                for entry in content["annotations"]:
+                    name = os.path.normpath(files[entry["image_id"]])
+                    found[name] = {"class": str(names[entry["category_id"]])}
+            for line in file if path.endswith(".jsonl") else ():
                 try:
                     entry = json.loads(line)
                     found[os.path.normpath(entry["path"])] = entry
+                    entry |= {"class": str(entry["class"])} if "class" in entry else {}
                 except (ValueError, KeyError, TypeError):
                     bad += 1
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read labels from {path}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ValueError(f"cannot read labels from {path}: {error!r}") from None
     if bad:
         print(f"{path}: {bad} lines that are no {{'path': ...}} are left out", file=sys.stderr)
     if not found:
-        raise ValueError(f"{path} lists no pictures: lines must be JSON with a path")
+        raise ValueError(f"{path} lists no pictures: want .jsonl, .csv or .json, see read_labels")
     return found
 
 
@@ -340,28 +370,34 @@ def stable_hash(text):
 
 
 class Slice:
-    """The samples start .. stop - 1 of a source, counted through its shards."""
+    """The samples start .. stop - 1 of a source."""
 
     def __init__(self, source, start, stop):
-        edges = np.concatenate([[0], np.cumsum(source.sizes)])
-        self.first = int(np.searchsorted(edges, start, "right")) - 1
-        last = max(self.first, int(np.searchsorted(edges, stop, "left")))
-        cuts = np.clip(edges[self.first : last + 1], start, stop)
-        self.source, self.skipped = source, int(cuts[0] - edges[self.first])
-        self.sizes, self.classes = np.diff(cuts), source.classes
+        sizes = np.diff(running_sum(source.sizes).clip(start, stop))
+        self.source, self.numbers, self.sizes = source, range(start, stop), sizes[sizes > 0]
+        self.classes = source.classes
         self.identity = f"{source.identity}, samples {start} to {stop}"
 
-    def read(self, shard, index):
-        return self.source.read(*self.origin(shard, index))
+    def read(self, number):
+        return self.source.read(self.numbers[number])
 
-    def name(self, shard, index):
-        return self.source.name(*self.origin(shard, index))
+    def label(self, number):
+        return self.source.label(self.numbers[number])
 
-    def hashtags(self, shard, index):
-        return self.source.hashtags(*self.origin(shard, index))
+    def name(self, number):
+        return self.source.name(self.numbers[number])
 
-    def origin(self, shard, index):
-        return self.first + shard, index + (self.skipped if shard == 0 else 0)
+    def hashtags(self, number):
+        return self.source.hashtags(self.numbers[number])
+
+
+class Chosen(Slice):
+    """The samples of a source with these numbers, in this order."""
+
+    def __init__(self, source, numbers):
+        self.source, self.numbers = source, [int(number) for number in numbers]
+        self.sizes, self.classes = np.ones(len(self.numbers), dtype=np.int64), source.classes
+        self.identity = f"{source.identity}, {len(self.numbers)} chosen"
 
 
 def hold_out(train, val, count):
@@ -377,105 +413,96 @@ def hold_out(train, val, count):
 # ------------------------------------------------------------------------------------------- shards
 #
 # A WebDataset shard is a tar in which the files of a sample are neighbours and share a key, the
-# path up to the base name's first dot: 00012.jpg, 00012.cls, 00012.json. Its index is an .npz named
-# SHARD.tar.index: keys (n,), extensions (E,), and offsets and lengths (n, E) in bytes, length -1
-# where a sample lacks that file. index.json beside the shards holds each one's number of samples,
-# and its size and time of change, so that a stale index is noticed, and class names if known.
+# path up to the base name's first dot: 00012.jpg, 00012.cls, 00012.json. Its index says where each
+# sample begins and ends; pack.json beside the shards names the classes, if pack made them.
 
 
 class Shards:
-    """Tar shards in the WebDataset layout, read in place: one pread for each file of a sample."""
+    """Tar shards in the WebDataset layout, read in place: one pread for a sample."""
 
     def __init__(self, pattern):
         self.paths = expand(pattern)
-        entries, known = {}, []
-        for folder in sorted({os.path.dirname(path) for path in self.paths}):
-            index = read_index(folder)
-            known += [index["classes"]] if "classes" in index else []
-            found = {os.path.join(folder, name): e for name, e in index["shards"].items()}
-            entries |= {path: entry for path, entry in found.items() if is_current(path, entry)}
-        self.classes = known[0] if known else None
-        if any(classes != self.classes for classes in known):
+        if not self.paths:
+            raise ValueError(f"no shard matches {pattern}")
+        folders = sorted({os.path.dirname(path) for path in self.paths})
+        self.classes, *others = [pack_record(folder)["classes"] for folder in folders]
+        if any(classes != self.classes for classes in others):
             raise ValueError(f"{pattern}: the folders number their classes differently")
-        missing = [path for path in self.paths if path not in entries]
-        self.tables = {}  # only of shards whose index cannot be written beside them
-        if missing:
-            indexed, self.tables = index_shards(missing)
-            entries |= indexed
-        self.sizes = np.array([entries[path]["samples"] for path in self.paths], dtype=np.int64)
+        with ThreadPoolExecutor() as threads:
+            bar = partial(tqdm, total=len(self.paths), desc="opening shards", leave=False)
+            sizes = [
+                len(index) for index in bar(threads.map(shard_index, self.paths), disable=None)
+            ]
+        self.sizes = np.array(sizes, dtype=np.int64)
         if not self.sizes.any():
             raise ValueError(f"{pattern}: the shards hold no pictures")
-        text = json.dumps([[os.path.basename(p), entries[p]["samples"]] for p in self.paths])
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.edges = running_sum(self.sizes)
+        facts = [[os.path.basename(p), os.path.getsize(p), n] for p, n in zip(self.paths, sizes)]
+        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         self.identity = f"{self.sizes.sum()} pictures in {len(self.paths)} shards, {digest}"
         self.open_caches()
 
     def open_caches(self):
         # Caches live in the object so that forked workers each have their own, and are bounded.
-        self.table = lru_cache(64)(lambda shard: self.load_table(shard))
+        self.index = lru_cache(64)(lambda shard: shard_index(self.paths[shard]))
         self.files = lru_cache(64)(lambda shard: io.FileIO(self.paths[shard]))
 
     def __getstate__(self):  # where workers are spawned (macOS), they get a pickle, without caches
-        return {name: value for name, value in vars(self).items() if name not in ("table", "files")}
+        return {name: value for name, value in vars(self).items() if name not in ("index", "files")}
 
     def __setstate__(self, state):
         vars(self).update(state)
         self.open_caches()
 
-    def load_table(self, shard):
-        path = self.paths[shard]
-        if path in self.tables:
-            return self.tables[path]
-        try:
-            with np.load(f"{path}.index", allow_pickle=False) as file:
-                table = dict(file)
-            if len(table["offsets"]) == self.sizes[shard]:
-                return table
-        except (ValueError, KeyError, zipfile.BadZipFile):
-            pass
-        raise ValueError(f"{path}.index is damaged: remove it, and it will be written again")
-
-    def members(self, shard, index):
-        """{extension: (offset, length)} of a sample."""
-        table = self.table(shard)
-        rows = zip(table["extensions"], table["offsets"][index], table["lengths"][index])
-        return {str(name): (int(start), int(size)) for name, start, size in rows if size >= 0}
-
-    def bytes(self, shard, offset, length):
+    def block(self, number):
+        """The bytes of a sample's stretch of its shard."""
+        shard = int(np.searchsorted(self.edges, number, "right")) - 1
+        begin, end = self.index(shard)[number - self.edges[shard]].tolist()
         file = self.files(shard)
         if hasattr(os, "pread"):  # forked workers share a file's position, so it is not used
-            content = os.pread(file.fileno(), length, offset)
-        else:  # Windows, which does not fork
-            file.seek(offset)
-            content = file.read(length)
-        if len(content) < length:
-            raise OSError(f"the shard ends {length - len(content)} bytes before the file does")
-        return content
+            return os.pread(file.fileno(), end - begin, begin)
+        file.seek(begin)  # Windows, which does not fork
+        return file.read(end - begin)
 
-    def read(self, shard, index):
-        members = self.members(shard, index)
+    def members(self, number):
+        """{extension: bytes} of a sample's files. tarfile.ReadError if the shard ends in them."""
+        content = self.block(number)
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+            files = [(extension, member) for _, extension, member in sample_files(tar)]
+        return {name: content[m.offset_data : m.offset_data + m.size] for name, m in files}
+
+    def read(self, number):
+        members = self.members(number)
         picture = next(name for name in members if is_picture(f"x.{name}"))
-        sample = {"image": Image.open(io.BytesIO(self.bytes(shard, *members[picture])))}
-        label = self.bytes(shard, *members["cls"]) if "cls" in members else b""
-        return {**sample, "class": int(label) if label.strip().isdigit() else -1}
+        return {"image": Image.open(io.BytesIO(members[picture])), "class": label_of(members)}
 
-    def hashtags(self, shard, index):
+    def label(self, number):
+        return label_of(self.members(number))
+
+    def hashtags(self, number):
         """From the sample's .json (a list, a text, or either under "hashtags"), else its .txt."""
-        members = self.members(shard, index)
+        members = self.members(number)
         if "json" not in members:
-            return self.bytes(shard, *members["txt"]).decode() if "txt" in members else []
-        content = json.loads(self.bytes(shard, *members["json"]))
+            return members.get("txt", b"").decode()
+        content = json.loads(members["json"])
         return content.get("hashtags", []) if isinstance(content, dict) else content
 
-    def name(self, shard, index):
+    def name(self, number):
+        path = self.paths[int(np.searchsorted(self.edges, number, "right")) - 1]
         try:
-            return f"{self.paths[shard]}:{self.table(shard)['keys'][index]}"
-        except (OSError, ValueError):  # its index is damaged
-            return f"{self.paths[shard]}:{index}"
+            with tarfile.open(fileobj=io.BytesIO(self.block(number)), mode="r:") as tar:
+                return f"{path}:{next(sample_files(tar))[0]}"
+        except Exception:  # noqa: BLE001 (a shard that has changed meanwhile fails in many ways)
+            return f"{path}: sample {number}"
+
+
+def label_of(members):
+    text = members.get("cls", b"").strip()
+    return int(text) if text.isdigit() else -1
 
 
 def expand(pattern):
-    """Shard paths from a path, a glob, or {00000..00099} and {a,b} braces. ValueError if none."""
+    """Shard paths from a path, a glob, or {00000..00099} and {a,b} braces."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match:
         low, dots, high = match[1].partition("..")
@@ -486,120 +513,85 @@ def expand(pattern):
         head, tail = pattern[: match.start()], pattern[match.end() :]
         return list(itertools.chain(*(expand(head + item + tail) for item in items)))
     if re.search(r"[*?\[]", pattern):
-        paths = sorted(path for path in glob.glob(pattern) if path.endswith(".tar"))
-        if not paths:
-            raise ValueError(f"no shard matches {pattern}")
-        return paths
+        return sorted(path for path in glob.glob(pattern) if path.endswith(".tar"))
     if not os.path.isfile(pattern):
         raise ValueError(f"there is no shard {pattern}")
     return [pattern]
 
 
-def read_index(folder):
-    """The content of folder/index.json; without one, an empty index."""
-    path = os.path.join(folder, "index.json")
-    if not os.path.isfile(path):
-        return {"shards": {}}
-    try:
-        index = json.loads(Path(path).read_text())
-        for entry in index["shards"].values():
-            if not isinstance(entry["samples"], int) or entry["samples"] < 0:
-                raise ValueError(entry)
-            entry["bytes"], entry["modified"]
-        return index
-    except (ValueError, KeyError, TypeError, AttributeError):
-        again = "it will be written again, but for class names, which only `data.py pack` writes"
-        raise ValueError(f"{path} is damaged: remove it, and {again}") from None
+def shard_index(path):
+    """(n, 2) int64: where each sample begins and ends in a shard, in bytes.
 
-
-def stamp(path):
-    """What an entry of index.json says of the file it was made from."""
-    return {"bytes": os.path.getsize(path), "modified": os.stat(path).st_mtime_ns}
-
-
-def is_current(path, entry):
-    return stamp(path).items() <= entry.items() and os.path.isfile(f"{path}.index")
-
-
-def index_shards(paths, classes=None):
-    """Scan shards and write their indexes. Returns ({path: entry of index.json}, {path: table}).
-
-    The tables returned are those that could not be written beside their shards.
+    Kept beside it as SHARD.tar.index or, where that cannot be written, in the folder for temporary
+    files: rows of two 64-bit numbers, of which the first holds the shard's size and time of change
+    and the second the number of samples. Where these are not right, it is made again.
     """
-    entries, tables = {}, {}
-    for path in tqdm(paths, desc="indexing shards", unit=" shards", disable=None):
-        entries[path], table = stamp(path), scan_tar(path)
-        entries[path]["samples"] = len(table["keys"])
+    stamp = [os.path.getsize(path), os.stat(path).st_mtime_ns]
+    elsewhere = stable_hash(os.path.abspath(path)).hex()
+    places = f"{path}.index", os.path.join(tempfile.gettempdir(), f"{elsewhere}.tar.index")
+    for place in places:
         try:
-            temporary = f"{path}.index.{os.getpid()}"  # another process may be at it, too
-            with open(temporary, "wb") as file:
-                np.savez(file, **table)
-            os.replace(temporary, f"{path}.index")
+            index = np.fromfile(place, dtype="<i8").reshape(-1, 2)
+            if index[:2].tolist() == [stamp, [len(index) - 2] * 2]:
+                return index[2:]
+        except (OSError, ValueError):  # none, or a damaged one
+            pass
+    samples = scan_tar(path)
+    index = np.array([stamp, [len(samples)] * 2, *samples], dtype="<i8")
+    for place in places:
+        try:
+            index.tofile(f"{place}.{os.getpid()}")  # others may be at it, too
+            os.replace(f"{place}.{os.getpid()}", place)
+            break
         except OSError as error:
-            tables[path] = table
-            print(f"the index of {path} is kept in memory: {error}")
-    for folder in {os.path.dirname(path) for path in entries} if not tables else ():
-        index = read_index(folder)
-        for path in (path for path in entries if os.path.dirname(path) == folder):
-            index["shards"][os.path.basename(path)] = entries[path]
-        if classes:
-            index["classes"] = classes
-        temporary = os.path.join(folder, f"index.json.{os.getpid()}")
-        Path(temporary).write_text(json.dumps(index, indent=1))
-        os.replace(temporary, os.path.join(folder, "index.json"))
-    return entries, tables
+            tqdm.write(f"cannot write the index of a shard: {error}", file=sys.stderr)
+    return index[2:]
 
 
 def scan_tar(path):
-    """The table of a shard, from its headers. A tar that is cut or damaged gives what it has."""
-    keys, rows, extensions = [], [], {}
-    for name, offset, length in tar_members(path):
-        folder, slash, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        if not stem or not extension:
-            continue  # hidden files, and files without a type, belong to no sample
-        if not keys or keys[-1] != folder + slash + stem:
-            keys.append(folder + slash + stem)
-            rows.append({})
-        rows[-1][extensions.setdefault(extension, len(extensions))] = offset, length
-    pictures = {column for name, column in extensions.items() if is_picture(f"x.{name}")}
-    kept = [i for i, row in enumerate(rows) if pictures & row.keys()]
-    if len(kept) < len(rows):
-        print(f"{path}: {len(rows) - len(kept)} samples without a picture are left out")
-    several = sum(len(pictures & row.keys()) > 1 for row in rows)
-    if several:
-        print(f"{path}: {several} names (up to the first dot) have several pictures: one is used")
-    places = np.full((2, len(kept), len(extensions)), -1, dtype=np.int64)
-    for row, i in enumerate(kept):
-        for column, place in rows[i].items():
-            places[:, row, column] = place
-    names = {"keys": [keys[i] for i in kept], "extensions": list(extensions)}
-    table = {name: np.array(values, dtype=str) for name, values in names.items()}
-    return {**table, "offsets": places[0], "lengths": places[1]}
+    """[(begin, end)] in bytes of the files of each sample with a picture.
 
-
-def tar_members(path):
-    """(name, offset, length) of each regular file in a tar, up to where it may be damaged.
-
-    A last file that is cut off is still given: reading it will fail, and be counted.
+    A tar that is cut or damaged gives what it has; a last file that is cut off is still given:
+    reading it will fail, and be counted. Raises ValueError if it is no tar at all.
     """
-    tar = None
-    try:
-        with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
-            while member := tar.next():
-                tar.members.clear()  # it would keep them all
-                if member.isfile():
-                    yield member.name, member.offset_data, member.size
+    samples = []  # [key, begin, end, number of pictures]
+    with open(path, "rb") as file:
+        try:
+            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (it owns nothing to close)
+        except tarfile.ReadError as error:
+            why = f"{path} is no tar ({error}): leave it out, or write it again"
+            raise ValueError(why) from None
+        try:
+            for key, extension, member in sample_files(tar):
+                if not samples or samples[-1][0] != key:
+                    samples.append([key, member.offset, 0, 0])
+                samples[-1][2] = tar.offset  # where the next file begins
+                samples[-1][3] += is_picture(f"x.{extension}")
             file.seek(tar.offset)
             damaged = any(file.read(512))  # not the zeros of its end: tarfile tells no difference
-    except tarfile.ReadError as error:
-        if tar is None:
-            raise ValueError(
-                f"{path} is no tar ({error}): leave it out, or write it again"
-            ) from None
-        damaged = True
+        except tarfile.ReadError:
+            damaged = True
+    kept = [sample for sample in samples if sample[3]]
+    several = sum(pictures > 1 for *_, pictures in kept)
     if damaged:
-        print(f"{path}: cut or damaged at byte {tar.offset}; the samples before it are used")
+        tqdm.write(f"{path}: cut or damaged at byte {tar.offset}; the samples before it are used")
+    if len(kept) < len(samples):
+        tqdm.write(f"{path}: {len(samples) - len(kept)} samples without a picture are left out")
+    if several:
+        tqdm.write(
+            f"{path}: {several} names, up to the first dot, have several pictures: one is used"
+        )
+    return [sample[1:3] for sample in kept]
+
+
+def sample_files(tar):
+    """(key, extension, member) of each file in an open tar that belongs to a sample."""
+    while member := tar.next():
+        tar.members.clear()  # it would keep them all
+        folder, slash, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        if member.isfile() and stem and extension:  # no hidden files, none without a type
+            yield folder + slash + stem, extension, member
 
 
 # ------------------------------------------------------------------------------ pictures to tensors
@@ -621,16 +613,18 @@ def random_box(width, height, bits, min_crop, aspect):
     return centre_box(width, height, aspect)
 
 
-def centre_box(width, height, aspect):
-    """The largest centred box of width / height = aspect: (left, top, width, height)."""
-    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+def centre_box(width, height, aspect, share=1.0):
+    """`share` of the largest centred box of width / height = aspect: (left, top, width, height)."""
+    w, h = min(width, height * aspect), min(height, width / aspect)
+    w, h = round(share * w), round(share * h)
     return (width - w) // 2, (height - h) // 2, max(1, w), max(1, h)
 
 
-def crop_and_resize(image, size, channels, bits=None, min_crop=0.2):
+def crop_and_resize(image, size, channels, bits=None, min_crop=0.2, centre=1.0):
     """A PIL image, not decoded yet -> (C, H, W) uint8 tensor (in channels-last memory).
 
-    bits: 23 uint64 draws for a random crop and flip; None for the centre, not flipped.
+    bits: 23 uint64 draws for a random crop and flip; None for the centre, not flipped: `centre`
+    times the largest box of the target's shape or, with 0, the whole picture, squashed.
     The fastest exact route measured: Pillow decodes, the box is cut out, and torch resizes uint8 in
     channels-last memory, bicubic with antialiasing; normalisation waits for the device.
     """
@@ -641,8 +635,10 @@ def crop_and_resize(image, size, channels, bits=None, min_crop=0.2):
         orientation = 1
     turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # those swap the sides
     original = image.size[::-1] if turned else image.size
-    if bits is None or min_crop >= 1:
-        box = centre_box(*original, aspect)
+    if bits is None and not centre:
+        box = 0, 0, *original
+    elif bits is None or min_crop >= 1:
+        box = centre_box(*original, aspect, 1.0 if bits is not None else centre)
     else:
         box = random_box(*original, bits, min_crop, aspect)
     # JPEG can decode at 1/2, 1/4 or 1/8 for less work. Only when the crop stays at least twice as
@@ -652,18 +648,15 @@ def crop_and_resize(image, size, channels, bits=None, min_crop=0.2):
         image.draft(None, (image.width // shrink, image.height // shrink))
     if orientation != 1:  # exif_transpose copies what it need not turn
         image = ImageOps.exif_transpose(image)
-    if image.size != original:
-        sx, sy = image.width / original[0], image.height / original[1]
-        edges = box[0] * sx, box[1] * sy, (box[0] + box[2]) * sx, (box[1] + box[3]) * sy
-        left, top, right, bottom = map(round, edges)
-        box = left, top, right - left, bottom - top
     left, top, w, h = box
-    pixels = np.array(to_mode(image.crop((left, top, left + w, top + h)), channels))
-    pixels = torch.from_numpy(pixels.reshape(1, h, w, channels)).permute(0, 3, 1, 2)
-    if (h, w) != (height, width):
+    sx, sy = image.width / original[0], image.height / original[1]  # 1, or what draft() gave
+    edges = left * sx, top * sy, (left + w) * sx, (top + h) * sy
+    image = to_mode(image.crop(tuple(map(round, edges))), channels)
+    pixels = torch.from_numpy(np.array(image).reshape(1, image.height, image.width, channels))
+    pixels = pixels.permute(0, 3, 1, 2)  # (1, C, h, w)
+    if image.size != (width, height):
         pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
-    pixels = pixels[0]
-    return pixels.flip(2) if bits is not None and bits[22] & np.uint64(1) else pixels
+    return pixels[0].flip(2) if bits is not None and bits[22] & np.uint64(1) else pixels[0]
 
 
 def to_mode(image, channels):
@@ -698,14 +691,8 @@ def normalize(images):
     return rows.unflatten(2, (width, channels)).permute(0, 3, 1, 2)
 
 
-def denormalize(images):
-    """The inverse of normalize: float (B, C, H, W) -> uint8, clipped."""
-    statistics = torch.tensor(channel_statistics(images.shape[1]), device=images.device)
-    mean, deviation = statistics.view(2, 1, -1, 1, 1)
-    return ((images * deviation + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-
-
 def channel_statistics(channels):
+    """[mean, deviation] of each channel, of values from 0 to 1: see normalize."""
     mean, deviation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     known = 3 if channels >= 3 else 0
     return [v[:known] + [sum(v) / 3] * (channels - known) for v in (mean, deviation)]
@@ -724,6 +711,7 @@ class Batches(torch.utils.data.Dataset):
     tags       (b, T) int64 ids of hashtags, filled up with -1 (only with a vocabulary)
     weight     (b,) float32: 1, or 0 for a sample that could not be read, or without a known tag
     positions  (b,) int64 in the global stream
+    numbers    (b, draws) float32 uniform in [0, 1), for what happens on the device
     bad        a list of "name: error" for the samples that could not be read
     """
 
@@ -734,12 +722,14 @@ class Batches(torch.utils.data.Dataset):
     process: int = 0  # this one's number
     processes: int = 1
     num_patches: int = 0
-    order: object = None  # an Order to train in: random crops and flips. None: the source's samples
-    # one after the other, centre crops, and weight 0 past the last one
-    seed: int = 0
+    order: object = None  # an Order to train in: random crops and flips. None: one sample after the
+    seed: int = 0  # other, centre crops, and weight 0 past the last one
     min_crop: float = 0.2
     pieces: int = 1  # a process's part is made in pieces: they need not be in memory together
     vocabulary: object = None
+    augment: object = None  # (uint8 tensor, (seed, epoch, position)) -> the same, changed
+    draws: int = 0
+    centre: float = 1.0  # without an order: see crop_and_resize
 
     def __post_init__(self):
         if self.channels not in (1, 3, 4):
@@ -750,11 +740,11 @@ class Batches(torch.utils.data.Dataset):
         if self.order is not None and self.order.lanes % self.processes:
             why = f"{self.order.lanes} lanes cannot be dealt to {self.processes} processes"
             raise ValueError(f"{why}: give --lanes, a multiple of {self.processes}, and keep to it")
-        self.edges = np.concatenate([[0], np.cumsum(self.source.sizes)])
+        self.total = int(self.source.sizes.sum())
 
     def __len__(self):
         """Items in which every sample comes once (the last step may hold others or padding)."""
-        return math.ceil(int(self.edges[-1]) / self.batch_size) * self.pieces
+        return math.ceil(self.total / self.batch_size) * self.pieces
 
     def __getitem__(self, item):
         step, piece = divmod(item, self.pieces)
@@ -768,44 +758,37 @@ class Batches(torch.utils.data.Dataset):
         labels = torch.full((len(positions),), -1)
         weight = torch.zeros(len(positions))
         ids = torch.zeros(len(positions), self.num_patches, dtype=torch.int64)
+        numbers = torch.zeros(len(positions), self.draws)
         tags, bad = [[] for _ in positions], []
         for i, position in enumerate(positions.tolist()):
             epoch = position // self.order.length if self.order else 0
             if self.num_patches:
                 shuffled = permutation(self.num_patches, self.seed, epoch, position, MASK)
                 ids[i] = torch.from_numpy(shuffled)
-            place = self.place(position)
-            if place is None:
+            if self.draws:
+                drawn = random_bits(self.draws, self.seed, epoch, position, DEVICE)
+                numbers[i] = torch.from_numpy(uniform(drawn))
+            number = self.order(position) if self.order else position
+            if number >= self.total:
                 continue
             bits = random_bits(23, self.seed, epoch, position, VIEW) if self.order else None
             try:
-                sample = self.source.read(*place)
-                images[i] = crop_and_resize(
-                    sample["image"], self.size, self.channels, bits, self.min_crop
-                )
+                sample, crop = self.source.read(number), (bits, self.min_crop, self.centre)
+                pixels = crop_and_resize(sample["image"], self.size, self.channels, *crop)
+                if self.augment:
+                    pixels = self.augment(pixels, (self.seed, epoch, position))
+                images[i] = pixels
                 if self.vocabulary is not None:
-                    tags[i] = self.vocabulary.ids(self.source.hashtags(*place))
-                labels[i], weight[i] = (
-                    sample["class"],
-                    float(self.vocabulary is None or tags[i] != []),
-                )
+                    tags[i] = self.vocabulary.ids(self.source.hashtags(number))
+                labels[i], weight[i] = sample["class"], self.vocabulary is None or len(tags[i]) > 0
             except Exception as error:  # noqa: BLE001 (decoders raise anything: named, counted)
                 images[i] = 0
                 text = " ".join(f"{type(error).__name__}: {error}".split())
-                bad.append(f"{self.source.name(*place)}: {text}")
+                bad.append(f"{self.source.name(number)}: {text}")
         longest = max(map(len, tags))
         tags = torch.tensor([t + [-1] * (longest - len(t)) for t in tags], dtype=torch.int64)
         batch = {"images": images, "ids": ids, "labels": labels, "tags": tags, "weight": weight}
-        return batch | {"positions": torch.from_numpy(positions), "bad": bad}
-
-    def place(self, position):
-        """(shard, index) of a position, None past the end."""
-        if self.order:
-            return self.order(position)
-        if position >= self.edges[-1]:
-            return None
-        shard = int(np.searchsorted(self.edges, position, "right")) - 1
-        return shard, int(position - self.edges[shard])
+        return batch | {"numbers": numbers, "positions": torch.from_numpy(positions), "bad": bad}
 
 
 def loader(batches, items, workers, pin=False):
@@ -1029,18 +1012,16 @@ HELD_OUT = 512  # pictures to measure on, and never more than 5 % of them
 
 
 class Vocabulary:
-    """The hashtags that are classes, by falling number of pictures: the order of their ids.
+    """The hashtags that are classes. Ids are their order, by falling number of pictures.
 
-    counts     {canonical tag: pictures that carry it}
+    counts     {canonical tag: pictures that carry it}, in this order
     synonyms   {canonical tag: the canonical tag that it counts as}
     identity   says which index it comes from
     """
 
     def __init__(self, counts, synonyms, identity=""):
-        self.identity = identity
-        self.counts = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-        self.synonyms = synonyms
-        self.numbers = {tag: number for number, tag in enumerate(self.counts)}
+        self.counts, self.synonyms, self.identity = counts, synonyms, identity
+        self.numbers = {tag: number for number, tag in enumerate(counts)}
 
     def __len__(self):
         return len(self.counts)
@@ -1070,39 +1051,33 @@ def canonical(hashtags, synonyms):
 
 @dataclass(eq=False)
 class TagChunks(torch.utils.data.Dataset):
-    """chunk of TAG_CHUNK samples -> (what its tags say, names of the samples with unreadable ones).
-
-    What they say is {tag: samples} or, with a vocabulary, the id of each sample's rarest known tag
-    (its largest: ids fall with the number of pictures), (n,) int32, -1 without one.
-    """
+    """chunk -> ([set of canonical tags] of TAG_CHUNK samples, errors)."""
 
     source: object
     synonyms: dict
-    vocabulary: object = None
 
     def __getitem__(self, chunk):
-        start, total = chunk * TAG_CHUNK, int(self.source.sizes.sum())
-        part = Slice(self.source, start, min(total, start + TAG_CHUNK))
-        counts, rarest, bad = Counter(), [], []
-        for place in ((shard, i) for shard, n in enumerate(part.sizes.tolist()) for i in range(n)):
-            tags = set()
+        found, errors = [], []
+        end = min((chunk + 1) * TAG_CHUNK, int(self.source.sizes.sum()))
+        for number in range(chunk * TAG_CHUNK, end):
             try:
-                tags = canonical(part.hashtags(*place), self.synonyms)
+                found.append(canonical(self.source.hashtags(number), self.synonyms))
             except Exception as error:  # noqa: BLE001 (named and counted, whatever it was)
-                bad.append(f"{part.name(*place)}: {error}")
-            if self.vocabulary is None:
-                counts.update(tags)
-            else:
-                rarest.append(
-                    max((self.vocabulary.numbers.get(tag, -1) for tag in tags), default=-1)
-                )
-        # (As a dict: torch's loader copies mappings by update(), which doubles a Counter.)
-        return (dict(counts) if self.vocabulary is None else np.array(rarest, dtype=np.int32)), bad
+                found.append(set())
+                errors.append(f"{self.source.name(number)}: {error}")
+        return found, errors
 
     def read(self, workers, title):
-        """All chunks in order, made by worker processes, with a bar."""
-        chunks = range(math.ceil(int(self.source.sizes.sum()) / TAG_CHUNK))
-        return tqdm(loader(self, chunks, workers), desc=title, unit=" chunks", disable=None)
+        """The set of tags of each sample, read ahead by worker processes, with a bar."""
+        chunks, bad = range(math.ceil(int(self.source.sizes.sum()) / TAG_CHUNK)), 0
+        made = tqdm(loader(self, chunks, workers), desc=title, unit=" chunks", disable=None)
+        for found, errors in made:
+            for text in errors[: max(0, 20 - bad)]:  # all are counted, the first ones named
+                tqdm.write(f"unreadable hashtags: {text}", file=sys.stderr)
+            bad += len(errors)
+            yield from found
+        if bad:
+            print(f"{bad} samples have unreadable hashtags")
 
 
 def count_hashtags(source, size=28_000, min_count=5, synonyms=None, workers=0):
@@ -1110,16 +1085,11 @@ def count_hashtags(source, size=28_000, min_count=5, synonyms=None, workers=0):
 
     28,000 is the paper's number of classes. Raises ValueError when no tag is left.
     """
-    synonyms, counts, unreadable = synonyms or {}, Counter(), 0
-    for found, bad in TagChunks(source, synonyms).read(workers, "counting"):
-        counts.update(found)
-        for name in bad[: max(0, 20 - unreadable)]:  # all are counted, the first ones named
-            tqdm.write(f"unreadable hashtags: {name}", file=sys.stderr)
-        unreadable += len(bad)
+    synonyms, counts = synonyms or {}, Counter()
+    for tags in TagChunks(source, synonyms).read(workers, "counting"):
+        counts.update(tags)
         if len(counts) > MOST_TAGS:
             counts = Counter(dict(counts.most_common(MOST_TAGS // 2)))
-    if unreadable:
-        print(f"{unreadable} samples have unreadable hashtags")
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:size]
     ranked = {tag: count for tag, count in ranked if count >= min_count}
     if not ranked:
@@ -1141,22 +1111,18 @@ def write_hashtags(source, out, tail_below=None, workers=0, **counting):
     """
     train, _ = hold_out(source, None, HELD_OUT)
     os.makedirs(out, exist_ok=True)
-    Path(out, "vocabulary.json").unlink(
-        missing_ok=True
-    )  # it comes last: without it, nothing counts
+    Path(out, "vocabulary.json").unlink(missing_ok=True)  # it comes last: without it, none counts
     vocabulary = count_hashtags(train, workers=workers, **counting)
-    total, filled = int(train.sizes.sum()), 0
+    total, counts = int(train.sizes.sum()), np.array(list(vocabulary.counts.values()))
     rarest = np.lib.format.open_memmap(f"{out}/rarest.npy", "w+", np.int32, (total,))
-    pictures = np.zeros(
-        len(vocabulary) + 1, dtype=np.int64
-    )  # with this rarest tag; last: with none
-    for found, _ in TagChunks(train, vocabulary.synonyms, vocabulary).read(workers, "weighing"):
-        rarest[filled : filled + len(found)] = found
-        filled += len(found)
-        pictures += np.bincount(np.asarray(found) % len(pictures), minlength=len(pictures))
+    drawn = np.zeros(len(counts), dtype=np.int64)  # pictures with this rarest tag
+    for number, tags in enumerate(TagChunks(train, vocabulary.synonyms).read(workers, "weighing")):
+        # ids fall with the number of pictures: the largest is the rarest
+        rarest[number] = max((vocabulary.numbers.get(tag, -1) for tag in tags), default=-1)
+        if rarest[number] >= 0:
+            drawn[rarest[number]] += 1
     rarest.flush()
     tail_below = tail_below or min(5000, math.ceil(total / 100))
-    counts, drawn = np.array(list(vocabulary.counts.values())), pictures[:-1]
     tail, importance = counts < tail_below, counts**-0.5
     shares = {True: 0.3, False: 0.7}
     if not drawn[tail].any() or not drawn[~tail].any():
@@ -1164,13 +1130,14 @@ def write_hashtags(source, out, tail_below=None, workers=0, **counting):
             f"all pictures are in the {'tail' if drawn[tail].any() else 'head'}: it has all draws"
         )
         shares = {True: 1.0, False: 1.0}
-    weights = np.zeros(len(pictures), dtype=np.int64)  # the last one, of -1, stays 0
+    weights = np.zeros(len(counts) + 1, dtype=np.int64)  # the last one, of -1, stays 0
     for part, share in shares.items():
-        which = tail == part
+        which = np.flatnonzero(tail == part)
         scale = share * drawn.sum() / max(1e-9, (drawn * importance)[which].sum())
-        weights[:-1][which] = np.maximum(1, np.rint(scale * importance[which] * WEIGHT))
-    edges = np.concatenate([[0], np.cumsum(train.sizes)]).tolist()
-    totals = [int(weights[rarest[a:b]].sum()) for a, b in itertools.pairwise(edges)]
+        weights[which] = np.maximum(1, np.rint(scale * importance[which] * WEIGHT))
+    totals = [
+        int(weights[rarest[a:b]].sum()) for a, b in itertools.pairwise(running_sum(train.sizes))
+    ]
     np.save(f"{out}/totals.npy", np.array(totals, dtype=np.int64))
     rows = enumerate(zip(vocabulary.counts.items(), weights.tolist()))
     tags = [{"tag": t, "id": i, "count": n, "weight": w} for i, ((t, n), w) in rows]
@@ -1204,9 +1171,12 @@ def open_hashtags(source, folder):
         raise ValueError(f"no hashtags in {folder} ({error!r}): {hint}") from None
     if made_for != train.identity or len(rarest) != train.sizes.sum():
         raise ValueError(f"{folder} is of other data ({made_for}): {hint}")
-    edges = np.concatenate([[0], np.cumsum(train.sizes)])
-    weights = partial(shard_weights, f"{folder}/rarest.npy", table, edges)
+    weights = partial(weights_of, f"{folder}/rarest.npy", table)
     return vocabulary, train, held_out, {"totals": totals, "weights": weights}
+
+
+def weights_of(rarest, table, start, stop):
+    return table[open_array(rarest)[start:stop]]
 
 
 @lru_cache(1)
@@ -1214,27 +1184,18 @@ def open_array(path):
     return np.load(path, mmap_mode="r")
 
 
-def shard_weights(path, table, edges, shard):
-    return table[open_array(path)[edges[shard] : edges[shard + 1]]]
-
-
 def read_synonyms(path):
-    """{canonical tag: canonical tag} of lines of two columns, parted by a tab; chains are followed.
+    """{canonical tag: canonical tag} of lines of two columns, parted by a tab.
 
-    Raises ValueError when a line is something else, or leads in a circle.
+    Raises ValueError when a line is something else, or a tag that others count as is not final.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
         rows = [line.split("\t") for line in lines if line.strip()]
         pairs = dict([canonical([tag], {}).pop() for tag in (one, other)] for one, other in rows)
         for tag, other in pairs.items():
-            seen = {tag}
-            while other in pairs and other not in seen:
-                seen.add(other)
-                other = pairs[other]
-            if other in seen:
-                raise ValueError(f"{tag} leads in a circle")
-            pairs[tag] = other
+            if pairs.get(other, other) != other:
+                raise ValueError(f"{tag} counts as {other}, which counts as {pairs[other]}")
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is no list of synonyms (two columns, a tab): {error}") from None
     return pairs
@@ -1246,104 +1207,85 @@ def read_synonyms(path):
 def pack(folder, pattern, short_side=None, shard_size=None):
     """Write the pictures of a folder into tar shards, with .cls members if it has class folders.
 
-    A shard that is there already and holds the right samples is kept: an interrupted run goes on.
-    Pictures are written as they are or, with short_side, scaled down to it and encoded again.
+    Pictures are written as they are or, with short_side, scaled down to it and encoded again. An
+    interrupted run goes on; pack.json, beside the shards, says what they were asked to be.
     """
     if not re.fullmatch(r"[^%]*%\d*d[^%]*\.tar", pattern):
         raise ValueError(f"{pattern} must hold one number, as in OUT-%05d.tar")
-    out = os.path.dirname(pattern)
+    out, name = os.path.split(pattern)
+    every = re.sub(r"%\d*d", "*", glob.escape(pattern))
+    record = pack_record(out)
     # Classes are numbered as those packed into the same place before: train first, then val.
-    source = Folder(folder, read_index(out).get("classes"))
-    classes = source.classes
-    os.makedirs(out or ".", exist_ok=True)
+    source = Folder(folder, record["classes"])
+    total = len(source.paths)
     # At least 48 shards if there is enough: that is the number of lanes (see Order).
-    shard_size = shard_size or max(1, min(10_000, -(-len(source.paths) // 48)))
-    groups = [source.paths[i : i + shard_size] for i in range(0, len(source.paths), shard_size)]
-    if os.path.exists(pattern % len(groups)):
-        raise ValueError(f"{pattern % len(groups)} is left of another pack: move it away")
-    written = []
-    with (
-        ThreadPoolExecutor() as threads,  # Pillow works outside Python's lock
-        tqdm(total=len(source.paths), desc="packing", unit=" pictures", disable=None) as bar,
-    ):
-        for number, paths in enumerate(groups):
-            shard = pattern % number
-            keys = unique_keys(paths)
-            if os.path.exists(shard):
-                first = encode(os.path.join(folder, paths[0]), short_side)[1]
-                with open(shard, "rb") as file:
-                    same = file.read(512 + len(first))[512:] == first
-                if not same or scan_tar(shard)["keys"].tolist() != keys:
-                    raise ValueError(f"{shard} exists and holds other samples: move it away")
-                bar.update(len(paths))
-                written.append(shard)
-                continue
-            with tarfile.open(f"{shard}.tmp", "w") as tar:
-                for some in range(0, len(paths), 256):  # so many pictures are in memory at once
-                    part = [os.path.join(folder, path) for path in paths[some : some + 256]]
-                    encoded = threads.map(lambda path: encode(path, short_side), part)
-                    for key, path, (kind, content) in zip(keys[some:], paths[some:], encoded):
-                        add_member(tar, f"{key}.{kind}", content)
-                        if classes:
-                            label = str(classes.index(path.split("/")[0])).encode()
-                            add_member(tar, f"{key}.cls", label)
-                        bar.update()
-            os.replace(f"{shard}.tmp", shard)
-            written.append(shard)
-    index_shards(written, classes)
-    shards = shlex.quote(re.sub(r"%\d*d", "*", glob.escape(pattern)))
-    print(f"{len(source.paths)} pictures in {len(written)} shards: --data {shards}")
+    shard_size = shard_size or max(1, min(10_000, math.ceil(total / 48)))
+    asked = {"pictures": source.identity, "short_side": short_side, "shard_size": shard_size}
+    if glob.glob(every) and record["packed"].get(name) != asked:
+        raise ValueError(f"{every} was not packed from this, with these options: move it away")
+    os.makedirs(out or ".", exist_ok=True)
+    record["packed"][name], record["classes"] = asked, record["classes"] or source.classes
+    Path(out, "pack.json").write_text(json.dumps(record))
+    with ThreadPoolExecutor() as threads:  # Pillow works outside Python's lock
+        starts = range(0, total, shard_size)
+        for start in tqdm(starts, desc="packing", unit=" shards", disable=None):
+            shard = pattern % (start // shard_size)
+            if not os.path.exists(shard):
+                numbers = range(start, min(start + shard_size, total))
+                write_shard(f"{shard}.tmp", source, numbers, short_side, threads)
+                os.replace(f"{shard}.tmp", shard)
+    print(f"{total} pictures in {len(starts)} shards: --data {shlex.quote(every)}")
+    Shards(every)  # writes their indexes
 
 
-def unique_keys(paths):
-    """Sample keys of paths: without extension and without dots; a repeated one gets a tilde."""
-    keys = {}
-    for path in paths:
-        key = os.path.splitext(path)[0].replace(".", "_")
-        while key in keys:
-            key += "~"
-        keys[key] = path
-    return list(keys)
+def write_shard(path, source, numbers, short_side, threads):
+    with tarfile.open(path, "w") as tar:
+        for some in range(0, len(numbers), 256):  # so many pictures are in memory at once
+            part = numbers[some : some + 256]
+            encoded = threads.map(lambda n: encode(source.name(n), short_side), part)
+            for number, (kind, content) in zip(part, encoded):
+                # The number makes the key unique: a.jpg and a.png may be neighbours.
+                stem = re.sub(r"[/.]", "_", os.path.splitext(source.paths[number])[0])
+                members = {kind: content}
+                if source.classes:
+                    members["cls"] = str(source.labels[number]).encode()
+                for extension, content in members.items():
+                    # Time 0, owner 0: the same pictures give the same bytes.
+                    member = tarfile.TarInfo(f"{number:08d}_{stem}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+def pack_record(folder):
+    """What pack says of its shards in folder/pack.json: class names, and options by pattern."""
+    path = Path(folder, "pack.json")
+    try:
+        record = json.loads(path.read_text()) if path.exists() else {"classes": None, "packed": {}}
+        return {"classes": record["classes"], "packed": dict(record["packed"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): remove it, and pack again") from None
 
 
 def encode(path, short_side):
     """(extension, bytes) of a picture for a shard."""
-    kind = os.path.splitext(path)[1][1:].lower()
+    kind, content = os.path.splitext(path)[1][1:].lower(), b""
     try:
         content = Path(path).read_bytes()
-    except OSError as error:
-        tqdm.write(f"{path} cannot be read ({error}), packed without content")
-        return kind, b""
-    if short_side is None:
-        return kind, content
-    try:
         with Image.open(io.BytesIO(content)) as image:
-            scale = short_side / min(image.size)
-            if scale >= 1:
+            if not short_side or min(image.size) <= short_side:
                 return kind, content
-            image.draft(None, tuple(math.ceil(2 * scale * side) for side in image.size))
-            image = ImageOps.exif_transpose(image)
-            solid = image.mode in ("L", "RGB", "CMYK", "YCbCr")
-            opaque = solid and "transparency" not in image.info
-            image = to_mode(image, 3 if opaque else 4)
+            scale = 2 * short_side / min(image.size)
+            image.draft(None, tuple(math.ceil(scale * side) for side in image.size))
+            image, buffer = ImageOps.exif_transpose(image), io.BytesIO()
+            solid = image.mode in ("L", "RGB", "CMYK", "YCbCr") and "transparency" not in image.info
             scale = short_side / min(image.size)
             size = tuple(max(1, round(scale * side)) for side in image.size)
-            image = image.resize(size, Image.Resampling.BICUBIC)
+            image = to_mode(image, 3 if solid else 4).resize(size, Image.Resampling.BICUBIC)
+            image.save(buffer, "JPEG" if solid else "PNG", quality=90)
+            return "jpg" if solid else "png", buffer.getvalue()
     except Exception as error:  # noqa: BLE001 (kept as it is: training names and counts it)
-        tqdm.write(f"{path} cannot be scaled ({type(error).__name__}: {error}), packed as it is")
+        tqdm.write(f"{path} cannot be read ({type(error).__name__}: {error}), packed as it is")
         return kind, content
-    buffer = io.BytesIO()
-    if opaque:
-        image.save(buffer, "JPEG", quality=90)
-        return "jpg", buffer.getvalue()
-    image.save(buffer, "PNG")
-    return "png", buffer.getvalue()
-
-
-def add_member(tar, name, content):
-    member = tarfile.TarInfo(name)  # time 0, owner 0: the same pictures give the same bytes
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
 
 
 def positive(text):
@@ -1368,25 +1310,21 @@ def main():
     command.add_argument("--labels", help='JSON lines of {"path", "hashtags"} for a folder')
     command.add_argument("--synonyms", help="two columns: a tag, and the tag that it counts as")
     command.add_argument("--vocabulary", type=positive, default=28_000, help="most tags (28,000)")
-    command.add_argument(
-        "--min-count", type=positive, default=5, help="pictures of a tag (5, ours)"
-    )
+    command.add_argument("--min-count", type=positive, default=5, help="pictures of a tag (5)")
     command.add_argument("--tail-below", type=positive, help="pictures (5,000 or 1 %% of them)")
     command.add_argument("--workers", type=int, help="processes (the cores left)")
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     try:
-        if arguments.command == "hashtags":
-            source, _ = open_sources(arguments.data, labels=arguments.labels)
-            counting = {"size": arguments.vocabulary, "min_count": arguments.min_count}
-            counting["synonyms"] = read_synonyms(arguments.synonyms) if arguments.synonyms else None
-            workers = loader_workers(arguments.workers)
-            write_hashtags(source, arguments.out, arguments.tail_below, workers, **counting)
-        elif arguments.command == "pack":
-            pack(arguments.folder, arguments.pattern, arguments.short_side, arguments.shard_size)
+        if given.command == "pack":
+            pack(given.folder, given.pattern, given.short_side, given.shard_size)
+        elif given.command == "index":
+            print(Shards(given.shards).identity)
         else:
-            entries, _ = index_shards(expand(arguments.shards))
-            samples = sum(entry["samples"] for entry in entries.values())
-            print(f"{samples} samples in {len(entries)} shards")
+            source, _ = open_sources(given.data, labels=given.labels)
+            synonyms = read_synonyms(given.synonyms) if given.synonyms else {}
+            counting = {"min_count": given.min_count, "synonyms": synonyms}
+            counting |= {"size": given.vocabulary, "workers": loader_workers(given.workers)}
+            write_hashtags(source, given.out, given.tail_below, **counting)
     except (ValueError, OSError) as error:
         parser.exit(2, f"data.py: {error}\n")
 

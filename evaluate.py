@@ -2,6 +2,7 @@
 
     python evaluate.py --task knn         --checkpoint runs/mae/model.pt --data DIR
     python evaluate.py --task fewshot     --checkpoint ... --data DIR --shots 1,5,10,all
+    python evaluate.py --task classify    --checkpoint runs/classify/model.pt --data DIR
     python evaluate.py --task features    --checkpoint ... --data DIR --out features.npz
     python evaluate.py --task reconstruct --checkpoint ... --data DIR    # what MAE sees, and paints
     python evaluate.py --task attention   --checkpoint ... --data DIR    # where a class token looks
@@ -16,6 +17,7 @@ last bits of a feature. Nothing is random but what a printed seed decides.
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import data
@@ -39,19 +41,22 @@ NEIGHBOURS = 10
 
 
 @torch.inference_mode()
-def extract(functions, source, config, batch_size=64, workers=0, device="cpu", max_bad=0.01):
+def extract(
+    functions, source, config, batch_size=64, workers=0, device="cpu", max_bad=0.01, centre=1.0
+):
     """Features of a source's samples, by several functions in one pass over the pictures.
 
     functions   {name: function of normalised images (b, C, H, W) that gives (b, D)}
     config      a model's: says image_size and channels
-    Returns {name: (n, D) float32}, labels (n,) int64 and keys (n,) of the samples that could be
+    centre      share of the pictures' centre that is seen: see data.crop_and_resize
+    Returns {name: (n, D) float32}, labels (n,) and numbers (n,) int64 of the samples that could be
     read. Under torchrun each process computes its share, and all get the whole. Raises ValueError
     when more than the share max_bad cannot be read (one alone always may), or all.
     """
     process, processes = distributed()
     size, channels = models.pair(config["image_size"]), config["channels"]
     batch_size = 2 * processes * max(1, batch_size // 2)  # batches are dealt in pairs
-    share = {"process": process, "processes": processes}
+    share = {"process": process, "processes": processes, "centre": centre}
     batches = data.Batches(source, size, channels, batch_size, **share)
     total, features = int(source.sizes.sum()), {}
     labels, read = torch.zeros(total, dtype=torch.int64), torch.zeros(total)
@@ -75,9 +80,11 @@ def extract(functions, source, config, batch_size=64, workers=0, device="cpu", m
     bad = total - int(read.sum())
     if bad == total or bad > max(1, max_bad * total):
         raise ValueError(f"{bad} of {total} pictures cannot be read, over --max-bad {max_bad}")
-    places = [(shard, i) for shard, n in enumerate(source.sizes.tolist()) for i in range(n)]
-    keys = np.array([source.name(*place) for place, ok in zip(places, read.tolist()) if ok])
-    return {name: found[read] for name, found in features.items()}, labels[read], keys
+    return (
+        {name: found[read] for name, found in features.items()},
+        labels[read],
+        read.nonzero()[:, 0],
+    )
 
 
 def distributed():
@@ -201,6 +208,32 @@ def hit_rates(model, batches, device):
     return {"hit_1": hit_1 / count, "hit_5": hit_5 / count} if count else {}
 
 
+@torch.no_grad()
+def label_accuracy(model, batches, device, workers=0):
+    """[(top-1, top-5)] of each head of a classifier on a data.Batches, in inference mode.
+
+    model: images -> (b, classes) or (b, heads, classes). Every process must call it; pictures that
+    cannot be read or have no label are left out. Raises ValueError when none is left.
+    """
+    model.eval()
+    hits, count = 0, torch.zeros((), dtype=torch.int64, device=device)
+    for batch in data.loader(batches, range(len(batches)), workers):
+        images, labels, weight = (batch[key].to(device) for key in ("images", "labels", "weight"))
+        logits = model(data.normalize(images))
+        logits = logits[:, None] if logits.ndim == 2 else logits  # (b, heads, classes)
+        best = logits.topk(min(5, logits.shape[2])).indices  # (b, heads, 5)
+        right = (best == labels[:, None, None]) & (weight > 0)[:, None, None]
+        hits += torch.stack([right[:, :, 0], right.any(dim=2)], dim=2).sum(dim=0)  # (heads, 2)
+        count += ((labels >= 0) & (weight > 0)).sum()
+    model.train()
+    if dist.is_initialized():
+        dist.all_reduce(hits)
+        dist.all_reduce(count)
+    if not count:
+        raise ValueError(f"no labels in {batches.source.identity}")
+    return [tuple(row) for row in (hits.double() / count).tolist()]
+
+
 def show_autoencoder(weights, run):
     """What stage 1 shows when it ends: reconstructions, and the probe if there are labels.
 
@@ -220,6 +253,13 @@ def show_autoencoder(weights, run):
 # ----------------------------------------------------------------------------------------- pictures
 
 
+def denormalize(images):
+    """The inverse of data.normalize: float (B, C, H, W) -> uint8, clipped."""
+    statistics = torch.tensor(data.channel_statistics(images.shape[1]), device=images.device)
+    mean, deviation = statistics.view(2, 1, -1, 1, 1)
+    return ((images * deviation + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
 @torch.inference_mode()
 def draw_reconstructions(model, source, path, count=8, seed=0):
     """Write a PNG, a row per picture: itself, what the encoder sees, what the decoder paints."""
@@ -228,7 +268,7 @@ def draw_reconstructions(model, source, path, count=8, seed=0):
     ids = [data.permutation(N, seed, 0, i, data.MASK) for i in range(len(images))]
     ids = torch.from_numpy(np.stack(ids)).to(device)
     normal = data.normalize(images.to(device))
-    painted = data.denormalize(model.reconstruct(normal, ids)).cpu()
+    painted = denormalize(model.reconstruct(normal, ids)).cpu()
     hidden = torch.ones(len(images), N, 1).scatter(1, ids[:, : model.num_visible, None].cpu(), 0)
     hidden = models.unpatchify(
         hidden.expand(-1, -1, model.patch_size**2), model.patch_size, model.grid
@@ -266,6 +306,51 @@ def some_pictures(source, config, count):
     if not batch["weight"].any():
         raise ValueError(f"no readable picture among the first {count}: {source.identity}")
     return batch["images"][batch["weight"] > 0]
+
+
+def draw_confusion(table, names, path):
+    """Write a PNG of (classes, classes) counts: a row for each true class, darker for more."""
+    side, left = max(4, min(36, 1200 // len(names))), 150 if len(names) <= 60 else 6
+    image = Image.new("RGB", (left + side * len(names) + 6, left + side * len(names) + 6), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(min(13, side * 2 // 3))
+    shares = table / table.sum(dim=1, keepdim=True).clamp(min=1)
+    for row, name in enumerate(names if left > 6 else ()):
+        y = left + row * side + side // 6
+        draw.text((left - 6, y), name[:20], "black", font, anchor="ra")
+        label = Image.new("RGB", (left, side), "white")
+        ImageDraw.Draw(label).text((6, side // 6), name[:20], "black", font)
+        image.paste(label.rotate(90, expand=True), (left + row * side, 0))
+    draw.text((6, 6), "rows: truth\ncolumns: answer", "black", ImageFont.load_default(13))
+    for (row, column), share in np.ndenumerate(shares.numpy()):
+        x, y, grey = left + column * side, left + row * side, int(255 * (1 - share))
+        draw.rectangle(
+            (x, y, x + side - 1, y + side - 1), (grey, grey, 255 if row != column else grey)
+        )
+        if side > 24 and table[row, column]:
+            colour = "white" if share > 0.5 else "black"
+            draw.text(
+                (x + side // 2, y + side // 2), str(int(table[row, column])), colour, font, "mm"
+            )
+    image.save(path)
+    print(f"wrote {path}")
+
+
+def draw_mistakes(source, lines, config, path):
+    """Write a PNG of a source's pictures, each with a line of text below."""
+    if not lines:
+        return print(f"there are no mistakes: {path} is not written")
+    images = some_pictures(source, config, len(lines)).permute(0, 2, 3, 1).numpy()
+    side, columns = 224, min(4, len(lines))
+    rows = -(-len(lines) // columns)
+    canvas = Image.new("RGB", (columns * (side + 6) + 6, rows * (side + 28) + 6), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    for i, (pixels, line) in enumerate(zip(images, lines)):
+        x, y = 6 + i % columns * (side + 6), 6 + i // columns * (side + 28)
+        picture = Image.fromarray(pixels.squeeze()).convert("RGB")
+        canvas.paste(ImageOps.pad(picture, (side, side), color="white"), (x, y))
+        draw.text((x, y + side + 4), line[:36], "black", font)
+    canvas.save(path)
+    print(f"wrote {path}")
 
 
 def draw_grid(columns, titles, path):
@@ -340,24 +425,126 @@ def task_fewshot(model, sources, run):
     return result
 
 
+def task_classify(model, sources, run):
+    """Top-1 and top-5 of a classifier's head. A picture may have several right classes."""
+    source = Bordered(sources[-1], run.border) if run.border else sources[-1]
+    options, functions = run.options, {"": lambda images: best_five(model(images))}
+    options["centre"] = run.val_crop
+    found, labels, numbers = extract(functions, source, model.config, **options)
+    found = found[""]  # (n, 6): five classes, the probability of the first
+    answers = right_answers(model, source, labels, numbers.tolist(), run)
+    counted = [i for i, right in enumerate(answers) if right]
+    if not counted:
+        raise ValueError(f"no labels in {source.identity}: class folders or .cls files are needed")
+    if len(counted) < len(answers):
+        print(f"{len(answers) - len(counted)} pictures without a right answer are left out")
+    best = found[:, :-1].long().tolist()
+    top1 = sum(best[i][0] in answers[i] for i in counted) / len(counted)
+    top5 = sum(not answers[i].isdisjoint(best[i]) for i in counted) / len(counted)
+    print(f"top-1 {top1:.2%}, top-5 {top5:.2%} on {len(counted)} pictures")
+    names = model.config.get("class_names") or [str(i) for i in range(model.classes)]
+    if run.confusion:
+        table = torch.zeros(model.classes, model.classes, dtype=torch.int64)
+        for i in counted:  # of several right answers, the one that was given, or the first
+            truth = best[i][0] if best[i][0] in answers[i] else min(answers[i])
+            table[truth, best[i][0]] += 1
+        draw_confusion(table, names, run.confusion)
+    if run.mistakes:
+        wrong = [i for i in counted if best[i][0] not in answers[i]]
+        wrong.sort(key=lambda i: -found[i, -1])
+        pictures = data.Chosen(source, numbers[wrong[: run.count]].tolist())
+        lines = [
+            f"{names[best[i][0]]} ({found[i, -1]:.0%}), is {names[min(answers[i])]}"
+            for i in wrong[: run.count]
+        ]
+        draw_mistakes(pictures, lines, model.config, run.mistakes)
+    return {"top1": top1, "top5": top5, "pictures": len(counted)}
+
+
+def best_five(logits):
+    """(b, classes) -> (b, 6): the five best classes (or as many as there are) and the probability
+    of the first. Class numbers are exact in float32 up to 2^24."""
+    best = logits.float().softmax(dim=1).topk(min(5, logits.shape[1]))
+    return torch.cat([best.indices.float(), best.values[:, :1]], dim=1)
+
+
+class Bordered(data.Slice):
+    """A source without the outermost pixels of its pictures (ObjectNet's have a red frame)."""
+
+    def __init__(self, source, border):
+        super().__init__(source, 0, int(source.sizes.sum()))
+        self.border = border
+
+    def read(self, number):
+        sample, b = super().read(number), self.border
+        width, height = sample["image"].size
+        return sample | {"image": sample["image"].crop((b, b, width - b, height - b))}
+
+
+def right_answers(model, source, labels, numbers, run):
+    """For each picture the set of the model's classes that are right: empty where none is known.
+
+    labels are the source's class numbers. They are the model's unless both name their classes:
+    then names count; or --label-map says which of the model's classes a class of the data means;
+    or --real-labels (ImageNet-ReaL's real.json) has a list for each number in the files' names.
+    """
+    names = model.config.get("class_names")
+    if run.real_labels:
+        try:
+            real = json.loads(Path(run.real_labels).read_text())
+            keys = [Path(source.name(number)).stem for number in numbers]
+            return [set(real[int(re.findall(r"\d+", key)[-1]) - 1]) for key in keys]
+        except (OSError, ValueError, IndexError, TypeError) as error:
+            why = f"{run.real_labels} is not real.json of these pictures ({error!r})"
+            raise ValueError(f"{why}: a list for each, ILSVRC2012_val_00000001 first") from None
+    meanings = {number: {number} for number in range(model.classes)}
+    if run.label_map:
+        try:
+            given = json.loads(Path(run.label_map).read_text())
+            given = {k: v if isinstance(v, list) else [v] for k, v in given.items()}
+            of_name = {name: number for number, name in enumerate(names or ())}
+            given = {
+                k: {of_name[v] if isinstance(v, str) else v for v in vs} for k, vs in given.items()
+            }
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            why = f"{run.label_map} is no label map ({error!r})"
+            raise ValueError(
+                f"{why}: want {{class of the data: class of the model, or a list}}"
+            ) from None
+        of_data = {name: number for number, name in enumerate(source.classes or ())}
+        meanings = {
+            of_data.get(name, int(name) if name.isdigit() else -1): v for name, v in given.items()
+        }
+    elif names and source.classes and names != source.classes:
+        unknown = [name for name in source.classes if name not in names]
+        if unknown:
+            why = f"the model knows no {', '.join(unknown[:3])}"
+            raise ValueError(f"{why} ({len(unknown)} of the data's classes): give --label-map")
+        meanings = {i: {names.index(name)} for i, name in enumerate(source.classes)}
+    wrong = {v for vs in meanings.values() for v in vs if not 0 <= v < model.classes}
+    outside = {label for label in labels.tolist() if label not in meanings and label >= 0}
+    if wrong or (outside and not run.label_map):
+        what = f"{sorted(wrong or outside)[:3]}"
+        raise ValueError(f"there are labels {what}, and the model has {model.classes} classes")
+    return [meanings.get(label, set()) for label in labels.tolist()]
+
+
 def task_features(model, sources, run):
     out = Path(run.out or "features.npz")
     if out.exists():
         raise ValueError(f"{out} exists: choose another --out")
     if run.split == "val" and len(sources) == 1:
         raise ValueError(f"{run.data} has no val/: say --split train")
-    x, labels, keys = extract(
-        {"": pooled(model, run.pool)}, sources[run.split == "val"], model.config, **run.options
-    )
+    source, function = sources[run.split == "val"], {"": pooled(model, run.pool)}
+    x, labels, numbers = extract(function, source, model.config, **run.options)
+    x, keys = x[""].numpy(), [source.name(number) for number in numbers.tolist()]
     if distributed()[0] == 0:
         with open(f"{out}.tmp", "wb") as file:
             classes = np.array(sources[0].classes or [], dtype=str)
-            np.savez(
-                file, features=x[""].numpy(), keys=keys, labels=labels.numpy(), classes=classes
-            )
+            np.savez(file, features=x, keys=keys, labels=labels.numpy(), classes=classes)
         os.replace(f"{out}.tmp", out)
-    print(f"wrote {out}: features {tuple(x[''].shape)}, keys, labels, classes")
-    return {"samples": len(keys), "width": x[""].shape[1], "out": str(out)}
+    print(f"wrote {out}: features {x.shape}, keys, labels, classes")
+    return {"samples": len(keys), "width": x.shape[1], "out": str(out)}
 
 
 def task_reconstruct(model, sources, run):
@@ -374,6 +561,7 @@ def task_attention(model, sources, run):
 
 
 TASKS = {
+    "classify": task_classify,
     "knn": task_knn,
     "fewshot": task_fewshot,
     "features": task_features,
@@ -389,9 +577,16 @@ def load_model(path, task, device):
         if "decoder" not in config:
             raise ValueError(f"{path} has no decoder: --task reconstruct needs stage 1's model.pt")
         model = models.MAE(**config)
+    elif task == "classify":
+        if "head.weight" not in state:
+            raise ValueError(f"{path} has no head: --task classify needs one, finetune.py makes it")
+        pool = config.get("pool", "mean" if "fc_norm.weight" in state else "cls")
+        names = config.get("class_names")
+        config = {**models.encoder_config(config), "pool": pool, "class_names": names}
+        model = models.Classifier(classes=len(state["head.weight"]), **config)
     else:
         model = models.ViT(**models.encoder_config(config))
-    line = models.load_weights(model, state)
+    line = models.load_weights(model, state, keep_head=task == "classify")
     return model.to(device).eval(), line
 
 
@@ -405,6 +600,12 @@ def parse_arguments(argv):
     add("--pool", choices=("cls", "mean"), default="mean", help="of the tokens (mean)")
     add("--shots", type=shots, default=shots("1,5,10,all"), help="per class (1,5,10,all)")
     add("--split", choices=("train", "val"), default="val", help="for features (val)")
+    add("--val-crop", type=float, help="classify: share of the centre, 0: all, squashed")
+    add("--border", type=int, default=0, help="classify: pixels that are cut off all around (0)")
+    add("--real-labels", help="classify: ImageNet-ReaL's real.json, of several right answers")
+    add("--label-map", help="classify: JSON, class of the data: class of the model, or a list")
+    add("--confusion", help="classify: write the confusion matrix as this PNG")
+    add("--mistakes", help="classify: write the most confident mistakes as this PNG")
     add("--out", help="the file that is written (features.npz; pictures: beside the checkpoint)")
     add("--count", type=int, default=8, help="rows of a picture (8)")
     add("--seed", type=int, default=0, help="of the masks in a picture (0)")
@@ -458,6 +659,8 @@ def main(argv=None):
         model, line = load_model(run.checkpoint, run.task, device)
         print(line)
         size = models.pair(model.config["image_size"])
+        if run.val_crop is None:  # public MAE code: 256 -> 224, but everything at more than 224
+            run.val_crop = 224 / 256 if max(size) == 224 else 1.0
         train, val = data.open_sources(run.data, run.val_data, size)
         if val is None and run.task in ("knn", "fewshot"):
             raise ValueError(f"{run.data} has no train/ and val/: give the latter as --val-data")

@@ -426,10 +426,14 @@ class Classifier(ViT):
 
     def forward(self, images, noise=None):
         """(B, classes) logits of (B, C, H, W) normalised images. noise: see ViT."""
+        return self.head(self.features(images, noise))
+
+    def features(self, images, noise=None):
+        """What the head reads, (B, D)."""
         x = self.encode(images, noise)
         if self.config["pool"] == "cls":
-            return self.head(self.norm(x)[:, 0])
-        return self.head(self.fc_norm(x[:, 1:].mean(dim=1)))
+            return self.norm(x)[:, 0]
+        return self.fc_norm(x[:, 1:].mean(dim=1))
 
 
 def tag_loss(logits, tags):
@@ -803,14 +807,14 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 def training_state(model, optimizer):
-    """A run's tensors as one flat dict: parameters and, of the trained ones, Adam's moments."""
+    """A run's tensors as one flat dict: the model's, and the moments of the trained ones."""
     if hasattr(model, "reshard"):
         model.reshard()  # after a forward without backward, FSDP's root still is whole
-    state = {}
+    state = {f"model/{name}": buffer for name, buffer in model.named_buffers()}
     for name, parameter in model.named_parameters():
         state[f"model/{name}"] = parameter.detach()
-        for moment in ("exp_avg", "exp_avg_sq") if parameter.requires_grad else ():
-            state[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+        for moment, tensor in optimizer.state.get(parameter, {}).items():
+            state |= {f"{moment}/{name}": tensor} if moment != "step" else {}
     return state
 
 
@@ -858,7 +862,7 @@ def save_checkpoint(folder, step, model, optimizer, record, keep=2):
 
 
 def load_checkpoint(path, model, optimizer):
-    """Load a checkpoint into a model and its AdamW, in place. Returns its state.json's record."""
+    """Load a checkpoint into a model and its AdamW or SGD, in place. Returns its record."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
@@ -875,11 +879,14 @@ def load_checkpoint(path, model, optimizer):
             return metadata
 
     record = json.loads((Path(path) / "state.json").read_text())
-    for parameter in (p for p in model.parameters() if p.requires_grad):
-        place = parameter.device if optimizer.defaults["fused"] else "cpu"  # as AdamW itself does
-        step = torch.tensor(float(record["step"]), device=place)
-        moments = {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": step, **moments}
+    for group in optimizer.param_groups:
+        names = ("exp_avg", "exp_avg_sq") if "betas" in group else ("momentum_buffer",)
+        names += ("average",) if group.get("ema") else ()
+        for parameter in group["params"]:
+            place = parameter.device if group["fused"] else "cpu"  # as AdamW itself does
+            moments = {name: torch.zeros_like(parameter) for name in names}
+            step = {"step": torch.tensor(float(record["step"]), device=place)}
+            optimizer.state[parameter] = moments | (step if "betas" in group else {})
     try:
         state = training_state(model, optimizer)
         dcp.load(state, storage_reader=Reader(path), no_dist=not dist.is_initialized())

@@ -36,7 +36,7 @@ import model as models
 
 
 def recipe(size):
-    """(batch size, lr per 256 images, image side, samples, beta2, clip): recalled, but for toy's."""
+    """(batch size, lr per 256 images, image side, samples, beta2, clip): recalled, but toy's."""
     if size == "toy":
         return 64, 4e-3, 48, 24_000, 0.999, None  # ours
     if size in ("2B", "6.5B"):

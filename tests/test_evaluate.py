@@ -276,8 +276,12 @@ def test_few_shot_split_depends_on_its_seed_and_on_nothing_else():
 
 
 def extracted(model, root, **options):
+    """extract's features and labels, and the paths of the pictures that its numbers mean."""
     functions = {"tokens": evaluate.pooled(model, "mean"), "pixels": evaluate.raw_pixels}
-    return evaluate.extract(functions, data.Folder(str(root)), model.config, **options)
+    source = data.Folder(str(root))
+    features, labels, numbers = evaluate.extract(functions, source, model.config, **options)
+    assert labels.dtype == numbers.dtype == torch.int64
+    return features, labels, [source.name(number) for number in numbers.tolist()]
 
 
 def test_extract_gives_what_one_picture_at_a_time_gives(labelled, encoder):
@@ -298,7 +302,7 @@ def test_extract_does_not_depend_on_batch_size_or_workers(labelled, encoder):
     for batch_size, workers in ((1, 0), (3, 0), (5, 2), (64, 2)):
         options = {"batch_size": batch_size, "workers": workers}
         features, labels, keys = extracted(encoder.model, labelled / "val", **options)
-        assert list(keys) == list(reference[2]) and torch.equal(labels, reference[1])
+        assert keys == reference[2] and torch.equal(labels, reference[1])
         assert torch.equal(features["pixels"], reference[0]["pixels"])
         tokens = reference[0]["tokens"]  # the tolerance is that of the test above
         torch.testing.assert_close(features["tokens"], tokens, rtol=0, atol=2e-5)
@@ -333,7 +337,7 @@ def one_of_two(process, folder, runs, unreadable):
     meet("gloo")
     model = models.ViT("24x1x2", **SHAPE)
     features, labels, keys = extracted(model, unreadable, batch_size=4, max_bad=0.5)
-    torch.save([features["pixels"], labels, keys.tolist()], f"{folder}/features-{process}.pt")
+    torch.save([features["pixels"], labels, keys], f"{folder}/features-{process}.pt")
     dist.destroy_process_group()
 
 
@@ -361,7 +365,7 @@ def test_two_processes_give_what_one_gives(labelled, encoder, unreadable, tmp_pa
     for process in range(2):
         found = torch.load(tmp_path / f"features-{process}.pt", weights_only=True)
         assert torch.equal(found[0], whole["pixels"]) and torch.equal(found[1], labels)
-        assert found[2] == keys.tolist()
+        assert found[2] == keys
 
 
 def test_pictures_are_drawn_by_one_process_and_one_says_so(
@@ -505,7 +509,7 @@ def test_fewshot_is_ridge_on_the_printed_splits(labelled, encoder):
     assert 1 / 7 < result["top1"]["all"] < 1 and result["top1"]["2"] < result["top1"]["all"]
     # The splits are drawn in the order in which the source gives its samples.
     root = str(labelled / "train")
-    order = [data.Folder(root).name(i, 0) for i in range(33)]
+    order = [data.Folder(root).name(i) for i in range(33)]
     place = {key: i for i, key in enumerate(features_one_by_one(encoder.model, root))}
     rows = np.array([place[key] for key in order])
     tops = []
@@ -623,7 +627,16 @@ def gallery(tmp_path_factory):
     for i in range(4):
         write_picture(root / f"{i}.png", 900 + i, 128)
     source = data.Folder(str(root))
-    return SimpleNamespace(root=root, paths=[source.name(i, 0) for i in range(4)])
+    return SimpleNamespace(root=root, paths=[source.name(i) for i in range(4)])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 10])
+def test_denormalize_goes_back_exactly_and_clips(channels):
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, channels, 1, 1)
+    images[1] = images[1].flip(1)
+    assert torch.equal(evaluate.denormalize(data.normalize(images)), images)
+    extremes = torch.tensor([-100.0, 100.0]).view(1, 1, 1, 2).repeat(1, channels, 1, 1)
+    assert evaluate.denormalize(extremes)[0, :, 0].tolist() == [[0, 255]] * channels
 
 
 def test_reconstructions_show_the_picture_the_visible_patches_and_the_painted_rest(
@@ -643,7 +656,7 @@ def test_reconstructions_show_the_picture_the_visible_patches_and_the_painted_re
     # The model gives the same for any order within the visible and within the hidden patches.
     ids = torch.from_numpy(np.argsort(~visible, axis=1, kind="stable"))
     expected = autoencoder.model.reconstruct(data.normalize(images), ids)
-    expected = data.denormalize(expected).permute(0, 2, 3, 1).numpy().astype(int)
+    expected = evaluate.denormalize(expected).permute(0, 2, 3, 1).numpy().astype(int)
     # 8 bits: another order of summation may round the other way
     assert np.abs(painted - expected).max() <= 1
     assert (patches_of(painted)[~visible] != patches_of(picture)[~visible]).mean() > 0.5
@@ -700,7 +713,7 @@ def test_grey_and_transparent_checkpoints_draw_too(channels, mode, gallery, tmp_
 
 def test_pictures_are_of_val_and_lie_beside_the_checkpoint(labelled, autoencoder, tmp_path):
     checkpoint = shutil.copy(autoencoder.path, tmp_path / "model.pt")
-    first = data.Folder(str(labelled / "val")).name(0, 0)
+    first = data.Folder(str(labelled / "val")).name(0)
     expected = picture_tensor(first)[0].permute(1, 2, 0).numpy()
     for task, columns in (("reconstruct", 3), ("attention", 4)):
         result, _ = evaluated(task, checkpoint, labelled)
@@ -795,3 +808,143 @@ def test_unusable_input_is_refused_in_one_line(tmp_path, labelled, encoder, caps
     for missing in ("--task", "--checkpoint"):
         flags = [f"{name}={value}" for name, value in usual.items() if name != missing]
         assert missing in refused(capsys, *flags)[0]
+
+
+# ---------------------------------------------------------------------------------------- classify
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """A function that writes a classifier which answers by the mean colour of a picture: class i
+    for the highest of its channels, and the folder of pictures whose names say that colour."""
+
+    def write(names, **changes):
+        model = models.Classifier(
+            "16x1x2", classes=3, image_size=8, patch_size=8, class_names=names
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+            model.norm.weight.fill_(1.0)
+            # the patch carries the three colours' sums into the first widths; attention copies it
+            for channel in range(3):
+                model.patch_embed["proj"].weight[channel, channel] = 1.0
+                model.head.weight[channel, channel] = 1.0
+            attention, block = model.blocks[0].attn, model.blocks[0]
+            block.norm1.weight.fill_(1.0)
+            attention.qkv.weight[32:48] = torch.eye(16)  # the values are the tokens
+            attention.proj.weight.copy_(torch.eye(16))
+        models.save_weights(tmp_path / "model.pt", model.state_dict(), model.config)
+        return tmp_path / "model.pt"
+
+    return write
+
+
+def colour(*rgb):
+    return Image.new("RGB", (8, 8), rgb)
+
+
+def classified(capsys, *arguments):
+    evaluate.main(["--task", "classify", "--workers", "0", *map(str, arguments)])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def coloured(folder, classes):
+    """A folder of one red, two green and three blue pictures in classes of these names."""
+    for channel, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(channel + 1):
+            rgb = [40, 40, 40]
+            rgb[channel] = 200 + i
+            colour(*rgb).save(folder / name / f"val_{channel}{i}.png")
+    return folder
+
+
+def test_classify_matches_classes_by_name(classifier, tmp_path, capsys):
+    where = ["--checkpoint", classifier(["red", "green", "blue"])]
+    pictures = coloured(tmp_path / "pictures", ["red", "green", "blue"])
+    # The data numbers its classes blue, green, red: only the names can say what is right.
+    assert classified(capsys, *where, "--data", pictures)["top1"] == 1.0
+    with pytest.raises(SystemExit):
+        classified(capsys, *where, "--data", coloured(tmp_path / "other", ["red", "green", "teal"]))
+    assert "the model knows no teal" in capsys.readouterr().err
+
+
+def test_a_label_map_may_give_several_answers_and_leave_classes_out(classifier, tmp_path, capsys):
+    where = ["--checkpoint", classifier(["red", "green", "blue"])]
+    where += ["--data", coloured(tmp_path / "pictures", ["rouge", "vert", "bleu"])]
+    maps = tmp_path / "map.json"
+    maps.write_text(json.dumps({"rouge": ["green", "red"], "bleu": 0}))
+    found = classified(capsys, *where, "--label-map", maps)
+    # The red one is right; the three blue ones are called red by the map, and the answer is blue;
+    # the green ones are not in the map.
+    assert (found["top1"], found["pictures"]) == (0.25, 4)
+    maps.write_text(json.dumps({"rouge": 7}))
+    with pytest.raises(SystemExit):
+        classified(capsys, *where, "--label-map", maps)
+    assert "[7], and the model has 3 classes" in capsys.readouterr().err
+    maps.write_text(json.dumps({"rouge": "pink"}))
+    with pytest.raises(SystemExit):
+        classified(capsys, *where, "--label-map", maps)
+    assert "is no label map" in capsys.readouterr().err
+
+
+def test_numeric_folders_are_numbers_of_the_models_classes(classifier, tmp_path, capsys):
+    where = ["--checkpoint", classifier(None)]
+    pictures = coloured(tmp_path / "pictures", ["0", "1", "2"])
+    assert classified(capsys, *where, "--data", pictures)["top1"] == 1.0
+    # Sorted as texts, 10 stands before 2: the map says what is meant.
+    (pictures / "2").rename(pictures / "10")
+    maps = tmp_path / "map.json"
+    maps.write_text(json.dumps({"0": 0, "1": 1, "10": 2}))
+    assert classified(capsys, *where, "--data", pictures, "--label-map", maps)["top1"] == 1.0
+
+
+def test_real_labels_have_several_answers_or_none(classifier, tmp_path, capsys):
+    folder = tmp_path / "val" / "any"
+    folder.mkdir(parents=True)
+    (tmp_path / "val" / "other").mkdir()
+    for number, channel in enumerate((0, 1, 2, 2), start=1):  # answers are 0, 1, 2, 2
+        rgb = [40, 40, 40]
+        rgb[channel] = 200
+        colour(*rgb).save(folder / f"ILSVRC2012_val_{number:08}.png")
+    colour(200, 40, 40).save(tmp_path / "val" / "other" / "ILSVRC2012_val_00000005.png")
+    real = tmp_path / "real.json"
+    real.write_text(json.dumps([[1], [0, 1], [], [2], [0, 2]]))  # wrong, right, none, right, right
+    where = ["--checkpoint", classifier(None), "--data", tmp_path / "val"]
+    found = classified(capsys, *where, "--real-labels", real)
+    assert (found["top1"], found["pictures"]) == (0.75, 4)
+    real.write_text(json.dumps([[1]]))
+    with pytest.raises(SystemExit):
+        classified(capsys, *where, "--real-labels", real)
+    assert "is not real.json" in capsys.readouterr().err
+
+
+def test_a_border_is_cut_off_and_a_squashed_picture_is_whole(classifier, tmp_path, capsys):
+    framed = Image.new("RGB", (48, 24), (255, 0, 0))  # red outside, blue inside
+    framed.paste((0, 0, 150), (8, 8, 40, 16))
+    for name in ("red", "green", "blue"):
+        (tmp_path / "framed" / name).mkdir(parents=True)
+        framed.save(tmp_path / "framed" / name / "a.png")
+    where = ["--checkpoint", classifier(["red", "green", "blue"]), "--data", tmp_path / "framed"]
+    model = evaluate.load_model(where[1], "classify", "cpu")[0]
+    answers = {}
+    for flags in (["--border", "8"], ["--val-crop", "0"], ["--val-crop", "0.3"]):
+        table = tmp_path / "confusion.png"
+        found = classified(capsys, *where, *flags, "--confusion", table)
+        assert found["top1"] == pytest.approx(1 / 3) and table.exists()
+        source = data.open_sources(str(where[3]))[0]
+        source = evaluate.Bordered(source, 8) if flags[0] == "--border" else source
+        share = float(flags[1]) if flags[0] == "--val-crop" else 1.0
+        image = data.crop_and_resize(source.read(0)["image"], (8, 8), 3, centre=share)
+        answers[" ".join(flags)] = int(model(data.normalize(image[None])).argmax())
+    assert answers == {"--border 8": 2, "--val-crop 0": 0, "--val-crop 0.3": 2}
+
+
+def test_classify_wants_a_head_and_labels(encoder, photos, classifier, capsys):
+    with pytest.raises(SystemExit):
+        classified(capsys, "--checkpoint", encoder.path, "--data", photos)
+    assert "has no head" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        classified(capsys, "--checkpoint", classifier(None), "--data", photos)
+    assert "no labels in" in capsys.readouterr().err

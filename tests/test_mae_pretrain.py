@@ -193,12 +193,12 @@ def test_a_plan_can_be_made_beside_a_run(tmp_path, capsys):
 
 
 def test_an_unreadable_held_out_picture_does_not_end_a_run(photos, tmp_path):
-    last = data.Folder(str(photos)).name(39, 0)  # one of the two that are held out
+    last = data.Folder(str(photos)).name(39)  # one of the two that are held out
     open(last, "w").close()
     for held_out in (1, 2):
         ran = stage(*TINY, "--data", photos, "--out", tmp_path / f"run-{held_out}")
         assert ran.returncode == 0 and "next: " in ran.stdout, ran.stderr
-        open(data.Folder(str(photos)).name(38, 0), "w").close()  # then both
+        open(data.Folder(str(photos)).name(38), "w").close()  # then both
     assert "no more is shown: no readable picture" in ran.stdout
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 import tracemalloc
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -24,7 +25,7 @@ import data
 
 
 def build(samples, shards, lanes, weighted):
-    """(sizes of the shards, a function that gives a shard's weights, Order), deterministic."""
+    """(sizes of the shards, a function that gives samples' weights, Order), deterministic."""
     sizes = np.random.default_rng(0).integers(samples // shards // 2, samples // shards, shards)
     sizes += (samples - sizes.sum()) // shards
     sizes[: samples - sizes.sum()] += 1
@@ -32,10 +33,10 @@ def build(samples, shards, lanes, weighted):
         return sizes, None, data.Order(sizes, lanes=lanes)
     # Quarters from 0 to 3, 1 on average; one table for all shards, so that totals cost nothing.
     table = np.random.default_rng(1).integers(0, 5, sizes.max()) * (data.WEIGHT // 4)
-    totals = np.cumsum(table)[sizes - 1] * (1 + np.arange(shards) % 3)
+    totals = np.cumsum(table)[sizes - 1] * (1 + (np.cumsum(sizes) - sizes) % 3)
 
-    def weights(shard):
-        return table[: sizes[shard]] * (1 + shard % 3)
+    def weights(first, stop):
+        return table[: stop - first] * (1 + first % 3)
 
     return sizes, weights, data.Order(sizes, lanes=lanes, totals=totals, weights=weights)
 
@@ -81,12 +82,12 @@ def count(weighted, processes=8, epochs=20):
         _, _, order = build(1_500, 100, 24, weighted)  # every process has its own
         for position in positions(epochs * order.length, 0, process, processes):
             if position < epochs * order.length:
-                draws[position // order.length, *order(position)] += 1
+                draws[position // order.length, order(position)] += 1
     wrong = 0
     for epoch in range(epochs):
-        for shard, size in enumerate(sizes):
-            promised = weights(shard) / data.WEIGHT if weighted else np.ones(size)
-            drawn = np.array([draws[epoch, shard, index] for index in range(size)])
+        for first, stop in pairwise(data.running_sum(sizes).tolist()):
+            promised = weights(first, stop) / data.WEIGHT if weighted else np.ones(stop - first)
+            drawn = np.array([draws[epoch, number] for number in range(first, stop)])
             wrong += np.sum((drawn < np.floor(promised)) | (drawn > np.ceil(promised)))
     wrong += draws.total() != epochs * order.length
     return wrong, draws.total()

@@ -29,11 +29,11 @@ class Memory:
     def __init__(self, contents):
         self.contents, self.sizes = contents, np.ones(len(contents), dtype=np.int64)
 
-    def read(self, shard, index):
-        return {"image": Image.open(io.BytesIO(self.contents[shard])), "class": -1}
+    def read(self, number):
+        return {"image": Image.open(io.BytesIO(self.contents[number])), "class": -1}
 
-    def name(self, shard, index):
-        return str(shard)
+    def name(self, number):
+        return str(number)
 
 
 def import_transforms():
@@ -81,7 +81,7 @@ def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     folder = data.Folder(options.data)
-    names = [folder.name(shard, 0) for shard in range(min(options.pictures, len(folder.sizes)))]
+    names = [folder.name(i) for i in range(min(options.pictures, len(folder.sizes)))]
     contents = [Path(name).read_bytes() for name in names]
     contents = contents[: len(contents) // options.batch * options.batch]  # whole batches
     source, side = Memory(contents), options.image_size

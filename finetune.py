@@ -1,0 +1,875 @@
+"""Stage 3: what the encoder is worth on labelled pictures. (transfer)
+
+Laptop       python finetune.py --task classify --init runs/weak/model.pt        # toy world
+             python finetune.py --task linear   --init runs/weak/model.pt --data DIR
+             python finetune.py --task lowshot  --init runs/weak/model.pt --data DIR --shots 1,5,10
+One node     torchrun --nproc-per-node 8 finetune.py --task classify --init maws.pt --data DIR
+Many nodes   torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500
+                 finetune.py --task classify --init maws.pt --data 'train/*.tar' --val-data ...
+Resume       the same command again: it goes on, exactly, from the last checkpoint in --out
+
+classify  every weight is trained, by the public MAE code's recipe (FINETUNE.md there)
+linear    a linear head on the frozen encoder: many learning rates in one pass, the best one chosen
+lowshot   K pictures of a class, five draws: prompts in the frozen encoder (VPT, arXiv 2203.12119),
+          and logistic regression on its features
+What is chosen (a learning rate, a penalty) is chosen on a slice of train, never on val.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+# On a CPU, OpenMP's idle threads spin: on two cores, one busy loader process then makes two
+# training threads ten times slower than one. Passive ones sleep. Said before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
+from torch import nn
+from tqdm import tqdm
+
+import data
+import evaluate
+import model as models
+
+# size: (batch size, lr per 256 images, epochs, layer decay, drop path) of classify. B, L and H: the
+# public MAE code's FINETUNE.md. What the paper did for 2B and 6.5B is unknown: they get H's.
+RECIPES = {
+    "B": (1024, 5e-4, 100, 0.65, 0.1),
+    "L": (1024, 1e-3, 50, 0.75, 0.2),
+    "H": (1024, 1e-3, 50, 0.75, 0.3),
+}
+RECIPES |= {"2B": RECIPES["H"], "6.5B": RECIPES["H"]}
+TOY_RECIPE = (64, 4e-3, 0.4, 0.75, 0.0)  # ours; an epoch of the toy world is 65,536 pictures
+# Heads that linear trains side by side, by lr per 256 images (ours; SWAG's lies among them).
+LINEAR_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+LOWSHOT_RATES = (1e-3, 4e-3, 1.6e-2)  # of AdamW (ours: the paper's optimizer is unknown)
+PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # L2 of logistic regression (ours)
+SEEDS = range(5)  # draws of the low-shot pictures (paper, section 4.4)
+
+
+# ---------------------------------------------------------------------------------------- arguments
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser("finetune.py", allow_abbrev=False, description="Stage 3.")
+    parser.add_argument("--task", required=True, choices=("classify", "linear", "lowshot"))
+    add = parser.add_argument_group("data").add_argument
+    add("--data", help="a folder with train/ and val/, tar shards, or toy (toy)")
+    add("--val-data", help="the val pictures, where --data holds only those to train on")
+    add("--labels", help="of the folder --data: .csv (path,class), .jsonl, or iNaturalist's .json")
+    add("--val-labels", help="the same for val (paths in --val-data or, without it, --data)")
+    add("--classes", type=int, help="how many, where the data does not name them")
+    add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (that of --init)")
+    add("--min-crop", type=float, default=0.08, help="least area of a random crop (0.08)")
+    add("--val-crop", type=float, help="of val's pictures: share of the centre, 0: all, squashed")
+    add("--lanes", type=int, help="streams that the order is dealt to (48, or the shards if fewer)")
+    add("--workers", type=int, help="loader processes per training process (the cores left)")
+    add("--max-bad", type=float, default=0.01, help="unreadable share to stop at (0.01)")
+    add = parser.add_argument_group("model").add_argument
+    add("--init", help="weights to start from: a model.pt or a public checkpoint")
+    add("--size", help=f"without --init: {' '.join(models.SIZES)}, or WIDTHxLAYERSxHEADS")
+    add("--patch-size", type=int, help="side of a patch (the size's own)")
+    add("--pool", choices=("cls", "mean"), help="what the head reads (classify: mean; else cls)")
+    add("--keep-head", action="store_true", help="start from the head in --init, too")
+    add("--drop-path", type=float, help="of the last block, rising from 0 (B 0.1, L 0.2, H 0.3)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch-size", type=int, help="global (1024; lowshot: 128; toy: 64)")
+    add("--micro-batch", type=int, help="images at once on a process (what should fit)")
+    add("--lr", type=float, help="peak of classify (the recipe's)")
+    add("--layer-decay", type=float, help="of the lr, from block to block (B 0.65, L and H 0.75)")
+    add("--warmup", type=float, help="share of the steps (5 epochs of MAE's recipe)")
+    add("--weight-decay", type=float, default=0.05, help="of classify (0.05)")
+    add("--smoothing", type=float, default=0.1, help="of labels (0.1)")
+    add("--mixup", type=float, default=0.8, help="alpha, 0: none (0.8)")
+    add("--cutmix", type=float, default=1.0, help="alpha, 0: none (1.0)")
+    add("--rand-augment", type=float, default=9, help="magnitude, 0: none (9)")
+    add("--erase", type=float, default=0.25, help="probability of random erasing (0.25)")
+    add("--ema", type=float, help="decay of averaged weights, which then are the result (none)")
+    add("--class-weights", action="store_true", help="rare classes count more: all count the same")
+    add("--batch-norm", action="store_true", help="linear: normalise features by batches, as MAE")
+    add("--shots", type=evaluate.shots, default=["1", "5", "10"], help="per class (1,5,10)")
+    add("--seed", type=int, default=0, help="of weights, order and augmentation (0)")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--steps", type=int, help="length of the run; or give --epochs")
+    add("--epochs", type=float, help="(B 100, L and H 50; linear 28; lowshot 100)")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", type=Path, help="where everything is written (runs/TASK)")
+    add("--resume", help="a run, or one of its checkpoints, to go on from (the one in --out)")
+    add("--precision", choices=("bf16", "fp32"), help="of the compute (CUDA: bf16, else fp32)")
+    add("--compile", action="store_true", help="torch.compile every block")
+    add("--checkpoint-activations", action="store_true", help="less memory, a third more compute")
+    add("--log-every", type=int, default=50, help="steps between step lines (50)")
+    add("--save-every", type=int, help="steps between checkpoints (a tenth, at most 1000)")
+    add("--plan", action="store_true", help="print what the run takes, and exit")
+    parser.error = lambda message: fail(f"{message} (--help lists all flags)")
+    run = parser.parse_args(argv)
+    shares = ("min_crop", "val_crop", "max_bad", "warmup", "drop_path", "layer_decay", "smoothing")
+    shares += ("mixup", "cutmix", "erase", "ema")
+    for name, value in vars(run).items():
+        least = 0 if name in (*shares, "seed", "workers", "weight_decay", "rand_augment") else 1e-30
+        if type(value) in (int, float) and not least <= value <= (1 if name in shares else 2**62):
+            parser.error(f"--{name.replace('_', '-')} {value} is out of range")
+    if run.rand_augment > 10:
+        parser.error(f"--rand-augment {run.rand_augment} is over 10")
+    if "all" in run.shots:
+        parser.error("--shots wants numbers: for all pictures there is --task linear")
+    run.out = run.out or Path("runs", run.task)
+    return run
+
+
+def fail(message, status=2):
+    """One line, from one process, on what is wrong and what to do."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"finetune.py: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def prepare(run):
+    """Settle what the arguments leave open, and open the data. ValueError says what is unusable."""
+    # ------------------------------------------------------------------------------------ runtime
+    launched = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}  # by torchrun
+    run.process, run.processes, local, here = (
+        int(os.environ.get(name, str(alone))) for name, alone in launched.items()
+    )
+    kind = (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
+    kind = "cpu" if kind == "mps" and run.processes > 1 else kind  # no collectives on MPS
+    run.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    run.precision = run.precision or ("bf16" if kind == "cuda" else "fp32")
+    if run.precision == "bf16" and kind != "cuda":
+        raise ValueError("--precision bf16 needs CUDA")
+    run.workers = data.loader_workers(run.workers, here)
+
+    # --------------------------------------------------------------------------------------- data
+    names = ("size", "patch_size", "image_size")
+    given = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
+    if not run.init:
+        side = 48 if run.size in (None, "toy") else 224
+        given = {"size": "toy", "image_size": side, "channels": 3, **given}
+    run.weights, run.config = models.inherit(run.init, given, (*names, "channels", "positions"))
+    run.image_size = models.pair(run.config["image_size"])
+    labels = run.labels, run.val_labels
+    run.train, run.val = data.open_sources(run.data or "toy", run.val_data, run.image_size, *labels)
+    run.classes = len(run.train.classes or ()) or run.classes
+    if not run.classes:
+        raise ValueError(f"{run.data} does not name its classes: give --classes, how many")
+    if run.classes < 2:
+        raise ValueError(f"{run.data} has one class only: there is nothing to tell apart")
+    if run.val is None:
+        raise ValueError(f"{run.data} has no train/ and val/: give the latter as --val-data")
+    if isinstance(run.val, data.Toy):  # it has no end
+        run.val = data.Slice(run.val, 0, 1024)
+        run.train = run.train if run.task == "classify" else data.Slice(run.train, 0, 16_384)
+    if run.task != "classify":  # what is chosen is chosen on a slice of train
+        run.train, run.slice = data.hold_out(run.train, None, 10_000)
+    if run.val_crop is None:  # public MAE code: 256 -> 224, but everything at more than 224
+        run.val_crop = 224 / 256 if max(run.image_size) == 224 else 1.0
+
+    # -------------------------------------------------------------------------------- the recipe
+    size = run.config["size"]
+    toy = size == "toy"
+    found = TOY_RECIPE if toy else RECIPES.get(size, RECIPES["B"])  # others: B's, unsure
+    batch_size, base_lr, epochs, layer_decay, drop_path = found
+    warmup = 5 / epochs if not toy else 0.05
+    if run.task == "linear":
+        # SWAG's linear head (torchvision's pull request 5793): 28 epochs, warm-up not known
+        epochs, warmup = 2 if toy else 28, 0.0
+    elif run.task == "lowshot":  # VPT's code: 100 epochs, of which 10 warm up
+        batch_size, epochs, warmup = 64 if toy else 128, 100, 0.1
+    run.batch_size = run.batch_size or batch_size
+    run.epochs, run.warmup = run.epochs or epochs, warmup if run.warmup is None else run.warmup
+    run.lr = run.lr or base_lr * run.batch_size / 256
+    run.layer_decay = layer_decay if run.layer_decay is None else run.layer_decay
+    run.drop_path = drop_path if run.drop_path is None else run.drop_path
+    run.pool = run.pool or ("mean" if run.task == "classify" else "cls")
+    same = ("task", "classes", "batch_size", "epochs", "steps", "lr", "layer_decay", "warmup")
+    same += ("weight_decay", "smoothing", "mixup", "cutmix", "rand_augment", "erase", "ema")
+    same += ("drop_path", "pool", "class_weights", "batch_norm", "min_crop", "seed", "precision")
+    run.identity = {"stage": "finetune", "data": run.train.identity, "val": run.val.identity}
+    run.identity |= {"model": run.config, "init": run.init, "keep_head": run.keep_head}
+    run.identity |= {name: getattr(run, name) for name in same}
+    run.identity = json.loads(json.dumps(run.identity))  # as it will be read again
+
+
+# ------------------------------------------------------------------------------------ augmentation
+
+
+def warp(image, *matrix):
+    """(x, y) of the result is taken from (ax + by + c, dx + ey + f); the mean colour fills up."""
+    mean = tuple(round(255 * m) for m in data.channel_statistics(len(image.getbands()))[0])
+    how = {"fillcolor": mean if len(mean) > 1 else mean[0], "resample": Image.Resampling.BICUBIC}
+    if len(matrix) == 1:
+        return image.rotate(*matrix, **how)
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, **how)
+
+
+def enhance(kind, image, amount):
+    """amount 0: unchanged, -1: none of it, 1: twice as much; at least a tenth is kept."""
+    return kind(image).enhance(max(0.1, 1 + amount))
+
+
+def posterize(image, bits):
+    """Keep the highest bits (Pillow's own refuses 0 of them, which is black)."""
+    return image.point(lambda value: value & (0xFF00 >> bits))
+
+
+def solarize_add(image, amount):
+    table = [min(255, i + amount) if i < 128 else i for i in range(256)]
+    return image.point(table * len(image.getbands()))
+
+
+# RandAugment's operations in the "increasing" ranges of timm's rand-m9-mstd0.5-inc1. A level is in
+# 0 .. 1; where the operation has a direction, s is the level or its negative.
+OPERATIONS = {
+    "auto contrast": lambda image, level, s: ImageOps.autocontrast(image),
+    "equalize": lambda image, level, s: ImageOps.equalize(image),
+    "invert": lambda image, level, s: ImageOps.invert(image),
+    "rotate": lambda image, level, s: warp(image, 30 * s),  # degrees
+    "posterize": lambda image, level, s: posterize(image, 4 - int(4 * level)),
+    "solarize": lambda image, level, s: ImageOps.solarize(image, 256 - int(256 * level)),
+    "solarize add": lambda image, level, s: solarize_add(image, int(110 * level)),
+    "color": lambda image, level, s: enhance(ImageEnhance.Color, image, 0.9 * s),
+    "contrast": lambda image, level, s: enhance(ImageEnhance.Contrast, image, 0.9 * s),
+    "brightness": lambda image, level, s: enhance(ImageEnhance.Brightness, image, 0.9 * s),
+    "sharpness": lambda image, level, s: enhance(ImageEnhance.Sharpness, image, 0.9 * s),
+    "shear x": lambda image, level, s: warp(image, 1, 0.3 * s, 0, 0, 1, 0),
+    "shear y": lambda image, level, s: warp(image, 1, 0, 0, 0.3 * s, 1, 0),
+    "translate x": lambda image, level, s: warp(image, 1, 0, 0.45 * s * image.width, 0, 1, 0),
+    "translate y": lambda image, level, s: warp(image, 1, 0, 0, 0, 1, 0.45 * s * image.height),
+}
+
+
+def normal(draws):
+    """(..., 2) uniform in [0, 1) -> (...) standard normal numbers (Box and Muller)."""
+    return np.sqrt(-2 * np.log1p(-draws[..., 0])) * np.cos(2 * math.pi * draws[..., 1])
+
+
+def augment(pixels, key, magnitude, erasing):
+    """RandAugment and random erasing of (C, H, W) uint8. key: (seed, epoch, position).
+
+    RandAugment: two of the operations, the same perhaps twice, each done with probability 0.5, at
+    a level of a tenth of N(magnitude, 0.5). Erasing, with this probability: a box of 2 % to a third
+    of the picture, with sides of 0.3 to 1 / 0.3, is filled with noise N(0, 1) in normalised units
+    (cut to what a byte holds: values beyond some 2.1 deviations).
+    """
+    draws = data.uniform(data.random_bits(34, *key, data.AUGMENT))
+    if magnitude:
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy().squeeze())
+        for which, done, *noise, direction in draws[:10].reshape(2, 5):
+            if done < 0.5:
+                level = float(np.clip((magnitude + 0.5 * normal(np.array(noise))) / 10, 0, 1))
+                operation = list(OPERATIONS.values())[int(which * len(OPERATIONS))]
+                image = operation(image, level, level if direction < 0.5 else -level)
+        pixels = torch.from_numpy(np.array(image)).reshape(*image.size[::-1], -1).permute(2, 0, 1)
+    C, H, W = pixels.shape
+    for area, ratio in draws[11:31].reshape(10, 2) if draws[10] < erasing else ():
+        area, ratio = H * W * (0.02 + (1 / 3 - 0.02) * area), 0.3 ** (1 - 2 * ratio)
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if h < H and w < W:
+            top, left = int(draws[31] * (H - h + 1)), int(draws[32] * (W - w + 1))
+            bits = data.random_bits(34 + 2 * h * w * C, *key, data.AUGMENT)[34:]
+            mean, deviation = np.array(data.channel_statistics(C))[:, :, None, None]
+            noise = normal(data.uniform(bits).reshape(C, h, w, 2)) * deviation + mean
+            noise = (255 * noise).round().clip(0, 255).astype(np.uint8)
+            pixels[:, top : top + h, left : left + w] = torch.from_numpy(noise)
+            break
+    return pixels
+
+
+MIX_DRAWS = 20  # numbers of a sample for mix(); drop path's come after them
+
+
+def mix(images, weight, numbers, mixup, cutmix):
+    """Mixup (arXiv 1710.09412) or CutMix (1905.04899), half and half, of positions 2i and 2i + 1.
+
+    images (B, C, H, W); weight (B,), 0 for an unreadable one, which is not mixed in; numbers
+    (B, MIX_DRAWS) uniform, of which the pair's first are used; mixup, cutmix: alphas of Beta(alpha,
+    alpha), at most 1, 0 for none. Returns the images and (B,) the share of each one's own label;
+    its neighbour's has the rest. (timm draws one share for a batch; here a pair has its own, so
+    that nothing depends on how a batch is dealt.)
+    """
+    if not mixup and not cutmix:
+        return images, torch.ones_like(weight)
+    H, W = images.shape[2:]
+    numbers = numbers[::2].repeat_interleave(2, dim=0)  # (B, MIX_DRAWS), the same for both
+    cut = (numbers[:, 0] < 0.5) if mixup and cutmix else torch.full_like(weight > 0, cutmix > 0)
+    # Beta(a, a) by Jöhnk: u^(1/a) / (u^(1/a) + v^(1/a)), for the first of 8 pairs where the sum is
+    # at most 1 (for a = 0.8 and 1, one of them is in all but 0.7 % of cases; else: half).
+    alpha = torch.where(cut, cutmix or 1.0, mixup or 1.0)[:, None, None]
+    u, v = (numbers[:, 1:17].unflatten(1, (8, 2)) ** (1 / alpha)).unbind(dim=2)  # (B, 8) each
+    fits = (u + v <= 1) & (u + v > 0)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    share = (u / (u + v)).gather(1, first)[:, 0]
+    share = torch.where(fits.any(dim=1), share, 0.5)
+    # CutMix's box has 1 - share of the area, is centred anywhere, and cut at the edges.
+    rows, columns = torch.arange(H, device=images.device), torch.arange(W, device=images.device)
+    half = (1 - share).sqrt()[:, None] / 2
+    inside_y = ((rows + 0.5) / H - numbers[:, 17:18]).abs() < half  # (B, H)
+    inside_x = ((columns + 0.5) / W - numbers[:, 18:19]).abs() < half  # (B, W)
+    box = (inside_y[:, :, None] & inside_x[:, None, :])[:, None]  # (B, 1, H, W)
+    share = torch.where(cut, 1 - box.float().mean(dim=(1, 2, 3)), share)
+    own = torch.where(cut[:, None, None, None], 1 - box.float(), share[:, None, None, None])
+    alone = weight.unflatten(0, (-1, 2)).amin(dim=1).repeat_interleave(2) == 0
+    own = torch.where(alone[:, None, None, None], 1.0, own)
+    neighbour = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return own * images + (1 - own) * neighbour, torch.where(alone, 1.0, share)
+
+
+def label_loss(logits, labels, share, smoothing, class_weights):
+    """Cross-entropy with each sample's label and its neighbour's: (losses (B,), weights (B,)).
+
+    logits (B, heads, classes): the sum over the heads, which do not know of each other. share: see
+    mix(). class_weights (classes,): a loss counts as much as its labels' weights; the mean over a
+    batch is losses.sum() / weights.sum(). Labels below 0 weigh nothing.
+    """
+    losses, weights = 0, 0
+    neighbours = labels.unflatten(0, (-1, 2)).flip(1).flatten()
+    for label, part in ((labels, share), (neighbours, 1 - share)):
+        part = part * torch.where(label >= 0, class_weights[label.clamp(min=0)], 0.0)
+        targets = label.clamp(min=0)[:, None].expand(-1, logits.shape[1])  # (B, heads)
+        loss = F.cross_entropy(
+            logits.float().transpose(1, 2), targets, reduction="none", label_smoothing=smoothing
+        )
+        losses, weights = losses + part * loss.sum(dim=1), weights + part
+    return losses, weights
+
+
+# -------------------------------------------------------------------------------- models, optimizer
+
+
+class Probes(nn.Module):
+    """Linear heads side by side on the frozen features of a models.Classifier.
+
+    batch_norm: features are first normalised over the batch, over all processes, without affine
+    (MAE's linear probe, eps 1e-6); in inference by running averages (momentum 0.1).
+    """
+
+    def __init__(self, trunk, heads, batch_norm, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        weight = 0.01 * torch.randn(trunk.classes, trunk.width, generator=generator)
+        self.weights = nn.ParameterList(weight.clone() for _ in range(heads))
+        self.biases = nn.ParameterList(torch.zeros(trunk.classes) for _ in range(heads))
+        self.trunk, self.batch_norm = trunk.requires_grad_(False), batch_norm
+        self.register_buffer("mean", torch.zeros(trunk.width))
+        self.register_buffer("variance", torch.ones(trunk.width))
+
+    def forward(self, images, noise=None):
+        """(B, C, H, W) -> logits (B, heads, classes)."""
+        with torch.no_grad():
+            x = self.trunk.features(images).float()  # (B, D)
+            mean, variance = self.mean, self.variance
+            if self.batch_norm and self.training:
+                sums = torch.stack([x.sum(dim=0), x.square().sum(dim=0)])
+                count = len(x)
+                if dist.is_initialized():
+                    dist.all_reduce(sums)
+                    count *= dist.get_world_size()
+                mean, square = sums / count
+                variance = square - mean.square()
+                self.mean.lerp_(mean, 0.1)
+                self.variance.lerp_(variance * count / (count - 1), 0.1)
+            x = (x - mean) / (variance + 1e-6).sqrt() if self.batch_norm else x
+        heads = [F.linear(x, w.to(x), b.to(x)) for w, b in zip(self.weights, self.biases)]
+        return torch.stack(heads, dim=1)
+
+    def classifier_state(self, state, head):
+        """The state of a models.Classifier that does what one of the heads does."""
+        weight, bias = state[f"weights.{head}"], state[f"biases.{head}"]
+        if self.batch_norm:
+            weight = weight / (state["variance"] + 1e-6).sqrt()
+            bias = bias - weight @ state["mean"]
+        trunk = {n.removeprefix("trunk."): t for n, t in state.items() if n.startswith("trunk.")}
+        return trunk | {"head.weight": weight, "head.bias": bias}
+
+
+class Prompted(nn.Module):
+    """VPT, deep: every block of a frozen encoder gets fresh prompts beside its tokens.
+
+    8 prompts of width 192 for each layer (recalled of the paper), brought to the encoder's width by
+    one linear map (VPT's code: uniform prompts, bound sqrt(6 / (3 P^2 + d))); a linear head on the
+    class token. Only these are trained.
+    """
+
+    PROMPTS, PROMPT_WIDTH = 8, 192
+
+    def __init__(self, trunk, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        shape = trunk.layers, self.PROMPTS, self.PROMPT_WIDTH
+        bound = math.sqrt(6 / (3 * trunk.patch_size**2 + self.PROMPT_WIDTH))
+        self.prompts = nn.Parameter((2 * torch.rand(shape, generator=generator) - 1) * bound)
+        bound = math.sqrt(6 / (self.PROMPT_WIDTH + trunk.width))
+        weight = (2 * torch.rand(trunk.width, shape[2], generator=generator) - 1) * bound
+        self.project = nn.Linear(self.PROMPT_WIDTH, trunk.width)
+        self.head = nn.Linear(trunk.width, trunk.classes)
+        with torch.no_grad():
+            self.project.weight.copy_(weight)
+            for zero in (self.project.bias, self.head.weight, self.head.bias):
+                zero.zero_()
+        self.trunk = trunk.requires_grad_(False)
+
+    def forward(self, images, noise=None):
+        """(B, C, H, W) -> logits (B, 1, classes)."""
+        x = self.trunk.tokens(images)  # (B, 1 + N, D)
+        for block, prompts in zip(self.trunk.blocks, self.project(self.prompts)):
+            prompts = prompts.expand(len(x), -1, -1)
+            x = block(torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1))
+            x = torch.cat([x[:, :1], x[:, 1 + self.PROMPTS :]], dim=1)
+        return self.head(self.trunk.norm(x)[:, 0])[:, None]
+
+
+def layer_groups(model, weight_decay, layer_decay):
+    """Parameter groups with lr_scale = layer_decay ^ (layers + 1 - layer), as the public MAE code:
+
+    layer 0 is the patch embedding, the class token and the positions, block i is layer i + 1, the
+    last norm and the head are layers + 1. 1-D parameters, tokens and positions are not decayed.
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        layer = model.layers + 1
+        if name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        elif name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
+            layer = 0
+        decay = weight_decay if parameter.ndim > 1 and name not in ("cls_token", "pos_embed") else 0
+        group = {"params": [], "weight_decay": decay}
+        group["lr_scale"] = layer_decay ** (model.layers + 1 - layer)
+        if parameter.requires_grad:
+            groups.setdefault((layer, decay), group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_trunk(run, say):
+    """A models.Classifier on the CPU, with the weights of --init."""
+    names = {"classes": run.classes, "class_names": run.train.classes}
+    with torch.device("meta"):
+        model = models.Classifier(
+            pool=run.pool, head_std=2e-5, drop_path=run.drop_path, **names, **run.config
+        )
+    model = model.to_empty(device="cpu")
+    models.initialize(model, run.seed)
+    if run.weights:
+        say(models.load_weights(model, *run.weights, keep_head=run.keep_head))
+    return model
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def train(run, model, optimizer, source, out, steps, say):
+    """Train a model on a source; True when it came to its end, False when a signal stopped it.
+
+    Checkpoints and metrics.jsonl are in `out`, where the same call goes on. The optimizer's groups
+    have an initial_lr and may have an lr_scale. run.measure(model) gives what is logged whenever something is saved.
+    """
+    # --------------------------------------------------------------------------------------- data
+    device, classify = run.device, run.task == "classify"
+    order = data.Order(source.sizes, run.seed, run.lanes)
+    share = run.batch_size // run.processes
+    trunk = getattr(model, "trunk", model)
+    micro_batch = run.micro_batch or models.fitting_batch(trunk, share, run)
+    micro_batch += micro_batch % 2  # mixup's pairs stay together
+    pieces = share // micro_batch
+    if pieces * micro_batch != share:
+        raise ValueError(f"--micro-batch {micro_batch} (even) does not divide a process's {share}")
+    dealt = {"process": run.process, "processes": run.processes, "pieces": pieces}
+    drawn = {"order": order, "seed": run.seed, "min_crop": run.min_crop}
+    if classify:
+        drawn["draws"] = MIX_DRAWS + 2 * model.layers
+        if run.rand_augment or run.erase:
+            drawn["augment"] = partial(augment, magnitude=run.rand_augment, erasing=run.erase)
+    shape = run.image_size, run.config["channels"], run.batch_size
+    batches = data.Batches(source, *shape, **dealt, **drawn)
+
+    # -------------------------------------------------------------------------------- parallelize
+    model = model.to(device)
+    models.parallelize(model, run.sharded, run.precision, run.compile, run.checkpoint_activations)
+    optimizer = optimizer(model)
+
+    # ------------------------------------------------------------------------------------- resume
+    first_step, bad, unlabelled = 0, 0, 0
+    identity = {**run.identity, "lanes": order.lanes, "samples": source.identity, "steps": steps}
+    checkpoint = models.find_checkpoint(out, run.resume, identity)
+    if checkpoint:
+        say(f"going on from {checkpoint}")
+        record = models.load_checkpoint(checkpoint, model, optimizer)
+        first_step, bad, unlabelled = record["step"], record["bad"], record["unlabelled"]
+    if run.process == 0:
+        models.begin_run(out, {**identity, "command": sys.argv}, checkpoint, first_step)
+
+    # --------------------------------------------------------------------------------------- loop
+    flops = {"classify": 3, "linear": 1, "lowshot": 2}[run.task] * models.flops_per_image(trunk)
+    peak, chip = models.peak_flops(device)
+    millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    say(f"data     {source.identity}")
+    say(f"model    {run.config['size']}, {millions:.2f} M weights to train, "
+        f"{flops / 1e9:.2f} GFLOP an image")  # fmt: skip
+    say(f"batch    {run.batch_size}: {run.processes} processes x {pieces} x {micro_batch}")
+    say(f"run      {steps} steps, {run.precision} on {chip}")
+    save_every = run.save_every or max(1, min(1000, steps // 10))
+    bar = tqdm(total=steps, initial=first_step, disable=None if run.process == 0 else True)
+    items = range(first_step * pieces, steps * pieces)
+    batches = iter(data.loader(batches, items, run.workers, pin=device.type == "cuda"))
+    began = logged = time.perf_counter()
+    waited, last_logged, stopping = 0.0, first_step, False
+    model.train()
+    for step in range(first_step, steps):
+        scale = schedule(step, steps, run.warmup)
+        for group in optimizer.param_groups:  # MAE's recipe ends at 1e-6, not at 0
+            peak_lr = group["initial_lr"] * group.get("lr_scale", 1.0)
+            group["lr"] = scale * peak_lr + (1e-6 if classify else 0.0) * (1 - scale)
+
+        sums, unreadable = torch.zeros(5, device=device), []
+        for piece in range(pieces):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            unreadable += batch["bad"]
+            images, labels, readable, numbers = (
+                batch[key].to(device, non_blocking=True)
+                for key in ("images", "labels", "weight", "numbers")
+            )
+            labels = torch.where((readable > 0) & (labels < run.classes), labels, -1)
+            images, share, noise = data.normalize(images), torch.ones_like(readable), None
+            if classify:
+                images, share = mix(images, readable, numbers, run.mixup, run.cutmix)
+                noise = numbers[:, MIX_DRAWS:].unflatten(1, (-1, 2))  # (b, L, 2)
+            if run.sharded:  # gradients are reduced once, with the last piece
+                model.set_requires_gradient_sync(piece == pieces - 1)
+            logits = model(images, noise)
+            logits = logits[:, None] if logits.ndim == 2 else logits  # (b, heads, classes)
+            smoothing = run.smoothing if classify else 0.0
+            losses, weights = label_loss(logits, labels, share, smoothing, run.weights_of_classes)
+            loss = losses.sum() / run.batch_size
+            (loss * run.processes).backward()  # FSDP averages over the processes
+            unknown = (readable > 0).sum() - (labels >= 0).sum()
+            sums[:3] += torch.stack([loss.detach(), weights.sum(), unknown])
+
+        # The one host read of a step, after backward and before the optimizer.
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = models.whole(torch.nn.utils.get_total_norm(gradients))
+        sums[3], sums[4] = len(unreadable), len(run.stop)
+        if run.sharded:
+            dist.all_reduce(sums)
+        loss, weight, unknown, new_bad, stopping, norm = torch.cat([sums, norm[None]]).tolist()
+        scale = run.batch_size / max(weight, 1e-9)  # the mean is over the labels that count
+        loss, norm = loss * scale, norm * scale
+        for gradient in gradients if scale != 1.0 else ():
+            gradient.mul_(scale)
+        done, bad, unlabelled = step + 1, bad + int(new_bad), unlabelled + int(unknown)
+        for name in unreadable if bad <= 20 else ():  # all are counted, the first ones named
+            tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
+        if bad + unlabelled > run.max_bad * max(1000, done * run.batch_size) or weight == 0:
+            what = f"{bad} unreadable and {unlabelled} without a label from 0 to {run.classes - 1}"
+            fail(f"{what} by step {done}, over --max-bad {run.max_bad}", 1)
+        if not math.isfinite(loss + norm):
+            what = f"step {done}: loss {loss}, gradient norm {norm}; nothing was saved. "
+            what += f"Positions {step * run.batch_size} to {done * run.batch_size - 1}. "
+            names = " ".join(models.non_finite_gradients(model))
+            fail(f"{what}Gradients not finite: {names or 'none'}", 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        average_weights(optimizer)
+        bar.update()
+
+        saving = done % save_every == 0 or done == steps
+        if saving or done % run.log_every == 0 or done == 1:
+            now = time.perf_counter()
+            rate = (done - last_logged) * run.batch_size / (now - logged)
+            entry = {"step": done, "samples": done * run.batch_size, "bad": bad}
+            entry |= {
+                "unlabelled": unlabelled,
+                "loss": loss,
+                "lr": optimizer.param_groups[-1]["lr"],
+            }
+            entry |= {"grad_norm": norm, "images_per_second": rate}
+            entry["mfu"] = rate * flops / (peak * run.processes) if peak else 0.0
+            entry["data_wait"] = waited / (now - logged)
+            entry["memory_gib"] = models.peak_memory(device)
+            entry["eta_seconds"] = (now - began) / (done - first_step) * (steps - done)
+            if saving and run.measure:
+                entry |= run.measure(model)
+            if run.process == 0:
+                with open(out / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+                say(step_line(entry, steps))
+            waited, last_logged, logged = 0.0, done, time.perf_counter()
+
+        # ----------------------------------------------------------------------------------- save
+        if saving or stopping:
+            record = {"identity": identity, "bad": bad, "unlabelled": unlabelled}
+            models.save_checkpoint(out / "checkpoints", done, model, optimizer, record)
+        if stopping:
+            break
+    bar.close()
+    if stopping and done < steps:
+        say(f"stopped at step {done} of {steps}, saved: the same command goes on")
+        return False
+    use_average(optimizer)
+    return True
+
+
+def schedule(step, steps, warmup):
+    """Linear warm-up, whose first step is not 0, then half a cosine to 0, step by step: a share."""
+    if step < warmup * steps:
+        return (step + 1) / (warmup * steps + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step / steps - warmup) / (1 - warmup)))
+
+
+def step_line(entry, steps):
+    text = (
+        "step {step}/{steps}  loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  "
+        "{images_per_second:.0f} images/s  mfu {mfu:.1%}  data wait {data_wait:.0%}  "
+        "memory {memory_gib:.1f} GiB  eta {eta}"
+    ).format(steps=steps, eta=tqdm.format_interval(entry["eta_seconds"]), **entry)
+    for name in ("bad", "unlabelled"):
+        text += f"  {name} {entry[name]}" if entry[name] else ""
+    return text + (
+        "  top-1 {top1:.1%}  top-5 {top5:.1%}".format(**entry) if "top1" in entry else ""
+    )
+
+
+# -------------------------------------------------------------------------------------------- tasks
+
+
+def measured(run, model, source):
+    """[(top-1, top-5)] of each of a model's heads on a source: exact, see evaluate.py."""
+    pairs = 2 * run.processes * 32
+    shape = run.image_size, run.config["channels"], pairs, run.process, run.processes
+    batches = data.Batches(source, *shape, centre=run.val_crop)
+    return evaluate.label_accuracy(model, batches, run.device, run.workers)
+
+
+def classify(run, say):
+    run.config["positions"] = "learned"  # as the public MAE code: they are trained from here on
+    model = build_trunk(run, say)
+    config = model.config
+    run.measure = lambda model: dict(zip(("top1", "top5"), measured(run, model, run.val)[0]))
+
+    def optimizer(model):
+        groups = layer_groups(model, run.weight_decay, run.layer_decay)
+        for group in groups:
+            group |= {"initial_lr": run.lr, "ema": run.ema}
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=run.device.type != "mps")
+
+    steps = run.steps or math.ceil(run.epochs * int(run.train.sizes.sum()) / run.batch_size)
+    if run.plan:
+        run.steps, run.pieces = steps, 1
+        run.micro_batch = run.micro_batch or run.batch_size // run.processes
+        return models.print_plan(model, run)
+    if not train(run, model, optimizer, run.train, run.out, steps, say):
+        return
+    (top1, top5), *_ = measured(run, model, run.val)
+    weights = models.full_state(model)  # every process takes part
+    total = int(run.val.sizes.sum())
+    say(
+        f"top-1 {top1:.2%}, top-5 {top5:.2%} on {total} pictures"
+        + " (averaged weights)" * bool(run.ema)
+    )
+    finish(run, weights, config, {"top1": top1, "top5": top5})
+
+
+def linear(run, say):
+    trunk = build_trunk(run, say)
+    config = trunk.config
+    model = Probes(trunk, len(LINEAR_RATES), run.batch_norm, run.seed)
+    if run.batch_norm:
+        say("features are normalised over each batch: another batch size is another run")
+
+    def optimizer(model):
+        parts = zip(LINEAR_RATES, model.weights, model.biases)
+        groups = [
+            {"params": [w, b], "initial_lr": rate * run.batch_size / 256} for rate, w, b in parts
+        ]
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+
+    steps = run.steps or math.ceil(run.epochs * int(run.train.sizes.sum()) / run.batch_size)
+    if not train(run, model, optimizer, run.train, run.out, steps, say):
+        return
+    chosen_by, on_val = (measured(run, model, source) for source in (run.slice, run.val))
+    best = max(range(len(LINEAR_RATES)), key=lambda head: chosen_by[head])
+    say(f"lr per 256   top-1 on {int(run.slice.sizes.sum())} of train   on val")
+    for head, rate in enumerate(LINEAR_RATES):
+        mark = "  <- chosen on train" if head == best else ""
+        say(f"{rate:10g}   {chosen_by[head][0]:18.2%}   {on_val[head][0]:6.2%}{mark}")
+    (top1, top5), weights = on_val[best], models.full_state(model)
+    say(f"top-1 {top1:.2%}, top-5 {top5:.2%} on {int(run.val.sizes.sum())} pictures")
+    if run.process == 0:
+        weights = model.classifier_state(weights, best)
+    finish(run, weights, config, {"top1": top1, "top5": top5, "lr_per_256": LINEAR_RATES[best]})
+
+
+def finish(run, weights, config, result):
+    """Hand over model.pt, and say what to type next."""
+    if run.process == 0:
+        models.save_weights(run.out / "model.pt", weights, config)
+        print(f"wrote {run.out / 'model.pt'}")
+        where = f"{run.out / 'model.pt'} --data {run.data or 'toy'}"
+        print(f"next: python evaluate.py --task classify --checkpoint {where}")
+        print(json.dumps({"task": run.task, **result}))
+
+
+def lowshot(run, say):
+    trunk, record = build_trunk(run, say).to(run.device).eval(), run.out / "results.json"
+    found = json.loads(record.read_text()) if record.is_file() else {"identity": run.identity}
+    if found["identity"] != run.identity:
+        raise ValueError(f"{record} is of other settings: use another --out")
+    total = int(run.train.sizes.sum())
+    numbers = tqdm(range(total), desc="labels", leave=False, disable=None)
+    labels = torch.tensor([run.train.label(number) for number in numbers])
+    if not 0 <= labels.max() < run.classes:
+        raise ValueError(f"labels of train go up to {labels.max()}, of {run.classes} classes")
+    known = (labels >= 0).nonzero()[:, 0]
+    options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
+    options["centre"] = run.val_crop
+
+    def features(source):
+        x, y, _ = evaluate.extract({"": trunk.features}, source, trunk.config, **options)
+        return x[""][y >= 0], y[y >= 0]
+
+    frozen, tops = [features(run.slice), features(run.val)], {}
+    for shots in run.shots:
+        best = {}  # what the first draw finds best on the slice is used for all
+        for seed in SEEDS:
+            chosen = known[evaluate.few_shot_split(labels[known], int(shots), seed)]
+            source = data.Chosen(run.train, chosen)
+            x, y = features(source)
+
+            def logistic(penalty, x=x, y=y):
+                scores = (logistic_scores(x, y, on, run.classes, penalty) for on, _ in frozen)
+                return [evaluate.accuracy(s, t, 1) for s, (_, t) in zip(scores, frozen)]
+
+            def prompts(rate, name=f"{shots} shots, draw {seed}", source=source, seed=seed):
+                name = f"{name}, lr {rate:g}"
+                if name not in found:  # not of an earlier, interrupted call
+                    found[name] = train_prompts(run, source, seed, rate, name, say)
+                    if run.process == 0:
+                        models.write_text(record, json.dumps(found, indent=1))
+                return found[name]
+
+            for fit, grid in ((prompts, LOWSHOT_RATES), (logistic, PENALTIES)):
+                tried = {v: fit(v) for v in (grid if seed == 0 else [best[fit.__name__]])}
+                if seed == 0:
+                    best[fit.__name__] = max(tried, key=lambda v: tried[v][0])
+                tops.setdefault(fit.__name__, {}).setdefault(shots, [])
+                tops[fit.__name__][shots].append(tried[best[fit.__name__]][1])
+    say(f"top-1 on {len(frozen[1][1])} pictures, mean of {len(SEEDS)} draws (standard deviation)")
+    say("shots     prompts (VPT)       logistic regression")
+    for shots in run.shots:
+        cells = (f"{np.mean(t[shots]):7.2%} ({np.std(t[shots]):.2%})" for t in tops.values())
+        say(f"{shots:>5}   {'   '.join(cells)}")
+    means = {name: {k: float(np.mean(v)) for k, v in t.items()} for name, t in tops.items()}
+    say(json.dumps({"task": "lowshot", "top1": means}))
+
+
+def train_prompts(run, source, seed, rate, name, say):
+    """Top-1 on the slice and on val of prompts that were trained on a source."""
+    run, even, count = copy.copy(run), 2 * run.processes, int(source.sizes.sum())
+    run.seed, run.measure, run.lanes = seed, None, run.lanes or 48
+    run.batch_size = min(run.batch_size, math.ceil(count / even) * even)
+    model = Prompted(build_trunk(run, lambda _: None), seed)
+
+    def optimizer(model):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.AdamW([{"params": trained, "initial_lr": rate}], weight_decay=1e-4)
+
+    steps = run.steps or math.ceil(run.epochs * count / run.batch_size)
+    out = run.out / name.replace(", ", "-").replace(" ", "-")
+    if not train(run, model, optimizer, source, out, steps, lambda _: None):
+        say(f"stopped in {out}, saved: the same command goes on")
+        raise SystemExit(0)
+    found = [measured(run, model, on)[0][0] for on in (run.slice, run.val)]
+    if run.process == 0:
+        shutil.rmtree(out)  # its result is kept
+    say(f"prompts, {name}: top-1 {found[0]:.2%} on the slice of train, {found[1]:.2%} on val")
+    return found
+
+
+def logistic_scores(x, y, on, classes, penalty):
+    """Scores (m, classes) of features `on` (m, D) by multinomial logistic regression on x (n, D).
+
+    As MSN's: features centred and of unit length, no intercept, the mean loss plus penalty / 2
+    times the squared weights.
+    """
+    x, on, centre = x.double(), on.double(), x.double().mean(dim=0)
+    x, on = F.normalize(x - centre), F.normalize(on - centre)
+    weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS(
+        [weight], max_iter=500, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        solver.zero_grad()
+        loss = F.cross_entropy(x @ weight.T, y) + penalty / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    return (on @ weight.T).detach()
+
+
+def average_weights(optimizer):
+    """EMA: a group's "ema" is the decay. Averages live in the optimizer's state: that is saved."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("ema") else ():
+            average = optimizer.state[parameter].setdefault("average", parameter.detach().clone())
+            average.lerp_(parameter.detach(), 1 - group["ema"])
+
+
+def use_average(optimizer):
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group.get("ema") else ():
+                parameter.copy_(optimizer.state[parameter]["average"])
+
+
+def count_labels(source, classes):
+    """(classes,) how many pictures have each label."""
+    numbers = tqdm(range(int(source.sizes.sum())), desc="labels", leave=False, disable=None)
+    labels = np.array([source.label(number) for number in numbers])
+    return np.bincount(labels[(labels >= 0) & (labels < classes)], minlength=classes)
+
+
+def main(argv=None):
+    run = parse_arguments(argv)
+    try:
+        prepare(run)
+        if run.device.type == "cuda":
+            torch.cuda.set_device(run.device)
+        run.sharded = run.processes > 1 or run.device.type == "cuda"  # one GPU: the same bf16 path
+        if run.sharded and not run.plan:
+            backend = "cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo"
+            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+            dist.init_process_group(backend, **(alone if run.processes == 1 else {}))
+        run.stop = []  # A signal leaves a note: the loop saves and ends. A second Ctrl-C ends it.
+        signal.signal(signal.SIGTERM, lambda *_: run.stop.append("SIGTERM"))
+        signal.signal(signal.SIGINT, lambda n, _: run.stop.append(signal.signal(n, signal.SIG_DFL)))
+        counts = np.ones(run.classes)
+        if run.class_weights:
+            counts = np.maximum(1, count_labels(run.train, run.classes))
+        weights = torch.tensor(counts.mean() / counts, dtype=torch.float32)
+        run.weights_of_classes, run.measure = weights.to(run.device), None
+        {"classify": classify, "linear": linear, "lowshot": lowshot}[run.task](
+            run, tqdm.write if run.process == 0 else lambda _: None
+        )
+        if dist.is_initialized():
+            dist.barrier()  # without it, a process may abort at exit
+            dist.destroy_process_group()
+    except (ValueError, OSError) as error:  # something in what was given; or a full disk
+        fail(error, 2 if isinstance(error, ValueError) else 1)
+
+
+if __name__ == "__main__":
+    main()

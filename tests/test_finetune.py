@@ -1,0 +1,489 @@
+"""Stage 3: augmentation, mixing, losses and heads by hand; and as a program."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import picture, read_metrics, stage
+from PIL import Image, ImageEnhance, ImageOps
+
+import data
+import evaluate
+import finetune
+import model as models
+
+TINY = [
+    *("--size", "16x2x2", "--image-size", "16", "--patch-size", "4", "--batch-size", "8"),
+    *("--workers", "1", "--log-every", "1"),
+]
+CLASSIFY = [
+    *("--task", "classify", *TINY, "--steps", "6", "--save-every", "2", "--lr", "1e-2"),
+    *("--layer-decay", "0.9", "--drop-path", "0.3", "--erase", "0.9", "--ema", "0.5"),
+]
+
+
+# ------------------------------------------------------------------------------------ augmentation
+
+# The ranges of timm's rand-m9-mstd0.5-inc1, by hand, at levels 10, 9 and 5 of 10 and towards one
+# side: degrees, bits, thresholds, additions, factors, shares.
+RANGES = {
+    "rotate": (30, 27, 15),
+    "posterize": (0, 1, 2),
+    "solarize": (0, 26, 128),
+    "solarize add": (110, 99, 55),
+    "color": (1.9, 1.81, 1.45),
+    "contrast": (1.9, 1.81, 1.45),
+    "brightness": (1.9, 1.81, 1.45),
+    "sharpness": (1.9, 1.81, 1.45),
+    "shear x": (0.3, 0.27, 0.15),
+    "shear y": (0.3, 0.27, 0.15),
+    "translate x": (0.45, 0.405, 0.225),
+    "translate y": (0.45, 0.405, 0.225),
+}
+GREY = (124, 116, 104)  # 255 x ImageNet's mean
+
+
+def by_hand(name, image, value):
+    w, h = image.size
+    affine = {
+        "shear x": (1, value, 0, 0, 1, 0),
+        "shear y": (1, 0, 0, value, 1, 0),
+        "translate x": (1, 0, value * w, 0, 1, 0),
+        "translate y": (1, 0, 0, 0, 1, value * h),
+    }
+    pixels = np.asarray(image).astype(int)
+    if name in affine:
+        how = {"resample": Image.Resampling.BICUBIC, "fillcolor": GREY}
+        return image.transform(image.size, Image.Transform.AFFINE, affine[name], **how)
+    if name == "rotate":
+        return image.rotate(value, Image.Resampling.BICUBIC, fillcolor=GREY)
+    if name == "posterize":
+        return Image.fromarray((pixels // 2 ** (8 - value) * 2 ** (8 - value)).astype(np.uint8))
+    if name == "solarize":
+        return Image.fromarray(np.where(pixels < value, pixels, 255 - pixels).astype(np.uint8))
+    if name == "solarize add":
+        added = np.minimum(255, pixels + value)
+        return Image.fromarray(np.where(pixels < 128, added, pixels).astype(np.uint8))
+    return getattr(ImageEnhance, name.capitalize())(image).enhance(value)
+
+
+@pytest.mark.parametrize("name", RANGES)
+@pytest.mark.parametrize("column", range(3))
+def test_ranges_of_randaugment_by_hand(name, column):
+    image, level = picture(3), (1.0, 0.9, 0.5)[column]
+    ours = finetune.OPERATIONS[name](image, level, level)
+    assert ours.tobytes() == by_hand(name, image, RANGES[name][column]).tobytes()
+    other = finetune.OPERATIONS[name](image, level, -level)
+    if name in ("posterize", "solarize", "solarize add"):  # these have no direction
+        assert other.tobytes() == ours.tobytes()
+    elif name in ("color", "contrast", "brightness", "sharpness"):
+        value = 2 - RANGES[name][column]
+        assert other.tobytes() == by_hand(name, image, value).tobytes()
+    else:
+        assert other.tobytes() == by_hand(name, image, -RANGES[name][column]).tobytes()
+
+
+def test_operations_of_randaugment_without_a_range():
+    image = picture(4)
+    assert len(finetune.OPERATIONS) == 15
+    plain = {"auto contrast": "autocontrast", "equalize": "equalize", "invert": "invert"}
+    for name, theirs in plain.items():
+        ours = finetune.OPERATIONS[name](image, 0.9, -0.9)
+        assert ours.tobytes() == getattr(ImageOps, theirs)(image).tobytes()
+
+
+def test_two_operations_each_done_half_of_the_time_at_levels_around_9(monkeypatch):
+    done = []
+
+    def recorder(name):
+        return lambda image, level, s: done[-1].append((name, level, s)) or image
+
+    monkeypatch.setattr(finetune, "OPERATIONS", {name: recorder(name) for name in range(15)})
+    pixels = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    for position in range(6000):
+        done.append([])
+        finetune.augment(pixels, (0, 0, position), 9, 0)
+    # 6000 draws: four standard errors of a share are at most 0.026, of a count of 400, 80.
+    assert np.bincount([len(ops) for ops in done]) / 6000 == pytest.approx(
+        [0.25, 0.5, 0.25], abs=0.026
+    )
+    names, levels, signed = map(np.array, zip(*(op for ops in done for op in ops)))
+    assert np.bincount(names, minlength=15).min() > 320 and np.bincount(names).max() < 480
+    # N(9, 0.5) of 10, cut at 10: 2.3 % are there.
+    assert np.median(levels) == pytest.approx(0.9, abs=0.003) and levels.max() == 1.0
+    assert np.mean(levels == 1.0) == pytest.approx(0.0228, abs=0.01)
+    assert np.std(levels[levels < 0.9] - 0.9) * math.sqrt(1 / (1 - 2 / math.pi)) == pytest.approx(
+        0.05, abs=0.003
+    )
+    assert np.mean(signed > 0) == pytest.approx(0.5, abs=0.026)
+    assert (abs(signed) == levels).all()
+
+
+def test_erasing_fills_boxes_with_noise():
+    shares, found = [], []
+    for position in range(3000):
+        pixels = torch.full((3, 40, 60), 7, dtype=torch.uint8)
+        erased = finetune.augment(pixels, (0, 0, position), 0, 0.25)
+        box = (erased != 7).any(dim=0)
+        if box.any():
+            rows, columns = box.any(dim=1).nonzero()[:, 0], box.any(dim=0).nonzero()[:, 0]
+            height, width = (int(side[-1] - side[0]) + 1 for side in (rows, columns))
+            shares.append(height * width / 2400)
+            assert 0.25 < height / width < 4  # 0.3 to 1 / 0.3, rounded to pixels
+            found.append(erased[:, box].float())
+    assert len(shares) / 3000 == pytest.approx(0.25, abs=0.032)
+    assert 0.015 < min(shares) < 0.03 and 0.29 < max(shares) < 0.35
+    assert np.mean(shares) == pytest.approx((0.02 + 1 / 3) / 2, abs=0.02)
+    pixels = torch.cat(found, dim=1) / 255
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(pixels.median(dim=1).values, mean, atol=0.01, rtol=0)
+    # Cut at 0 and 1, some 2 deviations away, a normal number varies a little less.
+    spread = pixels.std(dim=1) / deviation
+    assert spread.min() > 0.94 and spread.max() < 1.0
+
+
+def test_an_augmentation_is_a_pure_function_of_its_key():
+    pixels = torch.from_numpy(np.array(picture(1))).permute(2, 0, 1)
+    made = [finetune.augment(pixels.clone(), (0, 1, p), 9, 0.5) for p in (5, 6, 5)]
+    assert torch.equal(made[0], made[2]) and not torch.equal(made[0], made[1])
+    grey = finetune.augment(pixels[:1].clone(), (0, 1, 5), 9, 0.5)
+    assert grey.shape == (1, *pixels.shape[1:])
+
+
+# ---------------------------------------------------------------------------------- mixing and loss
+
+
+def mixed(count, mixup, cutmix, weight=None):
+    """mix() of pictures whose pixels are their number: (shares of the own one, images)."""
+    images = torch.arange(float(count))[:, None, None, None].expand(-1, 1, 16, 24)
+    numbers = torch.rand(count, finetune.MIX_DRAWS, generator=torch.Generator().manual_seed(0))
+    weight = torch.ones(count) if weight is None else weight
+    images, share = finetune.mix(images, weight, numbers, mixup, cutmix)
+    return share, images
+
+
+def test_mixup_blends_pairs_and_says_how_much():
+    share, images = mixed(4000, 0.8, 0.0)
+    own, other = torch.arange(4000.0), torch.arange(4000) ^ 1
+    expected = share * own + (1 - share) * other
+    torch.testing.assert_close(images[:, 0, 3, 5], expected)
+    assert torch.equal(share[::2], share[1::2])
+    # Beta(0.8, 0.8): mean 1/2, variance 1 / (4 (2 x 0.8 + 1)); 2000 draws.
+    assert share.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert share.var().item() == pytest.approx(1 / (4 * 2.6), abs=0.008)
+
+
+def test_cutmix_pastes_a_box_and_says_how_much():
+    share, images = mixed(2000, 0.0, 1.0)
+    own = (images[:, 0] == torch.arange(2000)[:, None, None]).float()
+    other = (images[:, 0] == (torch.arange(2000) ^ 1)[:, None, None]).float()
+    assert torch.equal(own + other, torch.ones_like(own))
+    torch.testing.assert_close(own.mean(dim=(1, 2)), share)
+    for picture_of_other in other[:50]:  # one box: its pixels are all of its rows and columns
+        rows, columns = picture_of_other.any(dim=1), picture_of_other.any(dim=0)
+        assert torch.equal(picture_of_other.bool(), rows[:, None] & columns[None, :])
+
+
+def test_half_of_the_pairs_are_mixed_and_half_are_cut():
+    share, images = mixed(4000, 0.8, 1.0)
+    blended = (images[::2, 0] % 1 != 0).flatten(1).any(dim=1)
+    assert blended.double().mean().item() == pytest.approx(0.5, abs=0.045)
+    assert torch.equal(share[::2], share[1::2])
+
+
+def test_what_cannot_be_read_is_not_mixed_in():
+    weight = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    share, images = mixed(4, 0.8, 0.0, weight)
+    assert share[0] == 1 and (images[0] == 0).all() and share[2] < 1
+    share, images = mixed(4, 0.0, 0.0)
+    assert (share == 1).all() and (images[3] == 3).all()
+
+
+def test_the_loss_is_that_of_dense_targets():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 2, 5, generator=generator)
+    labels, share = torch.tensor([0, 4, 2, 2, 3, -1]), torch.tensor([0.3, 0.3, 1, 1, 0.6, 0.6])
+    class_weights = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
+    losses, weights = finetune.label_loss(logits, labels, share, 0.1, class_weights)
+    expected, expected_weights = torch.zeros(6), torch.zeros(6)
+    for i, partner in enumerate((1, 0, 3, 2, 5, 4)):
+        for label, part in ((labels[i], share[i]), (labels[partner], 1 - share[i])):
+            if label >= 0:
+                target = torch.full((5,), 0.1 / 5)
+                target[label] += 0.9
+                loss = -(logits[i].log_softmax(dim=1) * target).sum()  # of both heads
+                expected[i] += part * class_weights[label] * loss
+                expected_weights[i] += part * class_weights[label]
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(weights, expected_weights)
+
+
+# --------------------------------------------------------------------------------- heads and groups
+
+
+def classifier(**changes):
+    arguments = {"size": "16x3x2", "image_size": 8, "patch_size": 4, "classes": 5, **changes}
+    model = models.Classifier(**arguments)
+    with torch.no_grad():  # not the flat beginning
+        for name, parameter in model.named_parameters():
+            generator = torch.Generator().manual_seed(len(name))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def test_layer_decay_by_hand():
+    model = classifier(positions="learned", pool="mean")
+    found = {}
+    for group in finetune.layer_groups(model, 0.05, 0.5):
+        for parameter in group["params"]:
+            found[parameter] = group["lr_scale"], group["weight_decay"]
+    found = {name: found[parameter] for name, parameter in model.named_parameters()}
+    assert found["cls_token"] == found["pos_embed"] == (0.0625, 0)
+    assert found["patch_embed.proj.weight"] == (0.0625, 0.05)
+    assert found["patch_embed.proj.bias"] == (0.0625, 0)
+    assert found["blocks.0.attn.qkv.weight"] == (0.125, 0.05)
+    assert found["blocks.2.mlp.fc2.weight"] == (0.5, 0.05)
+    assert found["blocks.2.norm1.weight"] == (0.5, 0)
+    assert found["fc_norm.weight"] == (1, 0) and found["head.weight"] == (1, 0.05)
+    assert len(found) == len(list(model.parameters()))
+
+
+def test_prompts_are_counted_and_stand_beside_the_tokens_of_every_block():
+    trunk = classifier()
+    model = finetune.Prompted(trunk, seed=0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == 3 * 8 * 192 + (192 * 16 + 16) + (16 * 5 + 5)
+    torch.nn.init.normal_(model.head.weight)
+    images = torch.randn(2, 3, 8, 8)
+    x = trunk.tokens(images)
+    for i, block in enumerate(trunk.blocks):  # independently: prompts last, dropped after the block
+        prompts = model.prompts[i] @ model.project.weight.T + model.project.bias
+        x = block(torch.cat([x, prompts.expand(2, -1, -1)], dim=1))[:, :-8]
+    expected = trunk.norm(x)[:, 0] @ model.head.weight.T
+    torch.testing.assert_close(model(images)[:, 0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_a_probe_becomes_the_head_of_a_classifier(batch_norm, pool):
+    trunk = classifier(pool=pool)
+    model = finetune.Probes(trunk, 3, batch_norm, seed=0)
+    images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for number, bias in enumerate(model.biases):
+            bias.add_(number)
+        for _ in range(100):
+            trained = model(images)
+        if batch_norm:  # the statistics of the one batch there is, unbiased in the running variance
+            x = trunk.features(images)
+            scaled = (x - x.mean(dim=0)) / (x.var(dim=0, correction=0) + 1e-6).sqrt()
+            torch.testing.assert_close(
+                trained[:, 2], F.linear(scaled, model.weights[2], model.biases[2])
+            )
+            torch.testing.assert_close(model.variance, x.var(dim=0), rtol=1e-3, atol=1e-6)
+        model.eval()
+        logits = model(images)
+        same = classifier(pool=pool)
+        same.load_state_dict(model.classifier_state(model.state_dict(), 1))
+        torch.testing.assert_close(same(images), logits[:, 1], rtol=1e-4, atol=1e-5)
+
+
+def test_logistic_regression_is_at_its_minimum():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(30, 4, generator=generator), torch.arange(30) % 3
+    weight = torch.zeros(3, 4, dtype=torch.float64)
+    units = F.normalize(x.double() - x.double().mean(dim=0))
+    for _ in range(3000):  # plain gradient descent
+        residual = (units @ weight.T).softmax(dim=1) - F.one_hot(y, 3)
+        weight -= 2.0 * (residual.T @ units / 30 + 1e-2 * weight)
+    found = finetune.logistic_scores(x, y, x, 3, 1e-2)
+    torch.testing.assert_close(found, units @ weight.T, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- as a program
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    """A folder with train/ (60 pictures of three classes) and val/ (12)."""
+    folder = tmp_path_factory.mktemp("pets")
+    for split, count in (("train", 20), ("val", 4)):
+        for number, name in enumerate(("cats", "dogs", "owls")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.array(picture(1000 * number + i + (split == "val") * 100))
+                pixels[:, :, number] = 250  # easy to tell apart
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+def fine(*arguments, **options):
+    return stage(*arguments, program="finetune.py", **options)
+
+
+def last_json(ran):
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def plain(pets, tmp_path_factory):
+    out = tmp_path_factory.mktemp("classify") / "run"
+    last_json(fine(*CLASSIFY, "--data", pets, "--out", out))
+    return out
+
+
+def test_classify_leaves_a_classifier_that_evaluate_measures_alike(plain, pets, tmp_path, capsys):
+    state, config = models.read_weights(plain / "model.pt")
+    assert config["class_names"] == ["cats", "dogs", "owls"] and config["pool"] == "mean"
+    assert [line["step"] for line in read_metrics(plain) if "top1" in line] == [2, 4, 6]
+    where = ["--checkpoint", str(plain / "model.pt"), "--data", str(pets), "--workers", "0"]
+    drawn = ["--confusion", str(tmp_path / "c.png"), "--mistakes", str(tmp_path / "m.png")]
+    evaluate.main(["--task", "classify", *where, *drawn])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    model = models.Classifier(**config).eval()
+    model.load_state_dict(state)
+    val = data.open_sources(str(pets))[1]
+    right = 0
+    for number in range(12):
+        sample = val.read(number)
+        pixels = data.crop_and_resize(sample["image"], (16, 16), 3)[None]
+        right += int(model(data.normalize(pixels)).argmax()) == sample["class"]
+    assert found["top1"] == right / 12 and found["top5"] == 1.0 and found["pictures"] == 12
+    assert (tmp_path / "c.png").exists()
+
+
+@pytest.mark.parametrize(("processes", "extra"), [(None, ["--micro-batch", "2"]), (2, [])])
+def test_classify_is_the_same_on_any_number_of_processes(processes, extra, plain, pets, tmp_path):
+    out = tmp_path / "run"
+    last_json(fine(*CLASSIFY, "--data", pets, "--out", out, *extra, processes=processes))
+    for ours, theirs in zip(read_metrics(out), read_metrics(plain), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def rewound(plain, out, step):
+    """A copy of a run as it was when it had saved this step."""
+    shutil.copytree(plain, out)
+    (out / "model.pt").unlink()
+    for path in (out / "checkpoints").glob("step-*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    (out / "checkpoints" / "LATEST").write_text(f"step-{step:08d}")
+
+
+def test_classify_resumed_is_the_same_run_averages_included(plain, pets, tmp_path):
+    rewound(plain, tmp_path / "run", 4)
+    ran = fine(*CLASSIFY, "--data", pets, "--out", tmp_path / "run")
+    assert "going on from" in ran.stdout and ran.returncode == 0, ran.stderr
+    assert read_metrics(tmp_path / "run") == read_metrics(plain)
+    ours, theirs = (models.read_weights(p / "model.pt")[0] for p in (tmp_path / "run", plain))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_linear_learns_resumes_and_chooses_on_train(pets, tmp_path):
+    asked = ["--task", "linear", *TINY, "--steps", "30", "--save-every", "20", "--data", pets]
+    asked += ["--batch-norm", "--min-crop", "1"]
+    ran = fine(*asked, "--out", tmp_path / "run")
+    found = last_json(ran)
+    assert found["top1"] > 0.6 and "chosen on train" in ran.stdout
+    assert ran.stdout.count("%") >= 2 * len(finetune.LINEAR_RATES)  # all are shown
+    rewound(tmp_path / "run", tmp_path / "again", 20)
+    assert last_json(fine(*asked, "--out", tmp_path / "again")) == found
+    assert last_json(fine(*asked, "--out", tmp_path / "two", processes=2)) == found
+    ours, theirs = (models.read_weights(tmp_path / n / "model.pt")[0] for n in ("run", "again"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_lowshot_reports_both_and_does_not_repeat_what_is_known(
+    pets, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(finetune, "LOWSHOT_RATES", (1e-2,))
+    monkeypatch.setattr(finetune, "SEEDS", range(2))
+    asked = ["--task", "lowshot", *TINY[:-4], "--workers", "0", "--epochs", "4", "--shots", "1,30"]
+    asked += ["--data", str(pets), "--out", str(tmp_path / "run")]
+    finetune.main(asked)
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["top1"]
+    assert set(found) == {"prompts", "logistic"} and set(found["prompts"]) == {"1", "30"}
+    assert found["logistic"]["30"] > 0.6 and found["prompts"]["30"] > 0.3
+    monkeypatch.setattr(finetune, "train_prompts", None)  # would fail
+    finetune.main(asked)
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["top1"] == found
+
+
+def test_rare_classes_can_count_as_much_as_others(pets, tmp_path):
+    source = data.Chosen(data.open_sources(str(pets))[0], range(60))
+    labels = [source.label(number) for number in range(60)]
+    few = data.Chosen(source, [n for n in range(60) if labels[n] != 1][:40] + [labels.index(1)])
+    counts = finetune.count_labels(few, 3)
+    assert counts[1] == 1 and counts.sum() == 41
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(list(map(str, arguments)))
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("finetune.py: ")
+    return line
+
+
+def test_unusable_input_is_refused_in_one_line(pets, photos, tmp_path, capsys):
+    common = ["--task", "classify", *TINY, "--out", tmp_path / "run"]
+    assert "does not name its classes" in refused(capsys, *common, "--data", photos)
+    assert "no train/ and val/" in refused(capsys, *common, "--data", pets / "train")
+    (tmp_path / "one" / "train" / "cats").mkdir(parents=True)
+    picture(0).save(tmp_path / "one" / "train" / "cats" / "a.png")
+    one = ["--data", photos, "--val-data", photos, "--classes", 1]
+    assert "one class only" in refused(capsys, *common, *one)
+    (tmp_path / "other" / "fish").mkdir(parents=True)
+    picture(0).save(tmp_path / "other" / "fish" / "a.png")
+    other = ["--data", pets / "train", "--val-data", tmp_path / "other"]
+    assert "classes that train has not" in refused(capsys, *common, *other)
+    assert "cannot be changed" in refused(
+        capsys, *common, "--data", pets, "--init", weights_of(tmp_path, "32x1x2")
+    )
+    assert "over 10" in refused(capsys, *common, "--rand-augment", 11)
+    assert not (tmp_path / "run").exists()
+
+
+def weights_of(folder, size):
+    model = models.ViT(size, image_size=16, patch_size=4)
+    models.save_weights(folder / "vit.pt", model.state_dict(), model.config)
+    return folder / "vit.pt"
+
+
+def test_labels_that_no_class_has_are_counted_and_stop_the_run(tmp_path, photos):
+    rows = "".join(f"{i:03}.jpg,{'ab'[i % 2]}\n" for i in range(40))
+    (tmp_path / "labels.csv").write_text("path,class\n" + rows)
+    asked = ["--task", "classify", *TINY, "--steps", "2", "--data", photos]
+    asked += ["--labels", tmp_path / "labels.csv", "--val-labels", tmp_path / "labels.csv"]
+    assert last_json(fine(*asked, "--out", tmp_path / "run"))["task"] == "classify"
+
+
+def test_the_recipe_is_the_public_codes(tmp_path):
+    for size, expected in {
+        "B": (2e-3, 100, 0.65, 0.1, 0.05),
+        "L": (4e-3, 50, 0.75, 0.2, 0.1),
+        "H": (4e-3, 50, 0.75, 0.3, 0.1),
+    }.items():
+        run = finetune.parse_arguments(["--task", "classify", "--size", size])
+        finetune.prepare(run)
+        found = (run.lr, run.epochs, run.layer_decay, run.drop_path, run.warmup)
+        assert found == pytest.approx(expected)
+        assert (run.batch_size, run.weight_decay, run.smoothing) == (1024, 0.05, 0.1)
+        assert (run.mixup, run.cutmix, run.rand_augment, run.erase) == (0.8, 1.0, 9, 0.25)
+        assert run.pool == "mean" and run.ema is None and run.min_crop == 0.08
+        assert run.val_crop == pytest.approx(224 / 256)
+
+
+def test_the_schedule_is_a_ramp_and_half_a_cosine():
+    shares = [finetune.schedule(step, 100, 0.1) for step in range(100)]
+    assert shares[0] == pytest.approx(1 / 11) and max(shares) == shares[10] == 1.0
+    assert shares[55] == pytest.approx(0.5) and 0 < shares[99] < 0.001
