@@ -80,11 +80,8 @@ def extract(
     bad = total - int(read.sum())
     if bad == total or bad > max(1, max_bad * total):
         raise ValueError(f"{bad} of {total} pictures cannot be read, over --max-bad {max_bad}")
-    return (
-        {name: found[read] for name, found in features.items()},
-        labels[read],
-        read.nonzero()[:, 0],
-    )
+    features = {name: found[read] for name, found in features.items()}
+    return features, labels[read], read.nonzero()[:, 0]
 
 
 def distributed():
@@ -191,47 +188,31 @@ def masked_loss(model, batches, device):
 
 
 @torch.no_grad()
-def hit_rates(model, batches, device):
-    """{"hit_1", "hit_5"}: shares of the pictures of a data.Batches with one of their hashtags
-    among the model's k highest logits; {} if none of them has a known one."""
-    sums = torch.zeros(3, device=device)
-    for batch in data.loader(batches, range(len(batches)), workers=0):
-        images, tags, weight = (batch[key].to(device) for key in ("images", "tags", "weight"))
-        logits = model(data.normalize(images))
-        best = logits.topk(min(5, logits.shape[1])).indices  # (b, 5)
-        right = (best[:, :, None] == tags[:, None, :]).any(dim=2)
-        hits = torch.stack([right[:, 0], right.any(dim=1), torch.ones_like(right[:, 0])])
-        sums += (hits * weight).sum(dim=1)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    hit_1, hit_5, count = sums.tolist()
-    return {"hit_1": hit_1 / count, "hit_5": hit_5 / count} if count else {}
+def hit_rates(model, batches, device, answers, workers=0):
+    """[(hit-1, hit-5)] of each head on a data.Batches: in how many of the pictures a right class is
+    the highest logit, or among the five highest. [] when no picture counts.
 
-
-@torch.no_grad()
-def label_accuracy(model, batches, device, workers=0):
-    """[(top-1, top-5)] of each head of a classifier on a data.Batches, in inference mode.
-
-    model: images -> (b, classes) or (b, heads, classes). Every process must call it; pictures that
-    cannot be read or have no label are left out. Raises ValueError when none is left.
+    model: images -> (b, classes) or (b, heads, classes); answers: "labels", or "tags", of which
+    there may be several. Every process must call it; what is unreadable or has no answer is left
+    out.
     """
     model.eval()
     hits, count = 0, torch.zeros((), dtype=torch.int64, device=device)
     for batch in data.loader(batches, range(len(batches)), workers):
-        images, labels, weight = (batch[key].to(device) for key in ("images", "labels", "weight"))
+        images, right, weight = (batch[key].to(device) for key in ("images", answers, "weight"))
+        right = right.view(len(images), 1, 1, -1)  # (b, 1, 1, answers), filled up with -1
+        counts = (weight > 0) & (right >= 0).any(dim=3)[:, 0, 0]
         logits = model(data.normalize(images))
         logits = logits[:, None] if logits.ndim == 2 else logits  # (b, heads, classes)
         best = logits.topk(min(5, logits.shape[2])).indices  # (b, heads, 5)
-        right = (best == labels[:, None, None]) & (weight > 0)[:, None, None]
-        hits += torch.stack([right[:, :, 0], right.any(dim=2)], dim=2).sum(dim=0)  # (heads, 2)
-        count += ((labels >= 0) & (weight > 0)).sum()
+        found = (best[..., None] == right).any(dim=3) & counts[:, None, None]
+        hits += torch.stack([found[:, :, 0], found.any(dim=2)], dim=2).sum(dim=0)  # (heads, 2)
+        count += counts.sum()
     model.train()
     if dist.is_initialized():
         dist.all_reduce(hits)
         dist.all_reduce(count)
-    if not count:
-        raise ValueError(f"no labels in {batches.source.identity}")
-    return [tuple(row) for row in (hits.double() / count).tolist()]
+    return [(one / int(count), five / int(count)) for one, five in hits.tolist()] if count else []
 
 
 def show_autoencoder(weights, run):
@@ -290,9 +271,7 @@ def draw_attention(model, source, path, count=8):
     maps = maps / maps.amax(dim=(2, 3), keepdim=True)
     maps = F.interpolate(maps, images.shape[2:], mode="nearest")  # (B, maps, H, W)
     # Brightness of the picture is the attention; a little is left everywhere to see what is there.
-    lit = [
-        (images * (0.15 + 0.85 * maps[:, i, None])).to(torch.uint8) for i in range(maps.shape[1])
-    ]
+    lit = [(images * (0.15 + 0.85 * m[:, None])).to(torch.uint8) for m in maps.unbind(dim=1)]
     titles = ["picture", "all heads", *(f"head {i + 1}" for i in range(len(lit) - 1))]
     draw_grid([images, *lit], titles, path)
 
@@ -453,10 +432,9 @@ def task_classify(model, sources, run):
         wrong = [i for i in counted if best[i][0] not in answers[i]]
         wrong.sort(key=lambda i: -found[i, -1])
         pictures = data.Chosen(source, numbers[wrong[: run.count]].tolist())
-        lines = [
-            f"{names[best[i][0]]} ({found[i, -1]:.0%}), is {names[min(answers[i])]}"
-            for i in wrong[: run.count]
-        ]
+        line = "{} ({:.0%}), is {}".format
+        shown = [(names[best[i][0]], found[i, -1], names[min(answers[i])]) for i in wrong]
+        lines = [line(*what) for what in shown[: run.count]]
         draw_mistakes(pictures, lines, model.config, run.mistakes)
     return {"top1": top1, "top5": top5, "pictures": len(counted)}
 
@@ -501,20 +479,17 @@ def right_answers(model, source, labels, numbers, run):
     if run.label_map:
         try:
             given = json.loads(Path(run.label_map).read_text())
-            given = {k: v if isinstance(v, list) else [v] for k, v in given.items()}
-            of_name = {name: number for number, name in enumerate(names or ())}
-            given = {
-                k: {of_name[v] if isinstance(v, str) else v for v in vs} for k, vs in given.items()
-            }
+            of_model = {name: number for number, name in enumerate(names or ())}
+            of_data = {name: number for number, name in enumerate(source.classes or ())}
+            meanings = {}
+            for name, means in given.items():
+                number = of_data.get(name, int(name) if name.isdigit() else -1)
+                means = means if isinstance(means, list) else [means]
+                meanings[number] = {of_model[m] if isinstance(m, str) else m for m in means}
         except (OSError, ValueError, KeyError, AttributeError) as error:
             why = f"{run.label_map} is no label map ({error!r})"
-            raise ValueError(
-                f"{why}: want {{class of the data: class of the model, or a list}}"
-            ) from None
-        of_data = {name: number for number, name in enumerate(source.classes or ())}
-        meanings = {
-            of_data.get(name, int(name) if name.isdigit() else -1): v for name, v in given.items()
-        }
+            want = "{class of the data: class of the model, or a list}"
+            raise ValueError(f"{why}: want {want}") from None
     elif names and source.classes and names != source.classes:
         unknown = [name for name in source.classes if name not in names]
         if unknown:
@@ -611,9 +586,7 @@ def parse_arguments(argv):
     add("--seed", type=int, default=0, help="of the masks in a picture (0)")
     add("--batch-size", type=int, default=64, help="pictures at once: changes no result (64)")
     add("--workers", type=int, help="loader processes (the cores left)")
-    add(
-        "--max-bad", type=float, default=0.01, help="share of unreadable pictures to stop at (0.01)"
-    )
+    add("--max-bad", type=float, default=0.01, help="unreadable share to stop at (0.01)")
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     run = parser.parse_args(argv)
     if run.seed < 0 or run.count < 1 or run.batch_size < 1:

@@ -472,7 +472,7 @@ def train(run, model, optimizer, source, out, steps, say):
     """Train a model on a source; True when it came to its end, False when a signal stopped it.
 
     Checkpoints and metrics.jsonl are in `out`, where the same call goes on. The optimizer's groups
-    have an initial_lr and may have an lr_scale. run.measure(model) gives what is logged whenever something is saved.
+    have an initial_lr and may have an lr_scale. run.measure(model) is logged with every save.
     """
     # --------------------------------------------------------------------------------------- data
     device, classify = run.device, run.task == "classify"
@@ -649,7 +649,10 @@ def measured(run, model, source):
     pairs = 2 * run.processes * 32
     shape = run.image_size, run.config["channels"], pairs, run.process, run.processes
     batches = data.Batches(source, *shape, centre=run.val_crop)
-    return evaluate.label_accuracy(model, batches, run.device, run.workers)
+    rates = evaluate.hit_rates(model, batches, run.device, "labels", run.workers)
+    if not rates:
+        raise ValueError(f"no labels in {source.identity}")
+    return rates
 
 
 def classify(run, say):
@@ -756,7 +759,7 @@ def lowshot(run, say):
                 if name not in found:  # not of an earlier, interrupted call
                     found[name] = train_prompts(run, source, seed, rate, name, say)
                     if run.process == 0:
-                        models.write_text(record, json.dumps(found, indent=1))
+                        models.write_file(record, json.dumps(found, indent=1))
                 return found[name]
 
             for fit, grid in ((prompts, LOWSHOT_RATES), (logistic, PENALTIES)):

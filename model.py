@@ -650,13 +650,8 @@ def full_state(model):
 
 def save_weights(path, state, config):
     """Write model.pt, {"model": {name: tensor}, "config": JSON-able dict}: whole or not at all."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
     json.dumps(config)  # what is not JSON-able must not get in
-    with open(temporary, "wb") as file:
-        torch.save({"model": state, "config": config}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_file(path, {"model": state, "config": config})
 
 
 def read_weights(path):
@@ -844,10 +839,10 @@ def save_checkpoint(folder, step, model, optimizer, record, keep=2):
             no_dist=not dist.is_initialized(),
         )
         if writer:
-            write_text(temporary / "state.json", json.dumps({**record, "step": step}))
+            write_file(temporary / "state.json", json.dumps({**record, "step": step}))
             shutil.rmtree(final, ignore_errors=True)  # left by a run killed before it moved LATEST
             os.replace(temporary, final)
-            write_text(folder / "LATEST", final.name)  # syncs the folder: both names
+            write_file(folder / "LATEST", final.name)  # syncs the folder: both names
             # Later ones are of a former life of the run: they do not push out this one.
             older = sorted(path for path in folder.glob("step-*") if path.name < final.name)
             for old in older[: max(0, len(older) - keep + 1)]:
@@ -967,7 +962,7 @@ def begin_run(out, config, checkpoint=None, step=0):
         raise ValueError(f"{out} holds a config.json that is not ours: use another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "config.json", json.dumps(config, indent=1))
+        write_file(out / "config.json", json.dumps(config, indent=1))
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written to: {error}") from None
     if checkpoint:
@@ -975,27 +970,22 @@ def begin_run(out, config, checkpoint=None, step=0):
         lines = source.read_text().splitlines() if source.is_file() else []
         if checkpoint.parent.resolve() == (out / "checkpoints").resolve():
             # It may be an earlier one: from now on, it is the run's last.
-            write_text(out / "checkpoints" / "LATEST", checkpoint.name)
+            write_file(out / "checkpoints" / "LATEST", checkpoint.name)
     # A line that a kill cut short does not end in a brace.
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    write_text(out / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
+    write_file(out / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
 
 
-def write_text(path, text):
-    """Replace a file's text: whole or not at all, even if the machine goes down."""
+def write_file(path, content):
+    """Replace a file by a text, or by tensors: whole or not at all, whatever happens meanwhile."""
     path, temporary = Path(path), Path(f"{path}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path):
-    """Names are stored in folders: without this, a rename may not outlive a power cut."""
-    if sys.platform != "win32":
-        folder = os.open(path, os.O_RDONLY)
+    if sys.platform != "win32":  # names are stored in the folder: it has to be synced as well
+        folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
 

@@ -38,7 +38,7 @@ import model as models
 def recipe(size):
     """(batch size, lr per 256 images, image side, samples, beta2, clip): recalled, but toy's."""
     if size == "toy":
-        return 64, 4e-3, 48, 24_000, 0.999, None  # ours
+        return 64, 1.2e-3, 48, 20_000, 0.999, None  # ours
     if size in ("2B", "6.5B"):
         return 8192, 1e-4 / 32, 224, None, 0.95, 1.0  # for stability
     return 8192, 4e-4 / 32, 224, None, 0.999, None
@@ -66,14 +66,14 @@ def parse_arguments(argv):
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=int, help="global, over all processes (8192; toy size: 64)")
     add("--micro-batch", type=int, help="images at once on a process (what should fit)")
-    add("--lr", type=float, help="peak (4e-4 for a batch of 8192, 2B and up 1e-4; toy size: 1e-3)")
+    add("--lr", type=float, help="peak (4e-4 for a batch of 8192, 2B and up 1e-4; toy size: 3e-4)")
     add("--warmup", type=float, default=0.05, help="share of the steps (0.05)")
     add("--weight-decay", type=float, default=0.1, help="not of 1-D parameters (0.1)")
     add("--seed", type=int, default=0, help="of weights, order and crops (0)")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--steps", type=int, help="length of the run; or give --epochs, or --samples")
     add("--epochs", type=float, help="passes over the data, each as long as its weights say")
-    add("--samples", type=float, help="(an epoch; toy size: 24,000)")
+    add("--samples", type=float, help="(an epoch; toy size: 20,000)")
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, default="runs/weak", help="where everything is written (runs/weak)")
     add("--resume", help="a run, or one of its checkpoints, to go on from (the one in --out)")
@@ -272,19 +272,16 @@ def train(run):
         if saving or done % run.log_every == 0 or done == 1:
             now = time.perf_counter()
             rate = (done - last_logged) * run.batch_size / (now - logged)
-            entry = {
-                "step": done,
-                "samples": done * run.batch_size,
-                "bad": bad,
-                "untagged": untagged,
-            }
+            entry = {"step": done, "samples": done * run.batch_size, "bad": bad}
+            entry |= {"untagged": untagged}
             entry |= {"loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": rate}
             entry["mfu"] = rate * flops / (peak * run.processes) if peak else 0.0
             entry["data_wait"] = waited / (now - logged)
             entry["memory_gib"] = models.peak_memory(device)
             entry["eta_seconds"] = (now - began) / (done - first_step) * (run.steps - done)
             if saving and len(run.held_out_batches):
-                entry |= evaluate.hit_rates(model, run.held_out_batches, device)
+                rates = evaluate.hit_rates(model, run.held_out_batches, device, "tags")
+                entry |= dict(zip(("hit_1", "hit_5"), rates[0])) if rates else {}
             if run.process == 0:
                 with open(out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(entry) + "\n")
