@@ -326,7 +326,7 @@ def read_labels(path):
     """{picture's path: {"class": name, "hashtags": [...]}, each if given} of a file of labels.
 
     .jsonl: lines of {"path", and "class" or "hashtags"}; damaged ones are counted and left out.
-    .csv: lines of path,class; a first line of just these words is skipped. .json: iNaturalist's,
+    .csv: lines of path,class; those that name no picture are skipped. .json: iNaturalist's,
     {"images": [{"id", "file_name"}], "annotations": [{"image_id", "category_id"}], "categories":
     [{"id", "name"}]}. Raises ValueError, one line, when it is none of these.
     """
@@ -334,9 +334,12 @@ def read_labels(path):
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             if path.endswith(".csv"):
-                rows = [row for row in csv.reader(file) if row]
-                found = {os.path.normpath(name): {"class": label} for name, label in rows}
-                found.pop("path", None)
+                rows = [
+                    (os.path.normpath(name), label)
+                    for name, label in filter(None, csv.reader(file))
+                ]
+                # a head line, whatever it says, names no picture
+                found = {name: {"class": label} for name, label in rows if is_picture(name)}
             elif path.endswith(".json"):
                 content = json.load(file)
                 names = {entry["id"]: entry["name"] for entry in content["categories"]}
@@ -364,6 +367,17 @@ def is_picture(name):
     return name.lower().endswith(PICTURES) and not name.startswith(".")
 
 
+def all_labels(source):
+    """(n,) int64 class numbers of a source's samples, -1 where none is known or can be read."""
+    labels = np.full(int(source.sizes.sum()), -1, dtype=np.int64)
+    for number in tqdm(range(len(labels)), desc="labels", leave=False, disable=None):
+        try:
+            labels[number] = source.label(number)
+        except Exception as error:  # noqa: BLE001 (tar members fail in many ways: named, left out)
+            tqdm.write(f"unreadable label: {source.name(number)}: {error}", file=sys.stderr)
+    return labels
+
+
 def stable_hash(text):
     """Python's own hash() differs between processes."""
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
@@ -373,9 +387,9 @@ class Slice:
     """The samples start .. stop - 1 of a source."""
 
     def __init__(self, source, start, stop):
-        sizes = np.diff(running_sum(source.sizes).clip(start, stop))
-        self.source, self.numbers, self.sizes = source, range(start, stop), sizes[sizes > 0]
-        self.classes = source.classes
+        self.source, self.numbers, self.classes = source, range(start, stop), source.classes
+        # Shards without a sample in it count as well: as many lanes as the whole source has.
+        self.sizes = np.diff(running_sum(source.sizes).clip(start, stop))
         self.identity = f"{source.identity}, samples {start} to {stop}"
 
     def read(self, number):
@@ -1132,7 +1146,7 @@ def write_hashtags(source, out, tail_below=None, workers=0, **counting):
         shares = {True: 1.0, False: 1.0}
     weights = np.zeros(len(counts) + 1, dtype=np.int64)  # the last one, of -1, stays 0
     for part, share in shares.items():
-        which = np.flatnonzero(tail == part)
+        which = np.flatnonzero((tail == part) & (drawn > 0))
         scale = share * drawn.sum() / max(1e-9, (drawn * importance)[which].sum())
         weights[which] = np.maximum(1, np.rint(scale * importance[which] * WEIGHT))
     totals = [

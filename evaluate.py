@@ -84,6 +84,12 @@ def extract(
     return features, labels[read], read.nonzero()[:, 0]
 
 
+def usual_crop(size):
+    """The share of a picture's centre that is measured: at 224 what the public MAE code cuts out of
+    256 pixels, at more all of it, as there. Smaller inputs see all of it, too (ours)."""
+    return 224 / 256 if max(size) == 224 else 1.0
+
+
 def distributed():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -188,17 +194,20 @@ def masked_loss(model, batches, device):
 
 
 @torch.no_grad()
-def hit_rates(model, batches, device, answers, workers=0):
-    """[(hit-1, hit-5)] of each head on a data.Batches: in how many of the pictures a right class is
-    the highest logit, or among the five highest. [] when no picture counts.
+def hit_rates(model, batches, device, answers, workers=0, max_bad=1.0):
+    """([(hit-1, hit-5)] of each head, pictures that count) on a data.Batches: the share of these in
+    which a right class is the highest logit, or among the five highest.
 
     model: images -> (b, classes) or (b, heads, classes); answers: "labels", or "tags", of which
-    there may be several. Every process must call it; what is unreadable or has no answer is left
-    out.
+    there may be several. Every process must call it. What has no answer is left out, and so is what
+    is unreadable: named, and over the share max_bad (one alone always may be) a ValueError.
     """
     model.eval()
-    hits, count = 0, torch.zeros((), dtype=torch.int64, device=device)
+    sums = torch.zeros(3, dtype=torch.int64, device=device)  # counting, unreadable, of no class
+    hits = torch.zeros(1, 2, dtype=torch.int64, device=device)
     for batch in data.loader(batches, range(len(batches)), workers):
+        for name in batch["bad"]:
+            print(f"unreadable, left out: {name}", file=sys.stderr)
         images, right, weight = (batch[key].to(device) for key in ("images", answers, "weight"))
         right = right.view(len(images), 1, 1, -1)  # (b, 1, 1, answers), filled up with -1
         counts = (weight > 0) & (right >= 0).any(dim=3)[:, 0, 0]
@@ -206,13 +215,20 @@ def hit_rates(model, batches, device, answers, workers=0):
         logits = logits[:, None] if logits.ndim == 2 else logits  # (b, heads, classes)
         best = logits.topk(min(5, logits.shape[2])).indices  # (b, heads, 5)
         found = (best[..., None] == right).any(dim=3) & counts[:, None, None]
-        hits += torch.stack([found[:, :, 0], found.any(dim=2)], dim=2).sum(dim=0)  # (heads, 2)
-        count += counts.sum()
+        hits = hits + torch.stack([found[:, :, 0], found.any(dim=2)], dim=2).sum(dim=0)
+        outside = (right >= logits.shape[2]).sum()
+        sums += torch.stack([counts.sum(), outside.new_tensor(len(batch["bad"])), outside])
     model.train()
     if dist.is_initialized():
         dist.all_reduce(hits)
-        dist.all_reduce(count)
-    return [(one / int(count), five / int(count)) for one, five in hits.tolist()] if count else []
+        dist.all_reduce(sums)
+    count, bad, outside = sums.tolist()
+    total = int(batches.source.sizes.sum())
+    if bad > max(1, max_bad * total):
+        raise ValueError(f"{bad} of {total} pictures cannot be read, over --max-bad {max_bad}")
+    if outside:
+        raise ValueError(f"{outside} labels are over {logits.shape[2] - 1}, the last class")
+    return [(one / max(1, count), five / max(1, count)) for one, five in hits.tolist()], count
 
 
 def show_autoencoder(weights, run):
@@ -422,13 +438,14 @@ def task_classify(model, sources, run):
     top5 = sum(not answers[i].isdisjoint(best[i]) for i in counted) / len(counted)
     print(f"top-1 {top1:.2%}, top-5 {top5:.2%} on {len(counted)} pictures")
     names = model.config.get("class_names") or [str(i) for i in range(model.classes)]
-    if run.confusion:
+    speaks = distributed()[0] == 0
+    if run.confusion and speaks:
         table = torch.zeros(model.classes, model.classes, dtype=torch.int64)
         for i in counted:  # of several right answers, the one that was given, or the first
             truth = best[i][0] if best[i][0] in answers[i] else min(answers[i])
             table[truth, best[i][0]] += 1
         draw_confusion(table, names, run.confusion)
-    if run.mistakes:
+    if run.mistakes and speaks:
         wrong = [i for i in counted if best[i][0] not in answers[i]]
         wrong.sort(key=lambda i: -found[i, -1])
         pictures = data.Chosen(source, numbers[wrong[: run.count]].tolist())
@@ -466,42 +483,41 @@ def right_answers(model, source, labels, numbers, run):
     then names count; or --label-map says which of the model's classes a class of the data means;
     or --real-labels (ImageNet-ReaL's real.json) has a list for each number in the files' names.
     """
-    names = model.config.get("class_names")
     if run.real_labels:
         try:
             real = json.loads(Path(run.real_labels).read_text())
-            keys = [Path(source.name(number)).stem for number in numbers]
-            return [set(real[int(re.findall(r"\d+", key)[-1]) - 1]) for key in keys]
-        except (OSError, ValueError, IndexError, TypeError) as error:
+            bases = [re.split("[/:]", source.name(number))[-1] for number in numbers]
+            keys = [int(re.findall(r"val_(\d{8})", base)[-1]) for base in bases]
+            return [set(real[key - 1]) if key > 0 else set() for key in keys]
+        except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
             why = f"{run.real_labels} is not real.json of these pictures ({error!r})"
             raise ValueError(f"{why}: a list for each, ILSVRC2012_val_00000001 first") from None
-    meanings = {number: {number} for number in range(model.classes)}
+    of_model = {name: i for i, name in enumerate(model.config.get("class_names") or ())}
+    of_data = source.classes or [str(i) for i in range(int(labels.max()) + 1)]  # class -> its name
     if run.label_map:
         try:
             given = json.loads(Path(run.label_map).read_text())
-            of_model = {name: number for number, name in enumerate(names or ())}
-            of_data = {name: number for number, name in enumerate(source.classes or ())}
-            meanings = {}
-            for name, means in given.items():
-                number = of_data.get(name, int(name) if name.isdigit() else -1)
-                means = means if isinstance(means, list) else [means]
-                meanings[number] = {of_model[m] if isinstance(m, str) else m for m in means}
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            given = {name: v if isinstance(v, list) else [v] for name, v in given.items()}
+            given = {n: {of_model[v] if isinstance(v, str) else v for v in given[n]} for n in given}
+            fits = all(0 <= v < model.classes for means in given.values() for v in means)
+            if not fits or not given.keys() & set(of_data):
+                raise ValueError("classes that the model or the data has not")
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             why = f"{run.label_map} is no label map ({error!r})"
             want = "{class of the data: class of the model, or a list}"
             raise ValueError(f"{why}: want {want}") from None
-    elif names and source.classes and names != source.classes:
-        unknown = [name for name in source.classes if name not in names]
-        if unknown:
-            why = f"the model knows no {', '.join(unknown[:3])}"
-            raise ValueError(f"{why} ({len(unknown)} of the data's classes): give --label-map")
-        meanings = {i: {names.index(name)} for i, name in enumerate(source.classes)}
-    wrong = {v for vs in meanings.values() for v in vs if not 0 <= v < model.classes}
-    outside = {label for label in labels.tolist() if label not in meanings and label >= 0}
-    if wrong or (outside and not run.label_map):
-        what = f"{sorted(wrong or outside)[:3]}"
-        raise ValueError(f"there are labels {what}, and the model has {model.classes} classes")
-    return [meanings.get(label, set()) for label in labels.tolist()]
+    elif of_model and source.classes:
+        given = {name: {of_model[name]} for name in of_data if name in of_model}
+    elif source.classes and not all(name.isdigit() for name in of_data):
+        given = {name: {i} for i, name in enumerate(of_data) if i < model.classes}
+    else:  # numbers
+        given = {name: {int(name)} for name in of_data if int(name) < model.classes}
+    unknown = [name for name in of_data if name not in given]
+    if unknown and not run.label_map:
+        why = f"the model knows no {', '.join(unknown[:3])}"
+        raise ValueError(f"{why} ({len(unknown)} of the data's classes): give --label-map")
+    meanings = [given.get(name, set()) for name in of_data]
+    return [meanings[label] if label >= 0 else set() for label in labels.tolist()]
 
 
 def task_features(model, sources, run):
@@ -572,6 +588,8 @@ def parse_arguments(argv):
     add("--checkpoint", required=True, help="model.pt of any stage, or a public checkpoint")
     add("--data", default="toy", help="a folder with train/ and val/, tar shards, or toy (toy)")
     add("--val-data", help="the val pictures, where --data holds only those to train on")
+    add("--labels", help="of the folder --data: .csv (path,class), .jsonl, or iNaturalist's .json")
+    add("--val-labels", help="the same for val (paths in --val-data or, without it, --data)")
     add("--pool", choices=("cls", "mean"), default="mean", help="of the tokens (mean)")
     add("--shots", type=shots, default=shots("1,5,10,all"), help="per class (1,5,10,all)")
     add("--split", choices=("train", "val"), default="val", help="for features (val)")
@@ -589,8 +607,10 @@ def parse_arguments(argv):
     add("--max-bad", type=float, default=0.01, help="unreadable share to stop at (0.01)")
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     run = parser.parse_args(argv)
-    if run.seed < 0 or run.count < 1 or run.batch_size < 1:
-        parser.error("--seed must be at least 0, --count and --batch-size at least 1")
+    if run.seed < 0 or run.border < 0 or run.count < 1 or run.batch_size < 1:
+        parser.error("--seed and --border must be at least 0, --count and --batch-size at least 1")
+    if not 0 <= (run.val_crop or 0) <= 1:
+        parser.error(f"--val-crop {run.val_crop} is not between 0 and 1")
     if run.out and not Path(run.out).absolute().parent.is_dir():
         parser.error(f"--out {run.out}: there is no such folder")
     return run
@@ -632,9 +652,9 @@ def main(argv=None):
         model, line = load_model(run.checkpoint, run.task, device)
         print(line)
         size = models.pair(model.config["image_size"])
-        if run.val_crop is None:  # public MAE code: 256 -> 224, but everything at more than 224
-            run.val_crop = 224 / 256 if max(size) == 224 else 1.0
-        train, val = data.open_sources(run.data, run.val_data, size)
+        run.val_crop = usual_crop(size) if run.val_crop is None else run.val_crop
+        labels = run.labels, run.val_labels
+        train, val = data.open_sources(run.data, run.val_data, size, *labels)
         if val is None and run.task in ("knn", "fewshot"):
             raise ValueError(f"{run.data} has no train/ and val/: give the latter as --val-data")
         result = TASKS[run.task](model, [train, val] if val else [train], run)

@@ -20,6 +20,7 @@ import copy
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -51,7 +52,8 @@ RECIPES = {
     "H": (1024, 1e-3, 50, 0.75, 0.3),
 }
 RECIPES |= {"2B": RECIPES["H"], "6.5B": RECIPES["H"]}
-TOY_RECIPE = (64, 4e-3, 0.4, 0.75, 0.0)  # ours; an epoch of the toy world is 65,536 pictures
+RECIPES["toy"] = (64, 4e-3, 100, 0.75, 0.0)  # ours
+TOY_EPOCHS = {"classify": 0.4, "linear": 2}  # of the toy world (65,536 pictures, linear: 15,564)
 # Heads that linear trains side by side, by lr per 256 images (ours; SWAG's lies among them).
 LINEAR_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 LOWSHOT_RATES = (1e-3, 4e-3, 1.6e-2)  # of AdamW (ours: the paper's optimizer is unknown)
@@ -104,6 +106,7 @@ def parse_arguments(argv):
     add = parser.add_mutually_exclusive_group().add_argument
     add("--steps", type=int, help="length of the run; or give --epochs")
     add("--epochs", type=float, help="(B 100, L and H 50; linear 28; lowshot 100)")
+    add("--samples", type=float, help="instead of --epochs")
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="where everything is written (runs/TASK)")
     add("--resume", help="a run, or one of its checkpoints, to go on from (the one in --out)")
@@ -112,7 +115,8 @@ def parse_arguments(argv):
     add("--checkpoint-activations", action="store_true", help="less memory, a third more compute")
     add("--log-every", type=int, default=50, help="steps between step lines (50)")
     add("--save-every", type=int, help="steps between checkpoints (a tenth, at most 1000)")
-    add("--plan", action="store_true", help="print what the run takes, and exit")
+    add("--plan", action="store_true", help="classify: print what the run takes, and exit")
+    add("--gpus", type=int, help="processes to plan for (as many as run now): --plan, too")
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     run = parser.parse_args(argv)
     shares = ("min_crop", "val_crop", "max_bad", "warmup", "drop_path", "layer_decay", "smoothing")
@@ -125,6 +129,11 @@ def parse_arguments(argv):
         parser.error(f"--rand-augment {run.rand_augment} is over 10")
     if "all" in run.shots:
         parser.error("--shots wants numbers: for all pictures there is --task linear")
+    if run.task != "classify" and (run.plan or run.keep_head):
+        parser.error("--plan and --keep-head are for --task classify")
+    if run.task == "lowshot" and run.resume:
+        parser.error("--resume is for one training: lowshot goes on by itself in its --out")
+    run.plan = run.plan or bool(run.gpus)
     run.out = run.out or Path("runs", run.task)
     return run
 
@@ -146,6 +155,8 @@ def prepare(run):
     kind = (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
     kind = "cpu" if kind == "mps" and run.processes > 1 else kind  # no collectives on MPS
     run.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    if run.plan and run.gpus:  # a plan for GPUs may be made anywhere
+        run.processes, kind = run.gpus, "cuda"
     run.precision = run.precision or ("bf16" if kind == "cuda" else "fp32")
     if run.precision == "bf16" and kind != "cuda":
         raise ValueError("--precision bf16 needs CUDA")
@@ -157,7 +168,8 @@ def prepare(run):
     if not run.init:
         side = 48 if run.size in (None, "toy") else 224
         given = {"size": "toy", "image_size": side, "channels": 3, **given}
-    run.weights, run.config = models.inherit(run.init, given, (*names, "channels", "positions"))
+    names += ("channels", "positions")
+    run.weights, run.config, run.origin = models.inherit(run.init, given, names)
     run.image_size = models.pair(run.config["image_size"])
     labels = run.labels, run.val_labels
     run.train, run.val = data.open_sources(run.data or "toy", run.val_data, run.image_size, *labels)
@@ -168,27 +180,38 @@ def prepare(run):
         raise ValueError(f"{run.data} has one class only: there is nothing to tell apart")
     if run.val is None:
         raise ValueError(f"{run.data} has no train/ and val/: give the latter as --val-data")
-    if isinstance(run.val, data.Toy):  # it has no end
+    if run.train.classes and not run.val.classes:
+        raise ValueError(f"val does not name its classes as train does: {run.val.identity}")
+    if run.rand_augment and run.task == "classify" and run.config["channels"] == 4:
+        raise ValueError("RandAugment is for grey and RGB pictures: give --rand-augment 0")
+    toy = isinstance(run.val, data.Toy)
+    if toy:  # it has no end
         run.val = data.Slice(run.val, 0, 1024)
         run.train = run.train if run.task == "classify" else data.Slice(run.train, 0, 16_384)
     if run.task != "classify":  # what is chosen is chosen on a slice of train
         run.train, run.slice = data.hold_out(run.train, None, 10_000)
-    if run.val_crop is None:  # public MAE code: 256 -> 224, but everything at more than 224
-        run.val_crop = 224 / 256 if max(run.image_size) == 224 else 1.0
+        if not run.slice.sizes.any():
+            raise ValueError("train is too small: a twentieth of it is needed to choose on")
+    if run.val_crop is None:
+        run.val_crop = evaluate.usual_crop(run.image_size)
 
     # -------------------------------------------------------------------------------- the recipe
-    size = run.config["size"]
-    toy = size == "toy"
-    found = TOY_RECIPE if toy else RECIPES.get(size, RECIPES["B"])  # others: B's, unsure
+    found = RECIPES.get(run.config["size"], RECIPES["B"])  # others: B's, unsure
     batch_size, base_lr, epochs, layer_decay, drop_path = found
-    warmup = 5 / epochs if not toy else 0.05
+    warmup = 5 / epochs
     if run.task == "linear":
         # SWAG's linear head (torchvision's pull request 5793): 28 epochs, warm-up not known
-        epochs, warmup = 2 if toy else 28, 0.0
+        epochs, warmup = 28, 0.0
     elif run.task == "lowshot":  # VPT's code: 100 epochs, of which 10 warm up
-        batch_size, epochs, warmup = 64 if toy else 128, 100, 0.1
+        batch_size, epochs, warmup = min(batch_size, 128), 100, 0.1
+    if toy and run.config["size"] == "toy":
+        epochs, warmup = TOY_EPOCHS.get(run.task, epochs), max(warmup, 0.05)
     run.batch_size = run.batch_size or batch_size
-    run.epochs, run.warmup = run.epochs or epochs, warmup if run.warmup is None else run.warmup
+    if run.batch_size % 2:
+        raise ValueError(f"--batch-size {run.batch_size}: mixup needs pairs, an even number")
+    count = int(run.train.sizes.sum())
+    run.epochs = run.epochs or (run.samples or epochs * count) / count
+    run.warmup = warmup if run.warmup is None else run.warmup
     run.lr = run.lr or base_lr * run.batch_size / 256
     run.layer_decay = layer_decay if run.layer_decay is None else run.layer_decay
     run.drop_path = drop_path if run.drop_path is None else run.drop_path
@@ -196,8 +219,9 @@ def prepare(run):
     same = ("task", "classes", "batch_size", "epochs", "steps", "lr", "layer_decay", "warmup")
     same += ("weight_decay", "smoothing", "mixup", "cutmix", "rand_augment", "erase", "ema")
     same += ("drop_path", "pool", "class_weights", "batch_norm", "min_crop", "seed", "precision")
+    same += ("val_crop", "keep_head")
     run.identity = {"stage": "finetune", "data": run.train.identity, "val": run.val.identity}
-    run.identity |= {"model": run.config, "init": run.init, "keep_head": run.keep_head}
+    run.identity |= {"model": run.config, "init": run.origin}
     run.identity |= {name: getattr(run, name) for name in same}
     run.identity = json.loads(json.dumps(run.identity))  # as it will be read again
 
@@ -287,7 +311,7 @@ def augment(pixels, key, magnitude, erasing):
     return pixels
 
 
-MIX_DRAWS = 20  # numbers of a sample for mix(); drop path's come after them
+MIX_DRAWS = 4  # numbers of a sample for mix(); drop path's come after them
 
 
 def mix(images, weight, numbers, mixup, cutmix):
@@ -303,20 +327,14 @@ def mix(images, weight, numbers, mixup, cutmix):
         return images, torch.ones_like(weight)
     H, W = images.shape[2:]
     numbers = numbers[::2].repeat_interleave(2, dim=0)  # (B, MIX_DRAWS), the same for both
-    cut = (numbers[:, 0] < 0.5) if mixup and cutmix else torch.full_like(weight > 0, cutmix > 0)
-    # Beta(a, a) by Jöhnk: u^(1/a) / (u^(1/a) + v^(1/a)), for the first of 8 pairs where the sum is
-    # at most 1 (for a = 0.8 and 1, one of them is in all but 0.7 % of cases; else: half).
-    alpha = torch.where(cut, cutmix or 1.0, mixup or 1.0)[:, None, None]
-    u, v = (numbers[:, 1:17].unflatten(1, (8, 2)) ** (1 / alpha)).unbind(dim=2)  # (B, 8) each
-    fits = (u + v <= 1) & (u + v > 0)
-    first = fits.int().argmax(dim=1, keepdim=True)
-    share = (u / (u + v)).gather(1, first)[:, 0]
-    share = torch.where(fits.any(dim=1), share, 0.5)
+    which, u, *centre = numbers.unbind(dim=1)  # (B,) each
+    cut = (which < 0.5) if mixup and cutmix else torch.full_like(weight > 0, cutmix > 0)
+    share = torch.where(cut, beta(u, cutmix or 1.0), beta(u, mixup or 1.0))
     # CutMix's box has 1 - share of the area, is centred anywhere, and cut at the edges.
     rows, columns = torch.arange(H, device=images.device), torch.arange(W, device=images.device)
     half = (1 - share).sqrt()[:, None] / 2
-    inside_y = ((rows + 0.5) / H - numbers[:, 17:18]).abs() < half  # (B, H)
-    inside_x = ((columns + 0.5) / W - numbers[:, 18:19]).abs() < half  # (B, W)
+    inside_y = ((rows + 0.5) / H - centre[0][:, None]).abs() < half  # (B, H)
+    inside_x = ((columns + 0.5) / W - centre[1][:, None]).abs() < half  # (B, W)
     box = (inside_y[:, :, None] & inside_x[:, None, :])[:, None]  # (B, 1, H, W)
     share = torch.where(cut, 1 - box.float().mean(dim=(1, 2, 3)), share)
     own = torch.where(cut[:, None, None, None], 1 - box.float(), share[:, None, None, None])
@@ -324,6 +342,13 @@ def mix(images, weight, numbers, mixup, cutmix):
     own = torch.where(alone[:, None, None, None], 1.0, own)
     neighbour = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     return own * images + (1 - own) * neighbour, torch.where(alone, 1.0, share)
+
+
+def beta(u, alpha):
+    """Uniform numbers in [0, 1) -> draws from Beta(alpha, alpha): its inverse, in 4096 steps."""
+    values = (torch.arange(4096, device=u.device) + 0.5) / 4096
+    mass = (values * (1 - values)) ** (alpha - 1)
+    return values[torch.searchsorted(mass.cumsum(dim=0), u * mass.sum()).clamp(max=4095)]
 
 
 def label_loss(logits, labels, share, smoothing, class_weights):
@@ -349,18 +374,22 @@ def label_loss(logits, labels, share, smoothing, class_weights):
 
 
 class Probes(nn.Module):
-    """Linear heads side by side on the frozen features of a models.Classifier.
+    """Linear heads side by side on the frozen features of a models.Classifier, one for each lr.
 
+    A step of SGD is proportional to its lr. So the heads can share a tensor and the lr 1: each is
+    kept divided by the root of its own lr and used multiplied by it, which scales its gradient by
+    the root, and with it again the step by the lr.
     batch_norm: features are first normalised over the batch, over all processes, without affine
     (MAE's linear probe, eps 1e-6); in inference by running averages (momentum 0.1).
     """
 
-    def __init__(self, trunk, heads, batch_norm, seed):
+    def __init__(self, trunk, rates, batch_norm, seed):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         weight = 0.01 * torch.randn(trunk.classes, trunk.width, generator=generator)
-        self.weights = nn.ParameterList(weight.clone() for _ in range(heads))
-        self.biases = nn.ParameterList(torch.zeros(trunk.classes) for _ in range(heads))
+        self.register_buffer("root", torch.tensor(rates).sqrt()[:, None, None])  # (heads, 1, 1)
+        self.weight = nn.Parameter(weight / self.root)  # (heads, classes, D)
+        self.bias = nn.Parameter(torch.zeros(len(rates), trunk.classes))
         self.trunk, self.batch_norm = trunk.requires_grad_(False), batch_norm
         self.register_buffer("mean", torch.zeros(trunk.width))
         self.register_buffer("variance", torch.ones(trunk.width))
@@ -381,12 +410,13 @@ class Probes(nn.Module):
                 self.mean.lerp_(mean, 0.1)
                 self.variance.lerp_(variance * count / (count - 1), 0.1)
             x = (x - mean) / (variance + 1e-6).sqrt() if self.batch_norm else x
-        heads = [F.linear(x, w.to(x), b.to(x)) for w, b in zip(self.weights, self.biases)]
-        return torch.stack(heads, dim=1)
+        weight, bias = self.root * self.weight.float(), self.root[:, 0] * self.bias.float()
+        return torch.einsum("bd,hcd->bhc", x, weight) + bias
 
     def classifier_state(self, state, head):
         """The state of a models.Classifier that does what one of the heads does."""
-        weight, bias = state[f"weights.{head}"], state[f"biases.{head}"]
+        root = state["root"][head, 0]  # (1,)
+        weight, bias = root * state["weight"][head], root * state["bias"][head]
         if self.batch_norm:
             weight = weight / (state["variance"] + 1e-6).sqrt()
             bias = bias - weight @ state["mean"]
@@ -398,8 +428,8 @@ class Prompted(nn.Module):
     """VPT, deep: every block of a frozen encoder gets fresh prompts beside its tokens.
 
     8 prompts of width 192 for each layer (recalled of the paper), brought to the encoder's width by
-    one linear map (VPT's code: uniform prompts, bound sqrt(6 / (3 P^2 + d))); a linear head on the
-    class token. Only these are trained.
+    one linear map (VPT's code: uniform prompts, bound sqrt(6 / (3 P^2 + d))); a linear head on what
+    is pooled. Only these are trained.
     """
 
     PROMPTS, PROMPT_WIDTH = 8, 192
@@ -427,7 +457,7 @@ class Prompted(nn.Module):
             prompts = prompts.expand(len(x), -1, -1)
             x = block(torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1))
             x = torch.cat([x[:, :1], x[:, 1 + self.PROMPTS :]], dim=1)
-        return self.head(self.trunk.norm(x)[:, 0])[:, None]
+        return self.head(self.trunk.pooled(x))[:, None]
 
 
 def layer_groups(model, weight_decay, layer_decay):
@@ -451,14 +481,18 @@ def layer_groups(model, weight_decay, layer_decay):
     return list(groups.values())
 
 
-def build_trunk(run, say):
-    """A models.Classifier on the CPU, with the weights of --init."""
+def classifier(run):
+    """The models.Classifier of a run on the meta device: shapes without memory."""
     names = {"classes": run.classes, "class_names": run.train.classes}
     with torch.device("meta"):
-        model = models.Classifier(
+        return models.Classifier(
             pool=run.pool, head_std=2e-5, drop_path=run.drop_path, **names, **run.config
         )
-    model = model.to_empty(device="cpu")
+
+
+def build_trunk(run, say):
+    """The same on the CPU, with the weights of --init."""
+    model = classifier(run).to_empty(device="cpu")
     models.initialize(model, run.seed)
     if run.weights:
         say(models.load_weights(model, *run.weights, keep_head=run.keep_head))
@@ -479,11 +513,13 @@ def train(run, model, optimizer, source, out, steps, say):
     order = data.Order(source.sizes, run.seed, run.lanes)
     share = run.batch_size // run.processes
     trunk = getattr(model, "trunk", model)
-    micro_batch = run.micro_batch or models.fitting_batch(trunk, share, run)
-    micro_batch += micro_batch % 2  # mixup's pairs stay together
+    # Batch statistics are those of the whole batch: it must not come in pieces.
+    whole = share if run.batch_norm else models.fitting_batch(trunk, share, run)
+    micro_batch = run.micro_batch or whole
     pieces = share // micro_batch
-    if pieces * micro_batch != share:
-        raise ValueError(f"--micro-batch {micro_batch} (even) does not divide a process's {share}")
+    if pieces * micro_batch != share or micro_batch % 2 or (run.batch_norm and pieces > 1):
+        wanted = "all of it with --batch-norm" if run.batch_norm else "an even divisor"
+        raise ValueError(f"--micro-batch {micro_batch} of a process's {share}: want {wanted}")
     dealt = {"process": run.process, "processes": run.processes, "pieces": pieces}
     drawn = {"order": order, "seed": run.seed, "min_crop": run.min_crop}
     if classify:
@@ -527,9 +563,10 @@ def train(run, model, optimizer, source, out, steps, say):
     model.train()
     for step in range(first_step, steps):
         scale = schedule(step, steps, run.warmup)
-        for group in optimizer.param_groups:  # MAE's recipe ends at 1e-6, not at 0
-            peak_lr = group["initial_lr"] * group.get("lr_scale", 1.0)
-            group["lr"] = scale * peak_lr + (1e-6 if classify else 0.0) * (1 - scale)
+        floor = 1e-6 if classify and step >= run.warmup * steps else 0.0  # where MAE's recipe ends
+        for group in optimizer.param_groups:
+            lr = floor + scale * (group["initial_lr"] - floor)
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
         sums, unreadable = torch.zeros(5, device=device), []
         for piece in range(pieces):
@@ -571,7 +608,7 @@ def train(run, model, optimizer, source, out, steps, say):
         done, bad, unlabelled = step + 1, bad + int(new_bad), unlabelled + int(unknown)
         for name in unreadable if bad <= 20 else ():  # all are counted, the first ones named
             tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
-        if bad + unlabelled > run.max_bad * max(1000, done * run.batch_size) or weight == 0:
+        if bad + unlabelled > run.max_bad * max(1000, done * run.batch_size):
             what = f"{bad} unreadable and {unlabelled} without a label from 0 to {run.classes - 1}"
             fail(f"{what} by step {done}, over --max-bad {run.max_bad}", 1)
         if not math.isfinite(loss + norm):
@@ -645,21 +682,28 @@ def step_line(entry, steps):
 
 
 def measured(run, model, source):
-    """[(top-1, top-5)] of each of a model's heads on a source: exact, see evaluate.py."""
+    """([(top-1, top-5)] of each of a model's heads, pictures that count): exact, see evaluate.py"""
     pairs = 2 * run.processes * 32
     shape = run.image_size, run.config["channels"], pairs, run.process, run.processes
     batches = data.Batches(source, *shape, centre=run.val_crop)
-    rates = evaluate.hit_rates(model, batches, run.device, "labels", run.workers)
-    if not rates:
+    options = run.device, "labels", run.workers, run.max_bad
+    rates, count = evaluate.hit_rates(model, batches, *options)
+    if not count:
         raise ValueError(f"no labels in {source.identity}")
-    return rates
+    return rates, count
 
 
 def classify(run, say):
     run.config["positions"] = "learned"  # as the public MAE code: they are trained from here on
+    steps = run.steps or math.ceil(run.epochs * int(run.train.sizes.sum()) / run.batch_size)
+    if run.plan:
+        run.steps, model, share = steps, classifier(run), run.batch_size // run.processes
+        run.micro_batch = run.micro_batch or models.fitting_batch(model, share, run)
+        run.pieces = share // run.micro_batch
+        return models.print_plan(model, run)
     model = build_trunk(run, say)
     config = model.config
-    run.measure = lambda model: dict(zip(("top1", "top5"), measured(run, model, run.val)[0]))
+    run.measure = lambda model: dict(zip(("top1", "top5"), measured(run, model, run.val)[0][0]))
 
     def optimizer(model):
         groups = layer_groups(model, run.weight_decay, run.layer_decay)
@@ -667,48 +711,36 @@ def classify(run, say):
             group |= {"initial_lr": run.lr, "ema": run.ema}
         return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=run.device.type != "mps")
 
-    steps = run.steps or math.ceil(run.epochs * int(run.train.sizes.sum()) / run.batch_size)
-    if run.plan:
-        run.steps, run.pieces = steps, 1
-        run.micro_batch = run.micro_batch or run.batch_size // run.processes
-        return models.print_plan(model, run)
     if not train(run, model, optimizer, run.train, run.out, steps, say):
         return
-    (top1, top5), *_ = measured(run, model, run.val)
+    ((top1, top5), *_), count = measured(run, model, run.val)
     weights = models.full_state(model)  # every process takes part
-    total = int(run.val.sizes.sum())
-    say(
-        f"top-1 {top1:.2%}, top-5 {top5:.2%} on {total} pictures"
-        + " (averaged weights)" * bool(run.ema)
-    )
+    averaged = " (averaged weights)" if run.ema else ""
+    say(f"top-1 {top1:.2%}, top-5 {top5:.2%} on {count} pictures{averaged}")
     finish(run, weights, config, {"top1": top1, "top5": top5})
 
 
 def linear(run, say):
     trunk = build_trunk(run, say)
     config = trunk.config
-    model = Probes(trunk, len(LINEAR_RATES), run.batch_norm, run.seed)
-    if run.batch_norm:
-        say("features are normalised over each batch: another batch size is another run")
+    rates = [rate * run.batch_size / 256 for rate in LINEAR_RATES]
+    model = Probes(trunk, rates, run.batch_norm, run.seed)
 
     def optimizer(model):
-        parts = zip(LINEAR_RATES, model.weights, model.biases)
-        groups = [
-            {"params": [w, b], "initial_lr": rate * run.batch_size / 256} for rate, w, b in parts
-        ]
+        groups = [{"params": [model.weight, model.bias], "initial_lr": 1.0}]  # see Probes
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
 
     steps = run.steps or math.ceil(run.epochs * int(run.train.sizes.sum()) / run.batch_size)
     if not train(run, model, optimizer, run.train, run.out, steps, say):
         return
-    chosen_by, on_val = (measured(run, model, source) for source in (run.slice, run.val))
+    (chosen_by, some), (on_val, count) = (measured(run, model, on) for on in (run.slice, run.val))
     best = max(range(len(LINEAR_RATES)), key=lambda head: chosen_by[head])
-    say(f"lr per 256   top-1 on {int(run.slice.sizes.sum())} of train   on val")
+    say(f"lr per 256   top-1 on {some} of train   on val")
     for head, rate in enumerate(LINEAR_RATES):
         mark = "  <- chosen on train" if head == best else ""
         say(f"{rate:10g}   {chosen_by[head][0]:18.2%}   {on_val[head][0]:6.2%}{mark}")
     (top1, top5), weights = on_val[best], models.full_state(model)
-    say(f"top-1 {top1:.2%}, top-5 {top5:.2%} on {int(run.val.sizes.sum())} pictures")
+    say(f"top-1 {top1:.2%}, top-5 {top5:.2%} on {count} pictures")
     if run.process == 0:
         weights = model.classifier_state(weights, best)
     finish(run, weights, config, {"top1": top1, "top5": top5, "lr_per_256": LINEAR_RATES[best]})
@@ -719,8 +751,11 @@ def finish(run, weights, config, result):
     if run.process == 0:
         models.save_weights(run.out / "model.pt", weights, config)
         print(f"wrote {run.out / 'model.pt'}")
-        where = f"{run.out / 'model.pt'} --data {run.data or 'toy'}"
-        print(f"next: python evaluate.py --task classify --checkpoint {where}")
+        flags = ["--checkpoint", str(run.out / "model.pt"), "--data", run.data or "toy"]
+        for name in ("val_data", "labels", "val_labels"):
+            given = getattr(run, name)
+            flags += [f"--{name.replace('_', '-')}", given] if given else []
+        print(f"next: python evaluate.py --task classify {shlex.join(flags)}")
         print(json.dumps({"task": run.task, **result}))
 
 
@@ -729,9 +764,7 @@ def lowshot(run, say):
     found = json.loads(record.read_text()) if record.is_file() else {"identity": run.identity}
     if found["identity"] != run.identity:
         raise ValueError(f"{record} is of other settings: use another --out")
-    total = int(run.train.sizes.sum())
-    numbers = tqdm(range(total), desc="labels", leave=False, disable=None)
-    labels = torch.tensor([run.train.label(number) for number in numbers])
+    labels = torch.from_numpy(data.all_labels(run.train))
     if not 0 <= labels.max() < run.classes:
         raise ValueError(f"labels of train go up to {labels.max()}, of {run.classes} classes")
     known = (labels >= 0).nonzero()[:, 0]
@@ -757,9 +790,16 @@ def lowshot(run, say):
             def prompts(rate, name=f"{shots} shots, draw {seed}", source=source, seed=seed):
                 name = f"{name}, lr {rate:g}"
                 if name not in found:  # not of an earlier, interrupted call
-                    found[name] = train_prompts(run, source, seed, rate, name, say)
+                    out = run.out / name.replace(", ", "-").replace(" ", "-")
+                    found[name] = train_prompts(run, source, seed, rate, out, say)
+                    say(
+                        "prompts, {}: {:.2%} on train's slice, {:.2%} on val".format(
+                            name, *found[name]
+                        )
+                    )
                     if run.process == 0:
                         models.write_file(record, json.dumps(found, indent=1))
+                        shutil.rmtree(out)  # its result is kept
                 return found[name]
 
             for fit, grid in ((prompts, LOWSHOT_RATES), (logistic, PENALTIES)):
@@ -777,27 +817,23 @@ def lowshot(run, say):
     say(json.dumps({"task": "lowshot", "top1": means}))
 
 
-def train_prompts(run, source, seed, rate, name, say):
+def train_prompts(run, source, seed, rate, out, say):
     """Top-1 on the slice and on val of prompts that were trained on a source."""
-    run, even, count = copy.copy(run), 2 * run.processes, int(source.sizes.sum())
+    run, count = copy.copy(run), int(source.sizes.sum())
     run.seed, run.measure, run.lanes = seed, None, run.lanes or 48
-    run.batch_size = min(run.batch_size, math.ceil(count / even) * even)
+    # 48 can be dealt to 1, 2, 3, 4, 6, 8 ... processes: nothing depends on how many there are.
+    run.batch_size = min(run.batch_size, 48 * math.ceil(count / 48))
     model = Prompted(build_trunk(run, lambda _: None), seed)
 
     def optimizer(model):
         trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.AdamW([{"params": trained, "initial_lr": rate}], weight_decay=1e-4)
 
-    steps = run.steps or math.ceil(run.epochs * count / run.batch_size)
-    out = run.out / name.replace(", ", "-").replace(" ", "-")
+    steps = run.steps or math.ceil(run.epochs * math.ceil(count / run.batch_size))
     if not train(run, model, optimizer, source, out, steps, lambda _: None):
         say(f"stopped in {out}, saved: the same command goes on")
         raise SystemExit(0)
-    found = [measured(run, model, on)[0][0] for on in (run.slice, run.val)]
-    if run.process == 0:
-        shutil.rmtree(out)  # its result is kept
-    say(f"prompts, {name}: top-1 {found[0]:.2%} on the slice of train, {found[1]:.2%} on val")
-    return found
+    return [measured(run, model, on)[0][0][0] for on in (run.slice, run.val)]
 
 
 def logistic_scores(x, y, on, classes, penalty):
@@ -838,13 +874,6 @@ def use_average(optimizer):
                 parameter.copy_(optimizer.state[parameter]["average"])
 
 
-def count_labels(source, classes):
-    """(classes,) how many pictures have each label."""
-    numbers = tqdm(range(int(source.sizes.sum())), desc="labels", leave=False, disable=None)
-    labels = np.array([source.label(number) for number in numbers])
-    return np.bincount(labels[(labels >= 0) & (labels < classes)], minlength=classes)
-
-
 def main(argv=None):
     run = parse_arguments(argv)
     try:
@@ -859,11 +888,12 @@ def main(argv=None):
         run.stop = []  # A signal leaves a note: the loop saves and ends. A second Ctrl-C ends it.
         signal.signal(signal.SIGTERM, lambda *_: run.stop.append("SIGTERM"))
         signal.signal(signal.SIGINT, lambda n, _: run.stop.append(signal.signal(n, signal.SIG_DFL)))
-        counts = np.ones(run.classes)
-        if run.class_weights:
-            counts = np.maximum(1, count_labels(run.train, run.classes))
-        weights = torch.tensor(counts.mean() / counts, dtype=torch.float32)
-        run.weights_of_classes, run.measure = weights.to(run.device), None
+        counts = torch.ones(run.classes)
+        if run.class_weights and not run.plan:
+            labels = data.all_labels(run.train)
+            known = torch.from_numpy(labels[(labels >= 0) & (labels < run.classes)])
+            counts = torch.bincount(known, minlength=run.classes).clamp(min=1).float()
+        run.weights_of_classes, run.measure = (counts.mean() / counts).to(run.device), None
         {"classify": classify, "linear": linear, "lowshot": lowshot}[run.task](
             run, tqdm.write if run.process == 0 else lambda _: None
         )

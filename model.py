@@ -430,7 +430,10 @@ class Classifier(ViT):
 
     def features(self, images, noise=None):
         """What the head reads, (B, D)."""
-        x = self.encode(images, noise)
+        return self.pooled(self.encode(images, noise))
+
+    def pooled(self, x):
+        """The last block's tokens (B, 1 + N, D) -> (B, D)."""
         if self.config["pool"] == "cls":
             return self.norm(x)[:, 0]
         return self.fc_norm(x[:, 1:].mean(dim=1))
@@ -553,13 +556,15 @@ def training_memory(model, processes, micro_batch, precision, recompute=False, p
 
 
 def fitting_batch(model, images, run):
-    """The largest divisor of `images` whose activations should fit in half a GPU, or in 4 GB."""
+    """The largest divisor of `images` (even if these are: pairs stay together) whose activations
+    should fit in half a GPU, or in 4 GB."""
     memory = 40e9 if run.precision == "bf16" else 4e9  # a GPU of 80 GB that is only planned for
     if run.device.type == "cuda":
         memory = torch.cuda.get_device_properties(run.device).total_memory / 2
     one = training_memory(model, 1, 1, run.precision, run.checkpoint_activations)[1]
-    fitting = (n for n in range(1, images + 1) if images % n == 0 and n * one <= memory)
-    return max(fitting, default=1)
+    least = 2 - images % 2
+    fitting = (n for n in range(least, images + 1, least) if images % n == 0 and n * one <= memory)
+    return max(fitting, default=least)
 
 
 def peak_memory(device):
@@ -729,20 +734,24 @@ def encoder_config(config):
 
 
 def inherit(init, given, names):
-    """(weights to start from, config): of the file `init` with what is `given` changed in it.
+    """(weights to start from, config, origin) of the file `init` with what is `given` changed.
 
     names: the entries of the config that the model to be built knows; the others are left out.
-    Without a file: (None, given). A size, patch or number of channels that differs is a ValueError.
-    The weights are (state, grid of its position table), as load_weights takes them.
+    Without a file: (None, given, None). Another size, patch or number of channels is a ValueError.
+    The weights are (state, grid of its position table), as load_weights takes them; the origin is
+    the file's name and a digest of some numbers of each tensor: training changes them all.
     """
     if not init:
-        return None, given
+        return None, given, None
     state, config = read_weights(init)
     for name in ("size", "patch_size", "channels"):
         if given.get(name, config[name]) != config[name]:
             raise ValueError(f"{init} has {name} {config[name]}: it cannot be changed")
     grid = [side // config["patch_size"] for side in config["image_size"]]
-    return (state, grid), {name: config[name] for name in names if name in config} | given
+    some = [(name, tensor.flatten()[:8].tolist()) for name, tensor in sorted(state.items())]
+    origin = f"{init} ({hashlib.sha256(repr(some).encode()).hexdigest()[:8]})"
+    config = {name: config[name] for name in names if name in config} | given
+    return (state, grid), config, origin
 
 
 def load_weights(model, state, old_grid=None, keep_head=False):
@@ -754,6 +763,9 @@ def load_weights(model, state, old_grid=None, keep_head=False):
     not fit is a ValueError.
     """
     own = model.state_dict()
+    renamed = "fc_norm.weight" in state and "fc_norm.weight" not in own and "norm.weight" in own
+    if renamed:  # a classifier that pools the mean has its last norm under this name
+        state = {name.replace("fc_norm.", "norm."): tensor for name, tensor in state.items()}
     optional = ("decoder_", "mask_token", "head.", "fc_norm.")
     optional += ("norm.",) if "fc_norm.weight" in own else ()  # which stands for it
     kept = {name for name in state if keep_head or not name.startswith("head.")}
@@ -792,6 +804,7 @@ def load_weights(model, state, old_grid=None, keep_head=False):
         + (f"; resampled: {', '.join(resampled)}" if resampled else "")
         + (f"; newly initialised: {families(new)}" if new else "")
         + (f"; dropped: {families(dropped)}" if dropped else "")
+        + ("; norm from fc_norm" if renamed else "")
     )
 
 

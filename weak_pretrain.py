@@ -55,7 +55,8 @@ def parse_arguments(argv):
     add("--tags", help="what `python data.py hashtags` wrote for this data (toy has its own)")
     add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (224; toy size: 48)")
     add("--channels", type=int, help="to read pictures with: 1 grey, 3 RGB, 4 RGBA (3)")
-    add("--min-crop", type=float, default=0.2, help="least area of a random crop, 1: none (0.2)")
+    # SWAG's crop is taken to be torchvision's default one (recalled, likely)
+    add("--min-crop", type=float, default=0.08, help="least area of a random crop, 1: none (0.08)")
     add("--lanes", type=int, help="streams that the order is dealt to (48, or the shards if fewer)")
     add("--workers", type=int, help="loader processes per training process (the cores left)")
     add("--max-bad", type=float, default=0.01, help="unreadable share to stop at (0.01)")
@@ -124,7 +125,7 @@ def prepare(run):
     given = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
     if not run.init:
         given = {"size": "toy", "image_size": recipe(run.size or "toy")[2], **given}
-    run.weights, config = models.inherit(run.init, given, (*names, "positions"))
+    run.weights, config, origin = models.inherit(run.init, given, (*names, "positions"))
     size, channels = models.pair(config["image_size"]), config.get("channels", 3)
     run.source, _ = data.open_sources(run.data or "toy", None, size, run.labels)
     if run.plan and not run.tags and run.size not in (None, "toy"):  # the paper's number of tags
@@ -157,7 +158,7 @@ def prepare(run):
     run.save_every = run.save_every or max(1, min(1000, run.steps // 10))
     same = ("batch_size", "steps", "lr", "warmup", "weight_decay", "seed", "min_crop", "precision")
     run.identity = {"stage": "weak_pretrain", "data": run.source.identity, "model": run.config}
-    run.identity |= {"tags": run.vocabulary.identity, "lanes": order.lanes, "init": run.init}
+    run.identity |= {"tags": run.vocabulary.identity, "lanes": order.lanes, "init": origin}
     run.identity |= {name: getattr(run, name) for name in same}
     if not run.plan:
         run.checkpoint = models.find_checkpoint(run.out, run.resume, run.identity)
@@ -280,8 +281,8 @@ def train(run):
             entry["memory_gib"] = models.peak_memory(device)
             entry["eta_seconds"] = (now - began) / (done - first_step) * (run.steps - done)
             if saving and len(run.held_out_batches):
-                rates = evaluate.hit_rates(model, run.held_out_batches, device, "tags")
-                entry |= dict(zip(("hit_1", "hit_5"), rates[0])) if rates else {}
+                rates, count = evaluate.hit_rates(model, run.held_out_batches, device, "tags")
+                entry |= dict(zip(("hit_1", "hit_5"), rates[0])) if count else {}
             if run.process == 0:
                 with open(out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(entry) + "\n")

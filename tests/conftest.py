@@ -6,8 +6,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see mae_pretrain.py
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the shapes are tiny, and processes run side by side
 
 import json
+import multiprocessing
+import multiprocessing.connection
+import resource
+import runpy
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +23,22 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
+def picture(seed, height=20, width=24):
+    """A random PIL picture, smooth enough for JPEG."""
+    pixels = np.random.RandomState(seed).randint(0, 256, (height // 4, width // 4, 3))
+    return Image.fromarray(pixels.astype(np.uint8)).resize((width, height))
+
+
+PICTURES = tempfile.TemporaryDirectory()  # until the tests end: 120 pictures of two classes
+for number in range(120):
+    path = Path(PICTURES.name, "ab"[number % 2], f"{number}.png")
+    path.parent.mkdir(exist_ok=True)
+    picture(number).save(path)
+
 # The smallest run that has everything: 12 steps of 8 pictures, a checkpoint every 4 steps.
 TINY = [
-    *("--data", "toy", "--size", "16x2x2", "--decoder", "16x1x2"),
+    *("--data", PICTURES.name, "--size", "16x2x2", "--decoder", "16x1x2"),
     *("--image-size", "16", "--patch-size", "4", "--batch-size", "8", "--lr", "1e-3"),
     *("--steps", "12", "--save-every", "4", "--log-every", "1", "--workers", "1"),
 ]
@@ -34,11 +54,54 @@ def command(*arguments, processes=None, program="mae_pretrain.py"):
     return [*launcher, program, *map(str, arguments)]
 
 
-def stage(*arguments, processes=None, program="mae_pretrain.py", **options):
-    """Run a stage in a process of its own, as a user does, and return what it printed."""
-    line = command(*arguments, processes=processes, program=program)
-    options = {"timeout": 300, **options}
-    return subprocess.run(line, check=False, cwd=ROOT, capture_output=True, text=True, **options)
+# Importing torch takes seconds, a run of these tests less than one. So a server imports it once,
+# and each run is a fork of the server: a process of its own, in all that matters.
+SERVER = multiprocessing.get_context("forkserver")
+LAZY = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo"]
+SERVER.set_forkserver_preload(["finetune", *LAZY])
+
+
+def stage(*arguments, processes=None, program="mae_pretrain.py", file_size=None):
+    """Run a stage in a process of its own, or as several, as torchrun does; what it printed.
+
+    file_size: no file may grow beyond this (a full disk).
+    """
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("localhost", 0))  # each has a port of its own: two test runs must not meet
+        port, files = str(free.getsockname()[1]), [f"{folder}/stdout", f"{folder}/stderr"]
+        argv = [program, *map(str, arguments)]
+        runs = []
+        for rank in range(processes or 1):
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+            names |= {"LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost"}
+            names = {name: str(value) for name, value in names.items()} | {"MASTER_PORT": port}
+            names = names if processes else {}
+            runs.append(SERVER.Process(target=run_program, args=(argv, names, files, file_size)))
+        free.close()
+        for run in runs:
+            run.start()
+        for _ in runs:  # the first that fails ends the others, which may want to say why
+            patience = 10 if any(run.exitcode for run in runs) else 300
+            alive = [run.sentinel for run in runs if run.is_alive()]
+            if alive and not multiprocessing.connection.wait(alive, patience):
+                [run.kill() for run in runs]
+        [run.join() for run in runs]
+        codes = [run.exitcode for run in runs if run.exitcode]
+        printed = [Path(file).read_text() for file in files]
+    return subprocess.CompletedProcess(argv, max(codes, default=0), *printed)
+
+
+def run_program(argv, environment, files, file_size):
+    """What a new process does: run a program of the repository, its output into two files."""
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    for file, stream in zip(files, (sys.stdout, sys.stderr)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    if file_size:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    sys.argv = argv
+    runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
 
 
 def read_metrics(out):
@@ -46,12 +109,6 @@ def read_metrics(out):
     clock = ("images_per_second", "mfu", "data_wait", "memory_gib", "eta_seconds")
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
-
-
-def picture(seed, height=20, width=24):
-    """A random PIL picture, smooth enough for JPEG."""
-    pixels = np.random.RandomState(seed).randint(0, 256, (height // 4, width // 4, 3))
-    return Image.fromarray(pixels.astype(np.uint8)).resize((width, height))
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """Stage 3: augmentation, mixing, losses and heads by hand; and as a program."""
 
+import io
 import json
 import math
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -271,25 +273,51 @@ def test_prompts_are_counted_and_stand_beside_the_tokens_of_every_block():
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_a_probe_becomes_the_head_of_a_classifier(batch_norm, pool):
     trunk = classifier(pool=pool)
-    model = finetune.Probes(trunk, 3, batch_norm, seed=0)
+    model = finetune.Probes(trunk, (1.0, 0.5, 0.25), batch_norm, seed=0)
     images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        for number, bias in enumerate(model.biases):
-            bias.add_(number)
+        model.bias.add_(torch.arange(3.0)[:, None])
         for _ in range(100):
             trained = model(images)
         if batch_norm:  # the statistics of the one batch there is, unbiased in the running variance
             x = trunk.features(images)
             scaled = (x - x.mean(dim=0)) / (x.var(dim=0, correction=0) + 1e-6).sqrt()
-            torch.testing.assert_close(
-                trained[:, 2], F.linear(scaled, model.weights[2], model.biases[2])
-            )
+            expected = F.linear(scaled, 0.5 * model.weight[2], 0.5 * model.bias[2])
+            torch.testing.assert_close(trained[:, 2], expected)
             torch.testing.assert_close(model.variance, x.var(dim=0), rtol=1e-3, atol=1e-6)
         model.eval()
         logits = model(images)
         same = classifier(pool=pool)
         same.load_state_dict(model.classifier_state(model.state_dict(), 1))
         torch.testing.assert_close(same(images), logits[:, 1], rtol=1e-4, atol=1e-5)
+
+
+def test_heads_side_by_side_move_as_each_would_alone_at_its_lr():
+    trunk, rates = classifier(), (0.3, 2.0)
+    model = finetune.Probes(trunk, rates, False, seed=0)
+    together = torch.optim.SGD([model.weight, model.bias], lr=1.0, momentum=0.9, nesterov=True)
+    heads = [torch.nn.Linear(16, 5) for _ in rates]
+    for head, root, weight in zip(heads, model.root, model.weight):
+        head.load_state_dict({"weight": root[0] * weight.detach(), "bias": torch.zeros(5)})
+    alone = [
+        torch.optim.SGD(head.parameters(), lr=rate, momentum=0.9, nesterov=True)
+        for head, rate in zip(heads, rates)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        images = torch.randn(6, 3, 8, 8, generator=generator)
+        labels = torch.randint(5, (6,), generator=generator)
+        logits = model(images)
+        sum(F.cross_entropy(logits[:, i], labels) for i in range(2)).backward()
+        for i, head in enumerate(heads):
+            expected = head(trunk.features(images))
+            torch.testing.assert_close(logits[:, i], expected, rtol=1e-4, atol=1e-5)
+            F.cross_entropy(expected, labels).backward()
+        for optimizer in (together, *alone):
+            optimizer.step()
+            optimizer.zero_grad()
+    state = model.classifier_state(model.state_dict(), 1)
+    torch.testing.assert_close(state["head.weight"], heads[1].weight, rtol=1e-4, atol=1e-5)
 
 
 def test_logistic_regression_is_at_its_minimum():
@@ -414,12 +442,16 @@ def test_lowshot_reports_both_and_does_not_repeat_what_is_known(
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["top1"] == found
 
 
-def test_rare_classes_can_count_as_much_as_others(pets, tmp_path):
-    source = data.Chosen(data.open_sources(str(pets))[0], range(60))
-    labels = [source.label(number) for number in range(60)]
-    few = data.Chosen(source, [n for n in range(60) if labels[n] != 1][:40] + [labels.index(1)])
-    counts = finetune.count_labels(few, 3)
-    assert counts[1] == 1 and counts.sum() == 41
+def test_rare_classes_can_count_as_much_as_others(pets, tmp_path, monkeypatch):
+    folder = tmp_path / "rare"
+    shutil.copytree(pets, folder)
+    for i in range(5, 20):
+        (folder / "train" / "owls" / f"{i}.png").unlink()
+    found = []
+    monkeypatch.setattr(finetune, "classify", lambda run, _: found.append(run.weights_of_classes))
+    finetune.main([*CLASSIFY[:2], *TINY, "--class-weights", "--data", str(folder)])
+    # 20, 20 and 5 pictures: each class's weights add up to 15, a third of all 45
+    torch.testing.assert_close(found[0], torch.tensor([0.75, 0.75, 3.0]))
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -459,12 +491,42 @@ def weights_of(folder, size):
     return folder / "vit.pt"
 
 
-def test_labels_that_no_class_has_are_counted_and_stop_the_run(tmp_path, photos):
-    rows = "".join(f"{i:03}.jpg,{'ab'[i % 2]}\n" for i in range(40))
-    (tmp_path / "labels.csv").write_text("path,class\n" + rows)
-    asked = ["--task", "classify", *TINY, "--steps", "2", "--data", photos]
-    asked += ["--labels", tmp_path / "labels.csv", "--val-labels", tmp_path / "labels.csv"]
-    assert last_json(fine(*asked, "--out", tmp_path / "run"))["task"] == "classify"
+def shards(folder, labels):
+    """Shards of pictures with these labels, and what --data is for them."""
+    folder.mkdir()
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for i, label in enumerate(labels):
+            buffer = io.BytesIO()
+            picture(i).save(buffer, "PNG")
+            for name, content in (("png", buffer.getvalue()), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{i:03}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return str(folder / "0.tar")
+
+
+def test_labels_that_no_class_has_are_counted_and_stop_the_run(tmp_path):
+    train, good = shards(tmp_path / "a", [0, 1, 7, 1] * 5), shards(tmp_path / "b", [0, 1] * 4)
+    asked = ["--task", "classify", *TINY, "--steps", "2", "--classes", "2", "--data", train]
+    ran = fine(*asked, "--val-data", good, "--max-bad", "0.5", "--out", tmp_path / "run")
+    assert last_json(ran)["task"] == "classify"
+    assert 2 <= read_metrics(tmp_path / "run")[-1]["unlabelled"] <= 6
+    stopped = fine(*asked, "--val-data", good, "--max-bad", "0.0001", "--out", tmp_path / "strict")
+    assert stopped.returncode == 1 and "without a label from 0 to 1" in stopped.stderr
+    val = fine(*asked, "--val-data", train, "--max-bad", "0.5", "--out", tmp_path / "val")
+    assert val.returncode == 2 and "5 labels are over 1, the last class" in val.stderr
+
+
+def test_unreadable_val_pictures_are_named_left_out_and_capped(pets, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(pets, folder)
+    for name in ("cats", "dogs"):
+        (folder / "val" / name / "0.png").write_bytes(b"junk")
+    asked = ["--task", "classify", *TINY, "--steps", "1", "--data", folder]
+    ran = fine(*asked, "--max-bad", "0.5", "--out", tmp_path / "run")
+    assert "on 10 pictures" in ran.stdout and "cats/0.png" in ran.stderr
+    stopped = fine(*asked, "--out", tmp_path / "strict")
+    assert stopped.returncode == 2 and "2 of 12 pictures cannot be read" in stopped.stderr
 
 
 def test_the_recipe_is_the_public_codes(tmp_path):

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import resource
 import shutil
 from argparse import Namespace
 
@@ -223,10 +222,7 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tmp_path):
     shutil.copytree(whole, cut)  # as if it had been killed after step 8
     shutil.rmtree(cut / "checkpoints" / "step-00000012")
     (cut / "checkpoints" / "LATEST").write_text("step-00000008")
-    limit = (20_000, resource.RLIM_INFINITY)
-    failed = stage(
-        *(*TINY, "--out", cut), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    )
+    failed = stage(*TINY, "--out", cut, file_size=20_000)
     assert failed.returncode == 1
     assert "step-00000012" in failed.stderr and "are whole" in failed.stderr
     assert "Traceback" not in failed.stderr
