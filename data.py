@@ -454,25 +454,12 @@ class Shards:
         facts = [[os.path.basename(p), os.path.getsize(p), n] for p, n in zip(self.paths, sizes)]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         self.identity = f"{self.sizes.sum()} pictures in {len(self.paths)} shards, {digest}"
-        self.open_caches()
-
-    def open_caches(self):
-        # Caches live in the object so that forked workers each have their own, and are bounded.
-        self.index = lru_cache(64)(lambda shard: shard_index(self.paths[shard]))
-        self.files = lru_cache(64)(lambda shard: io.FileIO(self.paths[shard]))
-
-    def __getstate__(self):  # where workers are spawned (macOS), they get a pickle, without caches
-        return {name: value for name, value in vars(self).items() if name not in ("index", "files")}
-
-    def __setstate__(self, state):
-        vars(self).update(state)
-        self.open_caches()
 
     def block(self, number):
         """The bytes of a sample's stretch of its shard."""
         shard = int(np.searchsorted(self.edges, number, "right")) - 1
-        begin, end = self.index(shard)[number - self.edges[shard]].tolist()
-        file = self.files(shard)
+        file, index = open_shard(self.paths[shard])
+        begin, end = index[number - self.edges[shard]].tolist()
         if hasattr(os, "pread"):  # forked workers share a file's position, so it is not used
             return os.pread(file.fileno(), end - begin, begin)
         file.seek(begin)  # Windows, which does not fork
@@ -533,33 +520,39 @@ def expand(pattern):
     return [pattern]
 
 
+@lru_cache(64)
+def open_shard(path):
+    """A shard's open file and its index: each loader process keeps its last 64."""
+    return io.FileIO(path), shard_index(path)
+
+
 def shard_index(path):
     """(n, 2) int64: where each sample begins and ends in a shard, in bytes.
 
-    Kept beside it as SHARD.tar.index or, where that cannot be written, in the folder for temporary
-    files: rows of two 64-bit numbers, of which the first holds the shard's size and time of change
-    and the second the number of samples. Where these are not right, it is made again.
+    Kept beside it as SHARD.tar.index (numpy's format) or, where that cannot be written, in the
+    folder for temporary files. The first row there is the shard's size and time of change: where
+    these are not right, it is made again.
     """
     stamp = [os.path.getsize(path), os.stat(path).st_mtime_ns]
     elsewhere = stable_hash(os.path.abspath(path)).hex()
     places = f"{path}.index", os.path.join(tempfile.gettempdir(), f"{elsewhere}.tar.index")
     for place in places:
         try:
-            index = np.fromfile(place, dtype="<i8").reshape(-1, 2)
-            if index[:2].tolist() == [stamp, [len(index) - 2] * 2]:
-                return index[2:]
-        except (OSError, ValueError):  # none, or a damaged one
+            index = np.load(place)
+            if index.dtype == np.int64 and index.shape[1:] == (2,) and index[0].tolist() == stamp:
+                return index[1:]
+        except (OSError, ValueError, EOFError):  # none, or a damaged one
             pass
-    samples = scan_tar(path)
-    index = np.array([stamp, [len(samples)] * 2, *samples], dtype="<i8")
+    index = np.array([stamp, *scan_tar(path)], dtype=np.int64)
     for place in places:
         try:
-            index.tofile(f"{place}.{os.getpid()}")  # others may be at it, too
-            os.replace(f"{place}.{os.getpid()}", place)
+            with open(f"{place}.{os.getpid()}", "wb") as file:  # others may be at it, too
+                np.save(file, index)
+            os.replace(file.name, place)
             break
         except OSError as error:
             tqdm.write(f"cannot write the index of a shard: {error}", file=sys.stderr)
-    return index[2:]
+    return index[1:]
 
 
 def scan_tar(path):
