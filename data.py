@@ -106,11 +106,10 @@ class Order:
     totals   (S,) int64, the sum of each shard's sampling weights in units of 1 / WEIGHT, or None
     weights  (first, stop) -> int64 weights of these samples in the same units, read with a shard
 
-    With weights, sample i owns a stretch of length weights[i] of a circle of length sum(totals),
-    and is drawn once for each of the points offset + k * WEIGHT on it, k = 0 .. length - 1
-    (systematic sampling): as often as its weight says, rounded up or down; the offset, new in each
-    epoch, decides which. (Where the sum is no whole number, the last gap is a little wider, and the
-    sample that it meets may get one draw less: the offset decides whose turn it is.)
+    With weights, sample i owns a stretch of length weights[i] of a line of length sum(totals), and
+    is drawn once for each of the `length` points on it, which lie WEIGHT apart from a random offset
+    on, new in each epoch (systematic sampling): as often as its weight says, rounded up or down.
+    (Where the sum is no whole number, what is left over is shared out among the first gaps.)
     """
 
     def __init__(self, sizes, seed=0, lanes=None, totals=None, weights=None):
@@ -129,37 +128,30 @@ class Order:
     def __call__(self, position):
         """The sample number of a position."""
         epoch, lane = position // self.length, position // 2 % self.lanes
-        start = epoch * self.length
-        turn = self.before(lane + 1, position) - self.before(lane + 1, start)
-        turn -= self.before(lane, position) - self.before(lane, start)  # the lane's turns so far
+        turn = self.before(lane + 1, position, epoch) - self.before(lane, position, epoch)
         block_epoch, first, samples = self.blocks.get(lane, (-1, 0, ()))
         if block_epoch != epoch or not first <= turn < first + len(samples):
             first, samples = self.block(epoch, lane, turn)
             self.blocks[lane] = epoch, first, samples
         return int(samples[turn - first])
 
-    def before(self, lane, position):
-        """How many of the positions before `position` belong to lanes before `lane`."""
-        rounds, rest = divmod(position, 2 * self.lanes)
-        return rounds * 2 * lane + min(rest, 2 * lane)
+    def before(self, lane, position, epoch):
+        """How many of an epoch's positions before `position` belong to lanes before `lane`."""
+        rounds = (divmod(place, 2 * self.lanes) for place in (epoch * self.length, position))
+        start, stop = (whole * 2 * lane + min(rest, 2 * lane) for whole, rest in rounds)
+        return stop - start
 
     def block(self, epoch, lane, turn):
         """The shuffled block of a lane that holds its `turn`: (its first turn, sample numbers)."""
         edges = self.edges
         if self.weights is not None:  # from weight to draws: the points that lie before each edge
-            # Cut open at 0, the circle is a line: `wrapped` points on it begin at `low`, the others
-            # at `high`, the offset.
-            total = int(edges[-1])
-            high = int(random_bits(1, self.seed, epoch, 0, OFFSET)[0] % total)
-            wrapped = max(0, self.length - -((high - total) // WEIGHT))
-            low = high + (self.length - wrapped) * WEIGHT - total
-            edges = np.clip(-((low - edges) // WEIGHT), 0, wrapped)
-            edges += np.clip(-((high - self.edges) // WEIGHT), 0, self.length - wrapped)
+            gap, wider = divmod(int(edges[-1]), self.length)  # the first gaps are wider by one
+            offset = int(random_bits(1, self.seed, epoch, 0, OFFSET)[0] % gap)
+            rest = edges - offset
+            edges = np.maximum(-(-rest // (gap + 1)), -((wider - rest) // gap)).clip(min=0)
         # The lane's stretch of the epoch's draws, and the pieces of shards that lie in it.
-        start, stop = (
-            self.before(cut, (epoch + 1) * self.length) - self.before(cut, epoch * self.length)
-            for cut in (lane, lane + 1)
-        )
+        end = (epoch + 1) * self.length
+        start, stop = self.before(lane, end, epoch), self.before(lane + 1, end, epoch)
         piece = np.searchsorted(edges, start, "right") - 1
         last = np.searchsorted(edges, stop, "left")
         cuts = np.clip(edges[piece : last + 1], start, stop)
@@ -175,8 +167,7 @@ class Order:
         if self.weights is None:
             samples = draws - edges[shards]
         else:
-            points = draws * WEIGHT + np.where(draws < wrapped, low, high - wrapped * WEIGHT)
-            points -= self.edges[shards]
+            points = offset + draws * gap + np.minimum(draws, wider) - self.edges[shards]
             samples = np.empty_like(draws)
             for i in np.unique(shards):
                 ends = np.cumsum(self.weights(self.first[i], self.first[i] + self.sizes[i]))

@@ -50,7 +50,7 @@ def one_seed(seed, lengths, arguments, results):
     out, log = Path(arguments.out), Path(arguments.out) / f"seed{seed}.log"
     toy = arguments.data == "toy"
     fresh = ["--size", arguments.size, "--patch-size", arguments.patch_size]
-    fresh = [] if toy else [*fresh, "--image-size", 64]
+    fresh = [] if toy else [*fresh, "--image-size", arguments.image_size]
     common = ["--data", arguments.data, "--seed", seed, "--workers", 1]
     common += [] if toy else ["--batch-size", 256, "--min-crop", 1]
 
@@ -85,16 +85,16 @@ def one_seed(seed, lengths, arguments, results):
             print(row, flush=True)
 
     mae = f"mae-{seed}"
-    decoder = (
-        [] if toy else ["--decoder", "96x2x3", "--lr", 1.5e-3, "--epochs", arguments.mae_epochs]
-    )
-    stage(mae, "mae_pretrain.py", *fresh, *decoder)
+    length = [] if toy else ["--lr", 1.5e-3, "--epochs", arguments.mae_epochs]
+    decoder = [] if toy else ["--decoder", arguments.decoder]
+    stage(mae, "mae_pretrain.py", *fresh, *decoder, *length)
     spent = gflops(out / mae, models.MAE)
     measure(mae, "mae", 0, spent)
 
     def tags(start, epochs):
         name = f"weak-{seed}-{start}-{epochs}"
-        flags = [] if toy else ["--labels", arguments.labels, "--tags", out / "tags", "--lr", 1e-3]
+        labels = ["--labels", arguments.labels, "--tags", out / "tags", "--lr", arguments.lr]
+        flags = [] if toy else labels
         flags += ["--init", out / mae / "model.pt"] if start == "mae" else fresh
         stage(name, "weak_pretrain.py", "--epochs", epochs, *flags)
         cost = gflops(out / name, models.Classifier)
@@ -162,9 +162,12 @@ def main():
     parser.add_argument("--data", required=True, help="a folder with train/ and val/, or toy")
     parser.add_argument("--labels", help="hashtags of DATA's pictures")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--size", default="192x6x3")
-    parser.add_argument("--patch-size", type=int, default=16)
-    parser.add_argument("--mae-epochs", type=float, default=20)
+    parser.add_argument("--size", default="128x6x2")
+    parser.add_argument("--image-size", type=int, default=48)
+    parser.add_argument("--patch-size", type=int, default=8)
+    parser.add_argument("--decoder", default="64x1x2")
+    parser.add_argument("--mae-epochs", type=float, default=10)
+    parser.add_argument("--lr", type=float, default=4e-4, help="of stage 2, at batch 256 (4e-4)")
     parser.add_argument("--epochs", default="1,3,10", help="lengths of stage 2")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--equal-flops", action="store_true", help="from scratch, too")
