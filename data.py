@@ -180,9 +180,9 @@ class Order:
 # ------------------------------------------------------------------------------------------ sources
 #
 # A source has: sizes (S,) int64, samples per shard; classes, a list of names, or None; identity;
-# read(number) -> {"image": PIL image, "class": int, -1 if unknown, ...}; name(number);
-# label(number) -> that class alone; hashtags(number) -> a list of tags, or a text with #tags in it.
-# Numbers run through the shards.
+# name(number); and read(number) -> {"image": a function that opens the PIL image, "class": int, -1
+# if unknown, "hashtags": a list of tags, or a text with #tags in it}. So who wants labels or tags
+# reads the same, and opens no picture. Numbers run through the shards.
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -241,14 +241,8 @@ class Toy:
     def read(self, number):
         return toy_sample(self.first + number, self.size)
 
-    def label(self, number):
-        return TOY_CLASSES.index(toy_scene(self.first + number)["objects"][0]["shape"])
-
     def name(self, number):
         return f"toy:{self.first + number}"
-
-    def hashtags(self, number):
-        return toy_hashtags(toy_scene(self.first + number), self.first + number)
 
 
 class Folder:
@@ -277,19 +271,14 @@ class Folder:
             print(f"{root}: no classes (they would be the folders, two or more, of all pictures)")
         numbers = {name: number for number, name in enumerate(self.classes or [])}
         self.labels = np.array([numbers.get(name, -1) for name in names])
-        self.tags = [entries[path].get("hashtags", []) for path in self.paths] if labels else None
-        facts = json.dumps([self.paths, self.tags, names if labels else None])
+        self.tags = [entries[path].get("hashtags", []) for path in self.paths]
+        facts = json.dumps([self.paths, self.tags, names])
         digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
         self.identity = f"{len(self.paths)} pictures, {digest}"
 
     def read(self, number):
-        return {"image": Image.open(self.name(number)), "class": self.label(number)}
-
-    def label(self, number):
-        return int(self.labels[number])
-
-    def hashtags(self, number):
-        return self.tags[number] if self.tags else []
+        picture, label = partial(Image.open, self.name(number)), int(self.labels[number])
+        return {"image": picture, "class": label, "hashtags": self.tags[number]}
 
     def name(self, number):
         return os.path.join(self.root, self.paths[number])
@@ -363,7 +352,7 @@ def all_labels(source):
     labels = np.full(int(source.sizes.sum()), -1, dtype=np.int64)
     for number in tqdm(range(len(labels)), desc="labels", leave=False, disable=None):
         try:
-            labels[number] = source.label(number)
+            labels[number] = source.read(number)["class"]
         except Exception as error:  # noqa: BLE001 (tar members fail in many ways: named, left out)
             tqdm.write(f"unreadable label: {source.name(number)}: {error}", file=sys.stderr)
     return labels
@@ -374,45 +363,35 @@ def stable_hash(text):
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
 
 
-class Slice:
-    """The samples start .. stop - 1 of a source."""
+class Part:
+    """The samples of a source with these numbers (a range or a list), in this order."""
 
-    def __init__(self, source, start, stop):
-        self.source, self.numbers, self.classes = source, range(start, stop), source.classes
-        # Shards without a sample in it count as well: as many lanes as the whole source has.
-        self.sizes = np.diff(running_sum(source.sizes).clip(start, stop))
-        self.identity = f"{source.identity}, samples {start} to {stop}"
+    def __init__(self, source, numbers):
+        self.source, self.numbers, self.classes = source, numbers, source.classes
+        self.sizes = np.ones(len(numbers), dtype=np.int64)
+        if isinstance(
+            numbers, range
+        ):  # as many shards, and lanes, as the whole has; some are empty
+            self.sizes = np.diff(running_sum(source.sizes).clip(numbers.start, numbers.stop))
+        self.identity = (
+            f"{source.identity}, {len(numbers)} of them: {stable_hash(str(numbers)).hex()}"
+        )
 
     def read(self, number):
         return self.source.read(self.numbers[number])
 
-    def label(self, number):
-        return self.source.label(self.numbers[number])
-
     def name(self, number):
         return self.source.name(self.numbers[number])
-
-    def hashtags(self, number):
-        return self.source.hashtags(self.numbers[number])
-
-
-class Chosen(Slice):
-    """The samples of a source with these numbers, in this order."""
-
-    def __init__(self, source, numbers):
-        self.source, self.numbers = source, [int(number) for number in numbers]
-        self.sizes, self.classes = np.ones(len(self.numbers), dtype=np.int64), source.classes
-        self.identity = f"{source.identity}, {len(self.numbers)} chosen"
 
 
 def hold_out(train, val, count):
     """(source to train on, at most `count` samples to measure on): val's first ones or, without
     val, the last ones of train, at most 5 % of it."""
     if val:
-        return train, Slice(val, 0, min(count, int(val.sizes.sum())))
+        return train, Part(val, range(min(count, int(val.sizes.sum()))))
     total = int(train.sizes.sum())
     count = min(count, total // 20)
-    return Slice(train, 0, total - count), Slice(train, total - count, total)
+    return Part(train, range(total - count)), Part(train, range(total - count, total))
 
 
 # ------------------------------------------------------------------------------------------- shards
@@ -456,28 +435,18 @@ class Shards:
         file.seek(begin)  # Windows, which does not fork
         return file.read(end - begin)
 
-    def members(self, number):
-        """{extension: bytes} of a sample's files. tarfile.ReadError if the shard ends in them."""
+    def read(self, number):
         content = self.block(number)
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-            files = [(extension, member) for _, extension, member in sample_files(tar)]
-        return {name: content[m.offset_data : m.offset_data + m.size] for name, m in files}
-
-    def read(self, number):
-        members = self.members(number)
-        picture = next(name for name in members if is_picture(f"x.{name}"))
-        return {"image": Image.open(io.BytesIO(members[picture])), "class": label_of(members)}
-
-    def label(self, number):
-        return label_of(self.members(number))
-
-    def hashtags(self, number):
-        """From the sample's .json (a list, a text, or either under "hashtags"), else its .txt."""
-        members = self.members(number)
-        if "json" not in members:
-            return members.get("txt", b"").decode()
-        content = json.loads(members["json"])
-        return content.get("hashtags", []) if isinstance(content, dict) else content
+            files = [(kind, member) for _, kind, member in sample_files(tar)]
+        members = {kind: content[m.offset_data : m.offset_data + m.size] for kind, m in files}
+        picture = next(members[kind] for kind in members if is_picture(f"x.{kind}"))
+        label = members.get("cls", b"").strip()
+        return {
+            "image": lambda: Image.open(io.BytesIO(picture)),
+            "class": int(label) if label.isdigit() else -1,
+            "hashtags": hashtags_of(members),
+        }
 
     def name(self, number):
         path = self.paths[int(np.searchsorted(self.edges, number, "right")) - 1]
@@ -488,9 +457,15 @@ class Shards:
             return f"{path}: sample {number}"
 
 
-def label_of(members):
-    text = members.get("cls", b"").strip()
-    return int(text) if text.isdigit() else -1
+def hashtags_of(members):
+    """From .json (a list, a text, or either under "hashtags"), else .txt; None if it is damaged."""
+    try:
+        if "json" not in members:
+            return members.get("txt", b"").decode()
+        content = json.loads(members["json"])
+    except ValueError:
+        return None
+    return content.get("hashtags", []) if isinstance(content, dict) else content
 
 
 def expand(pattern):
@@ -772,12 +747,12 @@ class Batches(torch.utils.data.Dataset):
             bits = random_bits(23, self.seed, epoch, position, VIEW) if self.order else None
             try:
                 sample, crop = self.source.read(number), (bits, self.min_crop, self.centre)
-                pixels = crop_and_resize(sample["image"], self.size, self.channels, *crop)
+                pixels = crop_and_resize(sample["image"](), self.size, self.channels, *crop)
                 if self.augment:
                     pixels = self.augment(pixels, (self.seed, epoch, position))
                 images[i] = pixels
                 if self.vocabulary is not None:
-                    tags[i] = self.vocabulary.ids(self.source.hashtags(number))
+                    tags[i] = self.vocabulary.ids(sample["hashtags"])
                 labels[i], weight[i] = sample["class"], self.vocabulary is None or len(tags[i]) > 0
             except Exception as error:  # noqa: BLE001 (decoders raise anything: named, counted)
                 images[i] = 0
@@ -985,21 +960,19 @@ def toy_hashtags(scene, number):
     return list(dict.fromkeys([*kept, TOY_SPAM[int(chance[-1] * len(TOY_SPAM))]]))  # each once
 
 
-def toy_sample(number, size=64, masks=False):
-    """One sample: {"image": PIL RGB, "class": int, "hashtags": [str], "caption": str,
-    "boxes": (objects, 4) float32} and, if asked, "masks": (objects, size, size) bool. Object 0 is
-    the largest and gives the class. See toy_render for boxes and masks."""
+def toy_sample(number, size=64):
+    """One sample: a source's, and {"caption": str, "boxes", "masks": functions that draw it and give
+    them, see toy_render}. Object 0 is the largest and gives the class."""
     scene = toy_scene(number)
-    image, boxes, visible = toy_render(scene, size, masks)
     *things, ground = toy_phrases(scene)
-    sample = {
-        "image": image,
+    return {
+        "image": lambda: toy_render(scene, size)[0],
+        "boxes": lambda: toy_render(scene, size)[1],
+        "masks": lambda: toy_render(scene, size, masks=True)[2],
         "class": TOY_CLASSES.index(scene["objects"][0]["shape"]),
         "hashtags": toy_hashtags(scene, number),
         "caption": f"a {' and a '.join(things)} on {ground}",
-        "boxes": boxes,
     }
-    return sample | ({"masks": visible} if masks else {})
 
 
 # ----------------------------------------------------------------------------------------- hashtags
@@ -1059,7 +1032,7 @@ class TagChunks(torch.utils.data.Dataset):
         end = min((chunk + 1) * TAG_CHUNK, int(self.source.sizes.sum()))
         for number in range(chunk * TAG_CHUNK, end):
             try:
-                found.append(canonical(self.source.hashtags(number), self.synonyms))
+                found.append(canonical(self.source.read(number)["hashtags"], self.synonyms))
             except Exception as error:  # noqa: BLE001 (named and counted, whatever it was)
                 found.append(set())
                 errors.append(f"{self.source.name(number)}: {error}")
@@ -1153,8 +1126,8 @@ def open_hashtags(source, folder):
     tags of its first pictures, and no weights. Raises ValueError, one line, when that cannot be.
     """
     if not folder and isinstance(source, Toy):
-        vocabulary = count_hashtags(Slice(source, 0, TAG_CHUNK))
-        return vocabulary, source, Slice(Toy("val", source.sides), 0, HELD_OUT), {}
+        vocabulary = count_hashtags(Part(source, range(TAG_CHUNK)))
+        return vocabulary, source, Part(Toy("val", source.sides), range(HELD_OUT)), {}
     train, held_out = hold_out(source, None, HELD_OUT)
     hint = "write it with: python data.py hashtags DATA --out TAGS, and give --tags TAGS"
     try:

@@ -166,7 +166,7 @@ def print_probe(weights, config, train, test, pool, seed, **options):
     functions["trained"] = pooled(trained, pool)
     if train.classes != test.classes or not train.classes:
         return print("linear probe: left out, for want of labels")
-    train = data.Slice(train, 0, min(4096, int(train.sizes.sum())))
+    train = data.Part(train, range(min(4096, int(train.sizes.sum()))))
     x, y, _ = extract(functions, train, config, **options)
     x_test, y_test, _ = extract(functions, test, config, **options)
     known, known_test = y >= 0, y_test >= 0
@@ -448,7 +448,7 @@ def task_classify(model, sources, run):
     if run.mistakes and speaks:
         wrong = [i for i in counted if best[i][0] not in answers[i]]
         wrong.sort(key=lambda i: -found[i, -1])
-        pictures = data.Chosen(source, numbers[wrong[: run.count]].tolist())
+        pictures = data.Part(source, numbers[wrong[: run.count]].tolist())
         line = "{} ({:.0%}), is {}".format
         shown = [(names[best[i][0]], found[i, -1], names[min(answers[i])]) for i in wrong]
         lines = [line(*what) for what in shown[: run.count]]
@@ -463,17 +463,16 @@ def best_five(logits):
     return torch.cat([best.indices.float(), best.values[:, :1]], dim=1)
 
 
-class Bordered(data.Slice):
+class Bordered(data.Part):
     """A source without the outermost pixels of its pictures (ObjectNet's have a red frame)."""
 
     def __init__(self, source, border):
-        super().__init__(source, 0, int(source.sizes.sum()))
+        super().__init__(source, range(int(source.sizes.sum())))
         self.border = border
 
     def read(self, number):
-        sample, b = super().read(number), self.border
-        width, height = sample["image"].size
-        return sample | {"image": sample["image"].crop((b, b, width - b, height - b))}
+        sample = super().read(number)
+        return sample | {"image": lambda: ImageOps.crop(sample["image"](), self.border)}
 
 
 def right_answers(model, source, labels, numbers, run):

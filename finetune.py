@@ -186,8 +186,8 @@ def prepare(run):
         raise ValueError("RandAugment is for grey and RGB pictures: give --rand-augment 0")
     toy = isinstance(run.val, data.Toy)
     if toy:  # it has no end
-        run.val = data.Slice(run.val, 0, 1024)
-        run.train = run.train if run.task == "classify" else data.Slice(run.train, 0, 16_384)
+        run.val = data.Part(run.val, range(1024))
+        run.train = run.train if run.task == "classify" else data.Part(run.train, range(16_384))
     if run.task != "classify":  # what is chosen is chosen on a slice of train
         run.train, run.slice = data.hold_out(run.train, None, 10_000)
         if not run.slice.sizes.any():
@@ -243,16 +243,6 @@ def enhance(kind, image, amount):
     return kind(image).enhance(max(0.1, 1 + amount))
 
 
-def posterize(image, bits):
-    """Keep the highest bits (Pillow's own refuses 0 of them, which is black)."""
-    return image.point(lambda value: value & (0xFF00 >> bits))
-
-
-def solarize_add(image, amount):
-    table = [min(255, i + amount) if i < 128 else i for i in range(256)]
-    return image.point(table * len(image.getbands()))
-
-
 # RandAugment's operations in the "increasing" ranges of timm's rand-m9-mstd0.5-inc1. A level is in
 # 0 .. 1; where the operation has a direction, s is the level or its negative.
 OPERATIONS = {
@@ -260,9 +250,9 @@ OPERATIONS = {
     "equalize": lambda image, level, s: ImageOps.equalize(image),
     "invert": lambda image, level, s: ImageOps.invert(image),
     "rotate": lambda image, level, s: warp(image, 30 * s),  # degrees
-    "posterize": lambda image, level, s: posterize(image, 4 - int(4 * level)),
+    "posterize": lambda image, level, s: image.point(lambda v: v & 0xFF00 >> 4 - int(4 * level)),
     "solarize": lambda image, level, s: ImageOps.solarize(image, 256 - int(256 * level)),
-    "solarize add": lambda image, level, s: solarize_add(image, int(110 * level)),
+    "solarize add": lambda image, level, s: image.point(lambda v: v + (v < 128) * int(110 * level)),
     "color": lambda image, level, s: enhance(ImageEnhance.Color, image, 0.9 * s),
     "contrast": lambda image, level, s: enhance(ImageEnhance.Contrast, image, 0.9 * s),
     "brightness": lambda image, level, s: enhance(ImageEnhance.Brightness, image, 0.9 * s),
@@ -780,7 +770,7 @@ def lowshot(run, say):
         best = {}  # what the first draw finds best on the slice is used for all
         for seed in SEEDS:
             chosen = known[evaluate.few_shot_split(labels[known], int(shots), seed)]
-            source = data.Chosen(run.train, chosen)
+            source = data.Part(run.train, chosen)
             x, y = features(source)
 
             def logistic(penalty, x=x, y=y):

@@ -936,7 +936,7 @@ def test_a_border_is_cut_off_and_a_squashed_picture_is_whole(classifier, tmp_pat
         source = data.open_sources(str(where[3]))[0]
         source = evaluate.Bordered(source, 8) if flags[0] == "--border" else source
         share = float(flags[1]) if flags[0] == "--val-crop" else 1.0
-        image = data.crop_and_resize(source.read(0)["image"], (8, 8), 3, centre=share)
+        image = data.crop_and_resize(source.read(0)["image"](), (8, 8), 3, centre=share)
         answers[" ".join(flags)] = int(model(data.normalize(image[None])).argmax())
     assert answers == {"--border 8": 2, "--val-crop 0": 0, "--val-crop 0.3": 2}
 

@@ -379,7 +379,7 @@ def test_classify_leaves_a_classifier_that_evaluate_measures_alike(plain, pets, 
     right = 0
     for number in range(12):
         sample = val.read(number)
-        pixels = data.crop_and_resize(sample["image"], (16, 16), 3)[None]
+        pixels = data.crop_and_resize(sample["image"](), (16, 16), 3)[None]
         right += int(model(data.normalize(pixels)).argmax()) == sample["class"]
     assert found["top1"] == right / 12 and found["top5"] == 1.0 and found["pictures"] == 12
     assert (tmp_path / "c.png").exists()
