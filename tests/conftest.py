@@ -61,10 +61,10 @@ LAZY = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo
 SERVER.set_forkserver_preload(["finetune", *LAZY])
 
 
-def stage(*arguments, processes=None, program="mae_pretrain.py", file_size=None):
+def stage(*arguments, processes=None, program="mae_pretrain.py", code=None, file_size=None):
     """Run a stage in a process of its own, or as several, as torchrun does; what it printed.
 
-    file_size: no file may grow beyond this (a full disk).
+    code: this is run instead. file_size: no file may grow beyond this (a full disk).
     """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("localhost", 0))  # each has a port of its own: two test runs must not meet
@@ -76,7 +76,9 @@ def stage(*arguments, processes=None, program="mae_pretrain.py", file_size=None)
             names |= {"LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost"}
             names = {name: str(value) for name, value in names.items()} | {"MASTER_PORT": port}
             names = names if processes else {}
-            runs.append(SERVER.Process(target=run_program, args=(argv, names, files, file_size)))
+            runs.append(
+                SERVER.Process(target=run_program, args=(argv, names, files, file_size, code))
+            )
         free.close()
         for run in runs:
             run.start()
@@ -91,7 +93,7 @@ def stage(*arguments, processes=None, program="mae_pretrain.py", file_size=None)
     return subprocess.CompletedProcess(argv, max(codes, default=0), *printed)
 
 
-def run_program(argv, environment, files, file_size):
+def run_program(argv, environment, files, file_size, code):
     """What a new process does: run a program of the repository, its output into two files."""
     os.environ.update(environment)
     os.chdir(ROOT)
@@ -101,7 +103,10 @@ def run_program(argv, environment, files, file_size):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     sys.argv = argv
-    runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
+    if code:
+        exec(code, {})  # noqa: S102 (the test's own)
+    else:
+        runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
 
 
 def read_metrics(out):

@@ -893,9 +893,18 @@ def test_numeric_folders_are_numbers_of_the_models_classes(classifier, tmp_path,
     where = ["--checkpoint", classifier(None)]
     pictures = coloured(tmp_path / "pictures", ["0", "1", "2"])
     assert classified(capsys, *where, "--data", pictures)["top1"] == 1.0
+    # Only folders 0 and 2: a number is a number, not a place among the folders.
+    (pictures / "1").rename(tmp_path / "away")
+    assert classified(capsys, *where, "--data", pictures)["top1"] == 1.0
+    maps = tmp_path / "map.json"
+    maps.write_text(json.dumps({"0": 0, "1": 1, "2": 2}))
+    assert classified(capsys, *where, "--data", pictures, "--label-map", maps)["top1"] == 1.0
+    (tmp_path / "away").rename(pictures / "1")
     # Sorted as texts, 10 stands before 2: the map says what is meant.
     (pictures / "2").rename(pictures / "10")
-    maps = tmp_path / "map.json"
+    with pytest.raises(SystemExit):
+        classified(capsys, *where, "--data", pictures)
+    assert "the model knows no 10" in capsys.readouterr().err
     maps.write_text(json.dumps({"0": 0, "1": 1, "10": 2}))
     assert classified(capsys, *where, "--data", pictures, "--label-map", maps)["top1"] == 1.0
 
@@ -914,10 +923,37 @@ def test_real_labels_have_several_answers_or_none(classifier, tmp_path, capsys):
     where = ["--checkpoint", classifier(None), "--data", tmp_path / "val"]
     found = classified(capsys, *where, "--real-labels", real)
     assert (found["top1"], found["pictures"]) == (0.75, 4)
-    real.write_text(json.dumps([[1]]))
-    with pytest.raises(SystemExit):
-        classified(capsys, *where, "--real-labels", real)
-    assert "is not real.json" in capsys.readouterr().err
+    data.pack(str(tmp_path / "val"), str(tmp_path / "val-%03d.tar"), shard_size=2)
+    packed = ["--checkpoint", classifier(None), "--data", tmp_path / "val-*.tar"]
+    assert classified(capsys, *packed, "--real-labels", real) == found
+    for content in ([[1]], {"1": [1]}, [[1], [0], None, [2], [0]]):
+        real.write_text(json.dumps(content))
+        with pytest.raises(SystemExit):
+            classified(capsys, *where, "--real-labels", real)
+        assert "is not real.json" in capsys.readouterr().err
+
+
+def test_a_classifier_that_pools_the_mean_is_an_encoder_too(tmp_path):
+    """Its last norm has another name, and comes after the mean."""
+    model = models.Classifier("16x1x2", classes=3, image_size=8, patch_size=4, pool="mean")
+    torch.nn.init.normal_(model.fc_norm.weight)
+    models.save_weights(tmp_path / "model.pt", model.state_dict(), model.config)
+    encoder, line = evaluate.load_model(tmp_path / "model.pt", "knn", "cpu")
+    assert line.endswith("norm from fc_norm")
+    assert torch.equal(encoder.norm.weight, model.fc_norm.weight)
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(encoder.encode(images), model.encode(images))
+
+
+def test_labels_may_stand_in_a_file(classifier, tmp_path, capsys):
+    pictures = coloured(tmp_path / "pictures", ["a", "b", "c"])
+    names = {"a": "red", "b": "green", "c": "blue"}
+    paths = sorted(pictures.rglob("*.png"))
+    rows = [f"{path.relative_to(pictures)},{names[path.parent.name]}" for path in paths]
+    (tmp_path / "labels.csv").write_text("image,label\n" + "\n".join(rows))
+    where = ["--checkpoint", classifier(["red", "green", "blue"]), "--data", pictures]
+    found = classified(capsys, *where, "--labels", tmp_path / "labels.csv")
+    assert (found["top1"], found["pictures"]) == (1.0, 6)
 
 
 def test_a_border_is_cut_off_and_a_squashed_picture_is_whole(classifier, tmp_path, capsys):
