@@ -266,10 +266,9 @@ def draw_reconstructions(model, source, path, count=8, seed=0):
     ids = torch.from_numpy(np.stack(ids)).to(device)
     normal = data.normalize(images.to(device))
     painted = denormalize(model.reconstruct(normal, ids)).cpu()
-    hidden = torch.ones(len(images), N, 1).scatter(1, ids[:, : model.num_visible, None].cpu(), 0)
-    hidden = models.unpatchify(
-        hidden.expand(-1, -1, model.patch_size**2), model.patch_size, model.grid
-    )
+    P, visible = model.patch_size, ids[:, : model.num_visible, None].cpu()
+    hidden = torch.ones(len(images), N, 1).scatter(1, visible, 0).expand(-1, -1, P**2)
+    hidden = models.unpatchify(hidden, P, model.grid)
     seen = torch.where(hidden > 0, torch.full_like(images, 128), images)  # (B, C, H, W)
     share = model.num_visible / N
     titles = ["picture", f"seen ({share:.0%})", "reconstructed"]
@@ -318,14 +317,11 @@ def draw_confusion(table, names, path):
     draw.text((6, 6), "rows: truth\ncolumns: answer", "black", ImageFont.load_default(13))
     for (row, column), share in np.ndenumerate(shares.numpy()):
         x, y, grey = left + column * side, left + row * side, int(255 * (1 - share))
-        draw.rectangle(
-            (x, y, x + side - 1, y + side - 1), (grey, grey, 255 if row != column else grey)
-        )
+        colour = grey, grey, 255 if row != column else grey  # mistakes are blue
+        draw.rectangle((x, y, x + side - 1, y + side - 1), colour)
         if side > 24 and table[row, column]:
-            colour = "white" if share > 0.5 else "black"
-            draw.text(
-                (x + side // 2, y + side // 2), str(int(table[row, column])), colour, font, "mm"
-            )
+            centre, colour = (x + side // 2, y + side // 2), "white" if share > 0.5 else "black"
+            draw.text(centre, str(int(table[row, column])), colour, font, "mm")
     image.save(path)
     print(f"wrote {path}")
 
@@ -373,16 +369,12 @@ def labelled_features(model, sources, run):
     """Standardised features and labels of train and val, and the number of classes."""
     features, labels = [], []
     if (sources[0].classes is None) != (sources[1].classes is None):
-        raise ValueError(
-            "only one of --data and --val-data names its classes: they cannot be matched"
-        )
+        raise ValueError("only one of --data and --val-data names its classes: name both or none")
     for source in sources:
         x, y, _ = extract({"": pooled(model, run.pool)}, source, model.config, **run.options)
         known = y >= 0
         if not known.any():
-            raise ValueError(
-                f"no labels in {source.identity}: class folders or .cls files are needed"
-            )
+            raise ValueError(f"no labels in {source.identity}: want class folders or .cls files")
         if not known.all():
             print(f"{int((~known).sum())} samples without a label are left out")
         features.append(x[""][known])
@@ -430,7 +422,7 @@ def task_classify(model, sources, run):
     answers = right_answers(model, source, labels, numbers.tolist(), run)
     counted = [i for i, right in enumerate(answers) if right]
     if not counted:
-        raise ValueError(f"no labels in {source.identity}: class folders or .cls files are needed")
+        raise ValueError(f"no labels in {source.identity}: want class folders or .cls files")
     if len(counted) < len(answers):
         print(f"{len(answers) - len(counted)} pictures without a right answer are left out")
     best = found[:, :-1].long().tolist()

@@ -550,14 +550,12 @@ def training_memory(model, processes, micro_batch, precision, recompute=False, p
         width, layers, _ = model.config["decoder"]
         tokens = model.layers * (1 + model.num_visible) * model.width
         tokens += layers * (1 + model.num_patches) * width
-    return state, tokens * micro_batch * (2 if precision == "bf16" else 4) * (
-        1 if recompute else 16
-    )
+    tokens *= 1 if recompute else 16
+    return state, tokens * micro_batch * (2 if precision == "bf16" else 4)
 
 
 def fitting_batch(model, images, run):
-    """The largest divisor of `images` (even if these are: pairs stay together) whose activations
-    should fit in half a GPU, or in 4 GB."""
+    """The largest divisor of `images`, even if these are, that should fit in half a GPU or 4 GB."""
     memory = 40e9 if run.precision == "bf16" else 4e9  # a GPU of 80 GB that is only planned for
     if run.device.type == "cuda":
         memory = torch.cuda.get_device_properties(run.device).total_memory / 2
@@ -672,10 +670,8 @@ def read_weights(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 (torch.load says "damaged" in a dozen ways)
-        reason = "damaged, or more than tensors and plain values in it: nothing of it was run"
-        raise ValueError(
-            f"cannot read weights from {path} ({type(error).__name__}): {reason}"
-        ) from None
+        why = f"{type(error).__name__}: damaged, or more than tensors and plain values in it"
+        raise ValueError(f"cannot read weights from {path} ({why}): nothing was run") from None
     state = content.get("model", content) if isinstance(content, dict) else None
     state = state if isinstance(state, dict) else {}
     state = {n: t for n, t in state.items() if isinstance(t, torch.Tensor)}
@@ -704,9 +700,7 @@ def infer_config(state):
         known = [*SIZES.values(), (*DEFAULT_DECODER, 0)]
         heads = [h for w, l, h, _ in known if (w, l) == (width, layers)]
         if not heads:
-            raise ValueError(
-                f"how many heads have {layers} layers of width {width}? It needs a config"
-            )
+            raise ValueError(f"{layers} layers of width {width} have how many heads? Want a config")
         return width, layers, heads[0]
 
     trunk = triple_of("blocks", width)
@@ -776,9 +770,7 @@ def load_weights(model, state, old_grid=None, keep_head=False):
         if name.endswith("pos_embed") and tensor.shape[1] != own[name].shape[1]:
             grid = old_grid or (math.isqrt(tensor.shape[1] - 1),) * 2
             if math.prod(grid) != tensor.shape[1] - 1:
-                problems.append(
-                    f"{name} has {tensor.shape[1] - 1} positions, not {grid[0]}x{grid[1]}"
-                )
+                problems.append(f"{name} does not have {grid[0]}x{grid[1]} positions")
                 continue
             tensor = resample_positions(tensor, tuple(grid), model.grid)
             resampled.append(f"{name} from {grid[0]}x{grid[1]} to {model.grid[0]}x{model.grid[1]}")

@@ -10,6 +10,7 @@ import multiprocessing
 import multiprocessing.connection
 import resource
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,15 +31,24 @@ def picture(seed, height=20, width=24):
     return Image.fromarray(pixels.astype(np.uint8)).resize((width, height))
 
 
-PICTURES = tempfile.TemporaryDirectory()  # until the tests end: 120 pictures of two classes
-for number in range(120):
-    path = Path(PICTURES.name, "ab"[number % 2], f"{number}.png")
-    path.parent.mkdir(exist_ok=True)
-    picture(number).save(path)
+# 120 pictures of two classes, made when the tests begin.
+PICTURES = Path(tempfile.gettempdir(), f"test-pictures-{os.getpid()}")
+
+
+def pytest_sessionstart():
+    for number in range(120):
+        path = PICTURES / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(number).save(path)
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(PICTURES)
+
 
 # The smallest run that has everything: 12 steps of 8 pictures, a checkpoint every 4 steps.
 TINY = [
-    *("--data", PICTURES.name, "--size", "16x2x2", "--decoder", "16x1x2"),
+    *("--data", str(PICTURES), "--size", "16x2x2", "--decoder", "16x1x2"),
     *("--image-size", "16", "--patch-size", "4", "--batch-size", "8", "--lr", "1e-3"),
     *("--steps", "12", "--save-every", "4", "--log-every", "1", "--workers", "1"),
 ]

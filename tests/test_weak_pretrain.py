@@ -31,9 +31,9 @@ def hashtags(tmp_path_factory):
         for i in range(120)
     ]
     (folder / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    source = data.Folder(PICTURES.name, labels=str(folder / "labels.jsonl"))
+    source = data.Folder(str(PICTURES), labels=str(folder / "labels.jsonl"))
     data.write_hashtags(source, folder / "tags")
-    flags = ["--data", PICTURES.name, "--labels", folder / "labels.jsonl"]
+    flags = ["--data", str(PICTURES), "--labels", folder / "labels.jsonl"]
     return [*map(str, flags), "--tags", str(folder / "tags")]
 
 
