@@ -17,11 +17,11 @@ What is chosen (a learning rate, a penalty) is chosen on a slice of train, never
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -750,10 +750,7 @@ def finish(run, weights, config, result):
 
 
 def lowshot(run, say):
-    trunk, record = build_trunk(run, say).to(run.device).eval(), run.out / "results.json"
-    found = json.loads(record.read_text()) if record.is_file() else {"identity": run.identity}
-    if found["identity"] != run.identity:
-        raise ValueError(f"{record} is of other settings: use another --out")
+    trunk = build_trunk(run, say).to(run.device).eval()
     labels = torch.from_numpy(data.all_labels(run.train))
     if not 0 <= labels.max() < run.classes:
         raise ValueError(f"labels of train go up to {labels.max()}, of {run.classes} classes")
@@ -765,39 +762,23 @@ def lowshot(run, say):
         x, y, _ = evaluate.extract({"": trunk.features}, source, trunk.config, **options)
         return x[""][y >= 0], y[y >= 0]
 
+    def logistic(source, seed, penalty, name):
+        scores = (logistic_scores(*features(source), x, run.classes, penalty) for x, _ in frozen)
+        return [evaluate.accuracy(found, y, 1) for found, (_, y) in zip(scores, frozen)]
+
+    def prompts(source, seed, rate, name):
+        return train_prompts(run, source, seed, rate, run.out / f"{name}-lr-{rate:g}", say)
+
     frozen, tops = [features(run.slice), features(run.val)], {}
-    for shots in run.shots:
-        best = {}  # what the first draw finds best on the slice is used for all
+    ways = ((prompts, LOWSHOT_RATES), (logistic, PENALTIES))
+    for (fit, grid), shots in itertools.product(ways, run.shots):
         for seed in SEEDS:
             chosen = known[evaluate.few_shot_split(labels[known], int(shots), seed)]
-            source = data.Part(run.train, chosen)
-            x, y = features(source)
-
-            def logistic(penalty, x=x, y=y):
-                scores = (logistic_scores(x, y, on, run.classes, penalty) for on, _ in frozen)
-                return [evaluate.accuracy(s, t, 1) for s, (_, t) in zip(scores, frozen)]
-
-            def prompts(rate, name=f"{shots} shots, draw {seed}", source=source, seed=seed):
-                name = f"{name}, lr {rate:g}"
-                if name not in found:  # not of an earlier, interrupted call
-                    out = run.out / name.replace(", ", "-").replace(" ", "-")
-                    found[name] = train_prompts(run, source, seed, rate, out, say)
-                    say(
-                        "prompts, {}: {:.2%} on train's slice, {:.2%} on val".format(
-                            name, *found[name]
-                        )
-                    )
-                    if run.process == 0:
-                        models.write_file(record, json.dumps(found, indent=1))
-                        shutil.rmtree(out)  # its result is kept
-                return found[name]
-
-            for fit, grid in ((prompts, LOWSHOT_RATES), (logistic, PENALTIES)):
-                tried = {v: fit(v) for v in (grid if seed == 0 else [best[fit.__name__]])}
-                if seed == 0:
-                    best[fit.__name__] = max(tried, key=lambda v: tried[v][0])
-                tops.setdefault(fit.__name__, {}).setdefault(shots, [])
-                tops[fit.__name__][shots].append(tried[best[fit.__name__]][1])
+            source, name = data.Part(run.train, chosen.tolist()), f"{shots}-shots-draw-{seed}"
+            tried = [fit(source, seed, value, name) for value in grid]  # (on the slice, on val)
+            best = max(range(len(grid)), key=lambda i: tried[i][0])
+            grid = [grid[best]]  # what is best on the slice at the first draw is used for all
+            tops.setdefault(fit.__name__, {}).setdefault(shots, []).append(tried[best][1])
     say(f"top-1 on {len(frozen[1][1])} pictures, mean of {len(SEEDS)} draws (standard deviation)")
     say("shots     prompts (VPT)       logistic regression")
     for shots in run.shots:
@@ -808,22 +789,29 @@ def lowshot(run, say):
 
 
 def train_prompts(run, source, seed, rate, out, say):
-    """Top-1 on the slice and on val of prompts that were trained on a source."""
+    """(top-1 on the slice, on val) of prompts that are trained on a source.
+
+    It is a run in `out`, measured at its end: one that has ended before is not repeated.
+    """
     run, count = copy.copy(run), int(source.sizes.sum())
-    run.seed, run.measure, run.lanes = seed, None, run.lanes or 48
+    run.seed, run.lanes = seed, run.lanes or 48
     # 48 can be dealt to 1, 2, 3, 4, 6, 8 ... processes: nothing depends on how many there are.
     run.batch_size = min(run.batch_size, 48 * math.ceil(count / 48))
+    steps = run.steps or math.ceil(run.epochs * math.ceil(count / run.batch_size))
+    places, run.save_every = {"slice": run.slice, "val": run.val}, steps
+    run.measure = lambda model: {k: measured(run, model, v)[0][0][0] for k, v in places.items()}
     model = Prompted(build_trunk(run, lambda _: None), seed)
 
     def optimizer(model):
         trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.AdamW([{"params": trained, "initial_lr": rate}], weight_decay=1e-4)
 
-    steps = run.steps or math.ceil(run.epochs * math.ceil(count / run.batch_size))
     if not train(run, model, optimizer, source, out, steps, lambda _: None):
         say(f"stopped in {out}, saved: the same command goes on")
         raise SystemExit(0)
-    return [measured(run, model, on)[0][0][0] for on in (run.slice, run.val)]
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    say(f"prompts, {out.name}: {last['slice']:.2%} on the slice of train, {last['val']:.2%} on val")
+    return last["slice"], last["val"]
 
 
 def logistic_scores(x, y, on, classes, penalty):

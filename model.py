@@ -308,10 +308,10 @@ class MAE(ViT):
         decoder = width, layers, heads = tuple(decoder or DECODERS.get(size, DEFAULT_DECODER))
         self.num_visible = int(self.num_patches * (1 - mask_ratio))  # 49 of 196, 64 of 256
         if not 0 < self.num_visible < self.num_patches:
-            raise ValueError(
-                f"mask ratio {mask_ratio} leaves {self.num_visible} of {self.num_patches} patches "
-                "visible: at least one must be visible and one hidden"
+            shares = (
+                f"mask ratio {mask_ratio} leaves {self.num_visible} of {self.num_patches} patches"
             )
+            raise ValueError(f"{shares} visible: at least one must be visible and one hidden")
         self.normalize_targets = normalize_targets
         self.config |= {
             "decoder": list(decoder),
@@ -807,12 +807,13 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 def training_state(model, optimizer):
-    """A run's tensors as one flat dict: the model's, and the moments of the trained ones."""
+    """A run's tensors as one flat dict: buffers, what is trained, its moments. (What is frozen is
+    as a new run begins with it.)"""
     if hasattr(model, "reshard"):
         model.reshard()  # after a forward without backward, FSDP's root still is whole
     state = {f"model/{name}": buffer for name, buffer in model.named_buffers()}
     for name, parameter in model.named_parameters():
-        state[f"model/{name}"] = parameter.detach()
+        state |= {f"model/{name}": parameter.detach()} if parameter.requires_grad else {}
         for moment, tensor in optimizer.state.get(parameter, {}).items():
             state |= {f"{moment}/{name}": tensor} if moment != "step" else {}
     return state

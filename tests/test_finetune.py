@@ -439,7 +439,9 @@ def test_lowshot_reports_both_and_does_not_repeat_what_is_known(
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["top1"]
     assert set(found) == {"prompts", "logistic"} and set(found["prompts"]) == {"1", "30"}
     assert found["logistic"]["30"] > 0.6 and found["prompts"]["30"] > 0.3
-    monkeypatch.setattr(finetune, "train_prompts", None)  # would fail
+    checkpoints = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.distcp")}
+    assert checkpoints and all(path.stat().st_size < 100_000 for path in checkpoints)  # no trunk
+    monkeypatch.setattr(finetune.models, "save_checkpoint", None)  # would fail
     finetune.main(asked)
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["top1"] == found
 
