@@ -129,11 +129,11 @@ def parse_arguments(argv):
         parser.error(f"--rand-augment {run.rand_augment} is over 10")
     if "all" in run.shots:
         parser.error("--shots wants numbers: for all pictures there is --task linear")
+    run.plan = run.plan or bool(run.gpus)
     if run.task != "classify" and (run.plan or run.keep_head):
         parser.error("--plan and --keep-head are for --task classify")
     if run.task == "lowshot" and run.resume:
         parser.error("--resume is for one training: lowshot goes on by itself in its --out")
-    run.plan = run.plan or bool(run.gpus)
     run.out = run.out or Path("runs", run.task)
     return run
 

@@ -807,8 +807,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 def training_state(model, optimizer):
-    """A run's tensors as one flat dict: buffers, what is trained, its moments. (What is frozen is
-    as a new run begins with it.)"""
+    """A run's tensors as one flat dict: buffers, parameters that are not frozen, their moments."""
     if hasattr(model, "reshard"):
         model.reshard()  # after a forward without backward, FSDP's root still is whole
     state = {f"model/{name}": buffer for name, buffer in model.named_buffers()}
