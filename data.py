@@ -1063,8 +1063,9 @@ def count_hashtags(source, size=28_000, min_count=5, synonyms=None, workers=0):
             counts = Counter(dict(counts.most_common(MOST_TAGS // 2)))
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:size]
     ranked = {tag: count for tag, count in ranked if count >= min_count}
-    if not ranked:
-        raise ValueError(f"no hashtag on {min_count} pictures or more among {source.identity}")
+    if len(ranked) < 2:
+        found = f"{len(ranked)} hashtags on {min_count} pictures or more among {source.identity}"
+        raise ValueError(f"{found}: want two at least (of a folder, they come from --labels)")
     return Vocabulary(ranked, synonyms)
 
 
@@ -1082,10 +1083,10 @@ def write_hashtags(source, out, tail_below=None, workers=0, **counting):
     """
     train, _ = hold_out(source, None, HELD_OUT)
     os.makedirs(out, exist_ok=True)
-    Path(out, "vocabulary.json").unlink(missing_ok=True)  # it comes last: without it, none counts
     vocabulary = count_hashtags(train, workers=workers, **counting)
     total, counts = int(train.sizes.sum()), np.array(list(vocabulary.counts.values()))
-    rarest = np.lib.format.open_memmap(f"{out}/rarest.npy", "w+", np.int32, (total,))
+    # A new file: a run that reads an earlier index goes on with that.
+    rarest = np.lib.format.open_memmap(f"{out}/rarest.new.npy", "w+", np.int32, (total,))
     drawn = np.zeros(len(counts), dtype=np.int64)  # pictures with this rarest tag
     for number, tags in enumerate(TagChunks(train, vocabulary.synonyms).read(workers, "weighing")):
         # ids fall with the number of pictures: the largest is the rarest
@@ -1109,6 +1110,10 @@ def write_hashtags(source, out, tail_below=None, workers=0, **counting):
     totals = [
         int(weights[rarest[a:b]].sum()) for a, b in itertools.pairwise(running_sum(train.sizes))
     ]
+    if Path(out, "vocabulary.json").exists():
+        print(f"{out} held an index already: it is replaced")
+    Path(out, "vocabulary.json").unlink(missing_ok=True)  # it comes last: without it, none counts
+    os.replace(f"{out}/rarest.new.npy", f"{out}/rarest.npy")
     np.save(f"{out}/totals.npy", np.array(totals, dtype=np.int64))
     rows = enumerate(zip(vocabulary.counts.items(), weights.tolist()))
     tags = [{"tag": t, "id": i, "count": n, "weight": w} for i, ((t, n), w) in rows]
@@ -1130,6 +1135,7 @@ def open_hashtags(source, folder):
         return vocabulary, source, Part(Toy("val", source.sides), range(HELD_OUT)), {}
     train, held_out = hold_out(source, None, HELD_OUT)
     hint = "write it with: python data.py hashtags DATA --out TAGS, and give --tags TAGS"
+    hint += " (and both the same --labels, if any)"
     try:
         text = Path(folder or "", "vocabulary.json").read_text(encoding="utf-8")
         content, totals = json.loads(text), np.load(f"{folder}/totals.npy")
@@ -1183,6 +1189,8 @@ def pack(folder, pattern, short_side=None, shard_size=None):
     """
     if not re.fullmatch(r"[^%]*%\d*d[^%]*\.tar", pattern):
         raise ValueError(f"{pattern} must hold one number, as in OUT-%05d.tar")
+    if all(os.path.isdir(os.path.join(folder, split)) for split in ("train", "val")):
+        raise ValueError(f"pack {folder}/train and {folder}/val one after the other")
     out, name = os.path.split(pattern)
     every = re.sub(r"%\d*d", "*", glob.escape(pattern))
     record = pack_record(out)

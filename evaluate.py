@@ -479,36 +479,41 @@ def right_answers(model, source, labels, numbers, run):
             real = json.loads(Path(run.real_labels).read_text())
             bases = [re.split("[/:]", source.name(number))[-1] for number in numbers]
             keys = [int(re.findall(r"val_(\d{8})", base)[-1]) for base in bases]
-            return [set(real[key - 1]) if key > 0 else set() for key in keys]
+            answers = [set(real[key - 1]) if key > 0 else set() for key in keys]
+            if any(type(v) is not int or not 0 <= v < model.classes for a in answers for v in a):
+                raise ValueError(f"answers are numbers from 0 to {model.classes - 1}")
+            return answers
         except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
             why = f"{run.real_labels} is not real.json of these pictures ({error!r})"
             raise ValueError(f"{why}: a list for each, ILSVRC2012_val_00000001 first") from None
     of_model = {name: i for i, name in enumerate(model.config.get("class_names") or ())}
-    of_data = source.classes or [str(i) for i in range(int(labels.max()) + 1)]  # class -> its name
+    numbers = labels[labels >= 0].unique().tolist()
+    of_data = dict(enumerate(source.classes or [])) or {i: str(i) for i in numbers}  # label: name
     if run.label_map:
         try:
             given = json.loads(Path(run.label_map).read_text())
             given = {name: v if isinstance(v, list) else [v] for name, v in given.items()}
             given = {n: {of_model[v] if isinstance(v, str) else v for v in given[n]} for n in given}
-            fits = all(0 <= v < model.classes for means in given.values() for v in means)
-            if not fits or not given.keys() & set(of_data):
+            fits = (type(v) is int and 0 <= v < model.classes for m in given.values() for v in m)
+            if not all(fits) or not given.keys() & set(of_data.values()):
                 raise ValueError("classes that the model or the data has not")
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             why = f"{run.label_map} is no label map ({error!r})"
             want = "{class of the data: class of the model, or a list}"
             raise ValueError(f"{why}: want {want}") from None
     elif of_model and source.classes:
-        given = {name: {of_model[name]} for name in of_data if name in of_model}
-    elif source.classes and not all(name.isdigit() for name in of_data):
-        given = {name: {i} for i, name in enumerate(of_data) if i < model.classes}
+        given = {name: {of_model[name]} for name in of_data.values() if name in of_model}
+    elif source.classes and not all(name.isdigit() for name in of_data.values()):
+        print("the model does not name its classes: the data's are numbered by their sorted names")
+        given = {name: {i} for i, name in of_data.items() if i < model.classes}
     else:  # numbers
-        given = {name: {int(name)} for name in of_data if int(name) < model.classes}
-    unknown = [name for name in of_data if name not in given]
+        given = {name: {int(name)} for name in of_data.values() if int(name) < model.classes}
+    unknown = [name for name in of_data.values() if name not in given]
     if unknown and not run.label_map:
         why = f"the model knows no {', '.join(unknown[:3])}"
         raise ValueError(f"{why} ({len(unknown)} of the data's classes): give --label-map")
-    meanings = [given.get(name, set()) for name in of_data]
-    return [meanings[label] if label >= 0 else set() for label in labels.tolist()]
+    meanings = {label: given.get(name, set()) for label, name in of_data.items()}
+    return [meanings.get(label, set()) for label in labels.tolist()]
 
 
 def task_features(model, sources, run):
@@ -600,6 +605,9 @@ def parse_arguments(argv):
     run = parser.parse_args(argv)
     if run.seed < 0 or run.border < 0 or run.count < 1 or run.batch_size < 1:
         parser.error("--seed and --border must be at least 0, --count and --batch-size at least 1")
+    for path in filter(None, (run.confusion, run.mistakes)):
+        if not path.endswith(".png") or not Path(path).absolute().parent.is_dir():
+            parser.error(f"{path} is no .png in a folder that exists")
     if not 0 <= (run.val_crop or 0) <= 1:
         parser.error(f"--val-crop {run.val_crop} is not between 0 and 1")
     if run.out and not Path(run.out).absolute().parent.is_dir():

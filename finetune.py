@@ -168,8 +168,9 @@ def prepare(run):
     if not run.init:
         side = 48 if run.size in (None, "toy") else 224
         given = {"size": "toy", "image_size": side, "channels": 3, **given}
-    names += ("channels", "positions")
+    names += ("channels", "positions", "class_names")
     run.weights, run.config, run.origin = models.inherit(run.init, given, names)
+    classes_of_head = run.config.pop("class_names", None)
     run.image_size = models.pair(run.config["image_size"])
     labels = run.labels, run.val_labels
     run.train, run.val = data.open_sources(run.data or "toy", run.val_data, run.image_size, *labels)
@@ -180,8 +181,13 @@ def prepare(run):
         raise ValueError(f"{run.data} has one class only: there is nothing to tell apart")
     if run.val is None:
         raise ValueError(f"{run.data} has no train/ and val/: give the latter as --val-data")
-    if run.train.classes and not run.val.classes:
-        raise ValueError(f"val does not name its classes as train does: {run.val.identity}")
+    if (run.train.classes is None) != (run.val.classes is None):
+        why = "one of train and val names its classes, the other does not"
+        raise ValueError(f"{why}: {run.train.identity}; {run.val.identity}")
+    if run.keep_head and (not run.weights or "head.weight" not in run.weights[0]):
+        raise ValueError("--keep-head: there is no head in --init")
+    if run.keep_head and classes_of_head != run.train.classes:
+        raise ValueError("--keep-head: the head in --init is for other classes than the data's")
     if run.rand_augment and run.task == "classify" and run.config["channels"] == 4:
         raise ValueError("RandAugment is for grey and RGB pictures: give --rand-augment 0")
     toy = isinstance(run.val, data.Toy)
@@ -533,7 +539,9 @@ def train(run, model, optimizer, source, out, steps, say):
         record = models.load_checkpoint(checkpoint, model, optimizer)
         first_step, bad, unlabelled = record["step"], record["bad"], record["unlabelled"]
     if run.process == 0:
-        models.begin_run(out, {**identity, "command": sys.argv}, checkpoint, first_step)
+        models.begin_run(
+            out, {**identity, "command": sys.argv, "resume": run.resume}, checkpoint, first_step
+        )
 
     # --------------------------------------------------------------------------------------- loop
     flops = {"classify": 3, "linear": 1, "lowshot": 2}[run.task] * models.flops_per_image(trunk)
@@ -745,6 +753,8 @@ def finish(run, weights, config, result):
         for name in ("val_data", "labels", "val_labels"):
             given = getattr(run, name)
             flags += [f"--{name.replace('_', '-')}", given] if given else []
+        if run.val_crop != evaluate.usual_crop(run.image_size):
+            flags += ["--val-crop", str(run.val_crop)]
         print(f"next: python evaluate.py --task classify {shlex.join(flags)}")
         print(json.dumps({"task": run.task, **result}))
 
@@ -752,15 +762,18 @@ def finish(run, weights, config, result):
 def lowshot(run, say):
     trunk = build_trunk(run, say).to(run.device).eval()
     labels = torch.from_numpy(data.all_labels(run.train))
-    if not 0 <= labels.max() < run.classes:
-        raise ValueError(f"labels of train go up to {labels.max()}, of {run.classes} classes")
-    known = (labels >= 0).nonzero()[:, 0]
+    known = ((labels >= 0) & (labels < run.classes)).nonzero()[:, 0]
+    if not len(known):
+        raise ValueError(f"no labels from 0 to {run.classes - 1} in {run.train.identity}")
+    if len(known) < len(labels):
+        say(f"{len(labels) - len(known)} pictures without a known label are left out")
     options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
     options["centre"] = run.val_crop
 
     def features(source):
         x, y, _ = evaluate.extract({"": trunk.features}, source, trunk.config, **options)
-        return x[""][y >= 0], y[y >= 0]
+        known = (y >= 0) & (y < run.classes)
+        return x[""][known], y[known]
 
     def logistic(source, seed, penalty, name):
         scores = (logistic_scores(*features(source), x, run.classes, penalty) for x, _ in frozen)

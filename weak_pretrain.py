@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -331,8 +332,9 @@ def finish(run, weights):
     if isinstance(run.source, data.Toy):
         options = {"workers": run.workers, "device": run.device}
         evaluate.print_probe(weights, config, run.source, run.held_out, "cls", run.seed, **options)
-    where = f"{run.out / 'model.pt'} --data {'DIR' if run.data else 'toy'}"
-    print(f"next: python evaluate.py --task fewshot --pool cls --checkpoint {where}")
+    flags = ["--checkpoint", str(run.out / "model.pt"), "--data", "DIR" if run.data else "toy"]
+    hint = "  (DIR holds train/CLASS/* and val/CLASS/*)" if run.data else ""
+    print(f"next: python evaluate.py --task fewshot --pool cls {shlex.join(flags)}{hint}")
 
 
 def main(argv=None):

@@ -2144,7 +2144,7 @@ def test_a_vocabulary_counts_pictures_and_is_cut_at_both_ends(tagged):
     assert list(data.count_hashtags(source, min_count=7).counts) == ["all", "half"]
     merged = data.count_hashtags(source, min_count=1, synonyms={"few": "half"})
     assert merged.counts == {"all": 57, "half": 29} and merged.ids(["#FEW"]) == [1]
-    with pytest.raises(ValueError, match="no hashtag on 100 pictures") as error:
+    with pytest.raises(ValueError, match="0 hashtags on 100 pictures") as error:
         data.count_hashtags(source, min_count=100)
     one_line(error)
 
@@ -2205,6 +2205,28 @@ def test_where_all_is_head_or_tail_it_has_all_draws(tagged, tmp_path, capsys):
         assert totals.sum() / data.WEIGHT == pytest.approx(54, abs=1e-3)
 
 
+def test_an_index_of_hashtags_is_replaced_whole_or_not_at_all(tagged, tmp_path, capsys):
+    source, out = opened(tagged), tmp_path / "tags"
+    data.write_hashtags(source, out)
+    files = {path: path.read_bytes() for path in out.iterdir()}
+    in_use = data.open_hashtags(source, out)[3]["weights"]
+    before = in_use(0, 10).tolist()
+    with pytest.raises(ValueError, match="want two at least"):
+        data.write_hashtags(source, out, min_count=50)  # only one tag is that frequent
+    assert {path: path.read_bytes() for path in out.iterdir()} == files
+    data.write_hashtags(source, out, min_count=1)
+    assert "held an index already: it is replaced" in capsys.readouterr().out
+    assert in_use(0, 10).tolist() == before  # a run that reads the earlier one goes on with it
+
+
+def test_pack_does_not_take_train_and_val_for_classes(tmp_path):
+    for name in ("train/a", "train/b", "val/a"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    with pytest.raises(ValueError, match="one after the other"):
+        data.pack(str(tmp_path), str(tmp_path / "%03d.tar"))
+
+
 def test_an_unfinished_or_foreign_index_of_hashtags_is_refused(tagged, tmp_path):
     source, out = opened(tagged), tmp_path / "tags"
     data.write_hashtags(source, out)
@@ -2217,21 +2239,18 @@ def test_an_unfinished_or_foreign_index_of_hashtags_is_refused(tagged, tmp_path)
     with pytest.raises(ValueError, match="of other data") as error:
         data.open_hashtags(other, out)
     one_line(error)
-    with pytest.raises(ValueError, match="no hashtag on 99"):
-        data.write_hashtags(source, out, min_count=99)
-    assert not (out / "vocabulary.json").exists()  # the old one would not fit what was begun
 
 
 def test_unreadable_hashtags_are_named_and_counted_and_weigh_nothing(tmp_path, capsys):
-    samples = [["#a"], b"{broken", ["#a"], [3], None]
+    samples = [["#a"], b"{broken", ["#a", "#b"], [3], None]
     source = opened(write_tar(tmp_path / "a.tar", tagged_members(samples)))
     vocabulary = data.count_hashtags(source, min_count=1)
-    assert vocabulary.counts == {"a": 2}
+    assert vocabulary.counts == {"a": 2, "b": 1}
     printed = capsys.readouterr()
     assert "2 samples have unreadable hashtags" in printed.out
     assert "a.tar:00001" in printed.err and "a.tar:00003" in printed.err
     batch = data.Batches(source, (4, 4), 3, 5, vocabulary=vocabulary)[0]
-    assert batch["tags"].tolist() == [[0], [-1], [0], [-1], [-1]]
+    assert batch["tags"].tolist() == [[0, -1], [-1, -1], [0, 1], [-1, -1], [-1, -1]]
     assert batch["weight"].tolist() == [1, 0, 1, 0, 0]
     assert [name.split(":")[1] for name in batch["bad"]] == ["00001", "00003"]  # not 4: no tags
 

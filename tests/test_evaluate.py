@@ -926,7 +926,8 @@ def test_real_labels_have_several_answers_or_none(classifier, tmp_path, capsys):
     data.pack(str(tmp_path / "val"), str(tmp_path / "val-%03d.tar"), shard_size=2)
     packed = ["--checkpoint", classifier(None), "--data", tmp_path / "val-*.tar"]
     assert classified(capsys, *packed, "--real-labels", real) == found
-    for content in ([[1]], {"1": [1]}, [[1], [0], None, [2], [0]]):
+    wrong = [[1], [0], [9], [2], [0]], [["red"], [0], [], [2], [0]]
+    for content in ([[1]], {"1": [1]}, [[1], [0], None, [2], [0]], *wrong):
         real.write_text(json.dumps(content))
         with pytest.raises(SystemExit):
             classified(capsys, *where, "--real-labels", real)

@@ -511,7 +511,15 @@ def test_unusable_input_is_refused_in_one_line(pets, photos, tmp_path, capsys):
     assert "too small" in refused(capsys, *linear[:-1], few)
     assert "choose on" in refused(capsys, "--task", "lowshot", *linear[2:-1], few)
     picture(0).save(few / "val" / "stray.png")  # so its folders are no classes
-    assert "val does not name its classes" in refused(capsys, *common, "--data", few)
+    assert "the other does not" in refused(capsys, *common, "--data", few)
+    numbered = ["--data", shards(tmp_path / "numbered", [0, 1, 2] * 3), "--classes", 3]
+    named = ["--val-data", pets / "val"]
+    assert "the other does not" in refused(capsys, *common, *numbered, *named)
+    head = [*common[:2], "--keep-head", "--out", tmp_path / "run", "--data", pets, "--init"]
+    assert "no head in --init" in refused(capsys, *head, weights_of(tmp_path, "16x2x2"))
+    other = models.Classifier("16x2x2", 3, image_size=16, patch_size=4, class_names=["a", "b", "c"])
+    models.save_weights(tmp_path / "head.pt", other.state_dict(), other.config)
+    assert "for other classes" in refused(capsys, *head, tmp_path / "head.pt")
     assert not (tmp_path / "run").exists()
 
 
