@@ -961,8 +961,8 @@ def toy_hashtags(scene, number):
 
 
 def toy_sample(number, size=64):
-    """One sample: a source's, and {"caption": str, "boxes", "masks": functions that draw it and give
-    them, see toy_render}. Object 0 is the largest and gives the class."""
+    """One sample: a source's, and {"caption": str, "boxes", "masks": functions that give them, see
+    toy_render}. Object 0 is the largest and gives the class."""
     scene = toy_scene(number)
     *things, ground = toy_phrases(scene)
     return {

@@ -369,7 +369,9 @@ def labelled_features(model, sources, run):
     """Standardised features and labels of train and val, and the number of classes."""
     features, labels = [], []
     if (sources[0].classes is None) != (sources[1].classes is None):
-        raise ValueError("only one of --data and --val-data names its classes: name both or none")
+        raise ValueError(
+            "only one of --data and --val-data names its classes: they cannot be matched"
+        )
     for source in sources:
         x, y, _ = extract({"": pooled(model, run.pool)}, source, model.config, **run.options)
         known = y >= 0
