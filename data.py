@@ -369,13 +369,10 @@ class Part:
     def __init__(self, source, numbers):
         self.source, self.numbers, self.classes = source, numbers, source.classes
         self.sizes = np.ones(len(numbers), dtype=np.int64)
-        if isinstance(
-            numbers, range
-        ):  # as many shards, and lanes, as the whole has; some are empty
+        if isinstance(numbers, range):  # shards stay shards, and lanes lanes: some may be empty
             self.sizes = np.diff(running_sum(source.sizes).clip(numbers.start, numbers.stop))
-        self.identity = (
-            f"{source.identity}, {len(numbers)} of them: {stable_hash(str(numbers)).hex()}"
-        )
+        digest = stable_hash(str(numbers)).hex()
+        self.identity = f"{source.identity}, {len(numbers)} of them: {digest}"
 
     def read(self, number):
         return self.source.read(self.numbers[number])
@@ -425,10 +422,15 @@ class Shards:
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         self.identity = f"{self.sizes.sum()} pictures in {len(self.paths)} shards, {digest}"
 
+    @lru_cache(64)  # noqa: B019 (each loader process keeps its last 64)
+    def open(self, shard):
+        """(file, index) of a shard."""
+        return io.FileIO(self.paths[shard]), shard_index(self.paths[shard])
+
     def block(self, number):
         """The bytes of a sample's stretch of its shard."""
         shard = int(np.searchsorted(self.edges, number, "right")) - 1
-        file, index = open_shard(self.paths[shard])
+        file, index = self.open(shard)
         begin, end = index[number - self.edges[shard]].tolist()
         if hasattr(os, "pread"):  # forked workers share a file's position, so it is not used
             return os.pread(file.fileno(), end - begin, begin)
@@ -484,12 +486,6 @@ def expand(pattern):
     if not os.path.isfile(pattern):
         raise ValueError(f"there is no shard {pattern}")
     return [pattern]
-
-
-@lru_cache(64)
-def open_shard(path):
-    """A shard's open file and its index: each loader process keeps its last 64."""
-    return io.FileIO(path), shard_index(path)
 
 
 def shard_index(path):
@@ -1054,7 +1050,7 @@ class TagChunks(torch.utils.data.Dataset):
 def count_hashtags(source, size=28_000, min_count=5, synonyms=None, workers=0):
     """The Vocabulary of a source: at most `size` tags that at least `min_count` pictures carry.
 
-    28,000 is the paper's number of classes. Raises ValueError when no tag is left.
+    28,000 is the paper's number of classes. Raises ValueError when fewer than two are left.
     """
     synonyms, counts = synonyms or {}, Counter()
     for tags in TagChunks(source, synonyms).read(workers, "counting"):

@@ -489,8 +489,8 @@ def right_answers(model, source, labels, numbers, run):
             why = f"{run.real_labels} is not real.json of these pictures ({error!r})"
             raise ValueError(f"{why}: a list for each, ILSVRC2012_val_00000001 first") from None
     of_model = {name: i for i, name in enumerate(model.config.get("class_names") or ())}
-    numbers = labels[labels >= 0].unique().tolist()
-    of_data = dict(enumerate(source.classes or [])) or {i: str(i) for i in numbers}  # label: name
+    found = labels[labels >= 0].unique().tolist()
+    of_data = dict(enumerate(source.classes or [])) or {i: str(i) for i in found}  # label: name
     if run.label_map:
         try:
             given = json.loads(Path(run.label_map).read_text())
@@ -511,6 +511,7 @@ def right_answers(model, source, labels, numbers, run):
     else:  # numbers
         given = {name: {int(name)} for name in of_data.values() if int(name) < model.classes}
     unknown = [name for name in of_data.values() if name not in given]
+    unknown += [str(label) for label in found if label not in of_data]
     if unknown and not run.label_map:
         why = f"the model knows no {', '.join(unknown[:3])}"
         raise ValueError(f"{why} ({len(unknown)} of the data's classes): give --label-map")

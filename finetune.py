@@ -606,7 +606,7 @@ def train(run, model, optimizer, source, out, steps, say):
         done, bad, unlabelled = step + 1, bad + int(new_bad), unlabelled + int(unknown)
         for name in unreadable if bad <= 20 else ():  # all are counted, the first ones named
             tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
-        if bad + unlabelled > run.max_bad * max(1000, done * run.batch_size):
+        if bad + unlabelled > run.max_bad * max(1000, done * run.batch_size) or weight == 0:
             what = f"{bad} unreadable and {unlabelled} without a label from 0 to {run.classes - 1}"
             fail(f"{what} by step {done}, over --max-bad {run.max_bad}", 1)
         if not math.isfinite(loss + norm):
@@ -763,8 +763,9 @@ def lowshot(run, say):
     trunk = build_trunk(run, say).to(run.device).eval()
     labels = torch.from_numpy(data.all_labels(run.train))
     known = ((labels >= 0) & (labels < run.classes)).nonzero()[:, 0]
-    if not len(known):
-        raise ValueError(f"no labels from 0 to {run.classes - 1} in {run.train.identity}")
+    outside = int((labels >= run.classes).sum())
+    if not len(known) or outside > max(1, run.max_bad * len(labels)):
+        raise ValueError(f"{outside} labels of train are over {run.classes - 1}, the last class")
     if len(known) < len(labels):
         say(f"{len(labels) - len(known)} pictures without a known label are left out")
     options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
