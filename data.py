@@ -305,8 +305,8 @@ def pictures_below(root):
 def read_labels(path):
     """{picture's path: {"class": name, "hashtags": [...]}, each if given} of a file of labels.
 
-    .jsonl: lines of {"path", and "class" or "hashtags"}; damaged ones are counted and left out.
-    .csv: lines of path,class; those that name no picture are skipped. .json: iNaturalist's,
+    .jsonl: lines of {"path", and "class" or "hashtags"}. .csv: lines of path,class; those that name
+    no picture are skipped. Damaged lines of both are counted and left out. .json: iNaturalist's,
     {"images": [{"id", "file_name"}], "annotations": [{"image_id", "category_id"}], "categories":
     [{"id", "name"}]}. Raises ValueError, one line, when it is none of these.
     """
@@ -314,12 +314,10 @@ def read_labels(path):
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             if path.endswith(".csv"):
-                rows = [
-                    (os.path.normpath(name), label)
-                    for name, label in filter(None, csv.reader(file))
-                ]
-                # a head line, whatever it says, names no picture
-                found = {name: {"class": label} for name, label in rows if is_picture(name)}
+                for row in filter(None, csv.reader(file)):
+                    bad += len(row) != 2
+                    if len(row) == 2 and is_picture(row[0]):  # a head line names no picture
+                        found[os.path.normpath(row[0])] = {"class": row[1]}
             elif path.endswith(".json"):
                 content = json.load(file)
                 names = {entry["id"]: entry["name"] for entry in content["categories"]}
@@ -337,7 +335,8 @@ def read_labels(path):
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f"cannot read labels from {path}: {error!r}") from None
     if bad:
-        print(f"{path}: {bad} lines that are no {{'path': ...}} are left out", file=sys.stderr)
+        wanted = "path,class" if path.endswith(".csv") else '{"path": ...}'
+        print(f"{path}: lines that are no {wanted} are left out: {bad}", file=sys.stderr)
     if not found:
         raise ValueError(f"{path} lists no pictures: want .jsonl, .csv or .json, see read_labels")
     return found
@@ -1034,17 +1033,20 @@ class TagChunks(torch.utils.data.Dataset):
                 errors.append(f"{self.source.name(number)}: {error}")
         return found, errors
 
-    def read(self, workers, title):
-        """The set of tags of each sample, read ahead by worker processes, with a bar."""
+    def read(self, workers, title, named=20):
+        """The set of tags of each sample, read ahead by worker processes, with a bar.
+
+        All that are damaged are counted, the first ones (`named`) are named.
+        """
         chunks, bad = range(math.ceil(int(self.source.sizes.sum()) / TAG_CHUNK)), 0
         made = tqdm(loader(self, chunks, workers), desc=title, unit=" chunks", disable=None)
         for found, errors in made:
-            for text in errors[: max(0, 20 - bad)]:  # all are counted, the first ones named
+            for text in errors[: max(0, named - bad)]:
                 tqdm.write(f"unreadable hashtags: {text}", file=sys.stderr)
             bad += len(errors)
             yield from found
-        if bad:
-            print(f"{bad} samples have unreadable hashtags")
+        if bad and named:
+            print(f"samples with unreadable hashtags: {bad}")
 
 
 def count_hashtags(source, size=28_000, min_count=5, synonyms=None, workers=0):
@@ -1084,7 +1086,8 @@ def write_hashtags(source, out, tail_below=None, workers=0, **counting):
     # A new file: a run that reads an earlier index goes on with that.
     rarest = np.lib.format.open_memmap(f"{out}/rarest.new.npy", "w+", np.int32, (total,))
     drawn = np.zeros(len(counts), dtype=np.int64)  # pictures with this rarest tag
-    for number, tags in enumerate(TagChunks(train, vocabulary.synonyms).read(workers, "weighing")):
+    chunks = TagChunks(train, vocabulary.synonyms)
+    for number, tags in enumerate(chunks.read(workers, "weighing", named=0)):
         # ids fall with the number of pictures: the largest is the rarest
         rarest[number] = max((vocabulary.numbers.get(tag, -1) for tag in tags), default=-1)
         if rarest[number] >= 0:

@@ -59,6 +59,11 @@ LINEAR_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 LOWSHOT_RATES = (1e-3, 4e-3, 1.6e-2)  # of AdamW (ours: the paper's optimizer is unknown)
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # L2 of logistic regression (ours)
 SEEDS = range(5)  # draws of the low-shot pictures (paper, section 4.4)
+# Flags of one task alone: the others refuse them.
+ONLY_OF = {"linear": ("batch_norm",), "lowshot": ("shots",), "classify": (
+    "keep_head", "drop_path", "lr", "layer_decay", "weight_decay", "smoothing", "mixup", "cutmix",
+    "rand_augment", "erase", "ema", "plan",
+)}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -130,8 +135,10 @@ def parse_arguments(argv):
     if "all" in run.shots:
         parser.error("--shots wants numbers: for all pictures there is --task linear")
     run.plan = run.plan or bool(run.gpus)
-    if run.task != "classify" and (run.plan or run.keep_head):
-        parser.error("--plan and --keep-head are for --task classify")
+    for task, names in ONLY_OF.items():
+        for name in names if task != run.task else ():
+            if getattr(run, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} is for --task {task}")
     if run.task == "lowshot" and run.resume:
         parser.error("--resume is for one training: lowshot goes on by itself in its --out")
     run.out = run.out or Path("runs", run.task)
@@ -608,7 +615,7 @@ def train(run, model, optimizer, source, out, steps, say):
             tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
         if bad + unlabelled > run.max_bad * max(1000, done * run.batch_size) or weight == 0:
             what = f"{bad} unreadable and {unlabelled} without a label from 0 to {run.classes - 1}"
-            fail(f"{what} by step {done}, over --max-bad {run.max_bad}", 1)
+            fail(f"{what} by step {done}: a whole batch, or over --max-bad {run.max_bad}", 1)
         if not math.isfinite(loss + norm):
             what = f"step {done}: loss {loss}, gradient norm {norm}; nothing was saved. "
             what += f"Positions {step * run.batch_size} to {done * run.batch_size - 1}. "

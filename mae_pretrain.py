@@ -256,7 +256,8 @@ def train(run):
         for name in unreadable if bad <= 20 else ():  # all are counted, the first ones named
             tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
         if bad > run.max_bad * max(1000, done * run.batch_size) or weight == 0:
-            fail(f"{bad} unreadable pictures by step {done}, over --max-bad {run.max_bad}", 1)
+            what = f"{bad} unreadable pictures by step {done}"
+            fail(f"{what}: a whole batch, or over --max-bad {run.max_bad}", 1)
         if not math.isfinite(loss + norm):
             what = (
                 f"step {done}: loss {loss}, gradient norm {norm}, lr {lr:.2e}; nothing was saved. "

@@ -945,7 +945,8 @@ def find_checkpoint(out, resume, identity):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): --resume another step-NNN") from None
     identity = json.loads(json.dumps(identity))  # tuples become lists, as they did in the file
-    changed = [f"{k} was {found.get(k)}, is {v}" for k, v in identity.items() if found.get(k) != v]
+    was, now = ({**facts, "model": None, **facts.get("model", {})} for facts in (found, identity))
+    changed = [f"{k} was {was.get(k)}, is {v}" for k, v in now.items() if was.get(k) != v]
     if changed:
         raise ValueError(f"{path} is of another run ({'; '.join(changed)}): use another --out")
     elsewhere = path.parent.resolve() != (Path(out) / "checkpoints").resolve()

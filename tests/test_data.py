@@ -1412,9 +1412,14 @@ def test_damaged_lines_of_labels_are_counted_and_left_out(tmp_path, capsys):
     labels = tmp_path / "labels.jsonl"
     labels.write_text("\n".join(lines))
     source, _ = data.open_sources(folder, labels=str(labels))
-    assert "labels.jsonl: 8 lines" in capsys.readouterr().err
+    assert "labels.jsonl: lines" in (printed := capsys.readouterr().err) and ": 8" in printed
     assert source.classes == ["1"] and source.sizes.sum() == 1
     assert source.read(0)["hashtags"] == ["#x"]
+    table = tmp_path / "labels.csv"
+    table.write_text("path,class\na.png,cat\n\nb.png;dog\nb.png,dog,1\n")
+    source, _ = data.open_sources(folder, labels=str(table))
+    assert "labels.csv: lines" in (printed := capsys.readouterr().err) and ": 2" in printed
+    assert source.classes == ["cat"] and source.sizes.sum() == 1
 
 
 INATURALIST = {
@@ -2247,7 +2252,7 @@ def test_unreadable_hashtags_are_named_and_counted_and_weigh_nothing(tmp_path, c
     vocabulary = data.count_hashtags(source, min_count=1)
     assert vocabulary.counts == {"a": 2, "b": 1}
     printed = capsys.readouterr()
-    assert "2 samples have unreadable hashtags" in printed.out
+    assert "unreadable hashtags: 2" in printed.out
     assert "a.tar:00001" in printed.err and "a.tar:00003" in printed.err
     batch = data.Batches(source, (4, 4), 3, 5, vocabulary=vocabulary)[0]
     assert batch["tags"].tolist() == [[0, -1], [-1, -1], [0, 1], [-1, -1], [-1, -1]]

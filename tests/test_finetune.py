@@ -503,7 +503,10 @@ def test_unusable_input_is_refused_in_one_line(pets, photos, tmp_path, capsys):
     assert "an even number" in refused(capsys, *common, "--data", pets, "--batch-size", 7)
     linear = ["--task", "linear", *common[2:], "--data", pets]
     assert "all of it" in refused(capsys, *linear, "--batch-norm", "--micro-batch", 4)
-    assert "for --task classify" in refused(capsys, *linear, "--plan")
+    for flag in (["--plan"], ["--ema", 0.9], ["--lr", 1], ["--mixup", 0], ["--keep-head"]):
+        assert f"{flag[0]} is for --task classify" in refused(capsys, *linear, *flag)
+    assert "--batch-norm is for --task linear" in refused(capsys, *common, "--batch-norm")
+    assert "--shots is for --task lowshot" in refused(capsys, *linear, "--shots", 3)
     few = tmp_path / "few"
     for name in ("train/cats", "train/dogs", "val/cats", "val/dogs"):
         (few / name).mkdir(parents=True)
@@ -573,6 +576,10 @@ def test_unreadable_val_pictures_are_named_left_out_and_capped(pets, tmp_path):
     assert "on 10 pictures" in ran.stdout and "cats/0.png" in ran.stderr
     stopped = fine(*asked, "--out", tmp_path / "strict")
     assert stopped.returncode == 2 and "2 of 12 pictures cannot be read" in stopped.stderr
+    for path in (folder / "train").rglob("*.png"):  # a whole batch of them is no batch
+        path.write_bytes(b"junk")
+    stopped = fine(*asked, "--max-bad", "1", "--out", tmp_path / "none")
+    assert stopped.returncode == 1 and "8 unreadable and 0 without a label" in stopped.stderr
 
 
 def test_the_recipe_is_the_public_codes(tmp_path):

@@ -157,6 +157,8 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_difference
     before = (out / "metrics.jsonl").read_bytes()
     line = refused(capsys, *TINY, "--out", str(out), "--seed", "1")
     assert "seed was 0, is 1" in line
+    line = refused(capsys, *TINY, "--out", str(out), "--mask-ratio", "0.5")
+    assert "(mask_ratio was 0.75, is 0.5)" in line
     line = refused(capsys, *TINY, "--out", str(tmp_path / "new"), "--resume", str(out), "--lr", "1")
     assert "lr was 0.001, is 1.0" in line
     for file in (out / "checkpoints").rglob("*"):

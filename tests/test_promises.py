@@ -214,6 +214,12 @@ def test_5_bad_pictures_are_named_counted_and_capped(photos, tmp_path):
     stopped = stage(*run, "--out", tmp_path / "strict", "--max-bad", "0.0001")
     assert stopped.returncode == 1
     assert "over --max-bad" in stopped.stderr and "Traceback" not in stopped.stderr
+    for path in photos.iterdir():  # however many may be unreadable: a whole batch is no batch
+        path.unlink()
+        path.write_bytes(b"")
+    stopped = stage(*run, "--out", tmp_path / "none", "--max-bad", "1")
+    assert stopped.returncode == 1 and "40 unreadable pictures by step 1" in stopped.stderr
+    assert not (tmp_path / "none" / "checkpoints").exists()
 
 
 def test_5_a_bad_picture_weighs_nothing(photos, tmp_path):
