@@ -315,9 +315,9 @@ def read_labels(path):
         with open(path, encoding="utf-8-sig", newline="") as file:
             if path.endswith(".csv"):
                 for row in filter(None, csv.reader(file)):
-                    bad += len(row) != 2
-                    if len(row) == 2 and is_picture(row[0]):  # a head line names no picture
-                        found[os.path.normpath(row[0])] = {"class": row[1]}
+                    name, bad = os.path.normpath(row[0]), bad + (len(row) != 2)
+                    if len(row) == 2 and is_picture(name):  # a head line names no picture
+                        found[name] = {"class": row[1]}
             elif path.endswith(".json"):
                 content = json.load(file)
                 names = {entry["id"]: entry["name"] for entry in content["categories"]}

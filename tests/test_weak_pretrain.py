@@ -117,7 +117,7 @@ def test_it_starts_from_stage_1_without_its_decoder(tmp_path):
 def test_pictures_of_a_folder_with_tags_from_a_file(tagged, tmp_path):
     ran = weak(*tagged, "--out", tmp_path / "run")
     assert ran.returncode == 0, ran.stderr
-    assert "labels.jsonl: 1 lines" in ran.stderr
+    assert "labels.jsonl: lines that are" in ran.stderr
     assert "2 hashtags" in ran.stdout
     # Pictures without a known tag are never drawn, so none has to be left out of a batch.
     assert read_metrics(tmp_path / "run")[-1]["untagged"] == 0
