@@ -54,6 +54,9 @@ RECIPES = {
 RECIPES |= {"2B": RECIPES["H"], "6.5B": RECIPES["H"]}
 RECIPES["toy"] = (64, 4e-3, 100, 0.75, 0.0)  # ours
 TOY_EPOCHS = {"classify": 0.4, "linear": 2}  # of the toy world (65,536 pictures, linear: 15,564)
+# Augmentation of the same recipe; a toy run is too short for most of it (ours).
+AUGMENTATION = {"min_crop": 0.08, "mixup": 0.8, "cutmix": 1.0, "rand_augment": 9.0, "erase": 0.25}
+TOY_AUGMENTATION = dict.fromkeys(AUGMENTATION, 0.0) | {"min_crop": 0.5}
 # Heads that linear trains side by side, by lr per 256 images (ours; SWAG's lies among them).
 LINEAR_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 LOWSHOT_RATES = (1e-3, 4e-3, 1.6e-2)  # of AdamW (ours: the paper's optimizer is unknown)
@@ -79,7 +82,7 @@ def parse_arguments(argv):
     add("--val-labels", help="the same for val (paths in --val-data or, without it, --data)")
     add("--classes", type=int, help="how many, where the data does not name them")
     add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (that of --init)")
-    add("--min-crop", type=float, default=0.08, help="least area of a random crop (0.08)")
+    add("--min-crop", type=float, help="least area of a crop, 1: none (0.08; toy: 0.5)")
     add("--val-crop", type=float, help="of val's pictures: share of the centre, 0: all, squashed")
     add("--lanes", type=int, help="streams that the order is dealt to (48, or the shards if fewer)")
     add("--workers", type=int, help="loader processes per training process (the cores left)")
@@ -99,10 +102,10 @@ def parse_arguments(argv):
     add("--warmup", type=float, help="share of the steps (5 epochs of MAE's recipe)")
     add("--weight-decay", type=float, default=0.05, help="of classify (0.05)")
     add("--smoothing", type=float, default=0.1, help="of labels (0.1)")
-    add("--mixup", type=float, default=0.8, help="alpha, 0: none (0.8)")
-    add("--cutmix", type=float, default=1.0, help="alpha, 0: none (1.0)")
-    add("--rand-augment", type=float, default=9, help="magnitude, 0: none (9)")
-    add("--erase", type=float, default=0.25, help="probability of random erasing (0.25)")
+    add("--mixup", type=float, help="alpha, 0: none (0.8; toy: 0)")
+    add("--cutmix", type=float, help="alpha, 0: none (1.0; toy: 0)")
+    add("--rand-augment", type=float, help="magnitude, 0: none (9; toy: 0)")
+    add("--erase", type=float, help="probability of random erasing (0.25; toy: 0)")
     add("--ema", type=float, help="decay of averaged weights, which then are the result (none)")
     add("--class-weights", action="store_true", help="rare classes count more: all count the same")
     add("--batch-norm", action="store_true", help="linear: normalise features by batches, as MAE")
@@ -130,7 +133,7 @@ def parse_arguments(argv):
         least = 0 if name in (*shares, "seed", "workers", "weight_decay", "rand_augment") else 1e-30
         if type(value) in (int, float) and not least <= value <= (1 if name in shares else 2**62):
             parser.error(f"--{name.replace('_', '-')} {value} is out of range")
-    if run.rand_augment > 10:
+    if (run.rand_augment or 0) > 10:
         parser.error(f"--rand-augment {run.rand_augment} is over 10")
     if "all" in run.shots:
         parser.error("--shots wants numbers: for all pictures there is --task linear")
@@ -195,12 +198,16 @@ def prepare(run):
         raise ValueError("--keep-head: there is no head in --init")
     if run.keep_head and classes_of_head != run.train.classes:
         raise ValueError("--keep-head: the head in --init is for other classes than the data's")
-    if run.rand_augment and run.task == "classify" and run.config["channels"] == 4:
-        raise ValueError("RandAugment is for grey and RGB pictures: give --rand-augment 0")
     toy = isinstance(run.val, data.Toy)
     if toy:  # it has no end
         run.val = data.Part(run.val, range(1024))
         run.train = run.train if run.task == "classify" else data.Part(run.train, range(16_384))
+    toy = toy and run.config["size"] == "toy"  # its recipe is for both
+    for name, value in (TOY_AUGMENTATION if toy else AUGMENTATION).items():
+        if getattr(run, name) is None:
+            setattr(run, name, value)
+    if run.rand_augment and run.task == "classify" and run.config["channels"] == 4:
+        raise ValueError("RandAugment is for grey and RGB pictures: give --rand-augment 0")
     if run.task != "classify":  # what is chosen is chosen on a slice of train
         run.train, run.slice = data.hold_out(run.train, None, 10_000)
         if not run.slice.sizes.any():
@@ -217,7 +224,7 @@ def prepare(run):
         epochs, warmup = 28, 0.0
     elif run.task == "lowshot":  # VPT's code: 100 epochs, of which 10 warm up
         batch_size, epochs, warmup = min(batch_size, 128), 100, 0.1
-    if toy and run.config["size"] == "toy":
+    if toy:
         epochs, warmup = TOY_EPOCHS.get(run.task, epochs), max(warmup, 0.05)
     run.batch_size = run.batch_size or batch_size
     if run.batch_size % 2:

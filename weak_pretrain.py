@@ -37,12 +37,12 @@ import model as models
 
 
 def recipe(size):
-    """(batch size, lr per 256 images, image side, samples, beta2, clip): recalled, but toy's."""
+    """(batch size, lr per 256 images, image side, crop, samples, beta2, clip): recalled, not toy's."""
     if size == "toy":
-        return 64, 1.2e-3, 48, 20_000, 0.999, None  # ours
+        return 64, 1.2e-3, 48, 0.5, 20_000, 0.999, None  # ours
     if size in ("2B", "6.5B"):
-        return 8192, 1e-4 / 32, 224, None, 0.95, 1.0  # for stability
-    return 8192, 4e-4 / 32, 224, None, 0.999, None
+        return 8192, 1e-4 / 32, 224, 0.08, None, 0.95, 1.0  # for stability
+    return 8192, 4e-4 / 32, 224, 0.08, None, 0.999, None
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -56,8 +56,7 @@ def parse_arguments(argv):
     add("--tags", help="what `python data.py hashtags` wrote for this data (toy has its own)")
     add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (224; toy size: 48)")
     add("--channels", type=int, help="to read pictures with: 1 grey, 3 RGB, 4 RGBA (3)")
-    # SWAG's crop is taken to be torchvision's default one (recalled, likely)
-    add("--min-crop", type=float, default=0.08, help="least area of a random crop, 1: none (0.08)")
+    add("--min-crop", type=float, help="least area of a crop, 1: none (0.08; toy size: 0.5)")
     add("--lanes", type=int, help="streams that the order is dealt to (48, or the shards if fewer)")
     add("--workers", type=int, help="loader processes per training process (the cores left)")
     add("--max-bad", type=float, default=0.01, help="unreadable share to stop at (0.01)")
@@ -140,8 +139,9 @@ def prepare(run):
     with torch.device("meta"):  # shapes without memory
         run.model = models.Classifier(classes=len(run.vocabulary), **config)
     run.config = run.model.config
-    batch_size, base_lr, _, samples, run.beta2, run.clip = recipe(run.config["size"])
+    batch_size, base_lr, _, crop, samples, run.beta2, run.clip = recipe(run.config["size"])
     run.batch_size = run.batch_size or batch_size
+    run.min_crop = crop if run.min_crop is None else run.min_crop
     share = run.batch_size // run.processes
     run.micro_batch = run.micro_batch or models.fitting_batch(run.model, share, run)
     run.pieces = share // run.micro_batch

@@ -596,6 +596,9 @@ def test_the_recipe_is_the_public_codes(tmp_path):
         assert (run.mixup, run.cutmix, run.rand_augment, run.erase) == (0.8, 1.0, 9, 0.25)
         assert run.pool == "mean" and run.ema is None and run.min_crop == 0.08
         assert run.val_crop == pytest.approx(224 / 256)
+    run = finetune.parse_arguments(["--task", "classify", "--erase", "0.5"])
+    finetune.prepare(run)  # toy's own: too short for augmentation that is not asked for
+    assert (run.mixup, run.cutmix, run.rand_augment, run.erase, run.min_crop) == (0, 0, 0, 0.5, 0.5)
 
 
 def test_the_learning_rate_ends_at_the_floor_before_layers_scale_it(pets, tmp_path, monkeypatch):

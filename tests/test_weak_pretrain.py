@@ -134,7 +134,7 @@ def test_other_hashtags_are_another_run(tagged, photos, tmp_path, capsys):
 def test_the_gradient_is_clipped_where_the_recipe_says_so(hashtags, tmp_path, monkeypatch):
     found = []
     for clip in (None, 1e9, 1e-3):
-        recipe = (8, 1e-3, 16, 24, 0.999, clip)
+        recipe = (8, 1e-3, 16, 0.08, 24, 0.999, clip)
         monkeypatch.setattr(weak_pretrain, "recipe", lambda _, recipe=recipe: recipe)
         out = tmp_path / f"clip-{clip}"
         asked = [*TINY[:6], *hashtags, "--workers", "0", "--log-every", "1"]
