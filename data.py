@@ -536,7 +536,8 @@ def scan_tar(path):
                 samples[-1][2] = tar.offset  # where the next file begins
                 samples[-1][3] += is_picture(f"x.{extension}")
             file.seek(tar.offset)
-            damaged = any(file.read(512))  # not the zeros of its end: tarfile tells no difference
+            end = file.read(512)  # zeros, of a whole tar; tarfile does not say what it met
+            damaged = any(end) or not end
         except tarfile.ReadError:
             damaged = True
     kept = [sample for sample in samples if sample[3]]

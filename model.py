@@ -964,8 +964,10 @@ def begin_run(out, config, checkpoint=None, step=0):
     when nothing can be written there.
     """
     out, lines = Path(out), []
-    if (out / "config.json").is_file() and '"stage"' not in (out / "config.json").read_text():
-        raise ValueError(f"{out} holds a config.json that is not ours: use another --out")
+    ours = (out / "config.json").is_file() and '"stage"' in (out / "config.json").read_text()
+    for name in ("config.json", "metrics.jsonl"):
+        if not ours and (out / name).exists():
+            raise ValueError(f"{out} holds a {name} that is not ours: use another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_file(out / "config.json", json.dumps(config, indent=1))
