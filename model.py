@@ -970,6 +970,7 @@ def begin_run(out, config, checkpoint=None, step=0):
             raise ValueError(f"{out} holds a {name} that is not ours: use another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        lock(out)
         write_file(out / "config.json", json.dumps(config, indent=1))
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written to: {error}") from None
@@ -982,6 +983,25 @@ def begin_run(out, config, checkpoint=None, step=0):
     # A line that a kill cut short does not end in a brace.
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     write_file(out / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
+
+
+LOCKS = []  # open files: closing one would give its lock up
+
+
+def lock(folder):
+    """Keep other processes from running in a folder until this one ends, however it ends.
+
+    What is left of a killed torchrun may train on for a while: a run beside it would lose lines of
+    metrics and checkpoints. A POSIX lock belongs to the process alone, not to its loader workers.
+    """
+    import fcntl  # not on Windows, where the rest of this file can be used
+
+    LOCKS.append(open(folder / ".lock", "w"))  # noqa: SIM115
+    try:
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        why = f"another process is running in {folder}: wait for it, stop it, or use another --out"
+        raise ValueError(why) from None
 
 
 def write_file(path, content):

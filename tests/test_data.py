@@ -1110,6 +1110,8 @@ def test_a_tar_that_is_cut_gives_the_samples_before_the_cut(tmp_path, capsys):
     assert batch["labels"].tolist() == [*range(7), -1, -1, -1, -1, -1]
     (line,) = batch["bad"]
     assert line.startswith(f"{cut}:00007: ")
+    os.truncate(cut, member.offset)  # between two files
+    assert len(data.scan_tar(cut)) == 7 and "cut" in capsys.readouterr().out
 
 
 def test_a_label_that_is_cut_is_not_taken_for_another(tmp_path):

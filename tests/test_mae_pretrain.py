@@ -4,11 +4,13 @@ import itertools
 import json
 import math
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
 import torch
-from conftest import TINY, read_metrics, stage
+from conftest import ROOT, TINY, read_metrics, stage
 from PIL import Image
 
 import data
@@ -185,6 +187,20 @@ def test_what_is_not_a_run_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     line = refused(capsys, *TINY, "--out", str(tmp_path))
     assert "not ours" in line and [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    (tmp_path / "config.json").rename(tmp_path / "metrics.jsonl")
+    assert "not ours" in refused(capsys, *TINY, "--out", str(tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}"
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
+    script = "import model, pathlib, sys; model.lock(pathlib.Path(sys.argv[1])); print(); input()"
+    command = [sys.executable, "-u", "-c", script, tmp_path]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as other:
+        other.stdout.readline()
+        assert "another process" in refused(capsys, *TINY, "--out", str(tmp_path))
+        other.kill()  # what is killed holds nothing
+    mae_pretrain.main([*TINY, "--out", str(tmp_path)])
 
 
 def test_a_plan_can_be_made_beside_a_run(tmp_path, capsys):
