@@ -182,15 +182,22 @@ def print_probe(weights, config, train, test, pool, seed, **options):
 
 @torch.no_grad()
 def masked_loss(model, batches, device):
-    """An MAE's mean loss on a data.Batches, whose crops and masks are always the same."""
+    """An MAE's mean loss on a data.Batches, whose crops and masks are always the same.
+
+    What is unreadable is named and left out; ValueError when that is all.
+    """
     sums = torch.zeros(2, device=device)
     for batch in data.loader(batches, range(len(batches)), workers=0):
+        for name in batch["bad"]:
+            print(f"unreadable, left out: {name}", file=sys.stderr)
         images, ids, weight = (batch[key].to(device) for key in ("images", "ids", "weight"))
         losses = model(data.normalize(images), ids)  # (b,)
         sums += torch.stack([(losses * weight).sum(), weight.sum()])
     if dist.is_initialized():
         dist.all_reduce(sums)
-    return (sums[0] / sums[1].clamp(min=1)).item()
+    if not sums[1]:
+        raise ValueError("no picture that is held out can be read: see the names above")
+    return (sums[0] / sums[1]).item()
 
 
 @torch.no_grad()
