@@ -68,7 +68,14 @@ def test_a_run_leaves_all_that_the_next_stage_needs(tmp_path):
     ran = stage(*TINY, "--out", out)
     assert ran.returncode == 0, ran.stderr
     names = {path.name for path in out.iterdir()}
-    wanted = {"config.json", "metrics.jsonl", "checkpoints", "model.pt", "reconstruction.png"}
+    wanted = {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "model.pt",
+        "reconstruction.png",
+        ".lock",
+    }
     assert names == wanted
     kept = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert kept == ["LATEST", "step-00000008", "step-00000012"]
