@@ -53,7 +53,8 @@ RECIPES = {
 }
 RECIPES |= {"2B": RECIPES["H"], "6.5B": RECIPES["H"]}
 RECIPES["toy"] = (64, 4e-3, 100, 0.75, 0.0)  # ours
-TOY_EPOCHS = {"classify": 0.4, "linear": 2}  # of the toy world (65,536 pictures, linear: 15,564)
+# Of the toy world: of 65,536 pictures, 15,564, and the few that are drawn.
+TOY_EPOCHS = {"classify": 0.4, "linear": 2, "lowshot": 10}
 # Augmentation of the same recipe; a toy run is too short for most of it (ours).
 AUGMENTATION = {"min_crop": 0.08, "mixup": 0.8, "cutmix": 1.0, "rand_augment": 9.0, "erase": 0.25}
 TOY_AUGMENTATION = dict.fromkeys(AUGMENTATION, 0.0) | {"min_crop": 0.5}
