@@ -319,8 +319,8 @@ def step_line(entry, steps):
         "memory {memory_gib:.1f} GiB  eta {eta}"
     ).format(steps=steps, eta=tqdm.format_interval(entry["eta_seconds"]), **entry)
     bad = f"  unreadable {entry['bad']}" if entry["bad"] else ""
-    held_out = f"  held-out {entry['held_out_loss']:.4f}" if "held_out_loss" in entry else ""
-    return text + held_out + bad
+    held_out = entry.get("held_out_loss")  # None, too, when no such picture can be read
+    return text + (f"  held-out {held_out:.4f}" if held_out is not None else "") + bad
 
 
 def finish(run, weights):
