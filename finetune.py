@@ -53,7 +53,7 @@ RECIPES = {
 }
 RECIPES |= {"2B": RECIPES["H"], "6.5B": RECIPES["H"]}
 RECIPES["toy"] = (64, 4e-3, 100, 0.75, 0.0)  # ours
-# Of the toy world: of 65,536 pictures, 15,564, and the few that are drawn.
+# Of the toy world: of its 65,536 pictures, of 15,564, and of the few that lowshot draws (ours).
 TOY_EPOCHS = {"classify": 0.4, "linear": 2, "lowshot": 10}
 # Augmentation of the same recipe; a toy run is too short for most of it (ours).
 AUGMENTATION = {"min_crop": 0.08, "mixup": 0.8, "cutmix": 1.0, "rand_augment": 9.0, "erase": 0.25}
@@ -114,7 +114,7 @@ def parse_arguments(argv):
     add("--seed", type=int, default=0, help="of weights, order and augmentation (0)")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--steps", type=int, help="length of the run; or give --epochs")
-    add("--epochs", type=float, help="(B 100, L and H 50; linear 28; lowshot 100)")
+    add("--epochs", type=float, help="(B 100, L and H 50; linear 28; lowshot 100; toy: fewer)")
     add("--samples", type=float, help="instead of --epochs")
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="where everything is written (runs/TASK)")
@@ -203,8 +203,8 @@ def prepare(run):
     if toy:  # it has no end
         run.val = data.Part(run.val, range(1024))
         run.train = run.train if run.task == "classify" else data.Part(run.train, range(16_384))
-    toy = toy and run.config["size"] == "toy"  # its recipe is for both
-    for name, value in (TOY_AUGMENTATION if toy else AUGMENTATION).items():
+    toy_recipe = toy and run.config["size"] == "toy"
+    for name, value in (TOY_AUGMENTATION if toy_recipe else AUGMENTATION).items():
         if getattr(run, name) is None:
             setattr(run, name, value)
     if run.rand_augment and run.task == "classify" and run.config["channels"] == 4:
@@ -225,8 +225,8 @@ def prepare(run):
         epochs, warmup = 28, 0.0
     elif run.task == "lowshot":  # VPT's code: 100 epochs, of which 10 warm up
         batch_size, epochs, warmup = min(batch_size, 128), 100, 0.1
-    if toy:
-        epochs, warmup = TOY_EPOCHS.get(run.task, epochs), max(warmup, 0.05)
+    if toy_recipe:
+        epochs, warmup = TOY_EPOCHS[run.task], max(warmup, 0.05)
     run.batch_size = run.batch_size or batch_size
     if run.batch_size % 2:
         raise ValueError(f"--batch-size {run.batch_size}: mixup needs pairs, an even number")

@@ -1002,6 +1002,8 @@ def lock(folder):
     except (BlockingIOError, PermissionError):
         why = f"another process is running in {folder}: wait for it, stop it, or use another --out"
         raise ValueError(why) from None
+    except OSError as error:  # some network file systems have no locks
+        print(f"{folder} cannot be locked ({error.strerror}): start no other run in it meanwhile")
 
 
 def write_file(path, content):

@@ -37,7 +37,7 @@ import model as models
 
 
 def recipe(size):
-    """(batch size, lr per 256 images, image side, crop, samples, beta2, clip): recalled, not toy's."""
+    """(batch size, lr per 256 images, side, crop, samples, beta2, clip): recalled, but toy's."""
     if size == "toy":
         return 64, 1.2e-3, 48, 0.5, 20_000, 0.999, None  # ours
     if size in ("2B", "6.5B"):
