@@ -105,6 +105,7 @@ class Order:
     sizes    (S,) samples in each shard
     totals   (S,) int64, the sum of each shard's sampling weights in units of 1 / WEIGHT, or None
     weights  (first, stop) -> int64 weights of these samples in the same units, read with a shard
+    most     the largest of the weights
 
     With weights, sample i owns a stretch of length weights[i] of a line of length sum(totals), and
     is drawn once for each of the `length` points on it, which lie WEIGHT apart from a random offset
@@ -112,9 +113,9 @@ class Order:
     (Where the sum is no whole number, what is left over is shared out among the first gaps.)
     """
 
-    def __init__(self, sizes, seed=0, lanes=None, totals=None, weights=None):
+    def __init__(self, sizes, seed=0, lanes=None, totals=None, weights=None, most=WEIGHT):
         sizes = np.asarray(sizes, dtype=np.int64)
-        self.seed, self.weights = seed, weights
+        self.seed, self.weights, self.most = seed, weights, most
         self.lanes = lanes or min(48, len(sizes))
         shards = permutation(len(sizes), seed, 0, 0, SHARDS)
         spans = (sizes if weights is None else np.asarray(totals, dtype=np.int64))[shards]
@@ -134,6 +135,14 @@ class Order:
             first, samples = self.block(epoch, lane, turn)
             self.blocks[lane] = epoch, first, samples
         return int(samples[turn - first])
+
+    def too_many(self, bad, drawn, share):
+        """Whether `bad` unreadable ones among the first `drawn` are over a share (--max-bad).
+
+        One picture alone, as often as it comes in the epochs begun, never is; all of them are.
+        """
+        alone = (drawn // self.length + 1) * -(-self.most // WEIGHT)
+        return bad > max(share * max(1000, drawn), alone) or bad == drawn > 1
 
     def before(self, lane, position, epoch):
         """How many of an epoch's positions before `position` belong to lanes before `lane`."""
@@ -214,7 +223,9 @@ def open_sources(data, val_data=None, size=(64, 64), labels=None, val_labels=Non
 
 def open_source(data, size, classes=None, split="train", labels=None):
     """One source. classes: the names that are known, when it must have no others."""
-    if data == "toy" and classes in (None, list(TOY_CLASSES)):
+    if data == "toy":
+        if classes not in (None, list(TOY_CLASSES)):
+            raise ValueError("the toy world has other classes than train: give other --val-data")
         return Toy(split, size)
     if os.path.isdir(data):
         return Folder(data, classes, labels)
@@ -472,6 +483,8 @@ def hashtags_of(members):
 def expand(pattern):
     """Shard paths from a path, a glob, or {00000..00099} and {a,b} braces."""
     match = re.search(r"\{([^{}]*)\}", pattern)
+    if os.path.isfile(pattern):  # whatever is in its name
+        return [pattern]
     if match:
         low, dots, high = match[1].partition("..")
         if dots and low.isdigit() and high.isdigit():
@@ -482,9 +495,7 @@ def expand(pattern):
         return list(itertools.chain(*(expand(head + item + tail) for item in items)))
     if re.search(r"[*?\[]", pattern):
         return sorted(path for path in glob.glob(pattern) if path.endswith(".tar"))
-    if not os.path.isfile(pattern):
-        raise ValueError(f"there is no shard {pattern}")
-    return [pattern]
+    raise ValueError(f"there is no shard {pattern}")
 
 
 def shard_index(path):
@@ -541,15 +552,13 @@ def scan_tar(path):
         except tarfile.ReadError:
             damaged = True
     kept = [sample for sample in samples if sample[3]]
-    several = sum(pictures > 1 for *_, pictures in kept)
+    several, warn = sum(pictures > 1 for *_, pictures in kept), partial(tqdm.write, file=sys.stderr)
     if damaged:
-        tqdm.write(f"{path}: cut or damaged at byte {tar.offset}; the samples before it are used")
+        warn(f"{path}: cut or damaged at byte {tar.offset}; the samples before it are used")
     if len(kept) < len(samples):
-        tqdm.write(f"{path}: {len(samples) - len(kept)} samples without a picture are left out")
+        warn(f"{path}: {len(samples) - len(kept)} samples without a picture are left out")
     if several:
-        tqdm.write(
-            f"{path}: {several} names, up to the first dot, have several pictures: one is used"
-        )
+        warn(f"{path}: {several} names, up to the first dot, have several pictures: one is used")
     return [sample[1:3] for sample in kept]
 
 
@@ -559,7 +568,8 @@ def sample_files(tar):
         tar.members.clear()  # it would keep them all
         folder, slash, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
-        if member.isfile() and stem and extension:  # no hidden files, none without a type
+        # No hidden files, none without a type. A link gives no bytes: it is counted as unreadable.
+        if not member.isdir() and stem and extension:
             yield folder + slash + stem, extension, member
 
 
@@ -634,7 +644,8 @@ def to_mode(image, channels):
         pixels = np.asarray(image)
         if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
             raise ValueError(f"mode {image.mode} with values from {pixels.min()} to {pixels.max()}")
-        image = Image.fromarray((pixels >> 8).astype(np.uint8))
+        dark = image.mode == "I" and pixels.max() < 256  # 8 bits, stored as 32
+        image = Image.fromarray((pixels if dark else pixels >> 8).astype(np.uint8))
     if channels != 4 and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
         # On white: under transparent pixels there may be any colour.
         image = image.convert("RGBA")
@@ -752,12 +763,17 @@ class Batches(torch.utils.data.Dataset):
                 labels[i], weight[i] = sample["class"], self.vocabulary is None or len(tags[i]) > 0
             except Exception as error:  # noqa: BLE001 (decoders raise anything: named, counted)
                 images[i] = 0
-                text = " ".join(f"{type(error).__name__}: {error}".split())
-                bad.append(f"{self.source.name(number)}: {text}")
+                bad.append(f"{self.source.name(number)}: {one_line(error)}")
         longest = max(map(len, tags))
         tags = torch.tensor([t + [-1] * (longest - len(t)) for t in tags], dtype=torch.int64)
         batch = {"images": images, "ids": ids, "labels": labels, "tags": tags, "weight": weight}
         return batch | {"numbers": numbers, "positions": torch.from_numpy(positions), "bad": bad}
+
+
+def one_line(error):
+    """What a decoder says, on one line, without the path or address that Pillow adds."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return re.sub("(cannot identify image file).*", r"\1", text)
 
 
 def loader(batches, items, workers, pin=False):
@@ -1031,7 +1047,7 @@ class TagChunks(torch.utils.data.Dataset):
                 found.append(canonical(self.source.read(number)["hashtags"], self.synonyms))
             except Exception as error:  # noqa: BLE001 (named and counted, whatever it was)
                 found.append(set())
-                errors.append(f"{self.source.name(number)}: {error}")
+                errors.append(f"{self.source.name(number)}: {one_line(error)}")
         return found, errors
 
     def read(self, workers, title, named=20):
@@ -1125,7 +1141,7 @@ def write_hashtags(source, out, tail_below=None, workers=0, **counting):
 
 
 def open_hashtags(source, folder):
-    """(Vocabulary, source to train on, slice to measure on, {"totals", "weights"} for Order).
+    """(Vocabulary, source to train on, slice to measure on, {"totals", "weights", "most"}: Order's).
 
     From a folder that write_hashtags wrote for this source; without one, for the toy world: the
     tags of its first pictures, and no weights. Raises ValueError, one line, when that cannot be.
@@ -1149,7 +1165,7 @@ def open_hashtags(source, folder):
     if made_for != train.identity or len(rarest) != train.sizes.sum():
         raise ValueError(f"{folder} is of other data ({made_for}): {hint}")
     weights = partial(weights_of, f"{folder}/rarest.npy", table)
-    return vocabulary, train, held_out, {"totals": totals, "weights": weights}
+    return vocabulary, train, held_out, {"totals": totals, "weights": weights, "most": table.max()}
 
 
 def weights_of(rarest, table, start, stop):
@@ -1187,21 +1203,25 @@ def pack(folder, pattern, short_side=None, shard_size=None):
     Pictures are written as they are or, with short_side, scaled down to it and encoded again. An
     interrupted run goes on; pack.json, beside the shards, says what they were asked to be.
     """
-    if not re.fullmatch(r"[^%]*%\d*d[^%]*\.tar", pattern):
-        raise ValueError(f"{pattern} must hold one number, as in OUT-%05d.tar")
+    if not re.fullmatch(r"[^%]*%\d*d[^%/]*\.tar", pattern):
+        raise ValueError(f"{pattern} must hold one number in the file's name, as in OUT-%05d.tar")
     if all(os.path.isdir(os.path.join(folder, split)) for split in ("train", "val")):
         raise ValueError(f"pack {folder}/train and {folder}/val one after the other")
     out, name = os.path.split(pattern)
-    every = re.sub(r"%\d*d", "*", glob.escape(pattern))
+    every = re.sub(r"%\d*d", "[0-9]*", glob.escape(pattern))
     record = pack_record(out)
     # Classes are numbered as those packed into the same place before: train first, then val.
-    source = Folder(folder, record["classes"])
+    try:
+        source = Folder(folder, record["classes"])
+    except ValueError as error:
+        known = f" (the classes of {out}/pack.json: use another folder)" * bool(record["classes"])
+        raise ValueError(f"{error}{known}") from None
     total = len(source.paths)
     # At least 48 shards if there is enough: that is the number of lanes (see Order).
     shard_size = shard_size or max(1, min(10_000, math.ceil(total / 48)))
     asked = {"pictures": source.identity, "short_side": short_side, "shard_size": shard_size}
     if glob.glob(every) and record["packed"].get(name) != asked:
-        raise ValueError(f"{every} was not packed from this, with these options: move it away")
+        raise ValueError(f"{every} is not of these pictures and options: move it away")
     os.makedirs(out or ".", exist_ok=True)
     record["packed"][name], record["classes"] = asked, record["classes"] or source.classes
     Path(out, "pack.json").write_text(json.dumps(record))
@@ -1213,8 +1233,10 @@ def pack(folder, pattern, short_side=None, shard_size=None):
                 numbers = range(start, min(start + shard_size, total))
                 write_shard(f"{shard}.tmp", source, numbers, short_side, threads)
                 os.replace(f"{shard}.tmp", shard)
-    print(f"{total} pictures in {len(starts)} shards: --data {shlex.quote(every)}")
-    Shards(every)  # writes their indexes
+    first, last = (re.search(r"%\d*d", pattern)[0] % number for number in (0, len(starts) - 1))
+    written = re.sub(r"%\d*d", f"{{{first}..{last}}}", pattern)
+    print(f"{total} pictures in {len(starts)} shards: --data {shlex.quote(written)}")
+    Shards(written)  # writes their indexes
 
 
 def write_shard(path, source, numbers, short_side, threads):
@@ -1263,7 +1285,8 @@ def encode(path, short_side):
             image.save(buffer, "JPEG" if solid else "PNG", quality=90)
             return "jpg" if solid else "png", buffer.getvalue()
     except Exception as error:  # noqa: BLE001 (kept as it is: training names and counts it)
-        tqdm.write(f"{path} cannot be read ({type(error).__name__}: {error}), packed as it is")
+        text = f"{path} cannot be read ({one_line(error)}), packed as it is"
+        tqdm.write(text, file=sys.stderr)
         return kind, content
 
 
@@ -1306,6 +1329,8 @@ def main():
             write_hashtags(source, given.out, given.tail_below, **counting)
     except (ValueError, OSError) as error:
         parser.exit(2, f"data.py: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "data.py: stopped: type the same command again\n")
 
 
 if __name__ == "__main__":

@@ -585,6 +585,20 @@ def load_model(path, task, device):
     return model.to(device).eval(), line
 
 
+TASKS_OF_FLAGS = {
+    "pool": "knn fewshot features",
+    "shots": "fewshot",
+    "split": "features",
+    **dict.fromkeys(("val_crop", "border", "real_labels", "label_map"), "classify"),
+    **dict.fromkeys(("confusion", "mistakes"), "classify"),
+    "out": "features reconstruct attention",
+    "count": "reconstruct attention classify",
+    "seed": "reconstruct",
+}
+RANGES = [("val_crop", 0, 1), ("max_bad", 0, 1), ("border", 0, 2**20), ("seed", 0, 2**62)]
+RANGES += [("count", 1, 1000), ("batch_size", 1, 2**20)]
+
+
 def parse_arguments(argv):
     parser = argparse.ArgumentParser("evaluate.py", description="Metrics.", allow_abbrev=False)
     add = parser.add_argument
@@ -611,13 +625,15 @@ def parse_arguments(argv):
     add("--max-bad", type=float, default=0.01, help="unreadable share to stop at (0.01)")
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     run = parser.parse_args(argv)
-    if run.seed < 0 or run.border < 0 or run.count < 1 or run.batch_size < 1:
-        parser.error("--seed and --border must be at least 0, --count and --batch-size at least 1")
+    for name, tasks in TASKS_OF_FLAGS.items():
+        if run.task not in tasks.split() and getattr(run, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is for --task {tasks.replace(' ', ', ')}")
+    for name, low, high in RANGES:
+        if not low <= (getattr(run, name) or low) <= high:
+            parser.error(f"--{name.replace('_', '-')} {getattr(run, name)} is out of range")
     for path in filter(None, (run.confusion, run.mistakes)):
         if not path.endswith(".png") or not Path(path).absolute().parent.is_dir():
             parser.error(f"{path} is no .png in a folder that exists")
-    if not 0 <= (run.val_crop or 0) <= 1:
-        parser.error(f"--val-crop {run.val_crop} is not between 0 and 1")
     if run.out and not Path(run.out).absolute().parent.is_dir():
         parser.error(f"--out {run.out}: there is no such folder")
     return run
@@ -631,11 +647,11 @@ def shots(text):
     return items
 
 
-def fail(message):
+def fail(message, status=2):
     """One line on what is wrong and what to do."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"evaluate.py: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def main(argv=None):
@@ -667,6 +683,8 @@ def main(argv=None):
         result = TASKS[run.task](model, [train, val] if val else [train], run)
     except (ValueError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        fail("stopped", 130)
     print(json.dumps({"task": run.task, **result}))
     if processes > 1:
         dist.barrier()

@@ -621,15 +621,17 @@ def train(run, model, optimizer, source, out, steps, say):
         done, bad, unlabelled = step + 1, bad + int(new_bad), unlabelled + int(unknown)
         for name in unreadable if bad <= 20 else ():  # all are counted, the first ones named
             tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
-        if bad + unlabelled > run.max_bad * max(1000, done * run.batch_size) or weight == 0:
-            what = f"{bad} unreadable and {unlabelled} without a label from 0 to {run.classes - 1}"
-            fail(f"{what} by step {done}: a whole batch, or over --max-bad {run.max_bad}", 1)
+        if order.too_many(bad + unlabelled, done * run.batch_size, run.max_bad):
+            what = f"of {done * run.batch_size} pictures {bad} cannot be read and {unlabelled} have"
+            what += f" no label from 0 to {run.classes - 1}"
+            fail(f"{what}: all, or over --max-bad {run.max_bad}; mend or remove them", 1)
         if not math.isfinite(loss + norm):
             what = f"step {done}: loss {loss}, gradient norm {norm}; nothing was saved. "
             what += f"Positions {step * run.batch_size} to {done * run.batch_size - 1}. "
             names = " ".join(models.non_finite_gradients(model))
             fail(f"{what}Gradients not finite: {names or 'none'}", 1)
-        optimizer.step()
+        if weight:  # without a picture that counts there is nothing to learn
+            optimizer.step()
         optimizer.zero_grad()
         average_weights(optimizer)
         bar.update()
@@ -909,6 +911,8 @@ def main(argv=None):
             dist.destroy_process_group()
     except (ValueError, OSError) as error:  # something in what was given; or a full disk
         fail(error, 2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:  # before a loop, which saves
+        fail("stopped", 130)
 
 
 if __name__ == "__main__":

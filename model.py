@@ -675,18 +675,20 @@ def read_weights(path):
     state = content.get("model", content) if isinstance(content, dict) else None
     state = state if isinstance(state, dict) else {}
     state = {n: t for n, t in state.items() if isinstance(t, torch.Tensor)}
-    if "patch_embed.proj.weight" not in state:
-        raise ValueError(f"{path} holds no timm-named ViT (no patch_embed.proj.weight in it)")
-    config = content.get("config") or infer_config(state)
-    known = {"size", "image_size", "patch_size", "channels", "positions"}
-    if not isinstance(config, dict) or known - config.keys():
-        raise ValueError(f"the config in {path} lacks {', '.join(sorted(known - set(config)))}")
+    kernel = state.get("patch_embed.proj.weight")
+    if kernel is None or kernel.ndim != 4:
+        names = ", ".join([*(state or content)][:3]) if isinstance(content, dict) else content
+        why = f"no (D, C, P, P) patch_embed.proj.weight among {names!s:.120}"
+        raise ValueError(f"{path} holds no timm-named ViT: {why}")
     try:
+        config = content.get("config") or infer_config(state)
         with torch.device("meta"):  # shapes without memory
             shape = ViT(**encoder_config(config)).patch_embed["proj"].weight.shape
+    except KeyError as error:
+        raise ValueError(f"the config in {path} lacks {error}") from None
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the config in {path} cannot be used: {error}") from None
-    if shape != state["patch_embed.proj.weight"].shape:
+    if shape != kernel.shape:
         raise ValueError(f"the config in {path} is not that of its weights")
     return state, config
 
@@ -707,10 +709,13 @@ def infer_config(state):
     named = [name for name, (*shape, _) in SIZES.items() if tuple(shape) == trunk]
     if "pos_embed" not in state or state["pos_embed"].ndim != 3:
         raise ValueError("there is no (1, 1 + patches, width) pos_embed among the weights")
-    side = math.isqrt(state["pos_embed"].shape[1] - 1) * P
+    rows = state["pos_embed"].shape[1]
+    side = math.isqrt(rows - 1)
+    if rows != 1 + side**2:
+        raise ValueError(f"pos_embed has {rows} rows: want a class token's and a square grid's")
     config = {
         "size": named[0] if named else "x".join(map(str, trunk)),
-        "image_size": [side, side],
+        "image_size": [side * P, side * P],
         "patch_size": P,
         "channels": channels,
         "positions": "sincos",
@@ -854,9 +859,8 @@ def save_checkpoint(folder, step, model, optimizer, record, keep=2):
                 shutil.rmtree(old)
     except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = str(error).strip().splitlines()[-1]  # DCP's are a whole traceback
         raise OSError(
-            f"cannot save {final}: {reason}. Checkpoints before it, if any, are whole"
+            f"cannot save {final}: {last_line(error)}. Checkpoints before it, if any, are whole"
         ) from error
     barrier()
 
@@ -890,9 +894,15 @@ def load_checkpoint(path, model, optimizer):
     try:
         state = training_state(model, optimizer)
         dcp.load(state, storage_reader=Reader(path), no_dist=not dist.is_initialized())
-    except (dcp.api.CheckpointException, pickle.UnpicklingError) as error:
-        raise OSError(f"cannot load {path}: {str(error).strip().splitlines()[-1]}") from error
+    except (Exception, dcp.api.CheckpointException) as error:
+        # A damaged file fails in many ways; DCP's own exception is no Exception.
+        raise OSError(f"cannot load {path}: {last_line(error)}; --resume another") from error
     return record
+
+
+def last_line(error):
+    """What an error says, in one line: DCP's hold a whole traceback, some others nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 class MetadataUnpickler(pickle.Unpickler):
@@ -926,14 +936,15 @@ def find_checkpoint(out, resume, identity):
     Raises ValueError, one line, when it is not, or when `out` holds something that would be lost.
     """
     source, there = Path(resume or out), Path(out)
+    last = source / "checkpoints" / "LATEST"
     while not there.exists():  # what of `out` exists is where it will be made
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"--out {out}: {there} cannot be written to")
     if (source / "state.json").is_file():
         path = source
-    elif (source / "checkpoints" / "LATEST").is_file():
-        path = source / "checkpoints" / (source / "checkpoints" / "LATEST").read_text().strip()
+    elif last.is_file():
+        path = source / "checkpoints" / last.read_text(errors="replace").strip()
     elif resume:
         raise ValueError(f"--resume {resume}: there is no checkpoint in it")
     elif (Path(out) / "model.pt").exists() or list((Path(out) / "checkpoints").glob("step-*")):
@@ -951,7 +962,7 @@ def find_checkpoint(out, resume, identity):
         raise ValueError(f"{path} is of another run ({'; '.join(changed)}): use another --out")
     elsewhere = path.parent.resolve() != (Path(out) / "checkpoints").resolve()
     if elsewhere and ((Path(out) / "model.pt").exists() or (Path(out) / "checkpoints").exists()):
-        if json.loads((Path(out) / "config.json").read_text()).get("resume") == str(resume):
+        if f'"resume": {json.dumps(str(resume))}' in (Path(out) / "config.json").read_text():
             return find_checkpoint(out, None, identity)  # the same command again
         raise ValueError(f"{out} holds a run of its own: use another --out, or leave --resume out")
     return path
@@ -976,12 +987,14 @@ def begin_run(out, config, checkpoint=None, step=0):
         raise ValueError(f"--out {out} cannot be written to: {error}") from None
     if checkpoint:
         source = Path(checkpoint).parent.parent / "metrics.jsonl"
-        lines = source.read_text().splitlines() if source.is_file() else []
+        lines = source.read_text(errors="replace").splitlines() if source.is_file() else []
         if checkpoint.parent.resolve() == (out / "checkpoints").resolve():
             # It may be an earlier one: from now on, it is the run's last.
             write_file(out / "checkpoints" / "LATEST", checkpoint.name)
-    # A line that a kill cut short does not end in a brace.
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    try:  # a line that a kill cut short does not end in a brace
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{source} is damaged ({error!r}): mend it, or move it away") from None
     write_file(out / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
 
 

@@ -257,8 +257,9 @@ def train(run):
         untagged += round(run.batch_size - weight - new_bad)
         for name in unreadable if bad <= 20 else ():  # all are counted, the first ones named
             tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
-        if bad > run.max_bad * max(1000, done * run.batch_size):
-            fail(f"{bad} unreadable pictures by step {done}, over --max-bad {run.max_bad}", 1)
+        if run.batches.order.too_many(bad, done * run.batch_size, run.max_bad):
+            what = f"{bad} of {done * run.batch_size} pictures cannot be read"
+            fail(f"{what}: all, or over --max-bad {run.max_bad}; mend or remove them", 1)
         if not math.isfinite(loss + norm):
             what = (
                 f"step {done}: loss {loss}, gradient norm {norm}, lr {lr:.2e}; nothing was saved. "
@@ -266,7 +267,8 @@ def train(run):
             what += f"Positions {step * run.batch_size} to {done * run.batch_size - 1}. "
             names = " ".join(models.non_finite_gradients(model))
             fail(f"{what}Gradients not finite: {names or 'none'}", 1)
-        optimizer.step()
+        if weight:  # without a picture that counts there is nothing to learn
+            optimizer.step()
         optimizer.zero_grad()
         bar.update()
 
@@ -344,6 +346,8 @@ def main(argv=None):
         models.print_plan(run.model, run) if run.plan else train(run)
     except (ValueError, OSError) as error:  # something in what was given; or a full disk
         fail(error, 2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:  # before the loop, which saves
+        fail("stopped", 130)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -325,6 +326,25 @@ def test_a_cut_shard_is_read_by_two_lanes_and_cuts_hardly_move():
     for before, after in itertools.pairwise(epochs):
         for one, other in zip(before, after):  # both ends of a lane may move
             assert len(one - other) < 2 * 2 * lanes and len(other - one) < 2 * 2 * lanes
+
+
+def test_one_unreadable_picture_is_never_too_many():
+    order = data.Order([60])  # it comes once in each epoch of 60
+    for drawn in (1, 59, 60, 61, 600, 60_000):
+        come = -(-drawn // 60)  # at most so often so far
+        assert not order.too_many(come, drawn, 0.01)
+    assert order.too_many(11, 120, 0.01) and not order.too_many(10, 120, 0.01)  # 1 % of 1,000
+    assert order.too_many(1002, 60_000, 0.01) and not order.too_many(1001, 60_000, 0.01)
+    assert order.too_many(3, 60, 0) and not order.too_many(2, 60, 0)
+    assert order.too_many(40, 40, 1) and not order.too_many(39, 40, 1)  # all of them
+    assert not order.too_many(1, 1, 0.01)
+    # With weights, it comes as often in an epoch as its weight says.
+    spans = np.array([5 * data.WEIGHT // 2, *[data.WEIGHT] * 59])
+    weights = lambda a, b: spans[a:b]
+    heavy = data.Order([60], totals=[spans.sum()], weights=weights, most=spans.max())
+    assert heavy.length == 61 and sorted(stream(heavy, 0, 61)).count(0) in (2, 3)
+    assert not heavy.too_many(3 * 100, 100 * 61, 0) and not heavy.too_many(3, 5, 0)
+    assert heavy.too_many(3 * 101 + 1, 100 * 61, 0)
 
 
 def test_seeds_and_epochs_give_different_orders():
@@ -1104,14 +1124,14 @@ def test_a_tar_that_is_cut_gives_the_samples_before_the_cut(tmp_path, capsys):
         member = tar.getmember("00007.png")
     os.truncate(cut, member.offset_data + member.size // 2)  # in the middle of a picture
     expected, batch = (data.Batches(opened(path), (4, 4), 3, 12)[0] for path in (whole, cut))
-    assert "cut" in capsys.readouterr().out
+    assert "cut" in capsys.readouterr().err
     assert batch["weight"].tolist() == [1] * 7 + [0] * 5
     assert torch.equal(batch["images"][:7], expected["images"][:7])
     assert batch["labels"].tolist() == [*range(7), -1, -1, -1, -1, -1]
     (line,) = batch["bad"]
     assert line.startswith(f"{cut}:00007: ")
     os.truncate(cut, member.offset)  # between two files
-    assert len(data.scan_tar(cut)) == 7 and "cut" in capsys.readouterr().out
+    assert len(data.scan_tar(cut)) == 7 and "cut" in capsys.readouterr().err
 
 
 def test_a_label_that_is_cut_is_not_taken_for_another(tmp_path):
@@ -1133,10 +1153,10 @@ def test_a_damaged_header_is_said_and_gives_the_samples_before_it(tmp_path, caps
         file.write(b"\xff" * 512)
     source = opened(path)
     assert source.sizes.tolist() == [7] and len(everything(source)) == 7
-    assert f"byte {header}" in capsys.readouterr().out
+    assert f"byte {header}" in capsys.readouterr().err
     whole = write_tar(tmp_path / "whole.tar", members_of(range(12)))
     opened(whole)
-    assert capsys.readouterr().out == ""  # nothing is said of a tar in order
+    assert capsys.readouterr() == ("", "")  # nothing is said of a tar in order
 
 
 def test_whatever_a_decoder_raises_is_one_line():
@@ -1518,8 +1538,22 @@ def test_shards_hold_what_tarfile_finds(tmp_path, capsys, kind):
     assert len(expected) == len(STRANGE[kind]) + 4
     source = opened(path)
     assert everything(source) == expected
-    assert "left out" in capsys.readouterr().out
+    assert "left out" in capsys.readouterr().err
     assert everything(opened(path)) == expected  # and from the index
+
+
+def test_a_link_in_a_shard_is_counted_as_unreadable(tmp_path):
+    """tar stores the second of two hard-linked files without its bytes."""
+    path = write_tar(tmp_path / "a.tar", members_of(range(2)))
+    with tarfile.open(path, "a") as tar:
+        for kind, name in ((tarfile.LNKTYPE, "hard.png"), (tarfile.SYMTYPE, "soft.png")):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "00000.png"
+            tar.addfile(link)
+    batch = data.Batches(opened(path), (4, 4), 3, 4)[0]
+    assert batch["weight"].tolist() == [1, 1, 0, 0]
+    assert [line.split(": ")[0] for line in batch["bad"]] == [f"{path}:hard", f"{path}:soft"]
+    assert batch["bad"][0].endswith("cannot identify image file")  # and no address of a buffer
 
 
 @pytest.fixture
@@ -1771,7 +1805,7 @@ def test_what_another_pack_or_someone_else_wrote_is_neither_kept_nor_mixed(pets,
         (other, "out/p-%d.tar", {"shard_size": 4}),
         (folder, "foreign-%d.tar", {"shard_size": 4}),
     ):
-        with pytest.raises(ValueError, match="was not packed from this") as error:
+        with pytest.raises(ValueError, match="not of these pictures and options") as error:
             data.pack(str(source), f"{tmp_path}/{pattern}", **options)
         one_line(error)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -1914,7 +1948,7 @@ def test_pack_on_the_command_line_names_what_it_cannot_scale(tmp_path):
     folder = write_files(tmp_path / "photos", files)
     result = command_line("pack", folder, tmp_path / "p-%d.tar", "--short-side", 8)
     assert result.returncode == 0, result.stderr
-    (line,) = [line for line in result.stdout.splitlines() if "bomb.png" in line]
+    (line,) = [line for line in result.stderr.splitlines() if "bomb.png" in line]
     assert "DecompressionBombWarning" in line and "a.png" not in result.stdout + result.stderr
     joined = {k[9:]: v for path in tmp_path.glob("*.tar") for k, v in tar_files(path).items()}
     assert joined["bomb.png"] == bomb
@@ -1961,7 +1995,41 @@ def test_pack_keeps_the_place_of_a_file_that_cannot_be_read(pets, tmp_path, caps
     packed = pack(folder, tmp_path / "out" / "p-%d.tar", shard_size=99)["p-0.tar"]
     assert {name[9:]: c for name, c in packed.items()}["cat_gone.png"] == b""
     assert len(packed) == 2 * (len(files) + 1)
-    assert "gone.png cannot be read" in capsys.readouterr().out
+    assert "gone.png cannot be read" in capsys.readouterr().err
+
+
+def test_what_pack_prints_names_its_own_shards_alone(pets, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "a[1]"
+    for pattern in (folder / "val-%02d.tar", folder / "%02d.tar"):
+        assert run_main(monkeypatch, "pack", pets[0], pattern, "--shard-size", 7) == 0
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert "20 pictures in 3 shards" in printed
+    (where,) = shlex.split(printed.split("--data ")[1])
+    assert where == f"{folder}/{{00..02}}.tar"
+    assert [Path(path).name for path in opened(where).paths] == ["00.tar", "01.tar", "02.tar"]
+    assert opened(folder / "val-00.tar").sizes.tolist() == [7]  # a path, though it looks like more
+
+
+def test_the_number_of_a_shard_is_in_its_file_s_name(pets, tmp_path):
+    with pytest.raises(ValueError, match="in the file's name"):
+        data.pack(str(pets[0]), f"{tmp_path}/%d/p.tar")
+    assert not list(tmp_path.glob("[0-9]*"))
+
+
+def test_classes_left_by_an_earlier_pack_are_named_with_their_file(pets, tmp_path):
+    pack(pets[0], tmp_path / "out" / "p-%d.tar")
+    other = write_files(tmp_path / "other", {"cow/a.png": tile(1), "dog/b.png": tile(2)})
+    with pytest.raises(ValueError, match="classes that train has not: cow.*out/pack.json"):
+        data.pack(str(other), f"{tmp_path}/out/q-%d.tar")
+
+
+def test_ctrl_c_is_one_line(pets, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "pack", interrupted)
+    assert run_main(monkeypatch, "pack", pets[0], tmp_path / "p-%d.tar") == 130
+    assert capsys.readouterr().err == "data.py: stopped: type the same command again\n"
 
 
 # ------------------------------------------------------------------------------------ the toy world

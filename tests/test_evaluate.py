@@ -801,6 +801,14 @@ def test_unusable_input_is_refused_in_one_line(tmp_path, labelled, encoder, caps
         ({"--shots": "1,,2"}, "--shots"),
         ({"--batch-size": "large"}, "--batch-size"),
         ({"--max-bad": "none"}, "--max-bad"),
+        ({"--max-bad": "nan"}, "--max-bad nan is out of range"),
+        ({"--batch-size": -1}, "--batch-size -1 is out of range"),
+        ({"--batch-size": 2**40}, "out of range"),
+        ({"--task": "reconstruct", "--seed": 2**70}, "--seed"),
+        ({"--seed": 1}, "--seed is for --task reconstruct"),
+        ({"--confusion": tmp_path / "a.png"}, "--confusion is for --task classify"),
+        ({"--task": "features", "--shots": "1"}, "--shots is for --task fewshot"),
+        ({"--val-data": "toy"}, "other classes"),
     ):
         flags = [f"{name}={value}" for name, value in {**usual, **change}.items()]
         line, before = refused(capsys, *flags)

@@ -561,7 +561,7 @@ def test_labels_that_no_class_has_are_counted_and_stop_the_run(tmp_path):
     assert last_json(ran)["task"] == "classify"
     assert 2 <= read_metrics(tmp_path / "run")[-1]["unlabelled"] <= 6
     stopped = fine(*asked, "--val-data", good, "--max-bad", "0.0001", "--out", tmp_path / "strict")
-    assert stopped.returncode == 1 and "without a label from 0 to 1" in stopped.stderr
+    assert stopped.returncode == 1 and "3 have no label from 0 to 1" in stopped.stderr
     val = fine(*asked, "--val-data", train, "--max-bad", "0.5", "--out", tmp_path / "val")
     assert val.returncode == 2 and "5 labels are over 1, the last class" in val.stderr
 
@@ -579,7 +579,10 @@ def test_unreadable_val_pictures_are_named_left_out_and_capped(pets, tmp_path):
     for path in (folder / "train").rglob("*.png"):  # a whole batch of them is no batch
         path.write_bytes(b"junk")
     stopped = fine(*asked, "--max-bad", "1", "--out", tmp_path / "none")
-    assert stopped.returncode == 1 and "8 unreadable and 0 without a label" in stopped.stderr
+    assert (
+        stopped.returncode == 1
+        and "8 pictures 8 cannot be read and 0 have no label" in stopped.stderr
+    )
 
 
 def test_the_recipe_is_the_public_codes(tmp_path):

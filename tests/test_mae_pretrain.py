@@ -230,6 +230,28 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
     assert (tmp_path / "run" / "config.json").exists()
 
 
+def test_damaged_metrics_are_neither_lost_nor_read(tmp_path):
+    folder = tmp_path / "checkpoints" / "step-2"
+    folder.mkdir(parents=True)
+    (tmp_path / "config.json").write_text('{"stage": "mae"}')
+    for damaged in (b'{"step": 1}\n{"stqp": 2}\n', b'{"step": 1}\n\xff}\n', b"5}\n"):
+        (tmp_path / "metrics.jsonl").write_bytes(damaged)
+        with pytest.raises(ValueError, match="metrics.jsonl is damaged.*move it away"):
+            models.begin_run(tmp_path, {"stage": "mae"}, folder, 2)
+        assert (tmp_path / "metrics.jsonl").read_bytes() == damaged
+
+
+def test_ctrl_c_before_the_loop_is_one_line(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mae_pretrain, "prepare", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        mae_pretrain.main([*TINY])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "mae_pretrain.py: stopped\n"
+
+
 def test_a_plan_can_be_made_beside_a_run(tmp_path, capsys):
     (tmp_path / "model.pt").touch()
     mae_pretrain.main([*TINY, "--out", str(tmp_path), "--plan"])

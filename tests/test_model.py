@@ -764,6 +764,25 @@ def test_the_architecture_is_read_off_the_tensors(size):
     assert config["channels"] == 4
 
 
+def test_what_is_wrong_with_a_file_of_weights_is_said(tmp_path):
+    tensors = public_tensors(192, 12, 8, 16)
+    flat = tensors["patch_embed.proj.weight"].flatten(1)
+    no_class = tensors["pos_embed"][:, 1:]
+    for content, words in (
+        ({"state_dict": tensors, "epoch": 3}, "among state_dict, epoch"),
+        ({f"module.{name}": tensor for name, tensor in tensors.items()}, "among module."),
+        (tensors | {"patch_embed.proj.weight": flat}, r"no \(D, C, P, P\)"),
+        (tensors | {"pos_embed": no_class}, "pos_embed has 16 rows"),
+        ({"model": tensors, "config": {"size": "T"}}, "lacks 'image_size'"),
+        ({"model": tensors, "config": ["size"]}, "cannot be used"),
+        (5, "holds no timm-named ViT"),
+    ):
+        torch.save(content, tmp_path / "weights.pt")
+        with pytest.raises(ValueError, match=f"weights.pt.*{words}") as error:
+            models.read_weights(tmp_path / "weights.pt")
+        assert one_line(error)
+
+
 def test_a_bare_encoder_into_a_mae_keeps_the_decoder_s_initial_values(tmp_path):
     tensors = public_tensors(32, 3, 8, 6)
     torch.save(tensors, tmp_path / "bare.pth")
@@ -1079,6 +1098,18 @@ def test_code_in_a_checkpoint_s_metadata_is_refused_and_never_runs(saved, tmp_pa
     assert not sprung.exists()
     pickle.loads(path.read_bytes())
     assert sprung.exists()  # so it was a live one
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("content", ["", "half", "other"])
+def test_a_damaged_file_of_a_checkpoint_is_one_line(saved, name, content):
+    run, folder = saved
+    path = latest(folder) / name
+    whole = path.read_bytes()
+    path.write_bytes({"": b"", "half": whole[: len(whole) // 2], "other": b"\x80 other"}[content])
+    with pytest.raises((ValueError, OSError), match=str(latest(folder))) as error:
+        models.load_checkpoint(latest(folder), *run)
+    assert one_line(error)
 
 
 def test_pickled_objects_among_a_checkpoint_s_tensors_are_refused_and_never_run(saved, tmp_path):

@@ -215,12 +215,24 @@ def test_5_bad_pictures_are_named_counted_and_capped(photos, tmp_path):
     stopped = stage(*run, "--out", tmp_path / "strict", "--max-bad", "0.0001")
     assert stopped.returncode == 1
     assert "over --max-bad" in stopped.stderr and "Traceback" not in stopped.stderr
-    for path in photos.iterdir():  # however many may be unreadable: a whole batch is no batch
+    for path in photos.iterdir():  # however many may be unreadable: all of them are too many
         path.unlink()
         path.write_bytes(b"")
     stopped = stage(*run, "--out", tmp_path / "none", "--max-bad", "1")
-    assert stopped.returncode == 1 and "40 unreadable pictures by step 1" in stopped.stderr
+    assert stopped.returncode == 1 and "40 of 40 pictures cannot be read" in stopped.stderr
     assert not (tmp_path / "none" / "checkpoints").exists()
+
+
+def test_5_one_bad_picture_is_never_fatal(photos, tmp_path):
+    """However often it comes (16 times here), and alone in its batch."""
+    (photos / "007.jpg").write_bytes(b"")
+    run = [*TINY[2:], "--data", photos, "--batch-size", "1", "--steps", 16 * 38, "--workers", "0"]
+    ran = stage(*run, "--out", tmp_path / "run", "--save-every", "1000")
+    assert ran.returncode == 0, ran.stderr
+    metrics = read_metrics(tmp_path / "run")
+    assert metrics[-1]["bad"] == 16 and ran.stderr.count("007.jpg") == 16
+    alone = [line for line, before in zip(metrics[1:], metrics) if line["bad"] > before["bad"]]
+    assert all(line["loss"] == line["grad_norm"] == 0 for line in alone)
 
 
 def test_5_a_bad_picture_weighs_nothing(photos, tmp_path):
