@@ -566,6 +566,9 @@ def train(run, model, optimizer, source, out, steps, say):
     say(f"model    {run.config['size']}, {millions:.2f} M weights to train, "
         f"{flops / 1e9:.2f} GFLOP an image")  # fmt: skip
     say(f"batch    {run.batch_size}: {run.processes} processes x {pieces} x {micro_batch}")
+    if run.task != "lowshot":  # whose prompts make other shapes: PyTorch's
+        attention = models.choose_attention(trunk, micro_batch, device, run.precision)
+        say(f"attention {attention}")
     say(f"run      {steps} steps, {run.precision} on {chip}")
     save_every = run.save_every or max(1, min(1000, steps // 10))
     bar = tqdm(total=steps, initial=first_step, disable=None if run.process == 0 else True)

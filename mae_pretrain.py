@@ -213,6 +213,8 @@ def train(run):
         f"model    {run.config['size']}, {millions:.1f} M weights, {flops / 1e9:.2f} GFLOP an image"
     )
     say(f"batch    {run.batch_size}: {run.processes} processes x {run.pieces} x {run.micro_batch}")
+    attention = models.choose_attention(model, run.micro_batch, device, run.precision)
+    say(f"attention {attention}")
     say(f"run      {run.steps} steps, peak lr {run.lr:.2e}, {run.precision} on {chip}")
     bar = tqdm(total=run.steps, initial=first_step, disable=None if run.process == 0 else True)
     items = range(first_step * run.pieces, run.steps * run.pieces)

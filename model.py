@@ -14,7 +14,7 @@ Tensors: B batch, C channels, H W image, P patch side, N patches, K visible patc
 L layers. Parameter names are timm's and the public MAE's (facebookresearch/mae), so that their
 weights load by name.
 
-This file needs torch only and stands alone when copied.
+This file needs torch and kernels.py, and stands alone with it when copied.
 """
 
 import argparse
@@ -34,6 +34,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+import kernels
 
 # name: (width, layers, heads, patch side). B and up: appendix table 8 of the paper and the maws
 # repository; T and S: DeiT (arXiv 2012.12877). toy is ours, for laptops and tests.
@@ -138,11 +140,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, first_query=0):
-        B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
-        x = F.scaled_dot_product_attention(q[:, :, first_query:], k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N - first_query, D)
+        x = kernels.attention(self.qkv(x), self.heads, first_query)  # (B, N - first_query, D)
+        return self.proj(x)
 
 
 class Mlp(nn.Module):
@@ -278,8 +277,7 @@ class ViT(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x)
         attn = self.blocks[-1].attn
-        qkv = attn.qkv(self.blocks[-1].norm1(x)).unflatten(2, (3, attn.heads, -1))
-        q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, 1 + N, D / heads)
+        q, k, _ = kernels.split_heads(attn.qkv(self.blocks[-1].norm1(x)), attn.heads)
         scores = q[:, :, :1] @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
         return scores.softmax(dim=-1)[:, :, 0, 1:]
 
@@ -608,6 +606,18 @@ def non_finite_gradients(model):
     return [name for name, grad in gradients.items() if not whole(grad).isfinite().all()]
 
 
+def choose_attention(model, batch, device, precision):
+    """Settle which kernels compute a model's attention in training; what to print: see kernels."""
+    N, heads = model.num_patches, model.heads
+    shapes = [(1 + N, 0, heads, model.width // heads)]
+    if isinstance(model, MAE):
+        K, (width, _, decoder_heads) = model.num_visible, model.config["decoder"]
+        decoder = decoder_heads, width // decoder_heads
+        shapes = [(1 + K, 0, *shapes[0][2:]), (1 + N, 0, *decoder), (1 + N, 1 + K, *decoder)]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return kernels.choose(shapes, batch, device, dtype)
+
+
 def parallelize(model, shard, precision="fp32", compile=False, checkpoint_activations=False):
     """Prepare a model for training, in place: activation checkpointing -> compile -> fully_shard.
 
@@ -849,7 +859,8 @@ def save_checkpoint(folder, step, model, optimizer, record, keep=2):
             no_dist=not dist.is_initialized(),
         )
         if writer:
-            write_file(temporary / "state.json", json.dumps({**record, "step": step}))
+            record = {**record, "step": step, "attention": [*kernels.CHOSEN.items()]}
+            write_file(temporary / "state.json", json.dumps(record))
             shutil.rmtree(final, ignore_errors=True)  # left by a run killed before it moved LATEST
             os.replace(temporary, final)
             write_file(folder / "LATEST", final.name)  # syncs the folder: both names
@@ -897,6 +908,7 @@ def load_checkpoint(path, model, optimizer):
     except (Exception, dcp.api.CheckpointException) as error:
         # A damaged file fails in many ways; DCP's own exception is no Exception.
         raise OSError(f"cannot load {path}: {last_line(error)}; --resume another") from error
+    kernels.CHOSEN.update((tuple(shape), way) for shape, way in record.pop("attention", ()))
     return record
 
 

@@ -1,0 +1,558 @@
+"""Fused attention for the shapes that a Vision Transformer meets, in Triton, and the choice of it.
+
+    python kernels.py                  # correctness; on a GPU also speed, beside PyTorch's own
+    ATTENTION=torch python mae_pretrain.py ...      # or triton: not what is faster, but this
+
+attention() is what the models call: these kernels where choose() has found them faster on this very
+machine, else PyTorch's scaled_dot_product_attention. Padding and biases are PyTorch's alone.
+
+Whoever knows PyTorch and no Triton can start here. A kernel is written for one *program*, which
+works on tiles: small matrices in registers. A launch starts a grid of programs, and `tl.program_id`
+tells each which one it is. Pointers are numbers: a tile is read from `pointer + row * stride +
+column`, under a mask where that would be outside. The sides of tiles are powers of two, known when
+the kernel is compiled (`tl.constexpr`): for every other set of them it is compiled again.
+
+What is computed is softmax(q k^T / sqrt(d)) v, for each head of each sample. Special to ViTs:
+
+* q, k and v are read where the qkv layer left them, in one (B, N, 3 D) tensor, and the result is
+  written as the next layer wants it, (B, N, D). Nothing is permuted or copied; backward likewise.
+* A head may be 80 wide (H and 2B): it is a tile of 64 columns beside one of 16, not a padded 128.
+* Sequences are short. Up to 128 tokens, all keys of a head are one tile: softmax is taken at once,
+  and backward is one kernel. Longer ones walk over tiles of keys and correct as they go.
+* In MAE's last decoder block only the hidden tokens ask: queries before `first_query` are left out.
+* The number of tokens is a constant of the kernel, too, since a model meets only a few.
+
+The (N, N) matrices never leave the registers. Forward keeps log2(sum(2^s)) of each row of scores s,
+from which backward computes the softmax again. There are no atomics: same input, same bits.
+"""
+
+import argparse
+import csv
+import itertools
+import math
+import os
+import statistics
+import time
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # run kernels in Python; read when triton is imported
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # PyTorch's attention does it all, and the kernels are never called
+    triton = SimpleNamespace(jit=lambda kernel: kernel, __version__=None)
+    tl = SimpleNamespace(constexpr=float)
+
+
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x log2 e), and 2^x is one instruction
+
+
+# ------------------------------------------------------------------------------- the definition
+
+
+def reference(qkv, heads, first_query=0):
+    """Attention as it is defined. qkv (B, N, 3 * D) -> (B, N - first_query, D), of the same dtype."""
+    q, k, v = split_heads(qkv, heads)
+    scores = q[:, :, first_query:] @ k.transpose(2, 3) / math.sqrt(q.shape[3])
+    return (scores.softmax(dim=3) @ v).transpose(1, 2).flatten(2)
+
+
+def pytorch_attention(qkv, heads, first_query=0):
+    """The same by PyTorch's fused kernels, which read q, k and v where they lie, too."""
+    q, k, v = split_heads(qkv, heads)
+    x = F.scaled_dot_product_attention(q[:, :, first_query:], k, v)
+    return x.transpose(1, 2).flatten(2)
+
+
+def split_heads(qkv, heads):
+    """(B, N, 3 * D) -> q, k, v: views, (B, heads, N, D / heads) each."""
+    return qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+
+# ------------------------------------------------------------------------------------ the kernels
+#
+# Names: `rows` are queries and `keys` keys, both as numbers of tokens; ROWS and KEYS, how many are
+# in a tile. A head of HEAD columns is two tiles, of LEFT and RIGHT columns, RIGHT 0 if one does.
+# Products with a head are two products, too; `a0, a1` stand for the two tiles of a.
+
+
+@triton.jit
+def load(base, rows, stride, N: tl.constexpr, HEAD: tl.constexpr, COLUMN: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Columns COLUMN ... COLUMN + WIDTH of a head: (rows, WIDTH), 0 beyond N tokens and the head."""
+    columns = COLUMN + tl.arange(0, WIDTH)
+    inside = (rows < N)[:, None] & (columns < HEAD)[None, :]
+    return tl.load(base + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_head(base, rows, stride, N: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):  # fmt: skip
+    """A head of these tokens as two tiles, (rows, LEFT) and (rows, RIGHT)."""
+    left = load(base, rows, stride, N, HEAD, 0, LEFT)
+    right = left  # stands in where there is none
+    if RIGHT > 0:
+        right = load(base, rows, stride, N, HEAD, LEFT, RIGHT)
+    return left, right
+
+
+@triton.jit
+def store(base, rows, stride, tile, N: tl.constexpr, HEAD: tl.constexpr, COLUMN: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    columns = COLUMN + tl.arange(0, WIDTH)
+    inside = (rows < N)[:, None] & (columns < HEAD)[None, :]
+    pointers = base + rows[:, None] * stride + columns[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_head(base, rows, stride, left, right, N: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):  # fmt: skip
+    store(base, rows, stride, left, N, HEAD, 0, LEFT)
+    if RIGHT > 0:
+        store(base, rows, stride, right, N, HEAD, LEFT, RIGHT)
+
+
+@triton.jit
+def zero_head(ROWS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    left = tl.zeros((ROWS, LEFT), tl.float32)
+    right = left
+    if RIGHT > 0:
+        right = tl.zeros((ROWS, RIGHT), tl.float32)
+    return left, right
+
+
+@triton.jit
+def over_head(a0, a1, b0, b1, RIGHT: tl.constexpr):
+    """a b^T: (M, HEAD), (N, HEAD) -> (M, N) float32. "ieee": float32 is not rounded to tf32."""
+    product = tl.dot(a0, tl.trans(b0), input_precision="ieee")
+    if RIGHT > 0:
+        product = tl.dot(a1, tl.trans(b1), product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def onto_head(p, a0, a1, sum0, sum1, RIGHT: tl.constexpr):
+    """sum + p a: (M, N), (N, HEAD) -> (M, HEAD) float32. p is rounded to a's dtype."""
+    sum0 = tl.dot(p.to(a0.dtype), a0, sum0, input_precision="ieee")
+    if RIGHT > 0:
+        sum1 = tl.dot(p.to(a0.dtype), a1, sum1, input_precision="ieee")
+    return sum0, sum1
+
+
+@triton.jit
+def forward_rows(
+    qkv, out, logsum, batch_stride, token_stride, heads, scale,
+    N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr,
+    RIGHT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows of one head. Grid (B * heads, tiles of rows).
+
+    Where one tile of keys holds them all, their softmax is taken at once. Else it does not wait for
+    the largest score: sums are relative to the largest one so far, and are shrunk when a larger one
+    turns up (arXiv 1805.02867).
+    """
+    sample, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    D = heads * HEAD
+    q = qkv + sample * batch_stride + head * HEAD
+    # Results have no rows before FIRST: start that much earlier, and `rows` fits them, too.
+    out += (sample * (N - FIRST) - FIRST) * D + head * HEAD
+    logsum += tl.program_id(0).to(tl.int64) * (N - FIRST) - FIRST
+    rows = FIRST + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+
+    q0, q1 = load_head(q, rows, token_stride, N, HEAD, LEFT, RIGHT)
+    largest, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    out0, out1 = zero_head(ROWS, LEFT, RIGHT)
+    for start in range(0, N, KEYS):
+        keys = start + tl.arange(0, KEYS)
+        k0, k1 = load_head(q + D, keys, token_stride, N, HEAD, LEFT, RIGHT)
+        v0, v1 = load_head(q + 2 * D, keys, token_stride, N, HEAD, LEFT, RIGHT)
+        scores = over_head(q0, q1, k0, k1, RIGHT) * scale  # (ROWS, KEYS), log2(e) included
+        scores = tl.where((keys < N)[None, :], scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, axis=1))  # (ROWS,)
+        p = tl.exp2(scores - larger[:, None])
+        if KEYS < N:
+            shrink = tl.exp2(largest - larger)  # 0 for the first tile
+            total = total * shrink
+            out0, out1 = out0 * shrink[:, None], out1 * shrink[:, None]
+        total += tl.sum(p, axis=1)
+        out0, out1 = onto_head(p, v0, v1, out0, out1, RIGHT)  # (ROWS, HEAD)
+        largest = larger
+    out0, out1 = out0 / total[:, None], out1 / total[:, None]
+    store_head(out, rows, D, out0, out1, N, HEAD, LEFT, RIGHT)
+    tl.store(logsum + rows, largest + tl.log2(total), mask=rows < N)
+
+
+# Backward. With p the softmax and g the gradient of the result:
+#     dv = p^T g,   ds = p * (g v^T - delta), delta = sum of g * out over the head,
+#     dk = ds^T q,  dq = ds k.
+# One kernel sums dk and dv of its keys over the rows, the other dq of its rows over the keys.
+
+
+@triton.jit
+def backward_keys(
+    qkv, out, grad, logsum, delta, dqkv, batch_stride, token_stride, heads, scale,
+    N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr,
+    RIGHT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a tile of keys. Grid (B * heads, tiles of keys).
+
+    Where this tile holds all keys, dq is found on the way, and no other kernel is needed; else
+    delta is read as the other kernel left it. Tiles of scores stand as (KEYS, ROWS) here.
+    """
+    sample, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    D = heads * HEAD
+    q = qkv + sample * batch_stride + head * HEAD
+    dq = dqkv + sample * N * 3 * D + head * HEAD
+    result = (sample * (N - FIRST) - FIRST) * D + head * HEAD
+    row = tl.program_id(0).to(tl.int64) * (N - FIRST) - FIRST
+    keys = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+
+    k0, k1 = load_head(q + D, keys, token_stride, N, HEAD, LEFT, RIGHT)
+    v0, v1 = load_head(q + 2 * D, keys, token_stride, N, HEAD, LEFT, RIGHT)
+    dk0, dk1 = zero_head(KEYS, LEFT, RIGHT)
+    dv0, dv1 = zero_head(KEYS, LEFT, RIGHT)
+    for start in range(FIRST, N, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        q0, q1 = load_head(q, rows, token_stride, N, HEAD, LEFT, RIGHT)
+        g0, g1 = load_head(grad + result, rows, D, N, HEAD, LEFT, RIGHT)  # 0 beyond N, and so ds
+        if KEYS >= N:
+            out0, out1 = load_head(out + result, rows, D, N, HEAD, LEFT, RIGHT)
+            difference = tl.sum(g0.to(tl.float32) * out0, axis=1)  # (ROWS,)
+            if RIGHT > 0:
+                difference += tl.sum(g1.to(tl.float32) * out1, axis=1)
+        else:
+            difference = tl.load(delta + row + rows, mask=rows < N, other=0.0)
+        normal = tl.load(logsum + row + rows, mask=rows < N, other=0.0)
+        scores = over_head(k0, k1, q0, q1, RIGHT) * scale  # (KEYS, ROWS)
+        scores = tl.where((keys < N)[:, None], scores, float("-inf"))
+        p = tl.exp2(scores - normal[None, :])
+        dv0, dv1 = onto_head(p, g0, g1, dv0, dv1, RIGHT)
+        ds = p * (over_head(v0, v1, g0, g1, RIGHT) - difference[None, :])
+        dk0, dk1 = onto_head(ds, q0, q1, dk0, dk1, RIGHT)
+        if KEYS >= N:
+            dq0, dq1 = zero_head(ROWS, LEFT, RIGHT)
+            dq0, dq1 = onto_head(tl.trans(ds), k0, k1, dq0, dq1, RIGHT)
+            dq0, dq1 = dq0 * (scale / LOG2_E), dq1 * (scale / LOG2_E)
+            store_head(dq, rows, 3 * D, dq0, dq1, N, HEAD, LEFT, RIGHT)
+    dk0, dk1 = dk0 * (scale / LOG2_E), dk1 * (scale / LOG2_E)
+    store_head(dq + D, keys, 3 * D, dk0, dk1, N, HEAD, LEFT, RIGHT)
+    store_head(dq + 2 * D, keys, 3 * D, dv0, dv1, N, HEAD, LEFT, RIGHT)
+
+
+@triton.jit
+def backward_rows(
+    qkv, out, grad, logsum, delta, dqkv, batch_stride, token_stride, heads, scale,
+    N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr,
+    RIGHT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """dq of a tile of rows, and their delta. Grid (B * heads, tiles of rows). Goes first."""
+    sample, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    D = heads * HEAD
+    q = qkv + sample * batch_stride + head * HEAD
+    result = (sample * (N - FIRST) - FIRST) * D + head * HEAD
+    row = tl.program_id(0).to(tl.int64) * (N - FIRST) - FIRST
+    rows = FIRST + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+
+    q0, q1 = load_head(q, rows, token_stride, N, HEAD, LEFT, RIGHT)
+    g0, g1 = load_head(grad + result, rows, D, N, HEAD, LEFT, RIGHT)
+    out0, out1 = load_head(out + result, rows, D, N, HEAD, LEFT, RIGHT)
+    difference = tl.sum(g0.to(tl.float32) * out0, axis=1)
+    if RIGHT > 0:
+        difference += tl.sum(g1.to(tl.float32) * out1, axis=1)
+    tl.store(delta + row + rows, difference, mask=rows < N)
+    normal = tl.load(logsum + row + rows, mask=rows < N, other=0.0)
+    dq0, dq1 = zero_head(ROWS, LEFT, RIGHT)
+    for start in range(0, N, KEYS):
+        keys = start + tl.arange(0, KEYS)
+        k0, k1 = load_head(q + D, keys, token_stride, N, HEAD, LEFT, RIGHT)
+        v0, v1 = load_head(q + 2 * D, keys, token_stride, N, HEAD, LEFT, RIGHT)
+        scores = over_head(q0, q1, k0, k1, RIGHT) * scale  # (ROWS, KEYS)
+        scores = tl.where((keys < N)[None, :], scores, float("-inf"))
+        p = tl.exp2(scores - normal[:, None])
+        ds = p * (over_head(g0, g1, v0, v1, RIGHT) - difference[:, None])
+        dq0, dq1 = onto_head(ds, k0, k1, dq0, dq1, RIGHT)
+    dq0, dq1 = dq0 * (scale / LOG2_E), dq1 * (scale / LOG2_E)
+    dq = dqkv + sample * N * 3 * D + head * HEAD
+    store_head(dq, rows, 3 * D, dq0, dq1, N, HEAD, LEFT, RIGHT)
+
+
+# --------------------------------------------------------------------------- the plain functions
+
+
+def tiles(tokens, first_query, head, itemsize, backward):
+    """The constants of a launch: how the kernels cut up their work.
+
+    16 x 16 is the smallest tile that a matrix product takes. Up to 128 tokens their keys are one
+    tile, up to 64 where the head is wide. Backward holds more tiles at once, and takes more warps
+    where the head is wide, so that all stays in registers.
+    """
+    left = 1 << head.bit_length() - 1  # the largest power of two in the head
+    right = max(16, 1 << (head - left - 1).bit_length()) if head > left else 0
+    padded, wide = max(16, 1 << (tokens - 1).bit_length()), head * itemsize > 160
+    keys = padded if padded <= (64 if wide else 128) else 64
+    rows = min(padded, 32 if backward and keys == padded else 64)
+    warps = 8 if keys > 64 or (backward and head > 64) else 4
+    sizes = {"N": tokens, "FIRST": first_query, "HEAD": head, "LEFT": left, "RIGHT": right}
+    return sizes | {"ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": 2}
+
+
+def launch(kernel, grid, *arguments, **constants):
+    """Run it; when torch.compile or an operator is traced, wrap_triton lets it see the kernel."""
+    traced = kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+    traced[grid](*arguments, **constants)
+
+
+def attention_forward(
+    qkv: torch.Tensor, heads: int, first_query: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (B, N - first_query, D) and logsum (B, heads, N - first_query) float32 of qkv (B, N, 3 * D).
+
+    logsum is log2 of the softmax's denominators. qkv may have any strides but 1 in the last place.
+    """
+    B, N, D = *qkv.shape[:2], qkv.shape[2] // 3
+    out = qkv.new_empty(B, N - first_query, D)
+    logsum = qkv.new_empty(B, heads, N - first_query, dtype=torch.float32)
+    sizes = tiles(N, first_query, D // heads, qkv.itemsize, backward=False)
+    layout = *qkv.stride()[:2], heads, math.log2(math.e) / math.sqrt(D // heads)
+    grid = B * heads, triton.cdiv(N - first_query, sizes["ROWS"])
+    launch(forward_rows, grid, qkv, out, logsum, *layout, **sizes)
+    return out, logsum
+
+
+def attention_backward(
+    grad: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, logsum: torch.Tensor,
+    heads: int, first_query: int,
+) -> torch.Tensor:  # fmt: skip
+    """The gradient of qkv, (B, N, 3 * D), from the one of out and what forward returned."""
+    B, N, D = *qkv.shape[:2], qkv.shape[2] // 3
+    dqkv, delta = qkv.new_empty(B, N, 3 * D), torch.empty_like(logsum)
+    dqkv[:, :first_query, :D] = 0  # these did not ask
+    sizes = tiles(N, first_query, D // heads, qkv.itemsize, backward=True)
+    layout = *qkv.stride()[:2], heads, math.log2(math.e) / math.sqrt(D // heads)
+    given = qkv, out, grad.contiguous(), logsum, delta, dqkv, *layout
+    if sizes["KEYS"] < N:
+        grid = B * heads, triton.cdiv(N - first_query, sizes["ROWS"])
+        launch(backward_rows, grid, *given, **sizes)
+    grid = B * heads, triton.cdiv(N, sizes["KEYS"])
+    launch(backward_keys, grid, *given, **sizes)
+    return dqkv
+
+
+# ----------------------------------------------------------------------------------- the operator
+#
+# To PyTorch, a call is one operation with a name, a shape rule and a gradient: so it goes through
+# torch.compile, FSDP2, activation checkpointing and autocast. (The interpreter cannot be traced.)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+register = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+fused = register("mae::attention", mutates_args=())(attention_forward)
+fused_backward = register("mae::attention_backward", mutates_args=())(attention_backward)
+fused_backward.register_fake(lambda grad, qkv, *_: qkv.new_empty(qkv.shape))
+
+
+@fused.register_fake
+def _(qkv, heads, first_query):
+    B, N, width = qkv.shape
+    logsum = qkv.new_empty(B, heads, N - first_query, dtype=torch.float32)
+    return qkv.new_empty(B, N - first_query, width // 3), logsum
+
+
+def remember(ctx, inputs, output):  # PyTorch passes them by these names
+    qkv, ctx.heads, ctx.first_query = inputs
+    ctx.save_for_backward(qkv, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def gradient(ctx, grad, _):
+    dqkv = fused_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.first_query)
+    return dqkv, None, None
+
+
+fused.register_autograd(gradient, setup_context=remember)
+
+
+def triton_attention(qkv, heads, first_query=0):
+    """reference() by the kernels: any N, heads of 16, 32, ... 128 columns, in any float dtype."""
+    qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
+    return fused(qkv, heads, first_query)[0]
+
+
+# ------------------------------------------------------------------------------------- the choice
+
+CHOSEN = {}  # (tokens, first query, columns of a head, dtype's name) -> do the kernels compute it
+
+
+def attention(qkv, num_heads, first_query=0):
+    """softmax(q k^T / sqrt(d)) v for every head, by the faster way: see choose().
+
+    qkv (B, N, 3 * D) as a linear layer leaves it -> (B, N - first_query, D), as the next one wants
+    it. Tokens before first_query are looked at but do not ask. Accumulated in float32.
+    """
+    shape = qkv.shape[1], first_query, qkv.shape[2] // (3 * num_heads), str(qkv.dtype)
+    faster = triton_attention if CHOSEN.get(shape) else pytorch_attention
+    return faster(qkv, num_heads, first_query)
+
+
+def choose(shapes, batch, device, dtype):
+    """Decide what attention() does with each of the shapes; return a line that says it and why.
+
+    shapes   (tokens, first query, heads, columns of a head) of a model's attention layers
+    batch    images at once; this, device and dtype as in training: both ways are timed with them
+
+    What is in CHOSEN already, of the run that goes on, stays. The environment variable ATTENTION, torch or triton, decides instead. Under torchrun all must
+    call it; the first process decides. Raises ValueError if ATTENTION is something else.
+    """
+    asked, said = os.environ.get("ATTENTION"), {}
+    if asked not in (None, "torch", "triton"):
+        raise ValueError(f"ATTENTION={asked} in the environment: it is torch or triton, or not set")
+    for tokens, first, heads, columns in shapes:
+        key, why = (tokens, first, columns, str(dtype)), obstacle(device, dtype, columns)
+        if why or asked:
+            ratio, why = float(asked != "torch" and not why), why or f"ATTENTION={asked}"
+        elif key in CHOSEN:
+            ratio, why = float(CHOSEN[key]), "as before"
+        else:
+            try:
+                tensors = random_tensors(batch, tokens, first, heads, columns, device, dtype)
+                ours, theirs = (
+                    measure(function, *tensors, heads, first)[1]
+                    for function in (triton_attention, pytorch_attention)
+                )
+                ratio, why = theirs / ours, f"{theirs / ours:.2f}x PyTorch, timed now"
+            except Exception as error:  # noqa: BLE001 (compilers, on a GPU that nobody has tried)
+                ratio, why = 0.0, f"kernels fail: {type(error).__name__} {error!s:.80}"
+        if dist.is_initialized():
+            decision = torch.tensor(ratio, device=device)
+            dist.broadcast(decision, 0)
+            ratio = decision.item()
+        CHOSEN[key] = ratio >= 1
+        way = "Triton" if CHOSEN[key] else "PyTorch"
+        said.setdefault(f"{way} ({why})", []).append(f"N={tokens} d={columns}")
+    return "; ".join(f"{way} for {', '.join(dict.fromkeys(s))}" for way, s in said.items())
+
+
+def obstacle(device, dtype, columns):
+    """Why the kernels cannot be used, or None."""
+    if triton.__version__ is None or device.type != "cuda":
+        return "no Triton here" if device.type == "cuda" else "no GPU for Triton"
+    if torch.cuda.get_device_capability(device) < (8, 0) or dtype == torch.float32:
+        return "the kernels want 16 bits, and a GPU of compute capability 8.0"
+    return "heads are not 16, 32 ... 128 wide" if columns not in range(16, 129, 16) else None
+
+
+def random_tensors(batch, tokens, first, heads, columns, device, dtype):
+    """(qkv, gradient of the result)."""
+    draw = torch.Generator(device).manual_seed(0)
+    shapes = (batch, tokens, 3 * heads * columns), (batch, tokens - first, heads * columns)
+    qkv, grad = (torch.randn(s, generator=draw, device=device).to(dtype) for s in shapes)
+    return qkv.requires_grad_(), grad
+
+
+def measure(function, qkv, grad, heads, first, rounds=5, calls=4):
+    """Median seconds of (forward, forward and backward) on a GPU."""
+    works = (
+        lambda: function(qkv, heads, first),
+        lambda: function(qkv, heads, first).backward(grad),
+    )
+    works[1]()  # compiles
+    medians = []
+    for work in works:
+        seconds = []
+        for _ in range(rounds):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(calls):
+                work()
+            torch.cuda.synchronize()
+            seconds.append((time.perf_counter() - began) / calls)
+        medians.append(statistics.median(seconds))
+    return medians
+
+
+# ------------------------------------------------------------------------------------- the tables
+
+
+def correctness(device):
+    """Print the largest errors against float64, of the kernels and of the formula in PyTorch."""
+    print("tokens first columns dtype      result: here  PyTorch   gradient: here  PyTorch")
+    shapes = (50, 0, 64), (65, 0, 80), (197, 50, 32), (257, 65, 32), (150, 0, 128)
+    dtypes = [torch.float32, torch.float16]  # Triton's interpreter gets bfloat16 wrong
+    dtypes += [torch.bfloat16] if device.type == "cuda" else []
+    for (tokens, first, columns), dtype in itertools.product(shapes, dtypes):
+        qkv, grad = random_tensors(2, tokens, first, 2, columns, device, dtype)
+        found = []
+        for function, kind in (
+            (reference, torch.float64),
+            (triton_attention, dtype),
+            (reference, dtype),
+        ):
+            given = qkv.detach().to(kind).requires_grad_()
+            out = function(given, 2, first)
+            out.backward(grad.to(kind))
+            found.append((out, given.grad))
+        errors = [(x - exact).abs().max() for exact, *two in zip(*found) for x in two]
+        name = str(dtype).removeprefix("torch.")
+        line = "{:6} {:5} {:7} {:9} {:13.1e} {:8.1e} {:16.1e} {:8.1e}"
+        print(line.format(tokens, first, columns, name, *errors))
+
+
+# (tokens, first query, heads, columns): of every size, MAE's encoder and its decoder, and the
+# classifier at 224 and at 512 (patch 16) or 518 (patch 14).
+SHAPES = [(tokens, 0, heads, 64) for heads in (12, 16) for tokens in (50, 197, 1025)]
+SHAPES += [(n, 0, h, c) for h, c in ((16, 80), (32, 80), (32, 128)) for n in (65, 257, 1370)]
+SHAPES += [(197, 0, 16, 32), (197, 50, 16, 32), (257, 0, 16, 32), (257, 65, 16, 32)]
+
+
+def speed(device, path):
+    """Print, and write to the file `path` if given, the speed of every shape in bfloat16."""
+    names = "tokens, first, heads, columns, way, forward TFLOP/s, backward TFLOP/s, both TFLOP/s"
+    rows = [(*names.split(", "), "both over the fastest of PyTorch", "peak MiB")]
+    print(torch.cuda.get_device_name(device), *rows[0], sep=" | ")
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+    backends |= {"memory-efficient": SDPBackend.EFFICIENT_ATTENTION}
+    for tokens, first, heads, columns in SHAPES:
+        batch, found = max(1, 65_536 // tokens), {}
+        tensors = random_tensors(batch, tokens, first, heads, columns, device, torch.bfloat16)
+        ways = {"Triton": triton_attention, "formula": reference}
+        for way in ("Triton", *backends, "formula"):
+            torch.cuda.reset_peak_memory_stats(device)
+            try:
+                with sdpa_kernel(backends.get(way, SDPBackend.MATH)):
+                    function = ways.get(way, pytorch_attention)
+                    forward, both = measure(function, *tensors, heads, first)
+            except RuntimeError as error:  # a backend that does not take this shape
+                print(f"{way}, {tokens} tokens of {columns} columns: {error!s:.80}")
+                continue
+            found[way] = forward, both, torch.cuda.max_memory_allocated(device) >> 20
+        fastest = min(both for way, (_, both, _) in found.items() if way in backends)
+        flops = 4e-12 * batch * tokens * (tokens - first) * heads * columns
+        for way, (forward, both, peak) in found.items():
+            # Forward has two matrix products, backward five.
+            speeds = flops / forward, 2.5 * flops / (both - forward), 3.5 * flops / both
+            row = tokens, first, heads, columns, way, *(f"{s:.0f}" for s in speeds)
+            rows.append((*row, f"{fastest / both:.2f}", peak))
+            print(*rows[-1], sep=" | ")
+    if path:
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+
+
+def main():
+    parser = argparse.ArgumentParser("kernels.py", description="Correctness and speed.")
+    parser.add_argument("--csv", help="write the speed table to this file, too")
+    given = parser.parse_args()
+    if triton.__version__ is None:
+        parser.exit(2, "kernels.py: there is no Triton here: pip install triton\n")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    correctness(device)
+    if device.type == "cuda":
+        speed(device, given.csv)
+    else:
+        print("(in Triton's interpreter; speed is measured on a GPU, and there is none)")
+
+
+if __name__ == "__main__":
+    main()
