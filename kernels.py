@@ -402,8 +402,9 @@ def choose(shapes, batch, device, dtype):
     shapes   (tokens, first query, heads, columns of a head) of a model's attention layers
     batch    images at once; this, device and dtype as in training: both ways are timed with them
 
-    What is in CHOSEN already, of the run that goes on, stays. The environment variable ATTENTION, torch or triton, decides instead. Under torchrun all must
-    call it; the first process decides. Raises ValueError if ATTENTION is something else.
+    What is in CHOSEN already, of the run that goes on, stays. The environment variable ATTENTION,
+    torch or triton, decides instead: ValueError if it is something else. Under torchrun all must
+    call it, and the first process's times count.
     """
     asked, said = os.environ.get("ATTENTION"), {}
     if asked not in (None, "torch", "triton"):
@@ -453,13 +454,11 @@ def random_tensors(batch, tokens, first, heads, columns, device, dtype):
 
 def measure(function, qkv, grad, heads, first, rounds=5, calls=4):
     """Median seconds of (forward, forward and backward) on a GPU."""
-    works = (
-        lambda: function(qkv, heads, first),
-        lambda: function(qkv, heads, first).backward(grad),
-    )
-    works[1]()  # compiles
+    forward = lambda: function(qkv, heads, first)
+    both = lambda: torch.autograd.grad(forward(), qkv, grad)
+    both()  # compiles
     medians = []
-    for work in works:
+    for work in (forward, both):
         seconds = []
         for _ in range(rounds):
             torch.cuda.synchronize()
