@@ -206,8 +206,8 @@ def open_sources(data, val_data=None, size=(64, 64), labels=None, val_labels=Non
     Without val_data, toy has its own, and so has a folder with train/ and val/ in it (unless labels
     list its pictures). Raises ValueError with one line that says what to do.
     """
-    if (labels or val_labels) and not os.path.isdir(data):
-        raise ValueError("--labels wants a folder that its paths lie in as --data")
+    if labels and not os.path.isdir(data) or val_labels and not os.path.isdir(val_data or data):
+        raise ValueError("--labels and --val-labels want a folder that their paths lie in")
     folders = [os.path.join(data, name) for name in ("train", "val")]
     if data == "toy":
         val_data = val_data or "toy"
@@ -316,40 +316,46 @@ def pictures_below(root):
 def read_labels(path):
     """{picture's path: {"class": name, "hashtags": [...]}, each if given} of a file of labels.
 
-    .jsonl: lines of {"path", and "class" or "hashtags"}. .csv: lines of path,class; those that name
-    no picture are skipped. Damaged lines of both are counted and left out. .json: iNaturalist's,
-    {"images": [{"id", "file_name"}], "annotations": [{"image_id", "category_id"}], "categories":
-    [{"id", "name"}]}. Raises ValueError, one line, when it is none of these.
+    .jsonl: lines of {"path", and "class" or "hashtags"}. .csv: lines of path,class, perhaps under a
+    head line. .json: iNaturalist's, {"images": [{"id", "file_name"}], "annotations": [{"image_id",
+    "category_id"}], "categories": [{"id", "name"}]}. Entries that are damaged, name no picture or
+    contradict an earlier one are counted and left out. Raises ValueError, one line, when the file
+    is none of these.
     """
-    found, bad = {}, 0
+    found, bad, kind = {}, 0, path.rpartition(".")[2]
+    if kind not in ("jsonl", "csv", "json"):
+        raise ValueError(f"{path} is no file of labels: want .jsonl, .csv or .json")
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.endswith(".csv"):
-                for row in filter(None, csv.reader(file)):
-                    name, bad = os.path.normpath(row[0]), bad + (len(row) != 2)
-                    if len(row) == 2 and is_picture(name):  # a head line names no picture
-                        found[name] = {"class": row[1]}
-            elif path.endswith(".json"):
+        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+            rows = csv.reader(file, strict=True) if kind == "csv" else file
+            if kind == "json":
                 content = json.load(file)
                 names = {entry["id"]: entry["name"] for entry in content["categories"]}
                 files = {entry["id"]: entry["file_name"] for entry in content["images"]}
-                for entry in content["annotations"]:
-                    name = os.path.normpath(files[entry["image_id"]])
-                    found[name] = {"class": str(names[entry["category_id"]])}
-            for line in file if path.endswith(".jsonl") else ():
+                rows = content["annotations"]
+            for number, row in enumerate(filter(None, rows)):
                 try:
-                    entry = json.loads(line)
-                    found[os.path.normpath(entry["path"])] = entry
-                    entry |= {"class": str(entry["class"])} if "class" in entry else {}
+                    if kind == "csv":
+                        name, label, entry = *row, {}
+                    elif kind == "jsonl":
+                        entry = json.loads(row)
+                        name, label = entry["path"], entry.pop("class", None)
+                    else:
+                        name, label, entry = files[row["image_id"]], names[row["category_id"]], {}
+                    entry |= {} if label is None else {"class": str(label)}
+                    if not is_picture(os.path.basename(name)) or "\ufffd" in str(row):
+                        raise ValueError(name)
+                    if found.setdefault(os.path.normpath(name), entry) != entry:
+                        raise ValueError(name)
                 except (ValueError, KeyError, TypeError):
-                    bad += 1
+                    bad += number > 0 or kind != "csv"  # a head line names no picture
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise ValueError(f"cannot read labels from {path}: {error!r}") from None
+        raise ValueError(f"cannot read labels from {path}: {one_line(error)}") from None
     if bad:
-        wanted = "path,class" if path.endswith(".csv") else '{"path": ...}'
-        print(f"{path}: lines that are no {wanted} are left out: {bad}", file=sys.stderr)
+        why = "damaged, naming no picture, or against an earlier one"
+        print(f"{path}: entries that are left out ({why}): {bad}", file=sys.stderr)
     if not found:
-        raise ValueError(f"{path} lists no pictures: want .jsonl, .csv or .json, see read_labels")
+        raise ValueError(f"{path} lists no pictures: see read_labels in data.py")
     return found
 
 
@@ -510,7 +516,7 @@ def shard_index(path):
     places = f"{path}.index", os.path.join(tempfile.gettempdir(), f"{elsewhere}.tar.index")
     for place in places:
         try:
-            index = np.load(place)
+            index = np.load(place, mmap_mode="r")  # of 300,000 shards, only the sizes are read
             if index.dtype == np.int64 and index.shape[1:] == (2,) and index[0].tolist() == stamp:
                 return index[1:]
         except (OSError, ValueError, EOFError):  # none, or a damaged one
@@ -627,6 +633,8 @@ def crop_and_resize(image, size, channels, bits=None, min_crop=0.2, centre=1.0):
         image.draft(None, (image.width // shrink, image.height // shrink))
     if orientation != 1:  # exif_transpose copies what it need not turn
         image = ImageOps.exif_transpose(image)
+    if image.mode == "I" and 0 <= image.getextrema()[0] <= image.getextrema()[1] < 256:
+        image = image.convert("L")  # 8 bits, stored as 32
     left, top, w, h = box
     sx, sy = image.width / original[0], image.height / original[1]  # 1, or what draft() gave
     edges = left * sx, top * sy, (left + w) * sx, (top + h) * sy
@@ -644,8 +652,7 @@ def to_mode(image, channels):
         pixels = np.asarray(image)
         if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
             raise ValueError(f"mode {image.mode} with values from {pixels.min()} to {pixels.max()}")
-        dark = image.mode == "I" and pixels.max() < 256  # 8 bits, stored as 32
-        image = Image.fromarray((pixels if dark else pixels >> 8).astype(np.uint8))
+        image = Image.fromarray((pixels >> 8).astype(np.uint8))
     if channels != 4 and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
         # On white: under transparent pixels there may be any colour.
         image = image.convert("RGBA")
@@ -1097,8 +1104,8 @@ def write_hashtags(source, out, tail_below=None, workers=0, **counting):
     is as long as there are pictures with a known tag; the others are never drawn.
     """
     train, _ = hold_out(source, None, HELD_OUT)
-    os.makedirs(out, exist_ok=True)
     vocabulary = count_hashtags(train, workers=workers, **counting)
+    os.makedirs(out, exist_ok=True)
     total, counts = int(train.sizes.sum()), np.array(list(vocabulary.counts.values()))
     # A new file: a run that reads an earlier index goes on with that.
     rarest = np.lib.format.open_memmap(f"{out}/rarest.new.npy", "w+", np.int32, (total,))
@@ -1160,10 +1167,13 @@ def open_hashtags(source, folder):
         vocabulary = Vocabulary(counts, content["synonyms"], digest)
         table = np.array([entry["weight"] for entry in content["tags"]] + [0], dtype=np.int64)
         made_for, rarest = content["data"], open_array(f"{folder}/rarest.npy")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"no hashtags in {folder} ({error!r}): {hint}") from None
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        where = f"in {folder} ({one_line(error)})" if folder else "are given"
+        raise ValueError(f"no hashtags {where}: {hint}") from None
     if made_for != train.identity or len(rarest) != train.sizes.sum():
         raise ValueError(f"{folder} is of other data ({made_for}): {hint}")
+    if len(totals) != len(train.sizes) or rarest.max() >= len(counts):
+        raise ValueError(f"{folder} is damaged (its files do not fit each other): {hint}")
     weights = partial(weights_of, f"{folder}/rarest.npy", table)
     return vocabulary, train, held_out, {"totals": totals, "weights": weights, "most": table.max()}
 
@@ -1185,7 +1195,11 @@ def read_synonyms(path):
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
         rows = [line.split("\t") for line in lines if line.strip()]
-        pairs = dict([canonical([tag], {}).pop() for tag in (one, other)] for one, other in rows)
+        pairs = {}
+        for row in rows:
+            (tag,), (other,) = (canonical([cell], {}) for cell in row)  # one tag in each of two
+            if pairs.setdefault(tag, other) != other:
+                raise ValueError(f"{tag} counts as {pairs[tag]} and as {other}")
         for tag, other in pairs.items():
             if pairs.get(other, other) != other:
                 raise ValueError(f"{tag} counts as {other}, which counts as {pairs[other]}")
@@ -1224,7 +1238,8 @@ def pack(folder, pattern, short_side=None, shard_size=None):
         raise ValueError(f"{every} is not of these pictures and options: move it away")
     os.makedirs(out or ".", exist_ok=True)
     record["packed"][name], record["classes"] = asked, record["classes"] or source.classes
-    Path(out, "pack.json").write_text(json.dumps(record))
+    Path(out, "pack.json.tmp").write_text(json.dumps(record))
+    os.replace(Path(out, "pack.json.tmp"), Path(out, "pack.json"))
     with ThreadPoolExecutor() as threads:  # Pillow works outside Python's lock
         starts = range(0, total, shard_size)
         for start in tqdm(starts, desc="packing", unit=" shards", disable=None):

@@ -158,14 +158,14 @@ def print_probe(weights, config, train, test, pool, seed, **options):
     weights are a stage's; the untrained encoder is the one that `seed` initialises. At most 4096
     labels of train.
     """
+    if train.classes != test.classes or not train.classes:
+        return print("linear probe: left out, for want of labels")
     trained, untrained = (models.ViT(**models.encoder_config(config)).eval() for _ in range(2))
     models.load_weights(trained, weights)
     models.initialize(untrained, seed)
     trained, untrained = (m.to(options.get("device", "cpu")) for m in (trained, untrained))
     functions = {"raw pixels": raw_pixels, "untrained": pooled(untrained, pool)}
     functions["trained"] = pooled(trained, pool)
-    if train.classes != test.classes or not train.classes:
-        return print("linear probe: left out, for want of labels")
     train = data.Part(train, range(min(4096, int(train.sizes.sum()))))
     x, y, _ = extract(functions, train, config, **options)
     x_test, y_test, _ = extract(functions, test, config, **options)
@@ -483,7 +483,7 @@ def right_answers(model, source, labels, numbers, run):
     """
     if run.real_labels:
         try:
-            real = json.loads(Path(run.real_labels).read_text())
+            real = json.loads(Path(run.real_labels).read_text("utf-8"))
             bases = [re.split("[/:]", source.name(number))[-1] for number in numbers]
             keys = [int(re.findall(r"val_(\d{8})", base)[-1]) for base in bases]
             answers = [set(real[key - 1]) if key > 0 else set() for key in keys]
@@ -498,7 +498,7 @@ def right_answers(model, source, labels, numbers, run):
     of_data = dict(enumerate(source.classes or [])) or {i: str(i) for i in found}  # label: name
     if run.label_map:
         try:
-            given = json.loads(Path(run.label_map).read_text())
+            given = json.loads(Path(run.label_map).read_text("utf-8"))
             given = {name: v if isinstance(v, list) else [v] for name, v in given.items()}
             given = {n: {of_model[v] if isinstance(v, str) else v for v in given[n]} for n in given}
             fits = (type(v) is int and 0 <= v < model.classes for m in given.values() for v in m)
@@ -629,8 +629,11 @@ def parse_arguments(argv):
         if run.task not in tasks.split() and getattr(run, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} is for --task {tasks.replace(' ', ', ')}")
     for name, low, high in RANGES:
-        if not low <= (getattr(run, name) or low) <= high:
-            parser.error(f"--{name.replace('_', '-')} {getattr(run, name)} is out of range")
+        value = getattr(run, name)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} {value} is out of range")
+    if run.real_labels and run.label_map:
+        parser.error("--real-labels says which classes are right: leave --label-map out")
     for path in filter(None, (run.confusion, run.mistakes)):
         if not path.endswith(".png") or not Path(path).absolute().parent.is_dir():
             parser.error(f"{path} is no .png in a folder that exists")
@@ -649,7 +652,7 @@ def shots(text):
 
 def fail(message, status=2):
     """One line on what is wrong and what to do."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         print(f"evaluate.py: {message}", file=sys.stderr)
     sys.exit(status)
 

@@ -143,15 +143,16 @@ def parse_arguments(argv):
         for name in names if task != run.task else ():
             if getattr(run, name) != parser.get_default(name):
                 parser.error(f"--{name.replace('_', '-')} is for --task {task}")
-    if run.task == "lowshot" and run.resume:
-        parser.error("--resume is for one training: lowshot goes on by itself in its --out")
+    for name in ("resume", "save_every", "class_weights") if run.task == "lowshot" else ():
+        if getattr(run, name):
+            parser.error(f"--{name.replace('_', '-')} is not for --task lowshot")
     run.out = run.out or Path("runs", run.task)
     return run
 
 
 def fail(message, status=2):
-    """One line, from one process, on what is wrong and what to do."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    """One line, from one process of a machine, on what is wrong and what to do."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         print(f"finetune.py: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -179,26 +180,40 @@ def prepare(run):
     if not run.init:
         side = 48 if run.size in (None, "toy") else 224
         given = {"size": "toy", "image_size": side, "channels": 3, **given}
-    names += ("channels", "positions", "class_names")
+    names += ("channels", "positions", "class_names", "pool")
     run.weights, run.config, run.origin = models.inherit(run.init, given, names)
-    classes_of_head = run.config.pop("class_names", None)
+    classes_of_head, pool = run.config.pop("class_names", None), run.config.pop("pool", None)
     run.image_size = models.pair(run.config["image_size"])
     labels = run.labels, run.val_labels
     run.train, run.val = data.open_sources(run.data or "toy", run.val_data, run.image_size, *labels)
-    run.classes = len(run.train.classes or ()) or run.classes
+    named = len(run.train.classes or ())
+    if named and run.classes not in (None, named):
+        raise ValueError(f"--classes {run.classes}: {run.data} names {named}")
+    run.classes = named or run.classes
     if not run.classes:
-        raise ValueError(f"{run.data} does not name its classes: give --classes, how many")
+        why = "names no classes (two folders or more)"
+        raise ValueError(f"{run.data} {why}: give --classes, how many, or --labels")
     if run.classes < 2:
         raise ValueError(f"{run.data} has one class only: there is nothing to tell apart")
     if run.val is None:
-        raise ValueError(f"{run.data} has no train/ and val/: give the latter as --val-data")
+        why = (
+            "--labels lists no val pictures" if run.labels else f"{run.data} has no train/ and val/"
+        )
+        raise ValueError(f"{why}: give --val-data or --val-labels")
     if (run.train.classes is None) != (run.val.classes is None):
         why = "one of train and val names its classes, the other does not"
         raise ValueError(f"{why}: {run.train.identity}; {run.val.identity}")
     if run.keep_head and (not run.weights or "head.weight" not in run.weights[0]):
         raise ValueError("--keep-head: there is no head in --init")
-    if run.keep_head and classes_of_head != run.train.classes:
-        raise ValueError("--keep-head: the head in --init is for other classes than the data's")
+    if run.keep_head:
+        state = run.weights[0]
+        count, known = len(state["head.weight"]), classes_of_head or run.train.classes
+        if count != run.classes or known != run.train.classes:
+            raise ValueError("--keep-head: the head in --init is for other classes than the data's")
+        pool = pool or ("mean" if "fc_norm.weight" in state else "cls")
+        if run.pool not in (None, pool):
+            raise ValueError(f"--keep-head: the head in --init reads --pool {pool}")
+        run.pool = pool
     toy = isinstance(run.val, data.Toy)
     if toy:  # it has no end
         run.val = data.Part(run.val, range(1024))
@@ -215,6 +230,14 @@ def prepare(run):
             raise ValueError("train is too small: a twentieth of it is needed to choose on")
     if run.val_crop is None:
         run.val_crop = evaluate.usual_crop(run.image_size)
+    if not run.plan:  # else it would be found after a tenth of the training
+        labels = data.all_labels(run.val)
+        if not (labels >= 0).any():
+            raise ValueError(f"no labels in {run.val.identity}")
+        if (labels >= run.classes).any():
+            raise ValueError(f"labels of val are over {run.classes - 1}, the last class")
+    if run.task == "lowshot" and ((run.out / "config.json").exists() or run.out.is_file()):
+        raise ValueError(f"--out {run.out} is a file, or another run's: use another --out")
 
     # -------------------------------------------------------------------------------- the recipe
     found = RECIPES.get(run.config["size"], RECIPES["B"])  # others: B's, unsure
@@ -411,13 +434,9 @@ class Probes(nn.Module):
             x = self.trunk.features(images).float()  # (B, D)
             mean, variance = self.mean, self.variance
             if self.batch_norm and self.training:
-                sums = torch.stack([x.sum(dim=0), x.square().sum(dim=0)])
-                count = len(x)
-                if dist.is_initialized():
-                    dist.all_reduce(sums)
-                    count *= dist.get_world_size()
-                mean, square = sums / count
-                variance = square - mean.square()
+                count = len(x) * evaluate.distributed()[1]
+                mean = over_processes(x.sum(dim=0)) / count
+                variance = over_processes((x - mean).square().sum(dim=0)) / count
                 self.mean.lerp_(mean, 0.1)
                 self.variance.lerp_(variance * count / (count - 1), 0.1)
             x = (x - mean) / (variance + 1e-6).sqrt() if self.batch_norm else x
@@ -433,6 +452,12 @@ class Probes(nn.Module):
             bias = bias - weight @ state["mean"]
         trunk = {n.removeprefix("trunk."): t for n, t in state.items() if n.startswith("trunk.")}
         return trunk | {"head.weight": weight, "head.bias": bias}
+
+
+def over_processes(sums):
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums
 
 
 class Prompted(nn.Module):
@@ -523,6 +548,9 @@ def train(run, model, optimizer, source, out, steps, say):
     device, classify = run.device, run.task == "classify"
     order = data.Order(source.sizes, run.seed, run.lanes)
     share = run.batch_size // run.processes
+    if run.batch_size % (2 * run.processes):
+        why = f"a batch of {run.batch_size} cannot be dealt to {run.processes} processes in pairs"
+        raise ValueError(f"{why}: use a multiple of {2 * run.processes}")
     trunk = getattr(model, "trunk", model)
     # Batch statistics are those of the whole batch: it must not come in pieces.
     whole = share if run.batch_norm else models.fitting_batch(trunk, share, run)
@@ -570,6 +598,9 @@ def train(run, model, optimizer, source, out, steps, say):
         attention = models.choose_attention(trunk, micro_batch, device, run.precision)
         say(f"attention {attention}")
     say(f"run      {steps} steps, {run.precision} on {chip}")
+    stop = []  # A signal leaves a note: the loop saves and ends. A second Ctrl-C ends it at once.
+    signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
+    signal.signal(signal.SIGINT, lambda n, _: stop.append(signal.signal(n, signal.SIG_DFL)))
     save_every = run.save_every or max(1, min(1000, steps // 10))
     bar = tqdm(total=steps, initial=first_step, disable=None if run.process == 0 else True)
     items = range(first_step * pieces, steps * pieces)
@@ -613,7 +644,7 @@ def train(run, model, optimizer, source, out, steps, say):
         # The one host read of a step, after backward and before the optimizer.
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = models.whole(torch.nn.utils.get_total_norm(gradients))
-        sums[3], sums[4] = len(unreadable), len(run.stop)
+        sums[3], sums[4] = len(unreadable), len(stop)
         if run.sharded:
             dist.all_reduce(sums)
         loss, weight, unknown, new_bad, stopping, norm = torch.cat([sums, norm[None]]).tolist()
@@ -621,20 +652,20 @@ def train(run, model, optimizer, source, out, steps, say):
         loss, norm = loss * scale, norm * scale
         for gradient in gradients if scale != 1.0 else ():
             gradient.mul_(scale)
-        done, bad, unlabelled = step + 1, bad + int(new_bad), unlabelled + int(unknown)
-        for name in unreadable if bad <= 20 else ():  # all are counted, the first ones named
+        for name in unreadable[: max(0, 20 - bad)]:  # all are counted, the first ones named
             tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
+        done, bad, unlabelled = step + 1, bad + int(new_bad), unlabelled + int(unknown)
         if order.too_many(bad + unlabelled, done * run.batch_size, run.max_bad):
             what = f"of {done * run.batch_size} pictures {bad} cannot be read and {unlabelled} have"
             what += f" no label from 0 to {run.classes - 1}"
             fail(f"{what}: all, or over --max-bad {run.max_bad}; mend or remove them", 1)
         if not math.isfinite(loss + norm):
-            what = f"step {done}: loss {loss}, gradient norm {norm}; nothing was saved. "
+            lr = optimizer.param_groups[-1]["lr"]
+            what = f"step {done}: loss {loss}, gradient norm {norm}, lr {lr:.2e}; not saved. "
             what += f"Positions {step * run.batch_size} to {done * run.batch_size - 1}. "
             names = " ".join(models.non_finite_gradients(model))
             fail(f"{what}Gradients not finite: {names or 'none'}", 1)
-        if weight:  # without a picture that counts there is nothing to learn
-            optimizer.step()
+        optimizer.step()
         optimizer.zero_grad()
         average_weights(optimizer)
         bar.update()
@@ -655,7 +686,9 @@ def train(run, model, optimizer, source, out, steps, say):
             entry["memory_gib"] = models.peak_memory(device)
             entry["eta_seconds"] = (now - began) / (done - first_step) * (steps - done)
             if saving and run.measure:
+                swap_average(optimizer)
                 entry |= run.measure(model)
+                swap_average(optimizer)
             if run.process == 0:
                 with open(out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(entry) + "\n")
@@ -669,10 +702,12 @@ def train(run, model, optimizer, source, out, steps, say):
         if stopping:
             break
     bar.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if stopping and done < steps:
         say(f"stopped at step {done} of {steps}, saved: the same command goes on")
         return False
-    use_average(optimizer)
+    swap_average(optimizer)
     return True
 
 
@@ -743,6 +778,10 @@ def linear(run, say):
     config = trunk.config
     rates = [rate * run.batch_size / 256 for rate in LINEAR_RATES]
     model = Probes(trunk, rates, run.batch_norm, run.seed)
+    if run.batch_norm:
+        say(
+            "batch norm: the statistics are the whole batch's, unreadable pictures as zeros in them"
+        )
 
     def optimizer(model):
         groups = [{"params": [model.weight, model.bias], "initial_lr": 1.0}]  # see Probes
@@ -818,8 +857,11 @@ def lowshot(run, say):
     for shots in run.shots:
         cells = (f"{np.mean(t[shots]):7.2%} ({np.std(t[shots]):.2%})" for t in tops.values())
         say(f"{shots:>5}   {'   '.join(cells)}")
-    means = {name: {k: float(np.mean(v)) for k, v in t.items()} for name, t in tops.items()}
-    say(json.dumps({"task": "lowshot", "top1": means}))
+    result = {
+        key: {name: {k: float(f(v)) for k, v in t.items()} for name, t in tops.items()}
+        for key, f in (("top1", np.mean), ("top1_std", np.std))
+    }
+    say(json.dumps({"task": "lowshot", **result}))
 
 
 def train_prompts(run, source, seed, rate, out, say):
@@ -834,6 +876,10 @@ def train_prompts(run, source, seed, rate, out, say):
     steps = run.steps or math.ceil(run.epochs * math.ceil(count / run.batch_size))
     places, run.save_every = {"slice": run.slice, "val": run.val}, steps
     run.measure = lambda model: {k: measured(run, model, v)[0][0][0] for k, v in places.items()}
+    share = run.batch_size // run.processes
+    if run.micro_batch:  # at most: batches differ with the shots
+        fitting = (n for n in range(2, share + 1, 2) if share % n == 0 and n <= run.micro_batch)
+        run.micro_batch = max(fitting, default=2)
     model = Prompted(build_trunk(run, lambda _: None), seed)
 
     def optimizer(model):
@@ -879,11 +925,14 @@ def average_weights(optimizer):
             average.lerp_(parameter.detach(), 1 - group["ema"])
 
 
-def use_average(optimizer):
-    with torch.no_grad():
-        for group in optimizer.param_groups:
-            for parameter in group["params"] if group.get("ema") else ():
-                parameter.copy_(optimizer.state[parameter]["average"])
+@torch.no_grad()
+def swap_average(optimizer):
+    """Exchange weights and averages, to measure the latter; and again, back."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("ema") else ():
+            average, kept = optimizer.state[parameter]["average"], parameter.clone()
+            parameter.copy_(average)
+            average.copy_(kept)
 
 
 def main(argv=None):
@@ -897,9 +946,6 @@ def main(argv=None):
             backend = "cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo"
             alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
             dist.init_process_group(backend, **(alone if run.processes == 1 else {}))
-        run.stop = []  # A signal leaves a note: the loop saves and ends. A second Ctrl-C ends it.
-        signal.signal(signal.SIGTERM, lambda *_: run.stop.append("SIGTERM"))
-        signal.signal(signal.SIGINT, lambda n, _: run.stop.append(signal.signal(n, signal.SIG_DFL)))
         counts = torch.ones(run.classes)
         if run.class_weights and not run.plan:
             labels = data.all_labels(run.train)

@@ -97,8 +97,8 @@ def parse_arguments(argv):
 
 
 def fail(message, status=2):
-    """One line, from one process, on what is wrong and what to do."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    """One line, from one process of a machine, on what is wrong and what to do."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         print(f"mae_pretrain.py: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -254,9 +254,9 @@ def train(run):
             loss, norm = loss * scale, norm * scale
             for gradient in gradients:
                 gradient.mul_(scale)
-        done, bad = step + 1, bad + int(new_bad)
-        for name in unreadable if bad <= 20 else ():  # all are counted, the first ones named
+        for name in unreadable[: max(0, 20 - bad)]:  # all are counted, the first ones named
             tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
+        done, bad = step + 1, bad + int(new_bad)
         if run.batches.order.too_many(bad, done * run.batch_size, run.max_bad):
             what = f"{bad} of {done * run.batch_size} pictures cannot be read"
             fail(f"{what}: all, or over --max-bad {run.max_bad}; mend or remove them", 1)
@@ -267,8 +267,7 @@ def train(run):
             what += f"Positions {step * run.batch_size} to {done * run.batch_size - 1}. "
             names = " ".join(models.non_finite_gradients(model))
             fail(f"{what}Gradients not finite: {names or 'none'}", 1)
-        if weight:  # without a readable picture there is nothing to learn
-            optimizer.step()
+        optimizer.step()
         optimizer.zero_grad()
         bar.update()
 
@@ -304,6 +303,7 @@ def train(run):
     if stopping and done < run.steps:
         say(f"stopped at step {done} of {run.steps}, saved: the same command goes on")
     elif run.process == 0:
+        model = run.model = optimizer = gradients = None  # what is shown now needs memory, too
         finish(run, weights)
 
 

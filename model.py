@@ -55,6 +55,10 @@ DECODERS = {"toy": (64, 1, 4), "T": (256, 4, 8)}
 DEFAULT_DECODER = (512, 8, 16)
 
 
+class Unusable(argparse.ArgumentTypeError, ValueError):
+    """A ValueError whose message argparse shows as it is."""
+
+
 def architecture(size):
     """(width, layers, heads, patch side) of a name in SIZES, or of "192x6x3" (patch 16)."""
     if size in SIZES:
@@ -64,21 +68,24 @@ def architecture(size):
 
 
 def triple(text, wanted="WIDTHxLAYERSxHEADS"):
-    """ "192x6x3" -> (192, 6, 3). Raises ValueError with `wanted` in its message."""
+    """ "192x6x3" -> (192, 6, 3). Raises Unusable with `wanted` in its message."""
     try:
         width, layers, heads = (int(number) for number in text.split("x"))
     except ValueError:
-        raise ValueError(f"size {text!r} is unknown: it must be {wanted}") from None
+        raise Unusable(f"size {text!r} is unknown: it must be {wanted}") from None
     if min(width, layers, heads) < 1 or width % (4 * heads):
-        raise ValueError(f"size {text!r}: the width must be a multiple of 4 x heads")
+        raise Unusable(f"size {text!r}: the width must be a multiple of 4 x heads")
     return width, layers, heads
 
 
 def pair(image_size):
     """(height, width) of 224, "224", "160x224" or (160, 224)."""
     sides = str(image_size).split("x") if isinstance(image_size, int | str) else image_size
-    height, width = sides if len(sides) == 2 else (*sides, *sides)
-    return int(height), int(width)
+    try:
+        height, width = map(int, sides if len(sides) == 2 else (*sides, *sides))
+    except (ValueError, TypeError):
+        raise Unusable(f"image size {image_size!r} is neither a side nor HEIGHTxWIDTH") from None
+    return height, width
 
 
 # ---------------------------------------------------------------------------- patches and positions
@@ -758,7 +765,7 @@ def inherit(init, given, names):
             raise ValueError(f"{init} has {name} {config[name]}: it cannot be changed")
     grid = [side // config["patch_size"] for side in config["image_size"]]
     some = [(name, tensor.flatten()[:8].tolist()) for name, tensor in sorted(state.items())]
-    origin = f"{init} ({hashlib.sha256(repr(some).encode()).hexdigest()[:8]})"
+    origin = f"weights {hashlib.sha256(repr(some).encode()).hexdigest()[:8]}"
     config = {name: config[name] for name in names if name in config} | given
     return (state, grid), config, origin
 
@@ -903,6 +910,7 @@ def load_checkpoint(path, model, optimizer):
             step = {"step": torch.tensor(float(record["step"]), device=place)}
             optimizer.state[parameter] = moments | (step if "betas" in group else {})
     try:
+        Reader(path).read_metadata()  # DCP would print a traceback of what is wrong with it
         state = training_state(model, optimizer)
         dcp.load(state, storage_reader=Reader(path), no_dist=not dist.is_initialized())
     except (Exception, dcp.api.CheckpointException) as error:
@@ -935,8 +943,11 @@ class MetadataUnpickler(pickle.Unpickler):
             "torch.distributed.checkpoint.filesystem",
             "_StorageInfo",
         )
-        if (module, name) in plain or is_dtype or is_metadata:
-            return super().find_class(module, name)
+        if "." not in name and ((module, name) in plain or is_dtype or is_metadata):
+            found = super().find_class(module, name)
+            # What a metadata module has imported (os, torch) is not its own.
+            if not is_metadata or getattr(found, "__module__", None) == module:
+                return found
         raise pickle.UnpicklingError(f"the checkpoint's metadata asks for {module}.{name}: refused")
 
 
@@ -948,19 +959,26 @@ def find_checkpoint(out, resume, identity):
     Raises ValueError, one line, when it is not, or when `out` holds something that would be lost.
     """
     source, there = Path(resume or out), Path(out)
-    last = source / "checkpoints" / "LATEST"
+    last, steps = source / "checkpoints" / "LATEST", sorted(source.glob("checkpoints/step-*"))
     while not there.exists():  # what of `out` exists is where it will be made
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"--out {out}: {there} cannot be written to")
+    config = Path(out, "config.json")
+    config = config.read_text(errors="replace") if config.is_file() else ""
+    for name in ("config.json", "metrics.jsonl"):
+        if '"stage"' not in config and Path(out, name).exists():
+            raise ValueError(f"{out} holds a {name} that is not ours: use another --out")
     if (source / "state.json").is_file():
         path = source
     elif last.is_file():
         path = source / "checkpoints" / last.read_text(errors="replace").strip()
+    elif steps:  # killed between the rename of the first one and LATEST
+        path = steps[-1]
     elif resume:
         raise ValueError(f"--resume {resume}: there is no checkpoint in it")
-    elif (Path(out) / "model.pt").exists() or list((Path(out) / "checkpoints").glob("step-*")):
-        raise ValueError(f"{out} holds a model.pt or checkpoints, but no LATEST: use another --out")
+    elif Path(out, "model.pt").exists():
+        raise ValueError(f"{out} holds a model.pt, but no checkpoints: use another --out")
     else:
         return None
     try:
@@ -974,8 +992,8 @@ def find_checkpoint(out, resume, identity):
         raise ValueError(f"{path} is of another run ({'; '.join(changed)}): use another --out")
     elsewhere = path.parent.resolve() != (Path(out) / "checkpoints").resolve()
     if elsewhere and ((Path(out) / "model.pt").exists() or (Path(out) / "checkpoints").exists()):
-        if f'"resume": {json.dumps(str(resume))}' in (Path(out) / "config.json").read_text():
-            return find_checkpoint(out, None, identity)  # the same command again
+        if f'"resume": {json.dumps(str(resume))}' in config:  # the same command again
+            return find_checkpoint(out, None, identity) or path
         raise ValueError(f"{out} holds a run of its own: use another --out, or leave --resume out")
     return path
 
@@ -987,10 +1005,6 @@ def begin_run(out, config, checkpoint=None, step=0):
     when nothing can be written there.
     """
     out, lines = Path(out), []
-    ours = (out / "config.json").is_file() and '"stage"' in (out / "config.json").read_text()
-    for name in ("config.json", "metrics.jsonl"):
-        if not ours and (out / name).exists():
-            raise ValueError(f"{out} holds a {name} that is not ours: use another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
@@ -1019,7 +1033,10 @@ def lock(folder):
     What is left of a killed torchrun may train on for a while: a run beside it would lose lines of
     metrics and checkpoints. A POSIX lock belongs to the process alone, not to its loader workers.
     """
-    import fcntl  # not on Windows, where the rest of this file can be used
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        return
 
     LOCKS.append(open(folder / ".lock", "w"))  # noqa: SIM115
     try:

@@ -1431,17 +1431,26 @@ def test_damaged_lines_of_labels_are_counted_and_left_out(tmp_path, capsys):
     folder = write_files(tmp_path / "p", {"a.png": tile(0), "b.png": tile(1)})
     lines = ['{"path": "a.png", "class": 1, "hashtags": ["#x"]}', '{"path": "b.png"', '["path"]']
     lines += ['{"class": "cat"}', "", '{"path": 5}', '{"path": null}', '{"path": ["a.png"]}', "7"]
+    lines += ['{"path": "a.png", "class": 2, "hashtags": ["#x"]}']  # it was 1
+    lines += ['{"path": "c.png", "class": null}']
     labels = tmp_path / "labels.jsonl"
-    labels.write_text("\n".join(lines))
+    labels.write_bytes("\n".join(lines).encode() + b'\n{"path": "\xff.png", "class": 1}')
+    entries = data.read_labels(str(labels))
+    assert "labels.jsonl: entries" in (printed := capsys.readouterr().err) and ": 10" in printed
+    assert entries == {"a.png": {"path": "a.png", "class": "1", "hashtags": ["#x"]},
+                       "c.png": {"path": "c.png"}}  # fmt: skip
+    labels.write_text(lines[0])
     source, _ = data.open_sources(folder, labels=str(labels))
-    assert "labels.jsonl: lines" in (printed := capsys.readouterr().err) and ": 8" in printed
-    assert source.classes == ["1"] and source.sizes.sum() == 1
-    assert source.read(0)["hashtags"] == ["#x"]
+    assert source.classes == ["1"] and source.read(0)["hashtags"] == ["#x"]
     table = tmp_path / "labels.csv"
-    table.write_text("path,class\na.png,cat\n\nb.png;dog\nb.png,dog,1\n")
+    lines = ["path,class", "a.png,cat", "", "b.png;dog", "b.png,dog,1", "b.jfif,dog", "a.png,dog"]
+    table.write_text("\n".join([*lines, "../p/b.png,cat"]))  # a path, though it begins with a dot
     source, _ = data.open_sources(folder, labels=str(table))
-    assert "labels.csv: lines" in (printed := capsys.readouterr().err) and ": 2" in printed
-    assert source.classes == ["cat"] and source.sizes.sum() == 1
+    assert "labels.csv: entries" in (printed := capsys.readouterr().err) and ": 4" in printed
+    assert source.classes == ["cat"] and source.sizes.sum() == 2
+    table.write_text('a.png,cat\nb.png,"cat\n')  # a quote would swallow what follows
+    with pytest.raises(ValueError, match="cannot read labels"):
+        data.read_labels(str(table))
 
 
 INATURALIST = {
@@ -1487,7 +1496,7 @@ def test_labels_without_a_folder_are_refused(tmp_path):
     labels = write_labels(tmp_path / "labels.csv", {"a.png": "cat"})
     for where in ("toy", write_tar(tmp_path / "a.tar", members_of(range(3)))):
         for flag in ("labels", "val_labels"):
-            with pytest.raises(ValueError, match="--labels wants a folder") as error:
+            with pytest.raises(ValueError, match="want a folder") as error:
                 data.open_sources(where, **{flag: labels})
             one_line(error)
 
@@ -2314,6 +2323,25 @@ def test_an_unfinished_or_foreign_index_of_hashtags_is_refused(tagged, tmp_path)
     with pytest.raises(ValueError, match="of other data") as error:
         data.open_hashtags(other, out)
     one_line(error)
+    rarest = np.load(out / "rarest.npy")
+    for name, content in (
+        ("totals.npy", b""),
+        ("totals.npy", npy(np.zeros(9, np.int64))),
+        ("rarest.npy", npy(rarest + 1000)),
+    ):
+        whole = (out / name).read_bytes()
+        (out / name).write_bytes(content)
+        data.open_array.cache_clear()
+        with pytest.raises(ValueError, match="python data.py hashtags") as error:
+            data.open_hashtags(source, out)
+        one_line(error)
+        (out / name).write_bytes(whole)
+
+
+def npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
 def test_unreadable_hashtags_are_named_and_counted_and_weigh_nothing(tmp_path, capsys):
@@ -2354,12 +2382,16 @@ def test_hashtags_on_the_command_line(tagged, tmp_path, monkeypatch, capsys):
         {"tag": "half", "id": 1, "count": 28, "weight": content["tags"][1]["weight"]},
     ]
     (tmp_path / "bad.tsv").write_text("one column\n")
+    (tmp_path / "two.tsv").write_text("a#b\tc\n")  # two tags in a cell
+    (tmp_path / "both.tsv").write_text("a\tb\na\tc\n")
     (tmp_path / "chain.tsv").write_text("#Few\tfewer\nFEWER\thalf\n")
     (tmp_path / "circle.tsv").write_text("a\tb\nb\ta\n")
     for flag, value in (
         ("--synonyms", tmp_path / "chain.tsv"),
         ("--synonyms", tmp_path / "circle.tsv"),
         ("--min-count", 99),
+        ("--synonyms", tmp_path / "two.tsv"),
+        ("--synonyms", tmp_path / "both.tsv"),
         ("--synonyms", tmp_path / "bad.tsv"),
         ("--labels", "no"),
     ):

@@ -377,9 +377,11 @@ def test_pictures_are_drawn_by_one_process_and_one_says_so(
     flags = ["--checkpoint", autoencoder.path, "--data", labelled, "--out", out]
     for task in ("reconstruct", "attention"):
         monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("LOCAL_RANK", "0")
         line, before = refused(capsys, "--task", task, *flags)
         assert "one process" in line and not before
         monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("LOCAL_RANK", "1")
         with pytest.raises(SystemExit) as stopped:
             evaluate.main(["--task", task, *map(str, flags)])
         assert stopped.value.code == 2 and capsys.readouterr() == ("", "")
@@ -802,7 +804,8 @@ def test_unusable_input_is_refused_in_one_line(tmp_path, labelled, encoder, caps
         ({"--batch-size": "large"}, "--batch-size"),
         ({"--max-bad": "none"}, "--max-bad"),
         ({"--max-bad": "nan"}, "--max-bad nan is out of range"),
-        ({"--batch-size": -1}, "--batch-size -1 is out of range"),
+        ({"--batch-size": 0}, "--batch-size 0 is out of range"),
+        ({"--task": "reconstruct", "--count": 0}, "--count 0 is out of range"),
         ({"--batch-size": 2**40}, "out of range"),
         ({"--task": "reconstruct", "--seed": 2**70}, "--seed"),
         ({"--seed": 1}, "--seed is for --task reconstruct"),

@@ -294,6 +294,33 @@ def test_a_probe_becomes_the_head_of_a_classifier(batch_norm, pool):
         torch.testing.assert_close(same(images), logits[:, 1], rtol=1e-4, atol=1e-5)
 
 
+def test_batch_statistics_of_features_that_hardly_vary_are_exact():
+    """A mean of 40 and a deviation of 0.01: the mean of squares minus the square of the mean, in
+    float32, would be noise, or negative."""
+    model = finetune.Probes(trunk := classifier(), (1.0,), True, seed=0)
+    draw = torch.Generator().manual_seed(0)
+    x = 40 + 0.01 * torch.randn(256, trunk.width, generator=draw, dtype=torch.float64)
+    trunk.features = lambda images: x.float()
+    found = model(torch.zeros(256, 3, 8, 8))[:, 0]
+    scaled = (x - x.mean(dim=0)) / (x.var(dim=0, correction=0) + 1e-6).sqrt()
+    expected = scaled @ model.weight[0].double().T
+    # features near 40 are rounded to 2e-6, a five-thousandth of a deviation
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-3)
+
+
+def test_averages_are_swapped_in_and_out_without_a_trace():
+    parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = torch.optim.SGD([{"params": [parameter], "ema": 0.5}], lr=0.1)
+    finetune.average_weights(optimizer)
+    parameter.data = torch.tensor([3.0, 8.0])
+    finetune.average_weights(optimizer)
+    finetune.swap_average(optimizer)
+    assert parameter.tolist() == [2.0, 5.0]
+    finetune.swap_average(optimizer)
+    assert parameter.tolist() == [3.0, 8.0]
+    assert optimizer.state[parameter]["average"].tolist() == [2.0, 5.0]
+
+
 def test_heads_side_by_side_move_as_each_would_alone_at_its_lr():
     trunk, rates = classifier(), (0.3, 2.0)
     model = finetune.Probes(trunk, rates, False, seed=0)
@@ -486,7 +513,7 @@ def refused(capsys, *arguments):
 
 def test_unusable_input_is_refused_in_one_line(pets, photos, tmp_path, capsys):
     common = ["--task", "classify", *TINY, "--out", tmp_path / "run"]
-    assert "does not name its classes" in refused(capsys, *common, "--data", photos)
+    assert "names no classes" in refused(capsys, *common, "--data", photos)
     assert "no train/ and val/" in refused(capsys, *common, "--data", pets / "train")
     (tmp_path / "one" / "train" / "cats").mkdir(parents=True)
     picture(0).save(tmp_path / "one" / "train" / "cats" / "a.png")
@@ -523,7 +550,32 @@ def test_unusable_input_is_refused_in_one_line(pets, photos, tmp_path, capsys):
     other = models.Classifier("16x2x2", 3, image_size=16, patch_size=4, class_names=["a", "b", "c"])
     models.save_weights(tmp_path / "head.pt", other.state_dict(), other.config)
     assert "for other classes" in refused(capsys, *head, tmp_path / "head.pt")
+    other = models.Classifier("16x2x2", 3, image_size=16, patch_size=4)  # it names none
+    models.save_weights(tmp_path / "head.pt", other.state_dict(), other.config)
+    line = refused(capsys, *head, tmp_path / "head.pt", "--pool", "mean")
+    assert "the head in --init reads --pool cls" in line
+    assert "names 3" in refused(capsys, *common, "--data", pets, "--classes", 5)
+    for flag in (["--save-every", 2], ["--class-weights"], ["--resume", tmp_path]):
+        line = refused(capsys, "--task", "lowshot", *linear[2:], *flag)
+        assert f"{flag[0]} is not for --task lowshot" in line
+    missing = ["--val-labels", tmp_path / "no.csv", "--val-data", tmp_path / "numbered" / "0.tar"]
+    assert "want a folder" in refused(capsys, *common, "--data", pets, *missing)
+    unlabelled = shards(tmp_path / "unlabelled", ["", "", ""])
+    line = refused(capsys, *common, *numbered, "--val-data", unlabelled)
+    assert "no labels in" in line  # before a step is trained
     assert not (tmp_path / "run").exists()
+
+
+def test_a_kept_head_reads_what_it_was_trained_on(pets, tmp_path):
+    """A head of class tokens goes on as it was, without a flag that says so."""
+    run = ["--task", "classify", *TINY, "--data", pets, "--lr", "1e-30", "--steps", "1"]
+    model = models.Classifier("16x2x2", 3, image_size=16, patch_size=4, head_std=1.0)
+    models.save_weights(tmp_path / "head.pt", model.state_dict(), model.config)
+    ran = fine(*run, "--init", tmp_path / "head.pt", "--keep-head", "--out", tmp_path / "run")
+    assert last_json(ran)["task"] == "classify"
+    state, config = models.read_weights(tmp_path / "run" / "model.pt")
+    assert config["pool"] == "cls" and "fc_norm.weight" not in state
+    torch.testing.assert_close(state["head.weight"], model.head.weight.detach())
 
 
 def test_a_plan_is_made_from_shapes_alone(pets, tmp_path, monkeypatch, capsys):
@@ -563,7 +615,7 @@ def test_labels_that_no_class_has_are_counted_and_stop_the_run(tmp_path):
     stopped = fine(*asked, "--val-data", good, "--max-bad", "0.0001", "--out", tmp_path / "strict")
     assert stopped.returncode == 1 and "3 have no label from 0 to 1" in stopped.stderr
     val = fine(*asked, "--val-data", train, "--max-bad", "0.5", "--out", tmp_path / "val")
-    assert val.returncode == 2 and "5 labels are over 1, the last class" in val.stderr
+    assert val.returncode == 2 and "labels of val are over 1, the last class" in val.stderr
 
 
 def test_unreadable_val_pictures_are_named_left_out_and_capped(pets, tmp_path):

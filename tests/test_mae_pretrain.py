@@ -12,7 +12,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, read_metrics, stage
+from conftest import ROOT, TINY, picture, read_metrics, stage
 from PIL import Image
 
 import data
@@ -165,9 +165,7 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_difference
     assert "(mask_ratio was 0.75, is 0.5)" in line
     line = refused(capsys, *TINY, "--out", str(tmp_path / "new"), "--resume", str(out), "--lr", "1")
     assert "lr was 0.001, is 1.0" in line
-    for file in (out / "checkpoints").rglob("*"):
-        if file.is_file():
-            file.unlink()
+    shutil.rmtree(out / "checkpoints")
     assert "model.pt" in refused(capsys, *TINY, "--out", str(out))
     assert (out / "metrics.jsonl").read_bytes() == before
 
@@ -227,6 +225,58 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     models.begin_run(tmp_path / "run", {"stage": "mae"})
     assert "cannot be locked (No locks available)" in capsys.readouterr().out
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_kills_within_the_first_save_lose_nothing(tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert stage(*TINY, "--out", first).returncode == 0
+    (first / "checkpoints" / "LATEST").unlink()  # between the rename and LATEST
+    ran = stage(*TINY, "--out", first)
+    assert f"going on from {first}/checkpoints/step-00000012" in ran.stdout
+    assert (first / "checkpoints" / "LATEST").read_text() == "step-00000012"
+    resume = [*TINY, "--out", second, "--resume", first / "checkpoints" / "step-00000008"]
+    assert stage(*resume).returncode == 0
+    for path in (second / "checkpoints").iterdir():  # before the rename
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (second / "checkpoints" / ".saving").mkdir()
+    (second / "model.pt").unlink()
+    ran = stage(*resume)
+    assert f"going on from {first}/checkpoints/step-00000008" in ran.stdout, ran.stderr
+    assert read_metrics(second) == read_metrics(first)
+
+
+def test_the_same_weights_under_another_name_are_the_same(tmp_path):
+    first = [*TINY, "--out", tmp_path / "first"]
+    assert stage(*first).returncode == 0
+    for name in (tmp_path / "first" / "model.pt", tmp_path / "second" / ".." / "first/model.pt"):
+        ran = stage(*TINY, "--init", name, "--out", tmp_path / "second")
+        assert ran.returncode == 0, ran.stderr
+
+
+def test_many_unreadable_pictures_at_once_are_named_up_to_20(tmp_path):
+    for number in range(40):
+        picture(number).save(tmp_path / f"{number:02}.png")
+    for number in range(30):
+        (tmp_path / f"{number:02}.png").write_bytes(b"")
+    run = [*TINY[2:], "--data", tmp_path, "--batch-size", "38", "--steps", "1"]
+    ran = stage(*run, "--out", tmp_path / "run", "--max-bad", "1")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("unreadable, weight 0: ") == 20
+
+
+def test_shapes_that_make_no_sense_are_said_to_be(capsys):
+    for flag, value, words in (
+        ("--decoder", "100", "size '100' is unknown: it must be WIDTHxLAYERSxHEADS"),
+        ("--decoder", "6x1x2", "the width must be a multiple of 4 x heads"),
+        ("--image-size", "big", "image size 'big' is neither a side nor HEIGHTxWIDTH"),
+    ):
+        assert words in refused(capsys, flag, value)
+
+
+def test_where_there_are_no_posix_locks_a_run_starts_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    models.begin_run(tmp_path / "run", {"stage": "mae"})
     assert (tmp_path / "run" / "config.json").exists()
 
 

@@ -284,6 +284,14 @@ def test_8_no_code_runs_from_a_file(uninterrupted, tmp_path):
     metadata.write_bytes(pickle.dumps(Attack(marker)))
     ran = stage(*TINY, "--out", tmp_path / "b")
     assert ran.returncode == 1 and "refused" in ran.stderr
+    # A dotted name reaches through a metadata module into what it has imported.
+    for name in ("os.system", "torch.os.system"):
+        call = b"\x80\x04\x8c%%torch.distributed.checkpoint.metadata\x8c%c%b\x93"
+        call %= (len(name), name.encode())
+        command = f"touch {marker}".encode()
+        metadata.write_bytes(call + b"\x8c%c%b\x85R." % (len(command), command))
+        ran = stage(*TINY, "--out", tmp_path / "b")
+        assert ran.returncode == 1 and "refused" in ran.stderr
     assert not marker.exists()
 
 
@@ -291,7 +299,7 @@ def test_8_no_code_runs_from_a_file(uninterrupted, tmp_path):
 
 
 def test_9_no_optional_package_is_imported():
-    code = "import mae_pretrain, sys; print({'triton', 'torchvision', 'timm'} & set(sys.modules))"
+    code = "import mae_pretrain, sys; print({'torchvision', 'timm'} & set(sys.modules))"
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

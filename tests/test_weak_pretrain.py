@@ -117,7 +117,7 @@ def test_it_starts_from_stage_1_without_its_decoder(tmp_path):
 def test_pictures_of_a_folder_with_tags_from_a_file(tagged, tmp_path):
     ran = weak(*tagged, "--out", tmp_path / "run")
     assert ran.returncode == 0, ran.stderr
-    assert "labels.jsonl: lines that are" in ran.stderr
+    assert "labels.jsonl: entries that are" in ran.stderr
     assert "2 hashtags" in ran.stdout
     # Pictures without a known tag are never drawn, so none has to be left out of a batch.
     assert read_metrics(tmp_path / "run")[-1]["untagged"] == 0
@@ -159,10 +159,9 @@ def test_unusable_input_is_refused_in_one_line(tagged, photos, tmp_path, capsys)
     assert "give --tags" in refused(capsys, "--data", photos, *out)
     assert "no hashtags in" in refused(capsys, "--data", photos, "--tags", tmp_path, *out)
     assert "other data" in refused(capsys, "--data", photos, "--tags", tagged[-1], *out)
-    assert "cannot read labels" in refused(
-        capsys, "--data", photos, "--labels", tmp_path / "x", *out
-    )
-    assert "wants a folder" in refused(capsys, "--labels", tmp_path / "x", *out)
+    for name, words in (("x", "no file of labels"), ("x.jsonl", "cannot read labels")):
+        assert words in refused(capsys, "--data", photos, "--labels", tmp_path / name, *out)
+    assert "want a folder" in refused(capsys, "--labels", tmp_path / "x", *out)
     model = models.ViT("16x2x2", image_size=16, patch_size=4)
     models.save_weights(tmp_path / "vit.pt", model.state_dict(), model.config)
     line = refused(capsys, "--init", tmp_path / "vit.pt", "--size", "toy", *out)
