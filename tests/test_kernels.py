@@ -116,6 +116,11 @@ def test_large_scores_and_constant_rows(tokens):
     out.square().sum().backward()
     assert out.isfinite().all() and qkv.grad.isfinite().all()
     torch.testing.assert_close(out, kernels.reference(qkv, 2), rtol=1e-4, atol=1e-4)
+    qkv = qkv.detach()
+    qkv[..., :32], qkv[..., 32:64] = 40, -40  # all scores far below 0: where there is no key, 0 is
+    qkv = qkv.requires_grad_()  # far above them, and 2^0 over their sum infinite
+    kernels.triton_attention(qkv, 2).square().sum().backward()
+    assert qkv.grad.isfinite().all()
     constant = torch.ones(1, tokens, 3 * 2 * 16, device=DEVICE)
     torch.testing.assert_close(kernels.triton_attention(constant, 2), constant[..., :32])
 
