@@ -148,19 +148,22 @@ def forward_rows(
     N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows of one head. Grid (B * heads, tiles of rows).
+    """A tile of rows of one head. Grid: B * heads * tiles of rows.
 
     Where one tile of keys holds them all, their softmax is taken at once. Else it does not wait for
     the largest score: sums are relative to the largest one so far, and are shrunk when a larger one
     turns up (arXiv 1805.02867).
     """
-    sample, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    # Neighbouring programs are tiles of one head: what they share is still in the cache.
+    tiles: tl.constexpr = tl.cdiv(N - FIRST, ROWS)
+    tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    sample, head = (pair // heads).to(tl.int64), pair % heads
     D = heads * HEAD
     q = qkv + sample * batch_stride + head * HEAD
     # Results have no rows before FIRST: start that much earlier, and `rows` fits them, too.
     out += (sample * (N - FIRST) - FIRST) * D + head * HEAD
-    logsum += tl.program_id(0).to(tl.int64) * (N - FIRST) - FIRST
-    rows = FIRST + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    logsum += pair.to(tl.int64) * (N - FIRST) - FIRST
+    rows = FIRST + tile * ROWS + tl.arange(0, ROWS)
 
     q0, q1 = load_head(q, rows, token_stride, N, HEAD, LEFT, RIGHT)
     largest, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
@@ -197,18 +200,20 @@ def backward_keys(
     N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of keys. Grid (B * heads, tiles of keys).
+    """dk and dv of a tile of keys. Grid: B * heads * tiles of keys.
 
     Where this tile holds all keys, dq is found on the way, and no other kernel is needed; else
     delta is read as the other kernel left it. Tiles of scores stand as (KEYS, ROWS) here.
     """
-    sample, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    tiles: tl.constexpr = tl.cdiv(N, KEYS)
+    tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    sample, head = (pair // heads).to(tl.int64), pair % heads
     D = heads * HEAD
     q = qkv + sample * batch_stride + head * HEAD
     dq = dqkv + sample * N * 3 * D + head * HEAD
     result = (sample * (N - FIRST) - FIRST) * D + head * HEAD
-    row = tl.program_id(0).to(tl.int64) * (N - FIRST) - FIRST
-    keys = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+    row = pair.to(tl.int64) * (N - FIRST) - FIRST
+    keys = tile * KEYS + tl.arange(0, KEYS)
 
     k0, k1 = load_head(q + D, keys, token_stride, N, HEAD, LEFT, RIGHT)
     v0, v1 = load_head(q + 2 * D, keys, token_stride, N, HEAD, LEFT, RIGHT)
@@ -240,6 +245,9 @@ def backward_keys(
     dk0, dk1 = dk0 * (scale / LOG2_E), dk1 * (scale / LOG2_E)
     store_head(dq + D, keys, 3 * D, dk0, dk1, N, HEAD, LEFT, RIGHT)
     store_head(dq + 2 * D, keys, 3 * D, dv0, dv1, N, HEAD, LEFT, RIGHT)
+    if FIRST > 0:  # those who did not ask
+        dq0, dq1 = zero_head(KEYS, LEFT, RIGHT)
+        store_head(dq, keys, 3 * D, dq0, dq1, FIRST, HEAD, LEFT, RIGHT)
 
 
 @triton.jit
@@ -248,13 +256,16 @@ def backward_rows(
     N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of rows, and their delta. Grid (B * heads, tiles of rows). Goes first."""
-    sample, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    """dq of a tile of rows, and their delta. Grid: B * heads * tiles of rows. It goes first: the
+    other kernel reads delta."""
+    tiles: tl.constexpr = tl.cdiv(N - FIRST, ROWS)
+    tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    sample, head = (pair // heads).to(tl.int64), pair % heads
     D = heads * HEAD
     q = qkv + sample * batch_stride + head * HEAD
     result = (sample * (N - FIRST) - FIRST) * D + head * HEAD
-    row = tl.program_id(0).to(tl.int64) * (N - FIRST) - FIRST
-    rows = FIRST + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row = pair.to(tl.int64) * (N - FIRST) - FIRST
+    rows = FIRST + tile * ROWS + tl.arange(0, ROWS)
 
     q0, q1 = load_head(q, rows, token_stride, N, HEAD, LEFT, RIGHT)
     g0, g1 = load_head(grad + result, rows, D, N, HEAD, LEFT, RIGHT)
@@ -317,7 +328,7 @@ def attention_forward(
     logsum = qkv.new_empty(B, heads, N - first_query, dtype=torch.float32)
     sizes = tiles(N, first_query, D // heads, qkv.itemsize, backward=False)
     layout = *qkv.stride()[:2], heads, math.log2(math.e) / math.sqrt(D // heads)
-    grid = B * heads, triton.cdiv(N - first_query, sizes["ROWS"])
+    grid = (B * heads * triton.cdiv(N - first_query, sizes["ROWS"]),)
     launch(forward_rows, grid, qkv, out, logsum, *layout, **sizes)
     return out, logsum
 
@@ -329,14 +340,13 @@ def attention_backward(
     """The gradient of qkv, (B, N, 3 * D), from the one of out and what forward returned."""
     B, N, D = *qkv.shape[:2], qkv.shape[2] // 3
     dqkv, delta = qkv.new_empty(B, N, 3 * D), torch.empty_like(logsum)
-    dqkv[:, :first_query, :D] = 0  # these did not ask
     sizes = tiles(N, first_query, D // heads, qkv.itemsize, backward=True)
     layout = *qkv.stride()[:2], heads, math.log2(math.e) / math.sqrt(D // heads)
     given = qkv, out, grad.contiguous(), logsum, delta, dqkv, *layout
     if sizes["KEYS"] < N:
-        grid = B * heads, triton.cdiv(N - first_query, sizes["ROWS"])
+        grid = (B * heads * triton.cdiv(N - first_query, sizes["ROWS"]),)
         launch(backward_rows, grid, *given, **sizes)
-    grid = B * heads, triton.cdiv(N, sizes["KEYS"])
+    grid = (B * heads * triton.cdiv(N, sizes["KEYS"]),)
     launch(backward_keys, grid, *given, **sizes)
     return dqkv
 
@@ -364,6 +374,7 @@ def remember(ctx, inputs, output):  # PyTorch passes them by these names
     qkv, ctx.heads, ctx.first_query = inputs
     ctx.save_for_backward(qkv, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for logsum's
 
 
 def gradient(ctx, grad, _):
@@ -404,7 +415,7 @@ def choose(shapes, batch, device, dtype):
 
     What is in CHOSEN already, of the run that goes on, stays. The environment variable ATTENTION,
     torch or triton, decides instead: ValueError if it is something else. Under torchrun all must
-    call it, and the first process's times count.
+    call it, and the slowest process's answer is everyone's.
     """
     asked, said = os.environ.get("ATTENTION"), {}
     if asked not in (None, "torch", "triton"):
@@ -424,10 +435,11 @@ def choose(shapes, batch, device, dtype):
                 )
                 ratio, why = theirs / ours, f"{theirs / ours:.2f}x PyTorch, timed now"
             except Exception as error:  # noqa: BLE001 (compilers, on a GPU that nobody has tried)
-                ratio, why = 0.0, f"kernels fail: {type(error).__name__} {error!s:.80}"
+                said_so = " ".join(str(error).split())[:80]
+                ratio, why = 0.0, f"kernels fail: {type(error).__name__} {said_so}"
         if dist.is_initialized():
             decision = torch.tensor(ratio, device=device)
-            dist.broadcast(decision, 0)
+            dist.all_reduce(decision, dist.ReduceOp.MIN)  # it must be faster on all
             ratio = decision.item()
         CHOSEN[key] = ratio >= 1
         way = "Triton" if CHOSEN[key] else "PyTorch"
@@ -522,7 +534,7 @@ def speed(device, path):
                 with sdpa_kernel(backends.get(way, SDPBackend.MATH)):
                     function = ways.get(way, pytorch_attention)
                     forward, both = measure(function, *tensors, heads, first)
-            except RuntimeError as error:  # a backend that does not take this shape
+            except Exception as error:  # noqa: BLE001 (a backend that does not take this shape)
                 print(f"{way}, {tokens} tokens of {columns} columns: {error!s:.80}")
                 continue
             found[way] = forward, both, torch.cuda.max_memory_allocated(device) >> 20
