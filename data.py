@@ -1148,7 +1148,7 @@ def write_hashtags(source, out, tail_below=None, workers=0, **counting):
 
 
 def open_hashtags(source, folder):
-    """(Vocabulary, source to train on, slice to measure on, {"totals", "weights", "most"}: Order's).
+    """(Vocabulary, source to train on, slice to measure on, Order's "totals", "weights", "most").
 
     From a folder that write_hashtags wrote for this source; without one, for the toy world: the
     tags of its first pictures, and no weights. Raises ValueError, one line, when that cannot be.

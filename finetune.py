@@ -548,17 +548,11 @@ def train(run, model, optimizer, source, out, steps, say):
     device, classify = run.device, run.task == "classify"
     order = data.Order(source.sizes, run.seed, run.lanes)
     share = run.batch_size // run.processes
-    if run.batch_size % (2 * run.processes):
-        why = f"a batch of {run.batch_size} cannot be dealt to {run.processes} processes in pairs"
-        raise ValueError(f"{why}: use a multiple of {2 * run.processes}")
     trunk = getattr(model, "trunk", model)
     # Batch statistics are those of the whole batch: it must not come in pieces.
     whole = share if run.batch_norm else models.fitting_batch(trunk, share, run)
     micro_batch = run.micro_batch or whole
     pieces = share // micro_batch
-    if pieces * micro_batch != share or micro_batch % 2 or (run.batch_norm and pieces > 1):
-        wanted = "all of it with --batch-norm" if run.batch_norm else "an even divisor"
-        raise ValueError(f"--micro-batch {micro_batch} of a process's {share}: want {wanted}")
     dealt = {"process": run.process, "processes": run.processes, "pieces": pieces}
     drawn = {"order": order, "seed": run.seed, "min_crop": run.min_crop}
     if classify:
@@ -567,6 +561,9 @@ def train(run, model, optimizer, source, out, steps, say):
             drawn["augment"] = partial(augment, magnitude=run.rand_augment, erasing=run.erase)
     shape = run.image_size, run.config["channels"], run.batch_size
     batches = data.Batches(source, *shape, **dealt, **drawn)
+    if pieces * micro_batch != share or micro_batch % 2 or (run.batch_norm and pieces > 1):
+        wanted = "all of it with --batch-norm" if run.batch_norm else "an even divisor"
+        raise ValueError(f"--micro-batch {micro_batch} of a process's {share}: want {wanted}")
 
     # -------------------------------------------------------------------------------- parallelize
     model = model.to(device)

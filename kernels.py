@@ -57,7 +57,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x log2 e), and 2^x is o
 
 
 def reference(qkv, heads, first_query=0):
-    """Attention as it is defined. qkv (B, N, 3 * D) -> (B, N - first_query, D), of the same dtype."""
+    """Attention as it is defined: qkv (B, N, 3 * D) -> (B, N - first_query, D), of one dtype."""
     q, k, v = split_heads(qkv, heads)
     scores = q[:, :, first_query:] @ k.transpose(2, 3) / math.sqrt(q.shape[3])
     return (scores.softmax(dim=3) @ v).transpose(1, 2).flatten(2)
@@ -83,15 +83,21 @@ def split_heads(qkv, heads):
 
 
 @triton.jit
-def load(base, rows, stride, N: tl.constexpr, HEAD: tl.constexpr, COLUMN: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """Columns COLUMN ... COLUMN + WIDTH of a head: (rows, WIDTH), 0 beyond N tokens and the head."""
+def load(
+    base, rows, stride,
+    N: tl.constexpr, HEAD: tl.constexpr, COLUMN: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """WIDTH columns of a head, from COLUMN on: (rows, WIDTH), 0 beyond N tokens and the head."""
     columns = COLUMN + tl.arange(0, WIDTH)
     inside = (rows < N)[:, None] & (columns < HEAD)[None, :]
     return tl.load(base + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def load_head(base, rows, stride, N: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):  # fmt: skip
+def load_head(
+    base, rows, stride,
+    N: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+):  # fmt: skip
     """A head of these tokens as two tiles, (rows, LEFT) and (rows, RIGHT)."""
     left = load(base, rows, stride, N, HEAD, 0, LEFT)
     right = left  # stands in where there is none
@@ -101,7 +107,10 @@ def load_head(base, rows, stride, N: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.
 
 
 @triton.jit
-def store(base, rows, stride, tile, N: tl.constexpr, HEAD: tl.constexpr, COLUMN: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+def store(
+    base, rows, stride, tile,
+    N: tl.constexpr, HEAD: tl.constexpr, COLUMN: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     columns = COLUMN + tl.arange(0, WIDTH)
     inside = (rows < N)[:, None] & (columns < HEAD)[None, :]
     pointers = base + rows[:, None] * stride + columns[None, :]
@@ -109,7 +118,10 @@ def store(base, rows, stride, tile, N: tl.constexpr, HEAD: tl.constexpr, COLUMN:
 
 
 @triton.jit
-def store_head(base, rows, stride, left, right, N: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):  # fmt: skip
+def store_head(
+    base, rows, stride, left, right,
+    N: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+):  # fmt: skip
     store(base, rows, stride, left, N, HEAD, 0, LEFT)
     if RIGHT > 0:
         store(base, rows, stride, right, N, HEAD, LEFT, RIGHT)
@@ -319,7 +331,7 @@ def launch(kernel, grid, *arguments, **constants):
 def attention_forward(
     qkv: torch.Tensor, heads: int, first_query: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (B, N - first_query, D) and logsum (B, heads, N - first_query) float32 of qkv (B, N, 3 * D).
+    """qkv (B, N, 3 * D) -> out (B, N - first_query, D), logsum (B, heads, N - first_query) float32.
 
     logsum is log2 of the softmax's denominators. qkv may have any strides but 1 in the last place.
     """
