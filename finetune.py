@@ -122,6 +122,7 @@ def parse_arguments(argv):
     add("--precision", choices=("bf16", "fp32"), help="of the compute (CUDA: bf16, else fp32)")
     add("--compile", action="store_true", help="torch.compile every block")
     add("--checkpoint-activations", action="store_true", help="less memory, a third more compute")
+    add("--shard-group", type=int, help="processes that share one copy of the weights (all)")
     add("--log-every", type=int, default=50, help="steps between step lines (50)")
     add("--save-every", type=int, help="steps between checkpoints (a tenth, at most 1000)")
     add("--plan", action="store_true", help="classify: print what the run takes, and exit")
@@ -173,6 +174,12 @@ def prepare(run):
     if run.precision == "bf16" and kind != "cuda":
         raise ValueError("--precision bf16 needs CUDA")
     run.workers = data.loader_workers(run.workers, here)
+
+    run.shard_group = run.shard_group or run.processes
+    if run.processes % run.shard_group:
+        raise ValueError(
+            f"--shard-group {run.shard_group} does not divide {run.processes} processes"
+        )
 
     # --------------------------------------------------------------------------------------- data
     names = ("size", "patch_size", "image_size")
@@ -567,7 +574,8 @@ def train(run, model, optimizer, source, out, steps, say):
 
     # -------------------------------------------------------------------------------- parallelize
     model = model.to(device)
-    models.parallelize(model, run.sharded, run.precision, run.compile, run.checkpoint_activations)
+    how = run.shard_group if run.sharded else None, run.precision
+    models.parallelize(model, device, *how, run.compile, run.checkpoint_activations)
     optimizer = optimizer(model)
 
     # ------------------------------------------------------------------------------------- resume

@@ -81,6 +81,7 @@ def parse_arguments(argv):
     add("--precision", choices=("bf16", "fp32"), help="of the compute (CUDA: bf16, else fp32)")
     add("--compile", action="store_true", help="torch.compile every block")
     add("--checkpoint-activations", action="store_true", help="less memory, a third more compute")
+    add("--shard-group", type=int, help="processes that share one copy of the weights (all)")
     add("--log-every", type=int, default=50, help="steps between step lines (50)")
     add("--save-every", type=int, help="steps between checkpoints (a tenth, at most 1000)")
     add("--plan", action="store_true", help="print what the run takes, and exit")
@@ -142,6 +143,11 @@ def prepare(run):
     share = run.batch_size // run.processes
     run.micro_batch = run.micro_batch or models.fitting_batch(run.model, share, run)
     run.pieces = share // run.micro_batch
+    run.shard_group = run.shard_group or run.processes
+    if run.processes % run.shard_group:
+        raise ValueError(
+            f"--shard-group {run.shard_group} does not divide {run.processes} processes"
+        )
     if run.pieces * run.micro_batch != share:
         raise ValueError(f"--micro-batch {run.micro_batch} does not divide a process's {share}")
     dealt = (run.process, run.processes, run.model.num_patches)
@@ -179,16 +185,15 @@ def train(run):
     signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
     signal.signal(signal.SIGINT, lambda n, _: stop.append(signal.signal(n, signal.SIG_DFL)))
 
-    # -------------------------------------------------------------------------------------- model
-    model = run.model.to_empty(device="cpu")
+    # -------------------------------------------------------------------------------- parallelize
+    how = run.shard_group if sharded else None, run.precision
+    models.parallelize(run.model, device, *how, run.compile, run.checkpoint_activations)
+    # Only now it gets memory: no process ever holds more than its part and one whole parameter.
+    model = run.model.to_empty(device=device)
     models.initialize(model, run.seed)
     if run.weights:
         say(models.load_weights(model, *run.weights))
         run.weights = None
-    model = model.to(device)
-
-    # -------------------------------------------------------------------------------- parallelize
-    models.parallelize(model, sharded, run.precision, run.compile, run.checkpoint_activations)
 
     # ---------------------------------------------------------------------------------- optimizer
     groups = models.parameter_groups(model, run.weight_decay)

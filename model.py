@@ -472,8 +472,17 @@ def initialize(model, seed=0):
             continue
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        with torch.no_grad():
-            parameter.copy_(initial_value(model, name, parameter, generator))
+        fill(parameter, initial_value(model, name, parameter, generator))
+
+
+@torch.no_grad()
+def fill(parameter, value):
+    """Copy a whole tensor into a parameter or, if that is sharded, this process's part of it."""
+    if hasattr(parameter, "device_mesh"):
+        layout = parameter.device_mesh, parameter.placements
+        # Nothing is sent (None): every process has the whole value, one parameter at a time.
+        value = torch.distributed.tensor.distribute_tensor(value, *layout, src_data_rank=None)
+    parameter.copy_(value)
 
 
 def initial_value(model, name, parameter, generator):
@@ -625,11 +634,16 @@ def choose_attention(model, batch, device, precision):
     return kernels.choose(shapes, batch, device, dtype)
 
 
-def parallelize(model, shard, precision="fp32", compile=False, checkpoint_activations=False):
+def parallelize(
+    model, device, shard_group, precision="fp32", compile=False, checkpoint_activations=False
+):
     """Prepare a model for training, in place: activation checkpointing -> compile -> fully_shard.
 
-    shard: split parameters, gradients and optimizer state over all processes of the default group
-    (FSDP2), computing in `precision` ("bf16" or "fp32") from fp32 masters, reducing in fp32.
+    shard_group  None: nothing is sharded. Else parameters, gradients and optimizer state are split
+                 over so many neighbouring processes (FSDP2), and each such group has a copy (HSDP)
+    precision    "bf16" or "fp32", to compute in; masters are fp32, and gradients reduced in it
+
+    A model on the meta device stays there, to be made part by part: to_empty(), then initialize().
     Parameter names do not change: it is each block's forward that is wrapped, not the block.
     """
     blocks = [module for module in model.modules() if isinstance(module, Block)]
@@ -638,16 +652,23 @@ def parallelize(model, shard, precision="fp32", compile=False, checkpoint_activa
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if compile:
             block.forward = torch.compile(block.forward)
-    if shard:
+    if shard_group:
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+        groups, names = dist.get_world_size() // shard_group, ("replicate", "shard")
+        shape = (groups, shard_group) if groups > 1 else (shard_group,)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names[-len(shape) :])
         dtypes = {"reduce_dtype": torch.float32}
         if precision == "bf16":
             dtypes["param_dtype"] = torch.bfloat16
-        for block in blocks:
-            fully_shard(block, mp_policy=MixedPrecisionPolicy(**dtypes))
+        # A head of 28,000 hashtags is as large as several blocks: it is not kept whole with the
+        # root, which is gathered first and let go of last.
+        for module in [*blocks, *([model.head] if isinstance(model, Classifier) else [])]:
+            fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(**dtypes))
         # The root must not round the images: MAE's targets are computed from them in fp32.
-        fully_shard(model, mp_policy=MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False))
+        dtypes["cast_forward_inputs"] = False
+        fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(**dtypes))
 
 
 # ------------------------------------------------------------------------------------------ weights
@@ -807,7 +828,8 @@ def load_weights(model, state, old_grid=None, keep_head=False):
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"the weights do not fit the model: {'; '.join(problems[:3])}{more}")
-    model.load_state_dict(loaded, strict=False)
+    for name, tensor in loaded.items():
+        fill(own[name], tensor)
 
     def families(names):
         return ", ".join(sorted({name.split(".")[0] for name in names}))

@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from conftest import stage
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,6 +33,7 @@ from model import MAE, ViT
 
 SMALL = {"size": "32x3x4", "image_size": (16, 24), "patch_size": 8}  # 2 x 3 patches
 SMALL_MAE = {**SMALL, "decoder": (16, 2, 2), "mask_ratio": 0.5}
+CPU = torch.device("cpu")
 
 
 def random_images(model, count=3, seed=0):
@@ -1144,7 +1146,7 @@ def group():
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("shard", [None, 1])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_sharded_compiled_and_recomputed_steps_are_the_plain_one(
@@ -1154,7 +1156,7 @@ def test_sharded_compiled_and_recomputed_steps_are_the_plain_one(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     plain, model = MAE(**SMALL_MAE), MAE(**SMALL_MAE)
     images, ids = random_images(plain), random_ids(plain)
-    models.parallelize(model, shard, "fp32", compiled, recompute)
+    models.parallelize(model, CPU, shard, "fp32", compiled, recompute)
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
     for part in range(2):  # accumulated over two pieces, as the stages do
         if shard:
@@ -1171,7 +1173,7 @@ def test_sharded_compiled_and_recomputed_steps_are_the_plain_one(
 def test_bf16_computes_in_bf16_from_fp32_masters(group):
     plain, model = MAE(**SMALL_MAE), MAE(**SMALL_MAE)
     images, ids = random_images(plain), random_ids(plain)
-    models.parallelize(model, True, "bf16")
+    models.parallelize(model, CPU, 1, "bf16")
     loss, expected = model(images, ids), plain(images, ids)
     assert loss.dtype == torch.float32  # targets and errors are not rounded
     assert not torch.equal(loss, expected)  # but the network's products are
@@ -1180,3 +1182,53 @@ def test_bf16_computes_in_bf16_from_fp32_masters(group):
     for parameter in model.parameters():
         assert parameter.dtype == torch.float32
         assert parameter.grad is None or parameter.grad.dtype == torch.float32
+
+
+SHARDED = """
+import sys
+import torch
+import torch.distributed as dist
+import model as models
+
+dist.init_process_group("gloo")
+rank, count, group = dist.get_rank(), dist.get_world_size(), int(sys.argv[1])
+shape = {"size": "32x3x4", "image_size": (16, 24), "patch_size": 8, "positions": "learned"}
+plain = models.Classifier(classes=7, head_std=0.02, **shape)
+with torch.device("meta"):
+    model = models.Classifier(classes=7, head_std=0.02, **shape)
+models.parallelize(model, torch.device("cpu"), group)
+model.to_empty(device="cpu")
+for parameter in model.parameters():
+    parameter.detach().to_local().fill_(float("nan"))  # what is not initialised shows
+for seed, weights in ((0, None), (5, models.Classifier(classes=7, **shape).state_dict())):
+    models.initialize(plain, seed)
+    models.initialize(model, seed)
+    if weights:  # from a file: the head stays as it was made
+        assert models.load_weights(plain, weights) == models.load_weights(model, weights)
+    for (name, p), (other, whole) in zip(model.named_parameters(), plain.named_parameters()):
+        assert name == other and torch.equal(p.full_tensor(), whole), name
+        rows = -(-len(whole) // group)  # the first dimension is dealt out
+        assert p.to_local().numel() <= rows * whole[0].numel(), name
+
+images = torch.randn(2 * count, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+labels = torch.arange(2 * count) % 7
+loss = torch.nn.functional.cross_entropy(plain(images), labels)
+loss.backward()
+for part in range(2):  # two pieces of one picture
+    model.set_requires_gradient_sync(part == 1)
+    mine = 2 * rank + part
+    logits = model(images[mine : mine + 1])
+    (torch.nn.functional.cross_entropy(logits, labels[mine : mine + 1]) / 2).backward()
+for (name, p), whole in zip(model.named_parameters(), plain.parameters()):
+    torch.testing.assert_close(p.grad.full_tensor(), whole.grad, rtol=1e-4, atol=1e-6, msg=name)
+state = models.full_state(model)
+assert bool(state) == (rank == 0)
+assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in state.items())
+dist.barrier()
+"""
+
+
+@pytest.mark.parametrize(("processes", "group"), [(3, 3), (4, 2), (2, 1)])
+def test_a_model_is_made_in_parts_that_are_those_of_the_whole(processes, group):
+    ran = stage(group, processes=processes, code=SHARDED)
+    assert ran.returncode == 0, ran.stderr

@@ -152,7 +152,9 @@ def contenders(options, size, device):
         peer = peer.to(device)
     sharded = device.type == "cuda"
     ours = ours.to(device)
-    models.parallelize(ours, sharded, "bf16" if sharded else "fp32", options.compile)
+    models.parallelize(
+        ours, device, 1 if sharded else None, "bf16" if sharded else "fp32", options.compile
+    )
     groups = models.parameter_groups(ours, 0.05)
     optimizer = torch.optim.AdamW(groups, 1e-4, betas=(0.9, 0.95), fused=device.type != "mps")
     images, ids = images.to(device), noise.argsort(dim=1).to(device)
