@@ -17,6 +17,7 @@ What is chosen (a learning rate, a penalty) is chosen on a slice of train, never
 
 import argparse
 import copy
+import gc
 import itertools
 import json
 import math
@@ -25,6 +26,7 @@ import shlex
 import signal
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -125,6 +127,8 @@ def parse_arguments(argv):
     add("--shard-group", type=int, help="processes that share one copy of the weights (all)")
     add("--log-every", type=int, default=50, help="steps between step lines (50)")
     add("--save-every", type=int, help="steps between checkpoints (a tenth, at most 1000)")
+    add("--keep-last", type=int, default=2, help="checkpoints that are kept (2)")
+    add("--keep-every", type=int, help="every so many steps, one is kept for good (none)")
     add("--plan", action="store_true", help="classify: print what the run takes, and exit")
     add("--gpus", type=int, help="processes to plan for (as many as run now): --plan, too")
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
@@ -582,6 +586,7 @@ def train(run, model, optimizer, source, out, steps, say):
     first_step, bad, unlabelled = 0, 0, 0
     identity = {**run.identity, "lanes": order.lanes, "samples": source.identity, "steps": steps}
     checkpoint = models.find_checkpoint(out, run.resume, identity)
+    models.check_agreement({**identity, "checkpoint": checkpoint and checkpoint.name})
     if checkpoint:
         say(f"going on from {checkpoint}")
         record = models.load_checkpoint(checkpoint, model, optimizer)
@@ -604,15 +609,17 @@ def train(run, model, optimizer, source, out, steps, say):
         say(f"attention {attention}")
     say(f"run      {steps} steps, {run.precision} on {chip}")
     stop = []  # A signal leaves a note: the loop saves and ends. A second Ctrl-C ends it at once.
-    signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
+    for name in {"SIGTERM", "SIGUSR1"} & set(dir(signal)):  # the latter: Slurm, as it is told to
+        signal.signal(getattr(signal, name), lambda *_: stop.append(1))
     signal.signal(signal.SIGINT, lambda n, _: stop.append(signal.signal(n, signal.SIG_DFL)))
     save_every = run.save_every or max(1, min(1000, steps // 10))
     bar = tqdm(total=steps, initial=first_step, disable=None if run.process == 0 else True)
     items = range(first_step * pieces, steps * pieces)
     batches = iter(data.loader(batches, items, run.workers, pin=device.type == "cuda"))
     began = logged = time.perf_counter()
-    waited, last_logged, stopping = 0.0, first_step, False
+    waited, last_logged, stopping, saved = 0.0, first_step, False, lambda: None
     model.train()
+    gc.disable()  # it would stop each process at another moment, and all would wait for each
     for step in range(first_step, steps):
         scale = schedule(step, steps, run.warmup)
         floor = 1e-6 if classify and step >= run.warmup * steps else 0.0  # where MAE's recipe ends
@@ -672,6 +679,8 @@ def train(run, model, optimizer, source, out, steps, say):
             fail(f"{what}Gradients not finite: {names or 'none'}", 1)
         optimizer.step()
         optimizer.zero_grad()
+        if step == first_step:
+            models.shorten_timeouts()
         average_weights(optimizer)
         bar.update()
 
@@ -698,15 +707,22 @@ def train(run, model, optimizer, source, out, steps, say):
                 with open(out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(entry) + "\n")
                 say(step_line(entry, steps))
+            gc.collect(1)
             waited, last_logged, logged = 0.0, done, time.perf_counter()
 
         # ----------------------------------------------------------------------------------- save
         if saving or stopping:
             record = {"identity": identity, "bad": bad, "unlabelled": unlabelled}
-            models.save_checkpoint(out / "checkpoints", done, model, optimizer, record)
+            kept = run.keep_last, run.keep_every, device.type == "cuda"
+            saved()  # the one before: never two at once
+            saved = models.save_checkpoint(
+                out / "checkpoints", done, model, optimizer, record, *kept
+            )
         if stopping:
             break
+    saved()
     bar.close()
+    gc.enable()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if stopping and done < steps:
@@ -950,7 +966,8 @@ def main(argv=None):
         if run.sharded and not run.plan:
             backend = "cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo"
             alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-            dist.init_process_group(backend, **(alone if run.processes == 1 else {}))
+            long = timedelta(minutes=30)  # some may compile, or read weights, while others wait
+            dist.init_process_group(backend, timeout=long, **(alone if run.processes == 1 else {}))
         counts = torch.ones(run.classes)
         if run.class_weights and not run.plan:
             labels = data.all_labels(run.train)

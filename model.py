@@ -19,14 +19,18 @@ This file needs torch and kernels.py, and stands alone with it when copied.
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
 import pickle
 import shutil
 import sys
+import time
 import warnings
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -862,13 +866,18 @@ def training_state(model, optimizer):
     return state
 
 
-def save_checkpoint(folder, step, model, optimizer, record, keep=2):
+def save_checkpoint(
+    folder, step, model, optimizer, record, keep_last=2, keep_every=None, background=False
+):
     """Write folder/step-NNN (tensors by DCP, `record` in state.json), then point LATEST to it.
 
     Everything is written to a temporary directory, synced and renamed, and only then are the
-    checkpoints before the last `keep` removed: a kill at any instant leaves a whole one.
-    Every process must call it. Raises OSError (disk full, ...) with the old ones in place, and
-    ValueError when the step has made parameters that are not finite.
+    checkpoints before the last `keep_last` removed, but for every `keep_every`-th step: a kill at
+    any instant leaves a whole one. In the background, training goes on while a copy in the host's
+    memory is written. Every process must call it and, before the next one and at the end, what it
+    returns: a function that waits until this one is whole.
+    Raises OSError (disk full, ...; so does the function) with the old ones in place, and ValueError
+    when the step has made parameters that are not finite.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -881,48 +890,71 @@ def save_checkpoint(folder, step, model, optimizer, record, keep=2):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier()
-    try:
-        dcp.save(
-            training_state(model, optimizer),
-            storage_writer=dcp.FileSystemWriter(temporary),  # syncs its files
-            no_dist=not dist.is_initialized(),
-        )
-        if writer:
-            record = {**record, "step": step, "attention": [*kernels.CHOSEN.items()]}
-            write_file(temporary / "state.json", json.dumps(record))
-            shutil.rmtree(final, ignore_errors=True)  # left by a run killed before it moved LATEST
-            os.replace(temporary, final)
-            write_file(folder / "LATEST", final.name)  # syncs the folder: both names
-            # Later ones are of a former life of the run: they do not push out this one.
-            older = sorted(path for path in folder.glob("step-*") if path.name < final.name)
-            for old in older[: max(0, len(older) - keep + 1)]:
+
+    def publish():
+        stored = {entry.relative_path for entry in read_metadata(temporary).storage_data.values()}
+        if missing := [name for name in stored if not (temporary / name).exists()]:
+            raise OSError(f"no {min(missing)} of another process: do all nodes share the folder?")
+        files = {path.name: path.stat().st_size for path in temporary.iterdir()}
+        kept = {**record, "step": step, "files": files, "attention": [*kernels.CHOSEN.items()]}
+        write_file(temporary / "state.json", json.dumps(kept))
+        shutil.rmtree(final, ignore_errors=True)  # left by a run killed before it moved LATEST
+        os.replace(temporary, final)
+        write_file(folder / "LATEST", final.name)  # syncs the folder: both names
+        # Later ones are of a former life of the run: they do not push out this one.
+        older = sorted(path for path in folder.glob("step-*") if path.name < final.name)
+        for old in older[: max(0, len(older) - keep_last + 1)]:
+            if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
                 shutil.rmtree(old)
-    except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(
-            f"cannot save {final}: {last_line(error)}. Checkpoints before it, if any, are whole"
-        ) from error
+
+    def save(write):
+        try:
+            write()
+            if writer:
+                publish()
+        except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(
+                f"cannot save {final}: {last_line(error)}. Checkpoints before it, if any, are whole"
+            ) from error
+
+    state, how = training_state(model, optimizer), {"no_dist": not dist.is_initialized()}
+    how["storage_writer"] = dcp.FileSystemWriter(temporary)  # syncs its files
+    if background:
+        written = dcp.async_save(state, process_group=saving_group(), **how)
+        saved = SAVER.submit(save, written.result)
+
+        def wait():
+            began = time.monotonic()
+            saved.result()
+            if writer and (seconds := time.monotonic() - began) > 1:
+                print(f"waited {seconds:.0f} s until {final} was written")
+
+        return wait
+    save(partial(dcp.save, state, **how))
     barrier()
+    return lambda: None
+
+
+SAVER = ThreadPoolExecutor(1)
+
+
+@lru_cache(1)
+def saving_group():
+    """All processes, for what they say of checkpoints while the training says something else."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
 
 def load_checkpoint(path, model, optimizer):
     """Load a checkpoint into a model and its AdamW or SGD, in place. Returns its record."""
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
     class Reader(dcp.FileSystemReader):
-        """DCP's index is a pickle: read it with only torch's plain metadata classes allowed."""
-
         def read_metadata(self, *_, **__):
-            with open(Path(path) / ".metadata", "rb") as file:
-                metadata = MetadataUnpickler(file).load()
-            # An entry of bytes would be unpickled without restriction. We never write one.
-            entries = metadata.state_dict_metadata.values()
-            if any(isinstance(entry, BytesStorageMetadata) for entry in entries):
-                raise pickle.UnpicklingError(f"{path} holds pickled objects: refused")
-            return metadata
+            return read_metadata(path)
 
     record = json.loads((Path(path) / "state.json").read_text())
+    del record["files"]
     for group in optimizer.param_groups:
         names = ("exp_avg", "exp_avg_sq") if "betas" in group else ("momentum_buffer",)
         names += ("average",) if group.get("ema") else ()
@@ -932,7 +964,7 @@ def load_checkpoint(path, model, optimizer):
             step = {"step": torch.tensor(float(record["step"]), device=place)}
             optimizer.state[parameter] = moments | (step if "betas" in group else {})
     try:
-        Reader(path).read_metadata()  # DCP would print a traceback of what is wrong with it
+        read_metadata(path)  # DCP would print a traceback of what is wrong with it
         state = training_state(model, optimizer)
         dcp.load(state, storage_reader=Reader(path), no_dist=not dist.is_initialized())
     except (Exception, dcp.api.CheckpointException) as error:
@@ -945,6 +977,19 @@ def load_checkpoint(path, model, optimizer):
 def last_line(error):
     """What an error says, in one line: DCP's hold a whole traceback, some others nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+def read_metadata(path):
+    """DCP's index of a checkpoint, a pickle, with only torch's plain metadata classes allowed."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    with open(Path(path) / ".metadata", "rb") as file:
+        metadata = MetadataUnpickler(file).load()
+    # An entry of bytes would be unpickled without restriction. We never write one.
+    entries = metadata.state_dict_metadata.values()
+    if any(isinstance(entry, BytesStorageMetadata) for entry in entries):
+        raise pickle.UnpicklingError(f"{path} holds pickled objects: refused")
+    return metadata
 
 
 class MetadataUnpickler(pickle.Unpickler):
@@ -992,21 +1037,28 @@ def find_checkpoint(out, resume, identity):
         if '"stage"' not in config and Path(out, name).exists():
             raise ValueError(f"{out} holds a {name} that is not ours: use another --out")
     if (source / "state.json").is_file():
-        path = source
-    elif last.is_file():
-        path = source / "checkpoints" / last.read_text(errors="replace").strip()
-    elif steps:  # killed between the rename of the first one and LATEST
-        path = steps[-1]
+        paths = [source]
+    elif steps:
+        # Later ones than LATEST are of a former life of the run. Without it, the run was killed
+        # between the renames of its first checkpoint and of LATEST.
+        last = last.read_text().strip() if last.is_file() else steps[-1].name
+        paths = {path for path in steps if path.name <= last} | {source / "checkpoints" / last}
+        paths = sorted(paths, reverse=True)
     elif resume:
         raise ValueError(f"--resume {resume}: there is no checkpoint in it")
     elif Path(out, "model.pt").exists():
         raise ValueError(f"{out} holds a model.pt, but no checkpoints: use another --out")
     else:
         return None
-    try:
-        found = json.loads((path / "state.json").read_text())["identity"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): --resume another step-NNN") from None
+    damaged = list(itertools.takewhile(bool, map(damage, paths)))
+    for path, why in zip(paths, damaged):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"DAMAGED CHECKPOINT: {path}: {why}", file=sys.stderr)
+    if len(damaged) == len(paths):
+        why = f"{len(paths)} checkpoints, and none is whole: mend one, or use another --out"
+        raise ValueError(f"{source} holds {why}")
+    path = paths[len(damaged)]
+    found = json.loads((path / "state.json").read_text())["identity"]
     identity = json.loads(json.dumps(identity))  # tuples become lists, as they did in the file
     was, now = ({**facts, "model": None, **facts.get("model", {})} for facts in (found, identity))
     changed = [f"{k} was {was.get(k)}, is {v}" for k, v in now.items() if was.get(k) != v]
@@ -1018,6 +1070,20 @@ def find_checkpoint(out, resume, identity):
             return find_checkpoint(out, None, identity) or path
         raise ValueError(f"{out} holds a run of its own: use another --out, or leave --resume out")
     return path
+
+
+def damage(path):
+    """What is wrong with a checkpoint, as far as the sizes of its files tell, or None."""
+    try:
+        record = json.loads((path / "state.json").read_text())
+        for name, size in record["files"].items():
+            if (found := (path / name).stat().st_size) != size:
+                return f"{name} has {found} bytes, not {size}"
+        return None if "identity" in record else "its state.json does not say of what run it is"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its state.json cannot be read ({error!r})"
 
 
 def begin_run(out, config, checkpoint=None, step=0):
@@ -1087,3 +1153,27 @@ def write_file(path, content):
 def barrier():
     if dist.is_initialized():
         dist.barrier()
+
+
+def check_agreement(facts):
+    """ValueError where a process sees other facts (a JSON-able dict) than the first one."""
+    seen = [facts]
+    if dist.is_initialized():
+        seen = [None] * dist.get_world_size()
+        dist.all_gather_object(seen, facts)
+    for process, others in enumerate(seen):
+        for name, fact in seen[0].items():
+            if others[name] != fact:
+                where = f"process {process} finds {name} {others[name]}, the first one {fact}"
+                raise ValueError(f"{where}: all nodes want the same command, --data and --out")
+
+
+def shorten_timeouts(minutes=10):
+    """Give up sooner on a process that does not answer, now that all have started.
+
+    It has to be longer than anything that one may do while others wait: a checkpoint, a batch
+    (data.PATIENCE). A process that dies is noticed at once. (There is no public name for this yet.)
+    """
+    if dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)

@@ -14,6 +14,7 @@ and without stage 1's weights: softmax over all hashtags against 1/K on each of 
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import shlex
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 # On a CPU, OpenMP's idle threads spin: on two cores, one busy loader process then makes two
@@ -84,6 +86,8 @@ def parse_arguments(argv):
     add("--shard-group", type=int, help="processes that share one copy of the weights (all)")
     add("--log-every", type=int, default=50, help="steps between step lines (50)")
     add("--save-every", type=int, help="steps between checkpoints (a tenth, at most 1000)")
+    add("--keep-last", type=int, default=2, help="checkpoints that are kept (2)")
+    add("--keep-every", type=int, help="every so many steps, one is kept for good (none)")
     add("--plan", action="store_true", help="print what the run takes, and exit")
     add("--gpus", type=int, help="processes to plan for (as many as run now): --plan, too")
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
@@ -181,9 +185,12 @@ def train(run):
     if sharded:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, **(alone if run.processes == 1 else {}))
+        long = timedelta(minutes=30)  # some may compile, or read weights, while others wait
+        dist.init_process_group(backend, timeout=long, **(alone if run.processes == 1 else {}))
+    models.check_agreement({**run.identity, "checkpoint": run.checkpoint and run.checkpoint.name})
     stop = []  # A signal leaves a note: the loop saves and ends. A second Ctrl-C ends it at once.
-    signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
+    for name in {"SIGTERM", "SIGUSR1"} & set(dir(signal)):  # the latter: Slurm, as it is told to
+        signal.signal(getattr(signal, name), lambda *_: stop.append(1))
     signal.signal(signal.SIGINT, lambda n, _: stop.append(signal.signal(n, signal.SIG_DFL)))
 
     # -------------------------------------------------------------------------------- parallelize
@@ -226,7 +233,8 @@ def train(run):
     items = range(first_step * run.pieces, run.steps * run.pieces)
     batches = iter(data.loader(run.batches, items, run.workers, pin=device.type == "cuda"))
     began = logged = time.perf_counter()
-    waited, last_logged, stopping = 0.0, first_step, False
+    waited, last_logged, stopping, saved = 0.0, first_step, False, lambda: None
+    gc.disable()  # it would stop each process at another moment, and all would wait for each
     for step in range(first_step, run.steps):
         lr = learning_rate(step, run)
         for group in optimizer.param_groups:
@@ -276,6 +284,8 @@ def train(run):
             fail(f"{what}Gradients not finite: {names or 'none'}", 1)
         optimizer.step()
         optimizer.zero_grad()
+        if step == first_step:
+            models.shorten_timeouts()
         bar.update()
 
         saving = done % run.save_every == 0 or done == run.steps
@@ -296,14 +306,20 @@ def train(run):
                 with open(out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(entry) + "\n")
                 tqdm.write(step_line(entry, run.steps))
+            gc.collect(1)
             waited, last_logged, logged = 0.0, done, time.perf_counter()
 
         # ----------------------------------------------------------------------------------- save
         if saving or stopping:
             record = {"identity": run.identity, "bad": bad, "untagged": untagged}
-            models.save_checkpoint(out / "checkpoints", done, model, optimizer, record)
+            kept = run.keep_last, run.keep_every, device.type == "cuda"
+            saved()  # the one before: never two at once
+            saved = models.save_checkpoint(
+                out / "checkpoints", done, model, optimizer, record, *kept
+            )
         if stopping:
             break
+    saved()
     bar.close()
     weights = models.full_state(model)  # every process takes part
     if sharded:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -1005,6 +1006,57 @@ def test_the_last_two_checkpoints_are_kept(saved):
         assert steps_in(folder) == [step - 1, step]
         assert latest(folder).name.endswith(str(step))
     assert equal_states(run_state(restored(latest(folder))[0]), run_state(run))
+
+
+def test_some_checkpoints_are_kept_for_good(saved):
+    run, folder = saved
+    for step in range(3, 10):
+        models.save_checkpoint(folder, step, *train(run, step - 1, step), {}, 1, keep_every=4)
+    assert steps_in(folder) == [4, 8, 9]
+
+
+def test_a_checkpoint_in_the_background_is_of_the_step_it_was_begun_at(saved, monkeypatch):
+    run, folder = saved
+    expected = run_state(train(run, 2, 3))
+    wait = models.save_checkpoint(folder, 3, *run, {"bad": 0}, background=True)
+    train(run, 3, 5)  # meanwhile
+    wait()
+    assert latest(folder).name.endswith("3") and steps_in(folder) == [2, 3]
+    assert equal_states(run_state(restored(latest(folder))[0]), expected)
+    before_durable_calls(monkeypatch, full_disk)
+    wait = models.save_checkpoint(folder, 5, *run, {}, background=True)
+    with pytest.raises(OSError, match="cannot save .*step-00000005"):
+        wait()
+    assert steps_in(folder) == [2, 3]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "said"),
+    [
+        ("__0_0.distcp", Path.unlink, "__0_0.distcp is missing"),
+        ("__0_0.distcp", cut, "__0_0.distcp has .* bytes, not"),
+        (".metadata", cut, ".metadata has .* bytes, not"),
+        ("state.json", cut, "state.json cannot be read"),
+        ("state.json", Path.unlink, "state.json is missing"),
+        ("", shutil.rmtree, "state.json is missing"),
+    ],
+)
+def test_instead_of_a_damaged_checkpoint_the_one_before_is_used(saved, capsys, name, harm, said):
+    run, folder = saved
+    models.save_checkpoint(folder, 3, *train(run, 2, 3), {"identity": {"lr": 0.1}})
+    found = partial(models.find_checkpoint, folder.parent, None, {"lr": 0.1})
+    assert found() == folder / "step-00000003"
+    harm(folder / "step-00000003" / name)
+    assert found() == folder / "step-00000002"
+    assert re.search(f"DAMAGED CHECKPOINT: .*step-00000003: .*{said}", capsys.readouterr().err)
+    (folder / "step-00000002" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match="2 checkpoints, and none is whole: mend one") as error:
+        found()
+    assert one_line(error)
 
 
 def test_a_checkpoint_is_never_removed_for_being_older_than_those_of_another_run(saved):

@@ -106,15 +106,17 @@ def newest(out):
     return pointer.parent / pointer.read_text() if pointer.is_file() else None
 
 
-@pytest.mark.parametrize("processes", [None, 2])
-def test_3_sigterm_saves_and_the_same_command_goes_on(processes, uninterrupted, tmp_path):
+@pytest.mark.parametrize(
+    ("processes", "number"), [(None, signal.SIGTERM), (None, signal.SIGUSR1), (2, signal.SIGTERM)]
+)
+def test_3_a_signal_saves_and_the_same_command_goes_on(processes, number, uninterrupted, tmp_path):
     out = tmp_path / "run"
     line = command(*TINY, "--out", out, processes=processes)
     # torchrun hands a signal on to all that its processes have started, the loaders as well
     with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE) as process:
         while b"step 5/12" not in process.stdout.readline():
             pass
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         printed = process.stdout.read().decode()
         assert processes or process.wait() == 0  # torchrun's own status says that it was stopped
     assert "the same command goes on" in printed
@@ -281,7 +283,13 @@ def test_8_no_code_runs_from_a_file(uninterrupted, tmp_path):
     assert ran.returncode == 2 and len(ran.stderr.strip().splitlines()) == 1
     subprocess.run(["cp", "-r", uninterrupted, tmp_path / "b"], check=True)
     metadata = tmp_path / "b" / "checkpoints" / "step-00000012" / ".metadata"
-    metadata.write_bytes(pickle.dumps(Attack(marker)))
+    state, harmless = metadata.with_name("state.json"), metadata.stat().st_size
+
+    def attack(content):  # as long as it should be
+        metadata.write_bytes(content.ljust(harmless, b"."))
+        assert metadata.stat().st_size == json.loads(state.read_text())["files"][".metadata"]
+
+    attack(pickle.dumps(Attack(marker)))
     ran = stage(*TINY, "--out", tmp_path / "b")
     assert ran.returncode == 1 and "refused" in ran.stderr
     # A dotted name reaches through a metadata module into what it has imported.
@@ -289,7 +297,7 @@ def test_8_no_code_runs_from_a_file(uninterrupted, tmp_path):
         call = b"\x80\x04\x8c%%torch.distributed.checkpoint.metadata\x8c%c%b\x93"
         call %= (len(name), name.encode())
         command = f"touch {marker}".encode()
-        metadata.write_bytes(call + b"\x8c%c%b\x85R." % (len(command), command))
+        attack(call + b"\x8c%c%b\x85R." % (len(command), command))
         ran = stage(*TINY, "--out", tmp_path / "b")
         assert ran.returncode == 1 and "refused" in ran.stderr
     assert not marker.exists()
