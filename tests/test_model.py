@@ -1284,3 +1284,51 @@ dist.barrier()
 def test_a_model_is_made_in_parts_that_are_those_of_the_whole(processes, group):
     ran = stage(group, processes=processes, code=SHARDED)
     assert ran.returncode == 0, ran.stderr
+
+
+IN_THE_BACKGROUND = """
+import sys
+import torch
+import torch.distributed as dist
+import model as models
+
+dist.init_process_group("gloo")
+rank, folder = dist.get_rank(), sys.argv[1]
+model = models.Classifier("32x3x4", image_size=(16, 24), patch_size=8, classes=7, head_std=0.02)
+models.parallelize(model, torch.device("cpu"), 2)
+optimizer = torch.optim.AdamW(models.parameter_groups(model, 0.0), 1e-3, fused=True)
+images = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+
+def step():
+    model(images[rank : rank + 1]).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+step()
+expected = models.full_state(model)
+saved = models.save_checkpoint(folder, 1, model, optimizer, {"identity": {}}, background=True)
+for _ in range(20):  # the training's collectives and the checkpoint's do not get mixed up
+    step()
+saved()
+saved = models.save_checkpoint(folder, 21, model, optimizer, {"identity": {}}, background=True)
+saved()
+assert models.load_checkpoint(f"{folder}/step-00000001", model, optimizer)["step"] == 1
+for name, tensor in models.full_state(model).items():
+    assert torch.equal(tensor, expected[name]), name
+
+models.check_agreement({"data": "same", "checkpoint": None})
+try:
+    models.check_agreement({"data": ["same", "other"][rank], "checkpoint": None})
+except ValueError as error:
+    assert "process 1 finds data other, the first one same: all nodes want" in str(error)
+else:
+    raise AssertionError("it did not notice")
+models.shorten_timeouts()
+dist.barrier()
+"""
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+    ran = stage(tmp_path / "checkpoints", processes=2, code=IN_THE_BACKGROUND)
+    assert ran.returncode == 0, ran.stderr
+    assert steps_in(tmp_path / "checkpoints") == [1, 21]
