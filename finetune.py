@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -40,6 +41,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 import data
@@ -956,6 +958,7 @@ def swap_average(optimizer):
             average.copy_(kept)
 
 
+@record  # torchrun shows the traceback of the process that failed first
 def main(argv=None):
     run = parse_arguments(argv)
     try:
@@ -982,6 +985,10 @@ def main(argv=None):
             dist.destroy_process_group()
     except (ValueError, OSError) as error:  # something in what was given; or a full disk
         fail(error, 2 if isinstance(error, ValueError) else 1)
+    except RuntimeError as error:  # a collective's, when another process has died
+        if not re.search("gloo|NCCL", str(error)):
+            raise
+        fail("another process is gone: nothing was saved; the same command goes on", 1)
     except KeyboardInterrupt:  # before a loop, which saves
         fail("stopped", 130)
 

@@ -18,6 +18,7 @@ import gc
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -31,6 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 import data
@@ -362,6 +364,7 @@ def finish(run, weights):
     print(f"next: python evaluate.py --task fewshot --pool cls {shlex.join(flags)}{hint}")
 
 
+@record  # torchrun shows the traceback of the process that failed first
 def main(argv=None):
     run = parse_arguments(argv)
     try:
@@ -369,6 +372,10 @@ def main(argv=None):
         models.print_plan(run.model, run) if run.plan else train(run)
     except (ValueError, OSError) as error:  # something in what was given; or a full disk
         fail(error, 2 if isinstance(error, ValueError) else 1)
+    except RuntimeError as error:  # a collective's, when another process has died
+        if not re.search("gloo|NCCL", str(error)):
+            raise
+        fail("another process is gone: nothing was saved; the same command goes on", 1)
     except KeyboardInterrupt:  # before the loop, which saves
         fail("stopped", 130)
 
