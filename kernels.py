@@ -78,228 +78,213 @@ def split_heads(qkv, heads):
 # ------------------------------------------------------------------------------------ the kernels
 #
 # Names: `rows` are queries and `keys` keys, both as numbers of tokens; ROWS and KEYS, how many are
-# in a tile. A head of HEAD columns is two tiles, of LEFT and RIGHT columns, RIGHT 0 if one does.
-# Products with a head are two products, too; `a0, a1` stand for the two tiles of a.
+# in a tile. A `head` of HEAD columns is a tuple of one tile or two: 64 is 64, 80 is 64 and 16.
+#
+# Pointers, each to the first element of a tensor:
+#     qkv, dqkv      (B, N, 3, heads, HEAD)           dqkv contiguous; qkv's strides are given
+#     out, grad      (B, N - FIRST, heads, HEAD)      contiguous; grad is the gradient of out
+#     logsum, delta  (B, heads, N - FIRST) float32    delta is what backward's kernels share
 
 
 @triton.jit
-def load(
-    base, rows, stride,
-    N: tl.constexpr, HEAD: tl.constexpr, COLUMN: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """WIDTH columns of a head, from COLUMN on: (rows, WIDTH), 0 beyond N tokens and the head."""
-    columns = COLUMN + tl.arange(0, WIDTH)
-    inside = (rows < N)[:, None] & (columns < HEAD)[None, :]
-    return tl.load(base + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+def place(batch_stride, heads, TILES: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr,
+          HEAD: tl.constexpr):  # fmt: skip
+    """Which of the TILES of a head is this program's, and where that head begins in each tensor.
+
+    Results have no rows before FIRST: they begin that much earlier, and row numbers fit them, too.
+    """
+    # Neighbouring programs are tiles of one head: what they share is still in the cache.
+    tile, pair = tl.program_id(0) % TILES, (tl.program_id(0) // TILES).to(tl.int64)
+    sample, column = pair // heads, pair % heads * HEAD
+    in_qkv = sample * batch_stride + column
+    in_dqkv = sample * N * 3 * heads * HEAD + column
+    in_out = (sample * (N - FIRST) - FIRST) * heads * HEAD + column
+    in_logsum = pair * (N - FIRST) - FIRST
+    return tile, in_qkv, in_dqkv, in_out, in_logsum
 
 
 @triton.jit
-def load_head(
-    base, rows, stride,
-    N: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-):  # fmt: skip
-    """A head of these tokens as two tiles, (rows, LEFT) and (rows, RIGHT)."""
-    left = load(base, rows, stride, N, HEAD, 0, LEFT)
-    right = left  # stands in where there is none
-    if RIGHT > 0:
-        right = load(base, rows, stride, N, HEAD, LEFT, RIGHT)
-    return left, right
+def columns_of(HEAD: tl.constexpr):
+    """The numbers of a head's columns: (1, 64) and (1, 16) for 80, but (1, 128) for 112."""
+    FULL: tl.constexpr = triton.next_power_of_2(HEAD)
+    HALF: tl.constexpr = FULL // 2
+    if 4 * HEAD > 3 * FULL:
+        columns = (tl.arange(0, FULL)[None, :],)
+    else:
+        columns = tl.arange(0, HALF)[None, :], HALF + tl.arange(0, HEAD - HALF)[None, :]
+    return columns
 
 
 @triton.jit
-def store(
-    base, rows, stride, tile,
-    N: tl.constexpr, HEAD: tl.constexpr, COLUMN: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    columns = COLUMN + tl.arange(0, WIDTH)
-    inside = (rows < N)[:, None] & (columns < HEAD)[None, :]
-    pointers = base + rows[:, None] * stride + columns[None, :]
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
+def load_head(base, rows, stride, N: tl.constexpr, HEAD: tl.constexpr):
+    """A head of these tokens: (rows, HEAD), 0 beyond N tokens. stride: from token to token."""
+    line, inside = base + rows[:, None] * stride, (rows < N)[:, None]
+    return [tl.load(line + c, inside & (c < HEAD), other=0.0) for c in columns_of(HEAD)]
 
 
 @triton.jit
-def store_head(
-    base, rows, stride, left, right,
-    N: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-):  # fmt: skip
-    store(base, rows, stride, left, N, HEAD, 0, LEFT)
-    if RIGHT > 0:
-        store(base, rows, stride, right, N, HEAD, LEFT, RIGHT)
+def store_head(base, rows, stride, head, N: tl.constexpr, HEAD: tl.constexpr):
+    """Its counterpart: nothing is written beyond N tokens."""
+    line, inside, columns = base + rows[:, None] * stride, (rows < N)[:, None], columns_of(HEAD)
+    for i in tl.static_range(len(columns)):
+        tile = head[i].to(base.dtype.element_ty)
+        tl.store(line + columns[i], tile, inside & (columns[i] < HEAD))
 
 
 @triton.jit
-def zero_head(ROWS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    left = tl.zeros((ROWS, LEFT), tl.float32)
-    right = left
-    if RIGHT > 0:
-        right = tl.zeros((ROWS, RIGHT), tl.float32)
-    return left, right
+def zeros_like(head):
+    return [tl.zeros(tile.shape, tl.float32) for tile in head]
 
 
 @triton.jit
-def over_head(a0, a1, b0, b1, RIGHT: tl.constexpr):
+def times(head, factor):
+    return [tile * factor for tile in head]
+
+
+@triton.jit
+def row_sums(a, b):
+    """The sum of a * b over the head: (M, HEAD), (M, HEAD) -> (M,) float32."""
+    total = tl.sum(a[0].to(tl.float32) * b[0], axis=1)
+    for i in tl.static_range(1, len(a)):
+        total += tl.sum(a[i].to(tl.float32) * b[i], axis=1)
+    return total
+
+
+@triton.jit
+def over_head(a, b):
     """a b^T: (M, HEAD), (N, HEAD) -> (M, N) float32. "ieee": float32 is not rounded to tf32."""
-    product = tl.dot(a0, tl.trans(b0), input_precision="ieee")
-    if RIGHT > 0:
-        product = tl.dot(a1, tl.trans(b1), product, input_precision="ieee")
+    product = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    for i in tl.static_range(1, len(a)):
+        product = tl.dot(a[i], tl.trans(b[i]), product, input_precision="ieee")
     return product
 
 
 @triton.jit
-def onto_head(p, a0, a1, sum0, sum1, RIGHT: tl.constexpr):
-    """sum + p a: (M, N), (N, HEAD) -> (M, HEAD) float32. p is rounded to a's dtype."""
-    sum0 = tl.dot(p.to(a0.dtype), a0, sum0, input_precision="ieee")
-    if RIGHT > 0:
-        sum1 = tl.dot(p.to(a0.dtype), a1, sum1, input_precision="ieee")
-    return sum0, sum1
+def onto_head(p, a, total):
+    """total + p a: (M, N), (N, HEAD) -> (M, HEAD) float32. p is rounded to a's dtype."""
+    p, result = p.to(a[0].dtype), ()
+    for i in tl.static_range(len(a)):
+        result += (tl.dot(p, a[i], total[i], input_precision="ieee"),)
+    return result
 
 
 @triton.jit
 def forward_rows(
-    qkv, out, logsum, batch_stride, token_stride, heads, scale,
-    N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    qkv, out, logsum, batch_stride, token_stride, heads,
+    N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows of one head. Grid: B * heads * tiles of rows.
+    """out and logsum of a tile of rows. Grid: B * heads * tiles of rows.
 
     Where one tile of keys holds them all, their softmax is taken at once. Else it does not wait for
     the largest score: sums are relative to the largest one so far, and are shrunk when a larger one
     turns up (arXiv 1805.02867).
     """
-    # Neighbouring programs are tiles of one head: what they share is still in the cache.
-    tiles: tl.constexpr = tl.cdiv(N - FIRST, ROWS)
-    tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    sample, head = (pair // heads).to(tl.int64), pair % heads
-    D = heads * HEAD
-    q = qkv + sample * batch_stride + head * HEAD
-    # Results have no rows before FIRST: start that much earlier, and `rows` fits them, too.
-    out += (sample * (N - FIRST) - FIRST) * D + head * HEAD
-    logsum += pair.to(tl.int64) * (N - FIRST) - FIRST
+    tile, in_qkv, _, in_out, in_logsum = place(
+        batch_stride, heads, tl.cdiv(N - FIRST, ROWS), N, FIRST, HEAD
+    )
+    D, SCALE = heads * HEAD, HEAD**-0.5 * LOG2_E
     rows = FIRST + tile * ROWS + tl.arange(0, ROWS)
-
-    q0, q1 = load_head(q, rows, token_stride, N, HEAD, LEFT, RIGHT)
+    q = load_head(qkv + in_qkv, rows, token_stride, N, HEAD)
     largest, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
-    out0, out1 = zero_head(ROWS, LEFT, RIGHT)
+    result = zeros_like(q)
     for start in range(0, N, KEYS):
         keys = start + tl.arange(0, KEYS)
-        k0, k1 = load_head(q + D, keys, token_stride, N, HEAD, LEFT, RIGHT)
-        v0, v1 = load_head(q + 2 * D, keys, token_stride, N, HEAD, LEFT, RIGHT)
-        scores = over_head(q0, q1, k0, k1, RIGHT) * scale  # (ROWS, KEYS), log2(e) included
+        k = load_head(qkv + in_qkv + D, keys, token_stride, N, HEAD)
+        v = load_head(qkv + in_qkv + 2 * D, keys, token_stride, N, HEAD)
+        scores = over_head(q, k) * SCALE  # (ROWS, KEYS)
         scores = tl.where((keys < N)[None, :], scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, axis=1))  # (ROWS,)
         p = tl.exp2(scores - larger[:, None])
         if KEYS < N:
             shrink = tl.exp2(largest - larger)  # 0 for the first tile
-            total = total * shrink
-            out0, out1 = out0 * shrink[:, None], out1 * shrink[:, None]
+            total, result = total * shrink, times(result, shrink[:, None])
         total += tl.sum(p, axis=1)
-        out0, out1 = onto_head(p, v0, v1, out0, out1, RIGHT)  # (ROWS, HEAD)
+        result = onto_head(p, v, result)  # (ROWS, HEAD)
         largest = larger
-    out0, out1 = out0 / total[:, None], out1 / total[:, None]
-    store_head(out, rows, D, out0, out1, N, HEAD, LEFT, RIGHT)
-    tl.store(logsum + rows, largest + tl.log2(total), mask=rows < N)
+    store_head(out + in_out, rows, D, times(result, 1 / total[:, None]), N, HEAD)
+    tl.store(logsum + in_logsum + rows, largest + tl.log2(total), mask=rows < N)
 
 
 # Backward. With p the softmax and g the gradient of the result:
 #     dv = p^T g,   ds = p * (g v^T - delta), delta = sum of g * out over the head,
-#     dk = ds^T q,  dq = ds k.
+#     dk = ds^T q,  dq = ds k,  both / sqrt(d), as the scores were.
 # One kernel sums dk and dv of its keys over the rows, the other dq of its rows over the keys.
 
 
 @triton.jit
 def backward_keys(
-    qkv, out, grad, logsum, delta, dqkv, batch_stride, token_stride, heads, scale,
-    N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    qkv, out, grad, logsum, delta, dqkv, batch_stride, token_stride, heads,
+    N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys. Grid: B * heads * tiles of keys.
 
     Where this tile holds all keys, dq is found on the way, and no other kernel is needed; else
     delta is read as the other kernel left it. Tiles of scores stand as (KEYS, ROWS) here.
     """
-    tiles: tl.constexpr = tl.cdiv(N, KEYS)
-    tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    sample, head = (pair // heads).to(tl.int64), pair % heads
-    D = heads * HEAD
-    q = qkv + sample * batch_stride + head * HEAD
-    dq = dqkv + sample * N * 3 * D + head * HEAD
-    result = (sample * (N - FIRST) - FIRST) * D + head * HEAD
-    row = pair.to(tl.int64) * (N - FIRST) - FIRST
+    tile, in_qkv, in_dqkv, in_out, in_logsum = place(
+        batch_stride, heads, tl.cdiv(N, KEYS), N, FIRST, HEAD
+    )
+    D, SCALE = heads * HEAD, HEAD**-0.5
+    dqkv += in_dqkv
     keys = tile * KEYS + tl.arange(0, KEYS)
-
-    k0, k1 = load_head(q + D, keys, token_stride, N, HEAD, LEFT, RIGHT)
-    v0, v1 = load_head(q + 2 * D, keys, token_stride, N, HEAD, LEFT, RIGHT)
-    dk0, dk1 = zero_head(KEYS, LEFT, RIGHT)
-    dv0, dv1 = zero_head(KEYS, LEFT, RIGHT)
+    k = load_head(qkv + in_qkv + D, keys, token_stride, N, HEAD)
+    v = load_head(qkv + in_qkv + 2 * D, keys, token_stride, N, HEAD)
+    dk, dv = zeros_like(k), zeros_like(k)
     for start in range(FIRST, N, ROWS):
         rows = start + tl.arange(0, ROWS)
-        q0, q1 = load_head(q, rows, token_stride, N, HEAD, LEFT, RIGHT)
-        g0, g1 = load_head(grad + result, rows, D, N, HEAD, LEFT, RIGHT)  # 0 beyond N, and so ds
+        q = load_head(qkv + in_qkv, rows, token_stride, N, HEAD)
+        g = load_head(grad + in_out, rows, D, N, HEAD)  # 0 beyond N, and so is ds
         if KEYS >= N:
-            out0, out1 = load_head(out + result, rows, D, N, HEAD, LEFT, RIGHT)
-            difference = tl.sum(g0.to(tl.float32) * out0, axis=1)  # (ROWS,)
-            if RIGHT > 0:
-                difference += tl.sum(g1.to(tl.float32) * out1, axis=1)
+            difference = row_sums(g, load_head(out + in_out, rows, D, N, HEAD))  # (ROWS,)
         else:
-            difference = tl.load(delta + row + rows, mask=rows < N, other=0.0)
-        normal = tl.load(logsum + row + rows, mask=rows < N, other=0.0)
-        scores = over_head(k0, k1, q0, q1, RIGHT) * scale  # (KEYS, ROWS)
+            difference = tl.load(delta + in_logsum + rows, mask=rows < N, other=0.0)
+        normal = tl.load(logsum + in_logsum + rows, mask=rows < N, other=0.0)
+        scores = over_head(k, q) * (SCALE * LOG2_E)  # (KEYS, ROWS)
         scores = tl.where((keys < N)[:, None], scores, float("-inf"))
         p = tl.exp2(scores - normal[None, :])
-        dv0, dv1 = onto_head(p, g0, g1, dv0, dv1, RIGHT)
-        ds = p * (over_head(v0, v1, g0, g1, RIGHT) - difference[None, :])
-        dk0, dk1 = onto_head(ds, q0, q1, dk0, dk1, RIGHT)
+        dv = onto_head(p, g, dv)
+        ds = p * (over_head(v, g) - difference[None, :])
+        dk = onto_head(ds, q, dk)
         if KEYS >= N:
-            dq0, dq1 = zero_head(ROWS, LEFT, RIGHT)
-            dq0, dq1 = onto_head(tl.trans(ds), k0, k1, dq0, dq1, RIGHT)
-            dq0, dq1 = dq0 * (scale / LOG2_E), dq1 * (scale / LOG2_E)
-            store_head(dq, rows, 3 * D, dq0, dq1, N, HEAD, LEFT, RIGHT)
-    dk0, dk1 = dk0 * (scale / LOG2_E), dk1 * (scale / LOG2_E)
-    store_head(dq + D, keys, 3 * D, dk0, dk1, N, HEAD, LEFT, RIGHT)
-    store_head(dq + 2 * D, keys, 3 * D, dv0, dv1, N, HEAD, LEFT, RIGHT)
+            dq = onto_head(tl.trans(ds), k, zeros_like(q))
+            store_head(dqkv, rows, 3 * D, times(dq, SCALE), N, HEAD)
+    store_head(dqkv + D, keys, 3 * D, times(dk, SCALE), N, HEAD)
+    store_head(dqkv + 2 * D, keys, 3 * D, dv, N, HEAD)
     if FIRST > 0:  # those who did not ask
-        dq0, dq1 = zero_head(KEYS, LEFT, RIGHT)
-        store_head(dq, keys, 3 * D, dq0, dq1, FIRST, HEAD, LEFT, RIGHT)
+        store_head(dqkv, keys, 3 * D, zeros_like(k), FIRST, HEAD)
 
 
 @triton.jit
 def backward_rows(
-    qkv, out, grad, logsum, delta, dqkv, batch_stride, token_stride, heads, scale,
-    N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    qkv, out, grad, logsum, delta, dqkv, batch_stride, token_stride, heads,
+    N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of rows, and their delta. Grid: B * heads * tiles of rows. It goes first: the
     other kernel reads delta."""
-    tiles: tl.constexpr = tl.cdiv(N - FIRST, ROWS)
-    tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    sample, head = (pair // heads).to(tl.int64), pair % heads
-    D = heads * HEAD
-    q = qkv + sample * batch_stride + head * HEAD
-    result = (sample * (N - FIRST) - FIRST) * D + head * HEAD
-    row = pair.to(tl.int64) * (N - FIRST) - FIRST
+    tile, in_qkv, in_dqkv, in_out, in_logsum = place(
+        batch_stride, heads, tl.cdiv(N - FIRST, ROWS), N, FIRST, HEAD
+    )
+    D, SCALE = heads * HEAD, HEAD**-0.5
     rows = FIRST + tile * ROWS + tl.arange(0, ROWS)
-
-    q0, q1 = load_head(q, rows, token_stride, N, HEAD, LEFT, RIGHT)
-    g0, g1 = load_head(grad + result, rows, D, N, HEAD, LEFT, RIGHT)
-    out0, out1 = load_head(out + result, rows, D, N, HEAD, LEFT, RIGHT)
-    difference = tl.sum(g0.to(tl.float32) * out0, axis=1)
-    if RIGHT > 0:
-        difference += tl.sum(g1.to(tl.float32) * out1, axis=1)
-    tl.store(delta + row + rows, difference, mask=rows < N)
-    normal = tl.load(logsum + row + rows, mask=rows < N, other=0.0)
-    dq0, dq1 = zero_head(ROWS, LEFT, RIGHT)
+    q = load_head(qkv + in_qkv, rows, token_stride, N, HEAD)
+    g = load_head(grad + in_out, rows, D, N, HEAD)
+    difference = row_sums(g, load_head(out + in_out, rows, D, N, HEAD))
+    tl.store(delta + in_logsum + rows, difference, mask=rows < N)
+    normal = tl.load(logsum + in_logsum + rows, mask=rows < N, other=0.0)
+    dq = zeros_like(q)
     for start in range(0, N, KEYS):
         keys = start + tl.arange(0, KEYS)
-        k0, k1 = load_head(q + D, keys, token_stride, N, HEAD, LEFT, RIGHT)
-        v0, v1 = load_head(q + 2 * D, keys, token_stride, N, HEAD, LEFT, RIGHT)
-        scores = over_head(q0, q1, k0, k1, RIGHT) * scale  # (ROWS, KEYS)
+        k = load_head(qkv + in_qkv + D, keys, token_stride, N, HEAD)
+        v = load_head(qkv + in_qkv + 2 * D, keys, token_stride, N, HEAD)
+        scores = over_head(q, k) * (SCALE * LOG2_E)  # (ROWS, KEYS)
         scores = tl.where((keys < N)[None, :], scores, float("-inf"))
         p = tl.exp2(scores - normal[:, None])
-        ds = p * (over_head(g0, g1, v0, v1, RIGHT) - difference[:, None])
-        dq0, dq1 = onto_head(ds, k0, k1, dq0, dq1, RIGHT)
-    dq0, dq1 = dq0 * (scale / LOG2_E), dq1 * (scale / LOG2_E)
-    dq = dqkv + sample * N * 3 * D + head * HEAD
-    store_head(dq, rows, 3 * D, dq0, dq1, N, HEAD, LEFT, RIGHT)
+        ds = p * (over_head(g, v) - difference[:, None])
+        dq = onto_head(ds, k, dq)
+    store_head(dqkv + in_dqkv, rows, 3 * D, times(dq, SCALE), N, HEAD)
 
 
 # --------------------------------------------------------------------------- the plain functions
@@ -312,13 +297,11 @@ def tiles(tokens, first_query, head, itemsize, backward):
     tile, up to 64 where the head is wide. Backward holds more tiles at once, and takes more warps
     where the head is wide, so that all stays in registers.
     """
-    left = 1 << head.bit_length() - 1  # the largest power of two in the head
-    right = max(16, 1 << (head - left - 1).bit_length()) if head > left else 0
     padded, wide = max(16, 1 << (tokens - 1).bit_length()), head * itemsize > 160
     keys = padded if padded <= (64 if wide else 128) else 64
     rows = min(padded, 32 if backward and keys == padded else 64)
     warps = 8 if keys > 64 or (backward and head > 64) else 4
-    sizes = {"N": tokens, "FIRST": first_query, "HEAD": head, "LEFT": left, "RIGHT": right}
+    sizes = {"N": tokens, "FIRST": first_query, "HEAD": head}
     return sizes | {"ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": 2}
 
 
@@ -339,9 +322,8 @@ def attention_forward(
     out = qkv.new_empty(B, N - first_query, D)
     logsum = qkv.new_empty(B, heads, N - first_query, dtype=torch.float32)
     sizes = tiles(N, first_query, D // heads, qkv.itemsize, backward=False)
-    layout = *qkv.stride()[:2], heads, math.log2(math.e) / math.sqrt(D // heads)
     grid = (B * heads * triton.cdiv(N - first_query, sizes["ROWS"]),)
-    launch(forward_rows, grid, qkv, out, logsum, *layout, **sizes)
+    launch(forward_rows, grid, qkv, out, logsum, *qkv.stride()[:2], heads, **sizes)
     return out, logsum
 
 
@@ -353,8 +335,7 @@ def attention_backward(
     B, N, D = *qkv.shape[:2], qkv.shape[2] // 3
     dqkv, delta = qkv.new_empty(B, N, 3 * D), torch.empty_like(logsum)
     sizes = tiles(N, first_query, D // heads, qkv.itemsize, backward=True)
-    layout = *qkv.stride()[:2], heads, math.log2(math.e) / math.sqrt(D // heads)
-    given = qkv, out, grad.contiguous(), logsum, delta, dqkv, *layout
+    given = qkv, out, grad.contiguous(), logsum, delta, dqkv, *qkv.stride()[:2], heads
     if sizes["KEYS"] < N:
         grid = (B * heads * triton.cdiv(N - first_query, sizes["ROWS"]),)
         launch(backward_rows, grid, *given, **sizes)

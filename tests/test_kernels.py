@@ -339,10 +339,10 @@ for tokens, first, columns in json.loads(sys.argv[2]):
             continue  # not needed there
         options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
         numbers = dict.fromkeys(("batch_stride", "token_stride", "heads"), "i32")
-        kinds = {"logsum": "*fp32", "delta": "*fp32", "scale": "fp32", **numbers}
+        kinds = {"logsum": "*fp32", "delta": "*fp32", **numbers}
         kinds |= dict.fromkeys(sizes, "constexpr")
         names = list(kernel.arg_names)
-        aligned = [n for n in names if n not in (*sizes, "heads", "scale")]
+        aligned = [n for n in names if n not in (*sizes, "heads")]
         attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
         signature = {name: kinds.get(name, "*bf16") for name in names}
         source = ASTSource(kernel, signature, sizes, attributes)
