@@ -866,7 +866,7 @@ def save_checkpoint(folder, step, model, optimizer, record, keep=2):
             no_dist=not dist.is_initialized(),
         )
         if writer:
-            record = {**record, "step": step, "attention": [*kernels.CHOSEN.items()]}
+            record = {**record, "step": step, "attention": [*kernels.TIMED.items()]}
             write_file(temporary / "state.json", json.dumps(record))
             shutil.rmtree(final, ignore_errors=True)  # left by a run killed before it moved LATEST
             os.replace(temporary, final)
@@ -916,7 +916,7 @@ def load_checkpoint(path, model, optimizer):
     except (Exception, dcp.api.CheckpointException) as error:
         # A damaged file fails in many ways; DCP's own exception is no Exception.
         raise OSError(f"cannot load {path}: {last_line(error)}; --resume another") from error
-    kernels.CHOSEN.update((tuple(shape), way) for shape, way in record.pop("attention", ()))
+    kernels.TIMED.update((tuple(key), ratio) for key, ratio in record.pop("attention", ()))
     return record
 
 
