@@ -152,10 +152,13 @@ def few_shot_split(labels, shots, seed):
     return torch.cat([shuffled[labels[shuffled] == c][:shots] for c in labels.unique()])
 
 
+PROBED = 4096  # pictures
+
+
 def print_probe(weights, config, train, test, pool, seed, **options):
     """What training gave: ridge top-1 of a trained encoder, of it untrained, and of raw pixels.
 
-    weights are a stage's; the untrained encoder is the one that `seed` initialises. At most 4096
+    weights are a stage's; the untrained encoder is the one that `seed` initialises. At most PROBED
     labels of train.
     """
     if train.classes != test.classes or not train.classes:
@@ -166,7 +169,7 @@ def print_probe(weights, config, train, test, pool, seed, **options):
     trained, untrained = (m.to(options.get("device", "cpu")) for m in (trained, untrained))
     functions = {"raw pixels": raw_pixels, "untrained": pooled(untrained, pool)}
     functions["trained"] = pooled(trained, pool)
-    train = data.Part(train, range(min(4096, int(train.sizes.sum()))))
+    train = data.Part(train, range(min(PROBED, int(train.sizes.sum()))))
     x, y, _ = extract(functions, train, config, **options)
     x_test, y_test, _ = extract(functions, test, config, **options)
     known, known_test = y >= 0, y_test >= 0
@@ -247,7 +250,9 @@ def show_autoencoder(weights, run):
     try:
         if run.held_out.sizes.sum():
             draw_reconstructions(autoencoder, run.held_out, run.out / "reconstruction.png")
-            print_probe(weights, run.config, run.source, run.held_out, "mean", run.seed, **options)
+            sources = run.source, run.held_out
+            if run.steps * run.batch_size >= PROBED:  # it never costs more than the training
+                print_probe(weights, run.config, *sources, "mean", run.seed, **options)
     except (ValueError, OSError) as error:
         print(f"no more is shown: {error}")
 

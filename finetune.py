@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
+import kernels
 import model as models
 
 # size: (batch size, lr per 256 images, epochs, layer decay, drop path) of classify. B, L and H: the
@@ -177,6 +178,7 @@ def prepare(run):
     if run.plan and run.gpus:  # a plan for GPUs may be made anywhere
         run.processes, kind = run.gpus, "cuda"
     run.precision = run.precision or ("bf16" if kind == "cuda" else "fp32")
+    kernels.forced()  # a wrong ATTENTION in the environment is found here, not after loading
     if run.precision == "bf16" and kind != "cuda":
         raise ValueError("--precision bf16 needs CUDA")
     run.workers = data.loader_workers(run.workers, here)

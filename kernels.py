@@ -1,6 +1,7 @@
 """Fused attention for the shapes that a Vision Transformer meets, in Triton, and the choice of it.
 
     python kernels.py                  # correctness; on a GPU also speed, beside PyTorch's own
+    python kernels.py > speed.csv      # its table of speed is all that goes to stdout
     ATTENTION=torch python mae_pretrain.py ...      # or triton: not what is faster, but this
 
 attention() is what the models call: these kernels where choose() has found them faster on this very
@@ -8,9 +9,12 @@ machine, else PyTorch's scaled_dot_product_attention. Padding and biases are PyT
 
 Whoever knows PyTorch and no Triton can start here. A kernel is written for one *program*, which
 works on tiles: small matrices in registers. A launch starts a grid of programs, and `tl.program_id`
-tells each which one it is. Pointers are numbers: a tile is read from `pointer + row * stride +
-column`, under a mask where that would be outside. The sides of tiles are powers of two, known when
-the kernel is compiled (`tl.constexpr`): for every other set of them it is compiled again.
+tells each which one it is. A tensor is given as a pointer, to its first number: a tile of it is read
+from `pointer + row * stride + column`, under a mask where that would be outside. The sides of tiles
+are powers of two, known when the kernel is compiled (`tl.constexpr`): for every other set of them it
+is compiled again. A program runs on `num_warps` times 32 threads, which share its tiles: more have
+more registers, and what does not fit spills to slow memory. In a loop, what the next `num_stages`
+turns need is loaded while this one computes.
 
 What is computed is softmax(q k^T / sqrt(d)) v, for each head of each sample. Special to ViTs:
 
@@ -27,17 +31,17 @@ from which backward computes the softmax again. There are no atomics: same input
 """
 
 import argparse
-import csv
 import itertools
 import math
 import os
-import statistics
-import time
+import sys
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if __name__ == "__main__" and not torch.cuda.is_available():
@@ -49,8 +53,9 @@ except ImportError:  # PyTorch's attention does it all, and the kernels are neve
     triton = SimpleNamespace(jit=lambda kernel: kernel, __version__=None)
     tl = SimpleNamespace(constexpr=float)
 
-
-LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x log2 e), and 2^x is one instruction
+# exp(x) = 2^(x log2 e), and 2^x is one instruction: scores are multiplied by this, too. Gradients
+# are those of the scores without it.
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 # ------------------------------------------------------------------------------- the definition
@@ -77,229 +82,195 @@ def split_heads(qkv, heads):
 
 # ------------------------------------------------------------------------------------ the kernels
 #
-# Names: `rows` are queries and `keys` keys, both as numbers of tokens; ROWS and KEYS, how many are
-# in a tile. A head of HEAD columns is two tiles, of LEFT and RIGHT columns, RIGHT 0 if one does.
-# Products with a head are two products, too; `a0, a1` stand for the two tiles of a.
+# `rows` are queries and `keys` keys, both as numbers of tokens; ROWS and KEYS, how many are in a
+# tile. A head, of HEAD columns, is a tuple of tiles: of one, or for 48, 80 and 96 of two.
+#
+#     qkv, dqkv      (B, N, 3, heads, HEAD)           what came in, and its gradient
+#     out, grad      (B, N - FIRST, heads, HEAD)      what goes out, and its gradient
+#     logsum, delta  (B, heads, N - FIRST) float32    what backward wants to know of each row
 
 
 @triton.jit
-def load(
-    base, rows, stride,
-    N: tl.constexpr, HEAD: tl.constexpr, COLUMN: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """WIDTH columns of a head, from COLUMN on: (rows, WIDTH), 0 beyond N tokens and the head."""
-    columns = COLUMN + tl.arange(0, WIDTH)
-    inside = (rows < N)[:, None] & (columns < HEAD)[None, :]
-    return tl.load(base + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+def place(TILES, heads, N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr):
+    """Which of the TILES of a head this program computes; where that head is in qkv, out, logsum.
+
+    Results have no rows before FIRST: they begin that much earlier, and numbers of rows fit.
+    """
+    # Neighbouring programs are tiles of one head: what they share is still in the cache.
+    tile, pair = tl.program_id(0) % TILES, (tl.program_id(0) // TILES).to(tl.int64)
+    sample, column = pair // heads, pair % heads * HEAD
+    in_out = (sample * (N - FIRST) - FIRST) * heads * HEAD + column
+    return tile, sample * N * 3 * heads * HEAD + column, in_out, pair * (N - FIRST) - FIRST
 
 
 @triton.jit
-def load_head(
-    base, rows, stride,
-    N: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-):  # fmt: skip
-    """A head of these tokens as two tiles, (rows, LEFT) and (rows, RIGHT)."""
-    left = load(base, rows, stride, N, HEAD, 0, LEFT)
-    right = left  # stands in where there is none
-    if RIGHT > 0:
-        right = load(base, rows, stride, N, HEAD, LEFT, RIGHT)
-    return left, right
+def columns_of(HEAD: tl.constexpr):
+    """The numbers of a head's columns: (1, 64) and (1, 16) for 80, but (1, 128) for 112."""
+    FULL: tl.constexpr = triton.next_power_of_2(HEAD)
+    HALF: tl.constexpr = FULL // 2
+    if 4 * HEAD > 3 * FULL:
+        columns = (tl.arange(0, FULL)[None, :],)
+    else:
+        columns = tl.arange(0, HALF)[None, :], HALF + tl.arange(0, HEAD - HALF)[None, :]
+    return columns
 
 
 @triton.jit
-def store(
-    base, rows, stride, tile,
-    N: tl.constexpr, HEAD: tl.constexpr, COLUMN: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    columns = COLUMN + tl.arange(0, WIDTH)
-    inside = (rows < N)[:, None] & (columns < HEAD)[None, :]
-    pointers = base + rows[:, None] * stride + columns[None, :]
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
+def load_head(base, rows, stride, N: tl.constexpr, HEAD: tl.constexpr):
+    """A head of these tokens: (rows, HEAD), 0 beyond N tokens. stride: from token to token."""
+    line, inside = base + rows[:, None] * stride, (rows < N)[:, None]
+    return [tl.load(line + c, inside & (c < HEAD), other=0.0) for c in columns_of(HEAD)]
 
 
 @triton.jit
-def store_head(
-    base, rows, stride, left, right,
-    N: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-):  # fmt: skip
-    store(base, rows, stride, left, N, HEAD, 0, LEFT)
-    if RIGHT > 0:
-        store(base, rows, stride, right, N, HEAD, LEFT, RIGHT)
+def store_head(base, rows, stride, head, N: tl.constexpr, HEAD: tl.constexpr):
+    """Its counterpart: nothing is written beyond N tokens."""
+    line, inside, columns = base + rows[:, None] * stride, (rows < N)[:, None], columns_of(HEAD)
+    for i in tl.static_range(len(columns)):
+        tile = head[i].to(base.dtype.element_ty)
+        tl.store(line + columns[i], tile, inside & (columns[i] < HEAD))
 
 
 @triton.jit
-def zero_head(ROWS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    left = tl.zeros((ROWS, LEFT), tl.float32)
-    right = left
-    if RIGHT > 0:
-        right = tl.zeros((ROWS, RIGHT), tl.float32)
-    return left, right
+def zeros_like(head):
+    return [tl.zeros(tile.shape, tl.float32) for tile in head]
 
 
 @triton.jit
-def over_head(a0, a1, b0, b1, RIGHT: tl.constexpr):
+def times(head, factor):
+    return [tile * factor for tile in head]
+
+
+@triton.jit
+def over_head(a, b):
     """a b^T: (M, HEAD), (N, HEAD) -> (M, N) float32. "ieee": float32 is not rounded to tf32."""
-    product = tl.dot(a0, tl.trans(b0), input_precision="ieee")
-    if RIGHT > 0:
-        product = tl.dot(a1, tl.trans(b1), product, input_precision="ieee")
+    product = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    for i in tl.static_range(1, len(a)):
+        product = tl.dot(a[i], tl.trans(b[i]), product, input_precision="ieee")
     return product
 
 
 @triton.jit
-def onto_head(p, a0, a1, sum0, sum1, RIGHT: tl.constexpr):
-    """sum + p a: (M, N), (N, HEAD) -> (M, HEAD) float32. p is rounded to a's dtype."""
-    sum0 = tl.dot(p.to(a0.dtype), a0, sum0, input_precision="ieee")
-    if RIGHT > 0:
-        sum1 = tl.dot(p.to(a0.dtype), a1, sum1, input_precision="ieee")
-    return sum0, sum1
+def onto_head(p, a, total):
+    """total + p a: (M, N), (N, HEAD) -> (M, HEAD) float32. p is rounded to a's dtype."""
+    p, result = p.to(a[0].dtype), ()
+    for i in tl.static_range(len(a)):
+        result += (tl.dot(p, a[i], total[i], input_precision="ieee"),)
+    return result
 
 
 @triton.jit
 def forward_rows(
-    qkv, out, logsum, batch_stride, token_stride, heads, scale,
-    N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    qkv, out, logsum, heads,
+    N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
-    """A tile of rows of one head. Grid: B * heads * tiles of rows.
+    """out and logsum of a tile of rows. Grid: B * heads * tiles of rows.
 
     Where one tile of keys holds them all, their softmax is taken at once. Else it does not wait for
     the largest score: sums are relative to the largest one so far, and are shrunk when a larger one
     turns up (arXiv 1805.02867).
     """
-    # Neighbouring programs are tiles of one head: what they share is still in the cache.
-    tiles: tl.constexpr = tl.cdiv(N - FIRST, ROWS)
-    tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    sample, head = (pair // heads).to(tl.int64), pair % heads
-    D = heads * HEAD
-    q = qkv + sample * batch_stride + head * HEAD
-    # Results have no rows before FIRST: start that much earlier, and `rows` fits them, too.
-    out += (sample * (N - FIRST) - FIRST) * D + head * HEAD
-    logsum += pair.to(tl.int64) * (N - FIRST) - FIRST
+    tile, in_qkv, in_out, in_logsum = place(tl.cdiv(N - FIRST, ROWS), heads, N, FIRST, HEAD)
+    D, SCALE = heads * HEAD, HEAD**-0.5 * LOG2_E
     rows = FIRST + tile * ROWS + tl.arange(0, ROWS)
-
-    q0, q1 = load_head(q, rows, token_stride, N, HEAD, LEFT, RIGHT)
+    q = load_head(qkv + in_qkv, rows, 3 * D, N, HEAD)
     largest, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
-    out0, out1 = zero_head(ROWS, LEFT, RIGHT)
+    result = zeros_like(q)
     for start in range(0, N, KEYS):
         keys = start + tl.arange(0, KEYS)
-        k0, k1 = load_head(q + D, keys, token_stride, N, HEAD, LEFT, RIGHT)
-        v0, v1 = load_head(q + 2 * D, keys, token_stride, N, HEAD, LEFT, RIGHT)
-        scores = over_head(q0, q1, k0, k1, RIGHT) * scale  # (ROWS, KEYS), log2(e) included
+        k = load_head(qkv + in_qkv + D, keys, 3 * D, N, HEAD)
+        v = load_head(qkv + in_qkv + 2 * D, keys, 3 * D, N, HEAD)
+        scores = over_head(q, k) * SCALE  # (ROWS, KEYS)
         scores = tl.where((keys < N)[None, :], scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, axis=1))  # (ROWS,)
         p = tl.exp2(scores - larger[:, None])
         if KEYS < N:
             shrink = tl.exp2(largest - larger)  # 0 for the first tile
-            total = total * shrink
-            out0, out1 = out0 * shrink[:, None], out1 * shrink[:, None]
+            total, result = total * shrink, times(result, shrink[:, None])
         total += tl.sum(p, axis=1)
-        out0, out1 = onto_head(p, v0, v1, out0, out1, RIGHT)  # (ROWS, HEAD)
+        result = onto_head(p, v, result)  # (ROWS, HEAD)
         largest = larger
-    out0, out1 = out0 / total[:, None], out1 / total[:, None]
-    store_head(out, rows, D, out0, out1, N, HEAD, LEFT, RIGHT)
-    tl.store(logsum + rows, largest + tl.log2(total), mask=rows < N)
+    store_head(out + in_out, rows, D, times(result, 1 / total[:, None]), N, HEAD)
+    tl.store(logsum + in_logsum + rows, largest + tl.log2(total), mask=rows < N)
 
 
 # Backward. With p the softmax and g the gradient of the result:
-#     dv = p^T g,   ds = p * (g v^T - delta), delta = sum of g * out over the head,
-#     dk = ds^T q,  dq = ds k.
+#     dv = p^T g,   dp = g v^T,   ds = p * (dp - delta),
+#     delta = sum of p * dp over the keys = sum of g * out over the head,
+#     dk = ds^T q,  dq = ds k,  both / sqrt(d), as the scores were.
 # One kernel sums dk and dv of its keys over the rows, the other dq of its rows over the keys.
 
 
 @triton.jit
 def backward_keys(
-    qkv, out, grad, logsum, delta, dqkv, batch_stride, token_stride, heads, scale,
-    N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    qkv, grad, logsum, delta, dqkv, heads,
+    N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
     """dk and dv of a tile of keys. Grid: B * heads * tiles of keys.
 
     Where this tile holds all keys, dq is found on the way, and no other kernel is needed; else
     delta is read as the other kernel left it. Tiles of scores stand as (KEYS, ROWS) here.
     """
-    tiles: tl.constexpr = tl.cdiv(N, KEYS)
-    tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    sample, head = (pair // heads).to(tl.int64), pair % heads
-    D = heads * HEAD
-    q = qkv + sample * batch_stride + head * HEAD
-    dq = dqkv + sample * N * 3 * D + head * HEAD
-    result = (sample * (N - FIRST) - FIRST) * D + head * HEAD
-    row = pair.to(tl.int64) * (N - FIRST) - FIRST
+    tile, in_qkv, in_out, in_logsum = place(tl.cdiv(N, KEYS), heads, N, FIRST, HEAD)
+    D, SCALE = heads * HEAD, HEAD**-0.5
+    dqkv += in_qkv
     keys = tile * KEYS + tl.arange(0, KEYS)
-
-    k0, k1 = load_head(q + D, keys, token_stride, N, HEAD, LEFT, RIGHT)
-    v0, v1 = load_head(q + 2 * D, keys, token_stride, N, HEAD, LEFT, RIGHT)
-    dk0, dk1 = zero_head(KEYS, LEFT, RIGHT)
-    dv0, dv1 = zero_head(KEYS, LEFT, RIGHT)
+    k = load_head(qkv + in_qkv + D, keys, 3 * D, N, HEAD)
+    v = load_head(qkv + in_qkv + 2 * D, keys, 3 * D, N, HEAD)
+    dk, dv = zeros_like(k), zeros_like(k)
     for start in range(FIRST, N, ROWS):
         rows = start + tl.arange(0, ROWS)
-        q0, q1 = load_head(q, rows, token_stride, N, HEAD, LEFT, RIGHT)
-        g0, g1 = load_head(grad + result, rows, D, N, HEAD, LEFT, RIGHT)  # 0 beyond N, and so ds
-        if KEYS >= N:
-            out0, out1 = load_head(out + result, rows, D, N, HEAD, LEFT, RIGHT)
-            difference = tl.sum(g0.to(tl.float32) * out0, axis=1)  # (ROWS,)
-            if RIGHT > 0:
-                difference += tl.sum(g1.to(tl.float32) * out1, axis=1)
-        else:
-            difference = tl.load(delta + row + rows, mask=rows < N, other=0.0)
-        normal = tl.load(logsum + row + rows, mask=rows < N, other=0.0)
-        scores = over_head(k0, k1, q0, q1, RIGHT) * scale  # (KEYS, ROWS)
+        q = load_head(qkv + in_qkv, rows, 3 * D, N, HEAD)
+        g = load_head(grad + in_out, rows, D, N, HEAD)  # 0 beyond N, and so is ds
+        normal = tl.load(logsum + in_logsum + rows, mask=rows < N, other=0.0)
+        scores = over_head(k, q) * (SCALE * LOG2_E)  # (KEYS, ROWS)
         scores = tl.where((keys < N)[:, None], scores, float("-inf"))
         p = tl.exp2(scores - normal[None, :])
-        dv0, dv1 = onto_head(p, g0, g1, dv0, dv1, RIGHT)
-        ds = p * (over_head(v0, v1, g0, g1, RIGHT) - difference[None, :])
-        dk0, dk1 = onto_head(ds, q0, q1, dk0, dk1, RIGHT)
+        dv = onto_head(p, g, dv)
+        dp = over_head(v, g)  # (KEYS, ROWS)
         if KEYS >= N:
-            dq0, dq1 = zero_head(ROWS, LEFT, RIGHT)
-            dq0, dq1 = onto_head(tl.trans(ds), k0, k1, dq0, dq1, RIGHT)
-            dq0, dq1 = dq0 * (scale / LOG2_E), dq1 * (scale / LOG2_E)
-            store_head(dq, rows, 3 * D, dq0, dq1, N, HEAD, LEFT, RIGHT)
-    dk0, dk1 = dk0 * (scale / LOG2_E), dk1 * (scale / LOG2_E)
-    store_head(dq + D, keys, 3 * D, dk0, dk1, N, HEAD, LEFT, RIGHT)
-    store_head(dq + 2 * D, keys, 3 * D, dv0, dv1, N, HEAD, LEFT, RIGHT)
+            row_delta = tl.sum(p * dp, axis=0)  # (ROWS,)
+        else:
+            row_delta = tl.load(delta + in_logsum + rows, mask=rows < N, other=0.0)
+        ds = p * (dp - row_delta[None, :])
+        dk = onto_head(ds, q, dk)
+        if KEYS >= N:
+            dq = onto_head(tl.trans(ds), k, zeros_like(q))
+            store_head(dqkv, rows, 3 * D, times(dq, SCALE), N, HEAD)
+    store_head(dqkv + D, keys, 3 * D, times(dk, SCALE), N, HEAD)
+    store_head(dqkv + 2 * D, keys, 3 * D, dv, N, HEAD)
     if FIRST > 0:  # those who did not ask
-        dq0, dq1 = zero_head(KEYS, LEFT, RIGHT)
-        store_head(dq, keys, 3 * D, dq0, dq1, FIRST, HEAD, LEFT, RIGHT)
+        store_head(dqkv, keys, 3 * D, zeros_like(k), FIRST, HEAD)
 
 
 @triton.jit
 def backward_rows(
-    qkv, out, grad, logsum, delta, dqkv, batch_stride, token_stride, heads, scale,
-    N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    qkv, out, grad, logsum, delta, dqkv, heads,
+    N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
-    """dq of a tile of rows, and their delta. Grid: B * heads * tiles of rows. It goes first: the
-    other kernel reads delta."""
-    tiles: tl.constexpr = tl.cdiv(N - FIRST, ROWS)
-    tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    sample, head = (pair // heads).to(tl.int64), pair % heads
-    D = heads * HEAD
-    q = qkv + sample * batch_stride + head * HEAD
-    result = (sample * (N - FIRST) - FIRST) * D + head * HEAD
-    row = pair.to(tl.int64) * (N - FIRST) - FIRST
+    """dq and delta of a tile of rows, for backward_keys to read. Grid: B * heads * tiles of rows."""
+    tile, in_qkv, in_out, in_logsum = place(tl.cdiv(N - FIRST, ROWS), heads, N, FIRST, HEAD)
+    D, SCALE = heads * HEAD, HEAD**-0.5
     rows = FIRST + tile * ROWS + tl.arange(0, ROWS)
-
-    q0, q1 = load_head(q, rows, token_stride, N, HEAD, LEFT, RIGHT)
-    g0, g1 = load_head(grad + result, rows, D, N, HEAD, LEFT, RIGHT)
-    out0, out1 = load_head(out + result, rows, D, N, HEAD, LEFT, RIGHT)
-    difference = tl.sum(g0.to(tl.float32) * out0, axis=1)
-    if RIGHT > 0:
-        difference += tl.sum(g1.to(tl.float32) * out1, axis=1)
-    tl.store(delta + row + rows, difference, mask=rows < N)
-    normal = tl.load(logsum + row + rows, mask=rows < N, other=0.0)
-    dq0, dq1 = zero_head(ROWS, LEFT, RIGHT)
+    q = load_head(qkv + in_qkv, rows, 3 * D, N, HEAD)
+    g = load_head(grad + in_out, rows, D, N, HEAD)
+    result = load_head(out + in_out, rows, D, N, HEAD)
+    row_delta = tl.zeros((ROWS,), tl.float32)
+    for i in tl.static_range(len(g)):
+        row_delta += tl.sum(g[i].to(tl.float32) * result[i], axis=1)
+    tl.store(delta + in_logsum + rows, row_delta, mask=rows < N)
+    normal = tl.load(logsum + in_logsum + rows, mask=rows < N, other=0.0)
+    dq = zeros_like(q)
     for start in range(0, N, KEYS):
         keys = start + tl.arange(0, KEYS)
-        k0, k1 = load_head(q + D, keys, token_stride, N, HEAD, LEFT, RIGHT)
-        v0, v1 = load_head(q + 2 * D, keys, token_stride, N, HEAD, LEFT, RIGHT)
-        scores = over_head(q0, q1, k0, k1, RIGHT) * scale  # (ROWS, KEYS)
+        k = load_head(qkv + in_qkv + D, keys, 3 * D, N, HEAD)
+        v = load_head(qkv + in_qkv + 2 * D, keys, 3 * D, N, HEAD)
+        scores = over_head(q, k) * (SCALE * LOG2_E)  # (ROWS, KEYS)
         scores = tl.where((keys < N)[None, :], scores, float("-inf"))
         p = tl.exp2(scores - normal[:, None])
-        ds = p * (over_head(g0, g1, v0, v1, RIGHT) - difference[:, None])
-        dq0, dq1 = onto_head(ds, k0, k1, dq0, dq1, RIGHT)
-    dq0, dq1 = dq0 * (scale / LOG2_E), dq1 * (scale / LOG2_E)
-    dq = dqkv + sample * N * 3 * D + head * HEAD
-    store_head(dq, rows, 3 * D, dq0, dq1, N, HEAD, LEFT, RIGHT)
+        ds = p * (over_head(g, v) - row_delta[:, None])
+        dq = onto_head(ds, k, dq)
+    store_head(dqkv + in_qkv, rows, 3 * D, times(dq, SCALE), N, HEAD)
 
 
 # --------------------------------------------------------------------------- the plain functions
@@ -312,55 +283,52 @@ def tiles(tokens, first_query, head, itemsize, backward):
     tile, up to 64 where the head is wide. Backward holds more tiles at once, and takes more warps
     where the head is wide, so that all stays in registers.
     """
-    left = 1 << head.bit_length() - 1  # the largest power of two in the head
-    right = max(16, 1 << (head - left - 1).bit_length()) if head > left else 0
     padded, wide = max(16, 1 << (tokens - 1).bit_length()), head * itemsize > 160
     keys = padded if padded <= (64 if wide else 128) else 64
     rows = min(padded, 32 if backward and keys == padded else 64)
     warps = 8 if keys > 64 or (backward and head > 64) else 4
-    sizes = {"N": tokens, "FIRST": first_query, "HEAD": head, "LEFT": left, "RIGHT": right}
+    sizes = {"N": tokens, "FIRST": first_query, "HEAD": head}
     return sizes | {"ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": 2}
 
 
-def launch(kernel, grid, *arguments, **constants):
-    """Run it; when torch.compile or an operator is traced, wrap_triton lets it see the kernel."""
-    traced = kernel if INTERPRETED else torch.library.wrap_triton(kernel)
-    traced[grid](*arguments, **constants)
+def launch(kernel, programs, sizes, *tensors, heads):
+    """Run it, so many programs for each head of each sample, on the GPU of the tensors."""
+    # When torch.compile or an operator is traced, wrap_triton lets it see the kernel.
+    kernel = kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+    with torch.cuda.device_of(tensors[0]):  # Triton would take the current GPU
+        kernel[(tensors[0].shape[0] * heads * programs,)](*tensors, heads, **sizes)
 
 
-def attention_forward(
-    qkv: torch.Tensor, heads: int, first_query: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """qkv (B, N, 3 * D) -> out (B, N - first_query, D), logsum (B, heads, N - first_query) float32.
-
-    logsum is log2 of the softmax's denominators. qkv may have any strides but 1 in the last place.
-    """
+def empty_results(qkv, heads, first_query):
+    """out (B, N - first_query, D), logsum (B, heads, N - first_query) float32, to be written."""
     B, N, D = *qkv.shape[:2], qkv.shape[2] // 3
-    out = qkv.new_empty(B, N - first_query, D)
     logsum = qkv.new_empty(B, heads, N - first_query, dtype=torch.float32)
-    sizes = tiles(N, first_query, D // heads, qkv.itemsize, backward=False)
-    layout = *qkv.stride()[:2], heads, math.log2(math.e) / math.sqrt(D // heads)
-    grid = (B * heads * triton.cdiv(N - first_query, sizes["ROWS"]),)
-    launch(forward_rows, grid, qkv, out, logsum, *layout, **sizes)
-    return out, logsum
+    return qkv.new_empty(B, N - first_query, D), logsum
+
+
+def attention_forward(qkv: Tensor, heads: int, first_query: int) -> tuple[Tensor, Tensor]:
+    """out and logsum, log2 of the softmax's denominators, of qkv (B, N, 3 * D)."""
+    N, head = qkv.shape[1], qkv.shape[2] // (3 * heads)
+    sizes = tiles(N, first_query, head, qkv.itemsize, backward=False)
+    results = empty_results(qkv, heads, first_query)
+    of_rows = triton.cdiv(N - first_query, sizes["ROWS"])
+    launch(forward_rows, of_rows, sizes, qkv.contiguous(), *results, heads=heads)  # slices: copied
+    return results
 
 
 def attention_backward(
-    grad: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, logsum: torch.Tensor,
-    heads: int, first_query: int,
-) -> torch.Tensor:  # fmt: skip
+    grad: Tensor, qkv: Tensor, out: Tensor, logsum: Tensor, heads: int, first_query: int
+) -> Tensor:
     """The gradient of qkv, (B, N, 3 * D), from the one of out and what forward returned."""
-    B, N, D = *qkv.shape[:2], qkv.shape[2] // 3
-    dqkv, delta = qkv.new_empty(B, N, 3 * D), torch.empty_like(logsum)
-    sizes = tiles(N, first_query, D // heads, qkv.itemsize, backward=True)
-    layout = *qkv.stride()[:2], heads, math.log2(math.e) / math.sqrt(D // heads)
-    given = qkv, out, grad.contiguous(), logsum, delta, dqkv, *layout
+    N, head = qkv.shape[1], qkv.shape[2] // (3 * heads)
+    sizes = tiles(N, first_query, head, qkv.itemsize, backward=True)
+    qkv, grad, delta = qkv.contiguous(), grad.contiguous(), torch.empty_like(logsum)
+    tensors = grad, logsum, delta, torch.empty_like(qkv)
     if sizes["KEYS"] < N:
-        grid = (B * heads * triton.cdiv(N - first_query, sizes["ROWS"]),)
-        launch(backward_rows, grid, *given, **sizes)
-    grid = (B * heads * triton.cdiv(N, sizes["KEYS"]),)
-    launch(backward_keys, grid, *given, **sizes)
-    return dqkv
+        of_rows = triton.cdiv(N - first_query, sizes["ROWS"])
+        launch(backward_rows, of_rows, sizes, qkv, out, *tensors, heads=heads)
+    launch(backward_keys, triton.cdiv(N, sizes["KEYS"]), sizes, qkv, *tensors, heads=heads)
+    return tensors[-1]
 
 
 # ----------------------------------------------------------------------------------- the operator
@@ -372,14 +340,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 register = torch.library.custom_op if INTERPRETED else torch.library.triton_op
 fused = register("mae::attention", mutates_args=())(attention_forward)
 fused_backward = register("mae::attention_backward", mutates_args=())(attention_backward)
+fused.register_fake(empty_results)
 fused_backward.register_fake(lambda grad, qkv, *_: qkv.new_empty(qkv.shape))
-
-
-@fused.register_fake
-def _(qkv, heads, first_query):
-    B, N, width = qkv.shape
-    logsum = qkv.new_empty(B, heads, N - first_query, dtype=torch.float32)
-    return qkv.new_empty(B, N - first_query, width // 3), logsum
 
 
 def remember(ctx, inputs, output):  # PyTorch passes them by these names
@@ -390,8 +352,7 @@ def remember(ctx, inputs, output):  # PyTorch passes them by these names
 
 
 def gradient(ctx, grad, _):
-    dqkv = fused_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.first_query)
-    return dqkv, None, None
+    return fused_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.first_query), None, None
 
 
 fused.register_autograd(gradient, setup_context=remember)
@@ -399,13 +360,13 @@ fused.register_autograd(gradient, setup_context=remember)
 
 def triton_attention(qkv, heads, first_query=0):
     """reference() by the kernels: any N, heads of 16, 32, ... 128 columns, in any float dtype."""
-    qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
     return fused(qkv, heads, first_query)[0]
 
 
 # ------------------------------------------------------------------------------------- the choice
 
 CHOSEN = {}  # (tokens, first query, columns of a head, dtype's name) -> do the kernels compute it
+TIMED = {}  # (name of the GPU, *what CHOSEN has) -> PyTorch's time over theirs; in checkpoints, too
 
 
 def attention(qkv, num_heads, first_query=0):
@@ -425,38 +386,39 @@ def choose(shapes, batch, device, dtype):
     shapes   (tokens, first query, heads, columns of a head) of a model's attention layers
     batch    images at once; this, device and dtype as in training: both ways are timed with them
 
-    What is in CHOSEN already, of the run that goes on, stays. The environment variable ATTENTION,
-    torch or triton, decides instead: ValueError if it is something else. Under torchrun all must
-    call it, and the slowest process's answer is everyone's.
+    What is in TIMED already, of the run that goes on, is not timed again; see forced(), too. Under
+    torchrun all must call it, and the slowest process's answer is everyone's.
     """
-    asked, said = os.environ.get("ATTENTION"), {}
-    if asked not in (None, "torch", "triton"):
-        raise ValueError(f"ATTENTION={asked} in the environment: it is torch or triton, or not set")
+    asked, said = forced(), {}
     for tokens, first, heads, columns in shapes:
-        key, why = (tokens, first, columns, str(dtype)), obstacle(device, dtype, columns)
-        if why or asked:
-            ratio, why = float(asked != "torch" and not why), why or f"ATTENTION={asked}"
-        elif key in CHOSEN:
-            ratio, why = float(CHOSEN[key]), "as before"
+        shape, why = (tokens, first, columns, str(dtype)), obstacle(device, dtype, columns)
+        key = None if why or asked else (torch.cuda.get_device_name(device), *shape)
+        when = "timed before" if key in TIMED else "timed now"
+        if key is None:
+            ratio, why = float(asked == "triton" and not why), why or f"ATTENTION={asked}"
+        elif key in TIMED:
+            ratio = TIMED[key]
         else:
-            try:
-                tensors = random_tensors(batch, tokens, first, heads, columns, device, dtype)
-                ours, theirs = (
-                    measure(function, *tensors, heads, first)[1]
-                    for function in (triton_attention, pytorch_attention)
-                )
-                ratio, why = theirs / ours, f"{theirs / ours:.2f}x PyTorch, timed now"
-            except Exception as error:  # noqa: BLE001 (compilers, on a GPU that nobody has tried)
-                said_so = " ".join(str(error).split())[:80]
-                ratio, why = 0.0, f"kernels fail: {type(error).__name__} {said_so}"
+            ratio, why = compare(batch, tokens, first, heads, columns, device, dtype)
         if dist.is_initialized():
-            decision = torch.tensor(ratio, device=device)
-            dist.all_reduce(decision, dist.ReduceOp.MIN)  # it must be faster on all
-            ratio = decision.item()
-        CHOSEN[key] = ratio >= 1
-        way = "Triton" if CHOSEN[key] else "PyTorch"
+            slowest = torch.tensor(ratio, device=device)
+            dist.all_reduce(slowest, dist.ReduceOp.MIN)  # it must be faster on all
+            ratio = slowest.item()
+        if key and ratio > 0:
+            TIMED[key] = ratio
+        CHOSEN[shape] = ratio >= 1
+        why = why or (f"{ratio:.2f}x PyTorch, {when}" if ratio else "kernels fail elsewhere")
+        way = "Triton" if CHOSEN[shape] else "PyTorch"
         said.setdefault(f"{way} ({why})", []).append(f"N={tokens} d={columns}")
     return "; ".join(f"{way} for {', '.join(dict.fromkeys(s))}" for way, s in said.items())
+
+
+def forced():
+    """ATTENTION in the environment, torch or triton, or None; ValueError if it is something else."""
+    asked = os.environ.get("ATTENTION") or None
+    if asked not in (None, "torch", "triton"):
+        raise ValueError(f"ATTENTION={asked} in the environment: it is torch or triton, or not set")
+    return asked
 
 
 def obstacle(device, dtype, columns):
@@ -468,6 +430,18 @@ def obstacle(device, dtype, columns):
     return "heads are not 16, 32 ... 128 wide" if columns not in range(16, 129, 16) else None
 
 
+def compare(batch, tokens, first, heads, columns, device, dtype):
+    """(PyTorch's time over the kernels', forward and backward, None), or (0, why they fail)."""
+    try:
+        tensors = random_tensors(batch, tokens, first, heads, columns, device, dtype)
+        ways = triton_attention, pytorch_attention
+        ours, theirs = (measure(way, *tensors, heads, first)[1] for way in ways)
+        return theirs / ours, None
+    except Exception as error:  # noqa: BLE001 (compilers, on a GPU that nobody has tried)
+        said = " ".join(str(error).split())[:80]
+        return 0.0, f"kernels fail: {type(error).__name__} {said}"
+
+
 def random_tensors(batch, tokens, first, heads, columns, device, dtype):
     """(qkv, gradient of the result)."""
     draw = torch.Generator(device).manual_seed(0)
@@ -476,50 +450,39 @@ def random_tensors(batch, tokens, first, heads, columns, device, dtype):
     return qkv.requires_grad_(), grad
 
 
-def measure(function, qkv, grad, heads, first, rounds=5, calls=4):
-    """Median seconds of (forward, forward and backward) on a GPU."""
+def measure(function, qkv, grad, heads, first):
+    """Median milliseconds of (forward, forward and backward) on a GPU, and the peak MiB of both."""
     forward = lambda: function(qkv, heads, first)
     both = lambda: torch.autograd.grad(forward(), qkv, grad)
-    both()  # compiles
-    medians = []
-    for work in (forward, both):
-        seconds = []
-        for _ in range(rounds):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            for _ in range(calls):
-                work()
-            torch.cuda.synchronize()
-            seconds.append((time.perf_counter() - began) / calls)
-        medians.append(statistics.median(seconds))
-    return medians
+    torch.cuda.reset_peak_memory_stats()
+    both()
+    peak = torch.cuda.max_memory_allocated() >> 20
+    bench = partial(triton.testing.do_bench, rep=50, return_mode="median")
+    return bench(forward), bench(both), peak
 
 
 # ------------------------------------------------------------------------------------- the tables
 
+say = partial(print, file=sys.stderr)  # all but the table of speed, which is kept as a file
+
 
 def correctness(device):
     """Print the largest errors against float64, of the kernels and of the formula in PyTorch."""
-    print("tokens first columns dtype      result: here  PyTorch   gradient: here  PyTorch")
+    say("tokens first columns dtype      result: here  PyTorch   gradient: here  PyTorch")
     shapes = (50, 0, 64), (65, 0, 80), (197, 50, 32), (257, 65, 32), (150, 0, 128)
     dtypes = [torch.float32, torch.float16]  # Triton's interpreter gets bfloat16 wrong
     dtypes += [torch.bfloat16] if device.type == "cuda" else []
     for (tokens, first, columns), dtype in itertools.product(shapes, dtypes):
         qkv, grad = random_tensors(2, tokens, first, 2, columns, device, dtype)
         found = []
-        for function, kind in (
-            (reference, torch.float64),
-            (triton_attention, dtype),
-            (reference, dtype),
-        ):
+        for way, kind in (reference, torch.float64), (triton_attention, dtype), (reference, dtype):
             given = qkv.detach().to(kind).requires_grad_()
-            out = function(given, 2, first)
+            out = way(given, 2, first)
             out.backward(grad.to(kind))
             found.append((out, given.grad))
         errors = [(x - exact).abs().max() for exact, *two in zip(*found) for x in two]
-        name = str(dtype).removeprefix("torch.")
         line = "{:6} {:5} {:7} {:9} {:13.1e} {:8.1e} {:16.1e} {:8.1e}"
-        print(line.format(tokens, first, columns, name, *errors))
+        say(line.format(tokens, first, columns, str(dtype).removeprefix("torch."), *errors))
 
 
 # (tokens, first query, heads, columns): of every size, MAE's encoder and its decoder, and the
@@ -529,52 +492,44 @@ SHAPES += [(n, 0, h, c) for h, c in ((16, 80), (32, 80), (32, 128)) for n in (65
 SHAPES += [(197, 0, 16, 32), (197, 50, 16, 32), (257, 0, 16, 32), (257, 65, 16, 32)]
 
 
-def speed(device, path):
-    """Print, and write to the file `path` if given, the speed of every shape in bfloat16."""
-    names = "tokens, first, heads, columns, way, forward TFLOP/s, backward TFLOP/s, both TFLOP/s"
-    rows = [(*names.split(", "), "both over the fastest of PyTorch", "peak MiB")]
-    print(torch.cuda.get_device_name(device), *rows[0], sep=" | ")
+def speed(device):
+    """Print, as CSV, the speed of every shape in bfloat16: medians of repeated runs."""
+    print("tokens,first,heads,columns,way,forward TFLOP/s,backward TFLOP/s,both TFLOP/s,"
+          "both over the fastest of PyTorch,peak MiB")  # fmt: skip
     backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
     backends |= {"memory-efficient": SDPBackend.EFFICIENT_ATTENTION}
+    ways = {"Triton": triton_attention, **dict.fromkeys(backends, pytorch_attention)}
+    ways["formula"] = reference
     for tokens, first, heads, columns in SHAPES:
         batch, found = max(1, 65_536 // tokens), {}
         tensors = random_tensors(batch, tokens, first, heads, columns, device, torch.bfloat16)
-        ways = {"Triton": triton_attention, "formula": reference}
-        for way in ("Triton", *backends, "formula"):
-            torch.cuda.reset_peak_memory_stats(device)
+        for way, function in ways.items():
             try:
                 with sdpa_kernel(backends.get(way, SDPBackend.MATH)):
-                    function = ways.get(way, pytorch_attention)
-                    forward, both = measure(function, *tensors, heads, first)
+                    found[way] = measure(function, *tensors, heads, first)
             except Exception as error:  # noqa: BLE001 (a backend that does not take this shape)
-                print(f"{way}, {tokens} tokens of {columns} columns: {error!s:.80}")
-                continue
-            found[way] = forward, both, torch.cuda.max_memory_allocated(device) >> 20
-        fastest = min(both for way, (_, both, _) in found.items() if way in backends)
-        flops = 4e-12 * batch * tokens * (tokens - first) * heads * columns
+                say(f"{way}, {tokens} tokens of {columns} columns: {error!s:.80}")
+        fastest = min((found[way][1] for way in backends if way in found), default=math.nan)
+        flops = 4e-9 * batch * tokens * (tokens - first) * heads * columns
         for way, (forward, both, peak) in found.items():
             # Forward has two matrix products, backward five.
             speeds = flops / forward, 2.5 * flops / (both - forward), 3.5 * flops / both
             row = tokens, first, heads, columns, way, *(f"{s:.0f}" for s in speeds)
-            rows.append((*row, f"{fastest / both:.2f}", peak))
-            print(*rows[-1], sep=" | ")
-    if path:
-        with open(path, "w", newline="") as file:
-            csv.writer(file).writerows(rows)
+            print(*row, f"{fastest / both:.2f}", peak, sep=",", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser("kernels.py", description="Correctness and speed.")
-    parser.add_argument("--csv", help="write the speed table to this file, too")
-    given = parser.parse_args()
+    parser = argparse.ArgumentParser("kernels.py", description=__doc__.splitlines()[0])
+    parser.parse_args()
     if triton.__version__ is None:
         parser.exit(2, "kernels.py: there is no Triton here: pip install triton\n")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     correctness(device)
     if device.type == "cuda":
-        speed(device, given.csv)
+        say(torch.cuda.get_device_name(device))
+        speed(device)
     else:
-        print("(in Triton's interpreter; speed is measured on a GPU, and there is none)")
+        say("(in Triton's interpreter; speed is measured on a GPU, and there is none)")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
+import kernels
 import model as models
 
 
@@ -123,6 +124,7 @@ def prepare(run):
     if run.plan and run.gpus:  # a plan for GPUs may be made anywhere
         run.processes, kind = run.gpus, "cuda"
     run.precision = run.precision or ("bf16" if kind == "cuda" else "fp32")
+    kernels.forced()  # a wrong ATTENTION in the environment is found here, not after loading
     if run.precision == "bf16" and kind != "cuda":
         raise ValueError("--precision bf16 needs CUDA")
     run.workers = data.loader_workers(run.workers, here)
@@ -301,7 +303,8 @@ def train(run):
             entry["data_wait"] = waited / (now - logged)
             entry["memory_gib"] = models.peak_memory(device)
             entry["eta_seconds"] = (now - began) / (done - first_step) * (run.steps - done)
-            if saving and len(run.held_out_batches):
+            # Measuring never costs more than the training before it.
+            if saving and done * run.batch_size >= run.held_out_batches.total > 0:
                 rates, count = evaluate.hit_rates(model, run.held_out_batches, device, "tags")
                 entry |= dict(zip(("hit_1", "hit_5"), rates[0])) if count else {}
             if run.process == 0:
@@ -356,7 +359,7 @@ def finish(run, weights):
     config = run.config | {"class_names": list(run.vocabulary.counts)}
     models.save_weights(run.out / "model.pt", weights, config)
     print(f"wrote {run.out / 'model.pt'}")
-    if isinstance(run.source, data.Toy):
+    if isinstance(run.source, data.Toy) and run.steps * run.batch_size >= evaluate.PROBED:
         options = {"workers": run.workers, "device": run.device}
         evaluate.print_probe(weights, config, run.source, run.held_out, "cls", run.seed, **options)
     flags = ["--checkpoint", str(run.out / "model.pt"), "--data", "DIR" if run.data else "toy"]

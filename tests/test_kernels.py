@@ -12,11 +12,15 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 from torch.utils.checkpoint import checkpoint
 
+import finetune
 import kernels
+import mae_pretrain
 import model as models
+import weak_pretrain
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = (1, 2, 15, 16, 17, 50, 63, 64, 65, 127, 129, 197, 257)
@@ -100,7 +104,7 @@ def test_only_the_last_tokens_ask(tokens, head, first_query):
     assert (given.grad[:, :first_query, : 3 * head] == 0).all()  # who does not ask
 
 
-def test_a_slice_is_read_where_it_lies_and_a_transposed_one_is_copied():
+def test_what_is_not_contiguous_is_copied():
     torch.manual_seed(0)
     wide = torch.randn(4, 40, 3 * 2 * 32 + 5, device=DEVICE)
     check(wide[::2, 7:30, 3:195], 2)
@@ -226,6 +230,67 @@ def test_autocast_hands_the_kernels_its_own_dtype():
     assert qkv.grad.isfinite().all()
 
 
+TRACED = """
+import json, operator
+from types import SimpleNamespace
+import torch, triton
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from triton.backends.compiler import GPUTarget
+
+driver = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
+triton.runtime.driver.set_active(driver)  # enough to trace with; nothing is launched
+import kernels
+
+def capture(graph, inputs):
+    for node in graph.graph.nodes:
+        if "triton_kernel_wrapper" in str(node.target):
+            name = kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__
+            given = node.kwargs["kwargs"].items()  # getitem: of what a kernel before it wrote
+            read = {n for n, a in given if getattr(a, "target", None) is operator.getitem}
+            found.append([name, sorted(node.kwargs["tensors_to_clone"]), sorted(read)])
+    outputs = graph.graph.find_nodes(op="output")[0].args[0]
+    shaped = [torch.empty_like(node.meta["val"], device="meta") for node in outputs]
+    return make_boxed_func(lambda *_: shaped)
+
+backend = aot_autograd(fw_compiler=capture, bw_compiler=capture)
+compiled = torch.compile(kernels.triton_attention, fullgraph=True, backend=backend, dynamic=False)
+for tokens in (33, 257):
+    found = []
+    qkv = torch.empty(2, tokens, 3 * 160, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    out = compiled(qkv, 2, 5)
+    out.backward(torch.empty_like(out))
+    assert (out.shape, out.dtype) == ((2, tokens - 5, 160), qkv.dtype), out
+    assert (qkv.grad.shape, qkv.grad.dtype) == (qkv.shape, qkv.dtype), qkv.grad
+    print(json.dumps(found))
+
+current = [0]
+torch.cuda._exchange_device = lambda index: (current.append(index), current[-2])[1]
+torch.cuda._maybe_exchange_device = torch.cuda._exchange_device
+with FakeTensorMode():
+    qkv = torch.empty(2, 33, 3 * 160, device="cuda:1")
+    make_fx(kernels.attention_forward)(qkv, 2, 5)
+print(current)  # the GPU's, and back to the one before
+"""
+
+
+def test_what_torch_compile_sees_of_the_kernels():
+    """In a process that does not interpret: which kernels, and which tensors each of them writes.
+
+    A tensor that one kernel writes and the next one reads must be the written one.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    one_tile, tiled, devices = map(json.loads, python(TRACED, env=environment).stdout.splitlines())
+    forward, keys = ["forward_rows", ["logsum", "out"], []], ["backward_keys", ["dqkv"]]
+    assert one_tile == [forward, [*keys, []]]
+    rows = ["backward_rows", ["delta", "dqkv"], []]
+    assert tiled == [forward, rows, [*keys, ["delta", "dqkv"]]]
+    assert devices == [0, 1, 0]
+
+
 # ------------------------------------------------------------------------------------- the choice
 
 
@@ -235,7 +300,9 @@ def gpu(monkeypatch):
     times = {}
     monkeypatch.delenv("ATTENTION", raising=False)
     monkeypatch.setattr(kernels, "CHOSEN", {})
+    monkeypatch.setattr(kernels, "TIMED", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
     monkeypatch.setattr(kernels, "random_tensors", lambda *_: (None, None))
     measure = lambda function, *_: (0.0, times[function])
     monkeypatch.setattr(kernels, "measure", measure)
@@ -247,27 +314,72 @@ CUDA, BF16, SHAPE = torch.device("cuda"), torch.bfloat16, (65, 0, 4, 80)
 KEY = (65, 0, 80, "torch.bfloat16")
 
 
-def test_the_faster_way_is_chosen_and_said(gpu):
+def test_the_faster_way_is_chosen_and_said(gpu, monkeypatch):
     line = kernels.choose([SHAPE, (257, 65, 4, 32)], 8, CUDA, BF16)
     assert line == "Triton (1.50x PyTorch, timed now) for N=65 d=80, N=257 d=32"
     assert kernels.CHOSEN == {KEY: True, (257, 65, 32, "torch.bfloat16"): True}
+    assert kernels.TIMED == {("H100", *key): 1.5 for key in kernels.CHOSEN}
     kernels.CHOSEN.clear()
+    kernels.TIMED.clear()
     gpu[kernels.triton_attention] = 4.0
     assert "PyTorch (0.75x PyTorch, timed now)" in kernels.choose([SHAPE], 8, CUDA, BF16)
     assert kernels.CHOSEN == {KEY: False}
-    gpu[kernels.triton_attention] = 1.0  # what was chosen stays, in the run that goes on, too
-    assert "as before" in kernels.choose([SHAPE], 8, CUDA, BF16)
+    gpu[kernels.triton_attention] = 1.0  # what was timed stays, in the run that goes on, too
+    kernels.CHOSEN.clear()
+    assert "0.75x PyTorch, timed before" in kernels.choose([SHAPE], 8, CUDA, BF16)
     assert kernels.CHOSEN == {KEY: False}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H200")  # but not on another GPU
+    assert "3.00x PyTorch, timed now" in kernels.choose([SHAPE], 8, CUDA, BF16)
+    assert kernels.CHOSEN == {KEY: True}
+    assert kernels.TIMED == {("H100", *KEY): 0.75, ("H200", *KEY): 3.0}
 
 
 def test_the_environment_decides(gpu, monkeypatch):
     for way, chosen in (("triton", True), ("torch", False)):
         monkeypatch.setenv("ATTENTION", way)
         assert f"ATTENTION={way}" in kernels.choose([SHAPE], 8, CUDA, BF16)
-        assert kernels.CHOSEN == {KEY: chosen}
+        assert kernels.CHOSEN == {KEY: chosen} and not kernels.TIMED  # nothing to be kept
     monkeypatch.setenv("ATTENTION", "flash")
     with pytest.raises(ValueError, match="ATTENTION=flash"):
         kernels.choose([SHAPE], 8, CUDA, BF16)
+
+
+@pytest.mark.parametrize("stage", [mae_pretrain, weak_pretrain, finetune])
+def test_a_stage_finds_a_wrong_word_before_anything_is_loaded(stage, monkeypatch, capsys):
+    monkeypatch.setenv("ATTENTION", "flash")
+    with pytest.raises(SystemExit) as stopped:
+        stage.main(["--plan", *(["--task", "classify"] if stage is finetune else [])])
+    assert stopped.value.code == 2
+    line = f"{stage.__name__}.py: ATTENTION=flash in the environment: it is torch or triton, "
+    assert capsys.readouterr() == ("", line + "or not set\n")
+
+
+def choose_as(rank, folder, times):
+    """One of two processes, whose kernels take times[rank] where PyTorch's take 3; None: fail."""
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.cuda.get_device_name = lambda _: f"GPU {rank}"
+    kernels.obstacle = lambda *_: None
+    kernels.random_tensors = lambda *_: (None, None)
+    kernels.measure = lambda way, *_: (0, 3.0 if way is kernels.pytorch_attention else ours * 1.0)
+    for ours in (each[rank] for each in times):
+        line = kernels.choose([SHAPE], 8, torch.device("cpu"), BF16)
+        with open(f"{folder}/{rank}", "a") as file:
+            print(json.dumps([line, *kernels.CHOSEN.values(), *kernels.TIMED.items()]), file=file)
+        kernels.TIMED.clear()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_processes_agree_on_the_slowest_one_s_answer(tmp_path):
+    times = [(2, 4), (4, 2), (2, 1.5), (2, None)]
+    torch.multiprocessing.spawn(choose_as, (str(tmp_path), times), nprocs=2)
+    for rank in (0, 1):
+        said = [json.loads(line) for line in (tmp_path / str(rank)).read_text().splitlines()]
+        key, shape = [f"GPU {rank}", *KEY], "for N=65 d=80"
+        slower = [f"PyTorch (0.75x PyTorch, timed now) {shape}", False, [key, 0.75]]
+        assert said[:2] == [slower, slower]
+        assert said[2] == [f"Triton (1.50x PyTorch, timed now) {shape}", True, [key, 1.5]]
+        assert "kernels fail" in said[3][0] and said[3][1:] == [False]
 
 
 def test_what_the_kernels_cannot_do_is_pytorchs_and_says_why(gpu, monkeypatch):
@@ -277,6 +389,7 @@ def test_what_the_kernels_cannot_do_is_pytorchs_and_says_why(gpu, monkeypatch):
     def line(shape=SHAPE, device=CUDA, dtype=BF16):
         said = kernels.choose([shape], 8, device, dtype)
         assert not any(kernels.CHOSEN.values()) and said.startswith("PyTorch (")
+        assert not kernels.TIMED  # nothing to be kept
         kernels.CHOSEN.clear()
         return said
 
@@ -314,11 +427,11 @@ def test_the_choice_travels_with_the_checkpoint(tmp_path, monkeypatch):
     optimizer = torch.optim.AdamW(models.parameter_groups(model, 0.0), fused=True)
     model(torch.ones(1, 3, 8, 8)).sum().backward()
     optimizer.step()
-    monkeypatch.setattr(kernels, "CHOSEN", {KEY: True})
+    monkeypatch.setattr(kernels, "TIMED", {("H100", *KEY): 1.5})
     models.save_checkpoint(tmp_path, 1, model, optimizer, {"bad": 0})
-    kernels.CHOSEN.clear()
+    kernels.TIMED.clear()
     record = models.load_checkpoint(tmp_path / "step-00000001", model, optimizer)
-    assert kernels.CHOSEN == {KEY: True} and record == {"bad": 0, "step": 1}
+    assert kernels.TIMED == {("H100", *KEY): 1.5} and record == {"bad": 0, "step": 1}
 
 
 # ------------------------------------------------------------------------------ compiled, no GPU
@@ -338,11 +451,10 @@ for tokens, first, columns in json.loads(sys.argv[2]):
         if kernel is kernels.backward_rows and sizes["KEYS"] >= tokens:
             continue  # not needed there
         options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
-        numbers = dict.fromkeys(("batch_stride", "token_stride", "heads"), "i32")
-        kinds = {"logsum": "*fp32", "delta": "*fp32", "scale": "fp32", **numbers}
+        kinds = {"logsum": "*fp32", "delta": "*fp32", "heads": "i32"}
         kinds |= dict.fromkeys(sizes, "constexpr")
         names = list(kernel.arg_names)
-        aligned = [n for n in names if n not in (*sizes, "heads", "scale")]
+        aligned = [n for n in names if n not in (*sizes, "heads")]
         attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
         signature = {name: kinds.get(name, "*bf16") for name in names}
         source = ASTSource(kernel, signature, sizes, attributes)
@@ -365,7 +477,8 @@ def test_every_stage_s_shapes_compile_without_spills(chip, shared_memory):
     guide, compute capabilities); wgmma is Hopper's own matrix product."""
     longest = 1370  # tiles are the same from 129 tokens on: of the long ones, one for each width
     shapes = {s[:2] + s[3:] for s in kernels.SHAPES if s[0] < 198 or s[3] != 64 or s[0] == longest}
-    shapes = sorted(s for s in shapes if s[0] not in (257, 1025) or s[1])
+    shapes = [s for s in shapes if s[0] not in (257, 1025) or s[1]]
+    shapes = sorted([*shapes, (50, 0, 112), (longest, 0, 112)])  # of no size, but whoever needs it
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = python(COMPILED, str(chip), json.dumps(shapes), env=environment)
     found = json.loads(done.stdout.splitlines()[-1])

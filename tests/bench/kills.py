@@ -98,9 +98,9 @@ def kill(run, out, draws):
         time.sleep(0.01)
     time.sleep(draws.uniform(0, 4 if moment == "starting" else 0.5))
     victims = children(run.pid)
-    if run.poll() is not None or not victims:
+    if run.poll() is not None:
         return None
-    one = draws.random() < 0.5
+    one = bool(victims) and draws.random() < 0.5
     with contextlib.suppress(ProcessLookupError):
         os.kill(draws.choice(victims), signal.SIGKILL) if one else os.killpg(
             run.pid, signal.SIGKILL
