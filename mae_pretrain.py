@@ -344,7 +344,7 @@ def learning_rate(step, run):
 def step_line(entry, steps):
     text = (
         "step {step}/{steps}  loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  "
-        "{images_per_second:.0f} images/s  mfu {mfu:.1%}  data wait {data_wait:.0%}  "
+        "{images_per_second:.1f} images/s  mfu {mfu:.1%}  data wait {data_wait:.0%}  "
         "memory {memory_gib:.1f} GiB  eta {eta}"
     ).format(steps=steps, eta=tqdm.format_interval(entry["eta_seconds"]), **entry)
     bad = f"  unreadable {entry['bad']}" if entry["bad"] else ""

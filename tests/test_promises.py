@@ -42,16 +42,28 @@ def same_weights(a, b):
 # 1. Same command, same optimisation, on any number of processes.
 
 
+CURVE = [*TINY, "--batch-size", "24", "--steps", "20"]  # for 1, 2, 3 and 4 processes
+
+
+@pytest.fixture(scope="module")
+def curve(tmp_path_factory):
+    """The losses of a plain run of one process."""
+    out = tmp_path_factory.mktemp("curve") / "run"
+    assert stage(*CURVE, "--out", out).returncode == 0
+    return losses(out)
+
+
 @pytest.mark.parametrize(
-    ("processes", "extra"),
-    [(None, ["--micro-batch", "2"]), (1, []), (2, []), (2, ["--micro-batch", "2"]), (4, [])],
+    ("processes", "pieces", "extra"),
+    [(None, 2, []), (1, 1, []), (2, 2, []), (3, 2, []), (4, 1, []), (4, 3, ["--shard-group", 2])],
 )
-def test_1_same_optimisation_on_any_number_of_processes(processes, extra, uninterrupted, tmp_path):
-    ran = stage(*TINY, "--out", tmp_path / "run", *extra, processes=processes)
+def test_1_same_optimisation_on_any_number_of_processes(processes, pieces, extra, curve, tmp_path):
+    micro_batch = 24 // (processes or 1) // pieces
+    extra = [*extra, "--micro-batch", micro_batch]
+    ran = stage(*CURVE, "--out", tmp_path / "run", *extra, processes=processes)
     assert ran.returncode == 0, ran.stderr
-    pieces = f"{processes or 1} processes x {8 // (processes or 1) // int((extra or [0, 8])[1])} x"
-    assert pieces in ran.stdout or not extra  # the accumulation is printed
-    for ours, theirs in zip(losses(tmp_path / "run"), losses(uninterrupted), strict=True):
+    assert f"{processes or 1} processes x {pieces} x {micro_batch}" in ran.stdout
+    for ours, theirs in zip(losses(tmp_path / "run"), curve, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 

@@ -76,7 +76,9 @@ def test_a_run_leaves_an_encoder_and_a_head_and_logs_hits(plain):
     assert metrics[-1]["loss"] < metrics[0]["loss"]
 
 
-@pytest.mark.parametrize(("processes", "extra"), [(None, ["--micro-batch", "2"]), (2, [])])
+@pytest.mark.parametrize(
+    ("processes", "extra"), [(None, ["--micro-batch", "2"]), (2, []), (4, ["--shard-group", "2"])]
+)
 def test_same_optimisation_on_any_number_of_processes(processes, extra, plain, hashtags, tmp_path):
     ran = weak(*hashtags, "--out", tmp_path / "run", *extra, processes=processes)
     assert ran.returncode == 0, ran.stderr
