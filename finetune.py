@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -684,7 +683,7 @@ def train(run, model, optimizer, source, out, steps, say):
         optimizer.step()
         optimizer.zero_grad()
         if step == first_step:
-            models.shorten_timeouts()
+            models.set_timeouts(minutes=10)
         average_weights(optimizer)
         bar.update()
 
@@ -970,9 +969,13 @@ def main(argv=None):
         run.sharded = run.processes > 1 or run.device.type == "cuda"  # one GPU: the same bf16 path
         if run.sharded and not run.plan:
             backend = "cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo"
-            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-            long = timedelta(minutes=30)  # some may compile, or read weights, while others wait
-            dist.init_process_group(backend, timeout=long, **(alone if run.processes == 1 else {}))
+            alone = (
+                {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+                if run.processes == 1
+                else {}
+            )
+            dist.init_process_group(backend, timeout=timedelta(minutes=10), **alone)
+            models.set_timeouts(minutes=30)
         counts = torch.ones(run.classes)
         if run.class_weights and not run.plan:
             labels = data.all_labels(run.train)
@@ -988,9 +991,10 @@ def main(argv=None):
     except (ValueError, OSError) as error:  # something in what was given; or a full disk
         fail(error, 2 if isinstance(error, ValueError) else 1)
     except RuntimeError as error:  # a collective's, when another process has died
-        if not re.search("gloo|NCCL", str(error)):
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        fail("another process is gone: nothing was saved; the same command goes on", 1)
+        why = f"another process is gone, or was never met ({models.last_line(error):.120})"
+        fail(f"{why}: the same command goes on from the last checkpoint", 1)
     except KeyboardInterrupt:  # before a loop, which saves
         fail("stopped", 130)
 

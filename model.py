@@ -1168,11 +1168,11 @@ def check_agreement(facts):
                 raise ValueError(f"{where}: all nodes want the same command, --data and --out")
 
 
-def shorten_timeouts(minutes=10):
-    """Give up sooner on a process that does not answer, now that all have started.
+def set_timeouts(minutes):
+    """Give up on a process that has not answered for so long. (One that dies is noticed at once.)
 
-    It has to be longer than anything that one may do while others wait: a checkpoint, a batch
-    (data.PATIENCE). A process that dies is noticed at once. (There is no public name for this yet.)
+    As they start, some compile or read weights while others wait; after that, it has to be longer
+    than a checkpoint, or than the data's patience. There is no public name for this in PyTorch.
     """
     if dist.is_initialized():
         for group in list(dist.distributed_c10d._world.pg_map):

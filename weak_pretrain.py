@@ -18,7 +18,6 @@ import gc
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -188,9 +187,11 @@ def train(run):
     sharded = run.processes > 1 or device.type == "cuda"  # one GPU: the same bf16 path as on many
     if sharded:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        long = timedelta(minutes=30)  # some may compile, or read weights, while others wait
-        dist.init_process_group(backend, timeout=long, **(alone if run.processes == 1 else {}))
+        alone = (
+            {"store": dist.HashStore(), "rank": 0, "world_size": 1} if run.processes == 1 else {}
+        )
+        dist.init_process_group(backend, timeout=timedelta(minutes=10), **alone)
+        models.set_timeouts(minutes=30)
     models.check_agreement({**run.identity, "checkpoint": run.checkpoint and run.checkpoint.name})
     stop = []  # A signal leaves a note: the loop saves and ends. A second Ctrl-C ends it at once.
     for name in {"SIGTERM", "SIGUSR1"} & set(dir(signal)):  # the latter: Slurm, as it is told to
@@ -289,7 +290,7 @@ def train(run):
         optimizer.step()
         optimizer.zero_grad()
         if step == first_step:
-            models.shorten_timeouts()
+            models.set_timeouts(minutes=10)
         bar.update()
 
         saving = done % run.save_every == 0 or done == run.steps
@@ -376,9 +377,10 @@ def main(argv=None):
     except (ValueError, OSError) as error:  # something in what was given; or a full disk
         fail(error, 2 if isinstance(error, ValueError) else 1)
     except RuntimeError as error:  # a collective's, when another process has died
-        if not re.search("gloo|NCCL", str(error)):
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        fail("another process is gone: nothing was saved; the same command goes on", 1)
+        why = f"another process is gone, or was never met ({models.last_line(error):.120})"
+        fail(f"{why}: the same command goes on from the last checkpoint", 1)
     except KeyboardInterrupt:  # before the loop, which saves
         fail("stopped", 130)
 

@@ -1323,7 +1323,7 @@ except ValueError as error:
     assert "process 1 finds data other, the first one same: all nodes want" in str(error)
 else:
     raise AssertionError("it did not notice")
-models.shorten_timeouts()
+models.set_timeouts(minutes=10)
 dist.barrier()
 """
 
