@@ -122,16 +122,21 @@ def parse_arguments(argv):
     add("--precision", choices=("bf16", "fp32"), help="of the compute (CUDA: bf16, else fp32)")
     add("--compile", action="store_true", help="torch.compile every block")
     add("--checkpoint-activations", action="store_true", help="less memory, a third more compute")
+    shared = "processes that share one copy of the weights; each such group holds one (all of them)"
+    add("--shard-group", type=int, help=shared)
     add("--log-every", type=int, default=50, help="steps between step lines (50)")
     add("--save-every", type=int, help="steps between checkpoints (a tenth, at most 1000)")
     add("--plan", action="store_true", help="classify: print what the run takes, and exit")
     add("--gpus", type=int, help="processes to plan for (as many as run now): --plan, too")
+    add("--mfu", type=float, default=0.4, help="--plan: share of the peak FLOP/s (0.4)")
+    add("--memory", type=float, help="GiB for --micro-batch to fit (the GPU's; planned: 80)")
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     run = parser.parse_args(argv)
     shares = ("min_crop", "val_crop", "max_bad", "warmup", "drop_path", "layer_decay", "smoothing")
-    shares += ("mixup", "cutmix", "erase", "ema")
+    shares += ("mixup", "cutmix", "erase", "ema", "mfu")
     for name, value in vars(run).items():
-        least = 0 if name in (*shares, "seed", "workers", "weight_decay", "rand_augment") else 1e-30
+        zeros = (*shares[:-1], "seed", "workers", "weight_decay", "rand_augment")
+        least = 0 if name in zeros else 1e-30
         if type(value) in (int, float) and not least <= value <= (1 if name in shares else 2**62):
             parser.error(f"--{name.replace('_', '-')} {value} is out of range")
     if (run.rand_augment or 0) > 10:
@@ -169,6 +174,10 @@ def prepare(run):
     run.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if run.plan and run.gpus:  # a plan for GPUs may be made anywhere
         run.processes, kind = run.gpus, "cuda"
+    run.shard_group = run.shard_group or run.processes
+    if run.processes % run.shard_group:
+        why = f"--shard-group {run.shard_group} does not divide the {run.processes} processes"
+        raise ValueError(f"{why}: give a divisor, such as the processes of a node")
     run.precision = run.precision or ("bf16" if kind == "cuda" else "fp32")
     if run.precision == "bf16" and kind != "cuda":
         raise ValueError("--precision bf16 needs CUDA")
@@ -664,6 +673,7 @@ def train(run, model, optimizer, source, out, steps, say):
             fail(f"{what}Gradients not finite: {names or 'none'}", 1)
         optimizer.step()
         optimizer.zero_grad()
+        gradients = None  # as a list it would keep them all through the next step
         average_weights(optimizer)
         bar.update()
 

@@ -14,6 +14,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -1180,3 +1181,46 @@ def test_bf16_computes_in_bf16_from_fp32_masters(group):
     for parameter in model.parameters():
         assert parameter.dtype == torch.float32
         assert parameter.grad is None or parameter.grad.dtype == torch.float32
+
+
+def planned(model, micro_batch=32, processes=1, batch_size=None, recompute=False):
+    run = Namespace(processes=processes, shard_group=processes, gpus=None, precision="fp32")
+    run.batch_size, run.device = batch_size or micro_batch * processes, torch.device("cpu")
+    return models.training_memory(model, run, micro_batch, recompute)
+
+
+@pytest.mark.parametrize("kind", ["mae", "classifier"])
+def test_planned_activations_are_what_autograd_keeps(kind):
+    """Bytes of all storages that a forward saves for its backward, parameters and loss aside."""
+    shape = {"image_size": 32, "patch_size": 4}
+    if kind == "mae":
+        model = models.MAE("64x4x2", decoder=(32, 3, 2), **shape)
+        given = torch.rand(32, 64).argsort(dim=1)
+    else:
+        model, given = models.Classifier("64x4x2", classes=10, **shape), None
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = model(torch.rand(32, 3, 32, 32), given)
+    plan = planned(model)
+    kept, loss = plan["activations for backward"], plan["logits or pixels, loss"]
+    assert 0.98 * kept < sum(storages.values()) < 1.02 * kept + loss
+    assert losses.requires_grad
+
+
+def test_a_plan_of_more_processes_and_pieces():
+    with torch.device("meta"):
+        model = models.MAE("L")
+    one, eight, pieces = planned(model), planned(model, 32, 8), planned(model, 32, 8, 512)
+    for item in ("weights (fp32)", "Adam's two moments (fp32)", "gradients (fp32)"):
+        assert one[item] == 8 * eight[item]
+    assert pieces["gradients (fp32)"] == one["gradients (fp32)"]  # whole until the last piece
+    assert eight["peak"] < pieces["peak"] and planned(model, recompute=True)["peak"] < one["peak"]
+    assert all(plan["peak"] <= sum(plan.values()) - plan["peak"] for plan in (one, eight, pieces))
