@@ -659,13 +659,10 @@ def print_plan(model, run):
     scatter, between = 4 * whole * others, 8 * whole / group * (1 - 1 / copies) / 2**30
     print(f"network      GiB out of each process, and into it, in a step: {gather:.2f} weights,")
     print(f"             {scatter:.2f} gradients in {group}, {between:.2f} between {copies} such")
-    chip, name = PEAK_FLOPS["H100"], "H100"
-    if peak_flops(run.device)[0] and not run.gpus:
-        chip, name = peak_flops(run.device)
-    hours = samples * flops / (run.mfu * chip) / 3600
+    hours = samples * flops / (run.mfu * PEAK_FLOPS["H100"]) / 3600
     days = f"({hours / 24:,.2f} GPU-days), {hours / 24 / processes:,.2f} days on {processes}"
-    print(f"GPU-hours    {hours:,.1f} {days}: {name}")
-    print(f"             at {run.mfu:.0%} of its peak FLOP/s, an assumption: --mfu")
+    print(f"GPU-hours    {hours:,.1f} {days},")
+    print(f"             of H100s at {run.mfu:.0%} of their peak: an assumption, --mfu")
 
 
 def parameter_groups(model, weight_decay):

@@ -1209,9 +1209,10 @@ def test_planned_activations_are_what_autograd_keeps(kind):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         losses = model(torch.rand(32, 3, 32, 32), given)
-    plan = planned(model)
-    kept, loss = plan["activations for backward"], plan["logits or pixels, loss"]
-    assert 0.98 * kept < sum(storages.values()) < 1.02 * kept + loss
+    kept = planned(model)["activations for backward"]
+    if kind == "mae":  # of the loss, the differences on the 48 hidden patches
+        kept += 4 * 32 * 48 * 48
+    assert sum(storages.values()) == pytest.approx(kept, rel=0.01)
     assert losses.requires_grad
 
 

@@ -45,7 +45,7 @@ def parse_arguments():
     )
     add("--bandwidth", type=float, default=1.25e9, help="bytes/s of a node (1.25e9: 10 Gbit/s)")
     add("--epoch", type=int, default=1, help="that is looked at (1)")
-    add("--sampled", type=int, default=96, help="lanes for each moment of the epoch (96)")
+    add("--sampled", type=int, default=240, help="lanes for each moment of the epoch (240)")
     return parser.parse_args()
 
 
