@@ -638,9 +638,10 @@ def print_plan(model, run):
     print(f"compute      {flops / 1e9:,.2f} GFLOP for an image of a training step")
     print(f"steps        {run.steps:,} of {run.batch_size:,} images: {samples:,} samples")
     lanes = f"; with --lanes {math.lcm(48, processes)}" if 48 % processes and not run.lanes else ""
-    print(f"batch        {processes} processes x {run.pieces} x {run.micro_batch} images{lanes}")
+    pieces = f"{run.pieces} micro-batches of {run.micro_batch} images"
+    print(f"batch        {processes} processes x {pieces}{lanes}")
 
-    print(f"memory       GiB of each process, estimated ({run.precision})")
+    print(f"memory       GiB of each process ({run.precision}); not all is there at the peak")
     print(f"{'':32}   without      with --checkpoint-activations")
     plans = [training_memory(model, run, run.micro_batch, recompute) for recompute in (0, 1)]
     for item in plans[0]:
