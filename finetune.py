@@ -133,12 +133,15 @@ def parse_arguments(argv):
     add("--keep-every", type=int, help="every so many steps, one is kept for good (none)")
     add("--plan", action="store_true", help="classify: print what the run takes, and exit")
     add("--gpus", type=int, help="processes to plan for (as many as run now): --plan, too")
+    add("--mfu", type=float, default=0.4, help="--plan: share of the peak FLOP/s (0.4)")
+    add("--memory", type=float, help="GiB for --micro-batch to fit (the GPU's; planned: 80)")
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     run = parser.parse_args(argv)
     shares = ("min_crop", "val_crop", "max_bad", "warmup", "drop_path", "layer_decay", "smoothing")
-    shares += ("mixup", "cutmix", "erase", "ema")
+    shares += ("mixup", "cutmix", "erase", "ema", "mfu")
     for name, value in vars(run).items():
-        least = 0 if name in (*shares, "seed", "workers", "weight_decay", "rand_augment") else 1e-30
+        zeros = (*shares[:-1], "seed", "workers", "weight_decay", "rand_augment")
+        least = 0 if name in zeros else 1e-30
         if type(value) in (int, float) and not least <= value <= (1 if name in shares else 2**62):
             parser.error(f"--{name.replace('_', '-')} {value} is out of range")
     if (run.rand_augment or 0) > 10:
@@ -176,17 +179,15 @@ def prepare(run):
     run.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if run.plan and run.gpus:  # a plan for GPUs may be made anywhere
         run.processes, kind = run.gpus, "cuda"
+    run.shard_group = run.shard_group or run.processes
+    if run.processes % run.shard_group:
+        why = f"--shard-group {run.shard_group} does not divide the {run.processes} processes"
+        raise ValueError(f"{why}: give a divisor, such as the processes of a node")
     run.precision = run.precision or ("bf16" if kind == "cuda" else "fp32")
     kernels.forced()  # a wrong ATTENTION in the environment is found here, not after loading
     if run.precision == "bf16" and kind != "cuda":
         raise ValueError("--precision bf16 needs CUDA")
     run.workers = data.loader_workers(run.workers, here)
-
-    run.shard_group = run.shard_group or run.processes
-    if run.processes % run.shard_group:
-        raise ValueError(
-            f"--shard-group {run.shard_group} does not divide {run.processes} processes"
-        )
 
     # --------------------------------------------------------------------------------------- data
     names = ("size", "patch_size", "image_size")
@@ -682,8 +683,7 @@ def train(run, model, optimizer, source, out, steps, say):
             fail(f"{what}Gradients not finite: {names or 'none'}", 1)
         optimizer.step()
         optimizer.zero_grad()
-        if step == first_step:
-            models.set_timeouts(minutes=10)
+        gradients = None  # as a list it would keep them all through the next step
         average_weights(optimizer)
         bar.update()
 
@@ -711,6 +711,7 @@ def train(run, model, optimizer, source, out, steps, say):
                     file.write(json.dumps(entry) + "\n")
                 say(step_line(entry, steps))
             gc.collect(1)
+            models.set_timeouts(minutes=10)  # all have started by now
             waited, last_logged, logged = 0.0, done, time.perf_counter()
 
         # ----------------------------------------------------------------------------------- save

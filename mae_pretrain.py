@@ -92,11 +92,13 @@ def parse_arguments(argv):
     add("--keep-every", type=int, help="every so many steps, one is kept for good (none)")
     add("--plan", action="store_true", help="print what the run takes, and exit")
     add("--gpus", type=int, help="processes to plan for (as many as run now): --plan, too")
+    add("--mfu", type=float, default=0.4, help="--plan: share of the peak FLOP/s (0.4)")
+    add("--memory", type=float, help="GiB for --micro-batch to fit (the GPU's; planned: 80)")
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     run = parser.parse_args(argv)
-    shares = ("min_crop", "max_bad", "mask_ratio", "warmup")
+    shares = ("min_crop", "max_bad", "mask_ratio", "warmup", "mfu")
     for name, value in vars(run).items():
-        least = 0 if name in (*shares, "seed", "workers", "weight_decay") else 1e-30
+        least = 0 if name in (*shares[:-1], "seed", "workers", "weight_decay") else 1e-30
         if type(value) in (int, float) and not least <= value <= (1 if name in shares else 2**62):
             parser.error(f"--{name.replace('_', '-')} {value} is out of range")
     run.plan = run.plan or bool(run.gpus)
@@ -122,6 +124,10 @@ def prepare(run):
     run.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if run.plan and run.gpus:  # a plan for GPUs may be made anywhere
         run.processes, kind = run.gpus, "cuda"
+    run.shard_group = run.shard_group or run.processes
+    if run.processes % run.shard_group:
+        why = f"--shard-group {run.shard_group} does not divide the {run.processes} processes"
+        raise ValueError(f"{why}: give a divisor, such as the processes of a node")
     run.precision = run.precision or ("bf16" if kind == "cuda" else "fp32")
     kernels.forced()  # a wrong ATTENTION in the environment is found here, not after loading
     if run.precision == "bf16" and kind != "cuda":
@@ -139,7 +145,9 @@ def prepare(run):
     size, channels = models.pair(run.config["image_size"]), run.config.get("channels", 3)
     train, run.val = data.open_sources(run.data or "toy", run.val_data, size)
     run.source, run.held_out = data.hold_out(train, run.val, data.HELD_OUT)
-    order = data.Order(run.source.sizes, run.seed, run.lanes)
+    # A plan without data says what lanes the run will need: see print_plan.
+    planned = math.lcm(48, run.processes) if run.plan and not run.data else None
+    order = data.Order(run.source.sizes, run.seed, run.lanes or planned)
 
     # -------------------------------------------------------------------------------------- model
     with torch.device("meta"):  # shapes without memory
@@ -150,11 +158,6 @@ def prepare(run):
     share = run.batch_size // run.processes
     run.micro_batch = run.micro_batch or models.fitting_batch(run.model, share, run)
     run.pieces = share // run.micro_batch
-    run.shard_group = run.shard_group or run.processes
-    if run.processes % run.shard_group:
-        raise ValueError(
-            f"--shard-group {run.shard_group} does not divide {run.processes} processes"
-        )
     if run.pieces * run.micro_batch != share:
         raise ValueError(f"--micro-batch {run.micro_batch} does not divide a process's {share}")
     dealt = (run.process, run.processes, run.model.num_patches)
@@ -287,8 +290,7 @@ def train(run):
             fail(f"{what}Gradients not finite: {names or 'none'}", 1)
         optimizer.step()
         optimizer.zero_grad()
-        if step == first_step:
-            models.set_timeouts(minutes=10)
+        gradients = None  # as a list it would keep them all through the next step
         bar.update()
 
         saving = done % run.save_every == 0 or done == run.steps
@@ -309,6 +311,7 @@ def train(run):
                     file.write(json.dumps(entry) + "\n")
                 tqdm.write(step_line(entry, run.steps))
             gc.collect(1)
+            models.set_timeouts(minutes=10)  # all have started by now
             waited, last_logged, logged = 0.0, done, time.perf_counter()
 
         # ----------------------------------------------------------------------------------- save

@@ -553,34 +553,76 @@ def flops_per_image(model):
     return encoder + decoder + last
 
 
-def training_memory(model, processes, micro_batch, precision, recompute=False, pieces=1):
-    """Estimated bytes on each process: (weights, gradients and optimizer state, activations).
+def training_memory(model, run, micro_batch, recompute):
+    """{item: bytes} of a training step on each process, as --plan shows them; and their "peak".
 
-    Weights, gradients and Adam's two moments are fp32, sharded: 16 bytes a parameter. A gradient
-    that is accumulated over pieces is kept whole until the last one: 4 bytes a parameter. For its
-    backward a block keeps about 16 times (tokens, width): its input, two norms, qkv, attention's
-    output, and four for each side of GELU; with recomputation only its input.
+    run: a stage's settled arguments. tests/bench/plan.py holds this against measured peaks, on CPUs
+    in fp32; what is said of bf16 and of GPUs is derived, and not measured yet.
     """
-    state = sum(p.numel() for p in model.parameters())
-    state *= 16 / processes + (4 if pieces > 1 and processes > 1 else 0)
-    tokens = model.layers * (1 + model.num_patches) * model.width
+    shared = run.processes > 1 or bool(run.gpus) or run.device.type == "cuda"  # by FSDP2
+    element = 2 if run.precision == "bf16" else 4  # of what is computed
+    one, group = element * micro_batch, run.shard_group
+    whole, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only)
+                      for only in (False, True))  # fmt: skip
+    sizes = [sum(p.numel() for p in m.parameters()) for m in model.modules() if type(m) is Block]
+    # Before they are shared out, the gradients of all pieces are added up whole, in fp32.
+    accumulated = micro_batch * run.processes < run.batch_size
+    each = 4 if accumulated else 4 / group
+    gradients = coming = each * trained
+
+    D, N, pixels = model.width, model.num_patches, model.patch_size**2 * model.config["channels"]
+    K, decoder, kept = N, [], 0
     if isinstance(model, MAE):
-        width, layers, _ = model.config["decoder"]
-        tokens = model.layers * (1 + model.num_visible) * model.width
-        tokens += layers * (1 + model.num_patches) * width
-    tokens *= 1 if recompute else 16
-    return state, tokens * micro_batch * (2 if precision == "bf16" else 4)
+        K, (width, layers, _) = model.num_visible, model.config["decoder"]
+        decoder = [(width, 1 + N, 1 + N)] * (layers - 1) + [(width, 1 + N, N - K)]
+        kept = 2 * D * (1 + K) * one  # the last norm's input and output
+    kept, extra, backward = kept + pixels * K * one, 0, 0  # the patches that are embedded
+    for (width, tokens, queries), size in zip([(D, 1 + K, 1 + K)] * model.layers + decoder, sizes):
+        # For its backward a block keeps its input, the first norm's output, q, k and v; of those
+        # who ask, attention's output, the second norm's input and output, and 4 on each side of
+        # GELU. Its backward is largest at GELU: + 4 and 4 for two gradients, - 4 for the output,
+        # which is done with, + 1 for the gradient that goes round.
+        block = width * (5 * tokens + 11 * queries) * one
+        stays = width * tokens * one if recompute else block
+        # FSDP2 holds the later block's gradients, whole and in fp32, until all have their share.
+        within = block - stays + 5 * width * queries * one + (4 * size if shared else 0)
+        coming -= 0 if accumulated else each * size  # those of later blocks are there by now
+        kept, extra = kept + stays, max(extra, within)
+        backward = max(backward, kept + within + coming)
+    kept += 2 * width * queries * one  # the last norm again
+    if decoder:  # in fp32: all patches; of the hidden: targets, predictions, differences, squares
+        loss = 4 * pixels * (N + 4 * (N - K)) * micro_batch
+    else:  # in fp32: logits, the softmax, its gradient and a temporary; bf16: logits in it, too
+        loss = getattr(model, "classes", 0) * (16 + element % 4) * micro_batch
+    images = pixels * N * micro_batch
+    items = {"weights (fp32)": 4 * whole / group, "Adam's two moments (fp32)": 8 * trained / group}
+    # While a block computes, the next one comes; what is in none (the root) stays for the step.
+    gathered = (whole - sum(sizes) + 2 * max(sizes)) * element if shared else 0
+    items["weights gathered for compute"] = gathered
+    forward = kept + loss + 5 * images + (gradients if accumulated else 0)
+    peak = sum(items.values()) + max(gradients, forward, backward + images)
+    items |= {"gradients (fp32)": gradients, "activations for backward": kept}
+    items |= {"one block's backward": extra, "logits or pixels, loss": loss}
+    return items | {"pictures (uint8, fp32)": 5 * images, "peak": peak}  # fp32: in forward only
 
 
-def fitting_batch(model, images, run):
-    """The largest divisor of `images`, even if these are, that should fit in half a GPU or 4 GB."""
-    memory = 40e9 if run.precision == "bf16" else 4e9  # a GPU of 80 GB that is only planned for
-    if run.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(run.device).total_memory / 2
-    one = training_memory(model, 1, 1, run.precision, run.checkpoint_activations)[1]
-    least = 2 - images % 2
-    fitting = (n for n in range(least, images + 1, least) if images % n == 0 and n * one <= memory)
-    return max(fitting, default=least)
+def memory_budget(model, run):
+    """Bytes that a step may take: most of --memory or a GPU's; on a CPU, 4 GB over the weights'."""
+    if not (run.memory or run.gpus or run.device.type == "cuda"):
+        return 4e9 + training_memory(model, run, 0, False)["peak"]
+    gpu = torch.cuda.get_device_properties(run.device) if run.device.type == "cuda" else None
+    memory = run.memory * 2**30 if run.memory else gpu.total_memory if gpu else 80 * 2**30
+    return 0.8 * memory  # the rest for NCCL, cuBLAS and the allocator's holes: a guess
+
+
+def fitting_batch(model, images, run, recompute=None):
+    """The largest divisor of `images`, even if these are, that should fit: see memory_budget."""
+    recompute = run.checkpoint_activations if recompute is None else recompute
+    least, budget = 2 - images % 2, memory_budget(model, run)
+    for n in range(images, least, -least):
+        if images % n == 0 and training_memory(model, run, n, recompute)["peak"] <= budget:
+            return n
+    return least
 
 
 def peak_memory(device):
@@ -597,18 +639,44 @@ def peak_memory(device):
 
 def print_plan(model, run):
     """What a training run takes, from shapes alone. run: a stage's settled arguments."""
-    parameters, flops = sum(p.numel() for p in model.parameters()), 3 * flops_per_image(model)
-    shape = run.processes, run.micro_batch, run.precision, run.checkpoint_activations, run.pieces
-    state, activations = training_memory(model, *shape)
-    samples = run.steps * run.batch_size
-    days = samples * flops / (0.4 * PEAK_FLOPS["H100"]) / 86400
-    print(f"parameters   {parameters / 1e6:,.1f} M")
+    parts = dict.fromkeys(("encoder", "decoder", "head", "blocks"), 0)
+    for name, parameter in model.named_parameters():
+        part = "decoder" if name.startswith(("decoder", "mask")) else name.split(".")[0]
+        parts[part if part in ("decoder", "head") else "encoder"] += parameter.numel()
+        parts["blocks"] += parameter.numel() * ("blocks." in name)
+    blocks, whole, flops = parts.pop("blocks"), sum(parts.values()), 3 * flops_per_image(model)
+    parts = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in parts.items() if count)
+    samples, processes, group = run.steps * run.batch_size, run.processes, run.shard_group
+    print(f"parameters   {whole / 1e6:,.1f} M: {parts}")
     print(f"compute      {flops / 1e9:,.2f} GFLOP for an image of a training step")
     print(f"steps        {run.steps:,} of {run.batch_size:,} images: {samples:,} samples")
-    print(f"memory       on each of {run.processes} processes, estimated ({run.precision}):")
-    print(f"             {state / 2**30:.2f} GiB weights, gradients and optimizer state")
-    print(f"             {activations / 2**30:.2f} GiB activations of {run.micro_batch} images")
-    print(f"GPU-days     {days:,.2f} (H100 at 40 % of its peak: an assumption)")
+    lanes = f"; with --lanes {math.lcm(48, processes)}" if 48 % processes and not run.lanes else ""
+    pieces = f"{run.pieces} micro-batches of {run.micro_batch} images"
+    print(f"batch        {processes} processes x {pieces}{lanes}")
+
+    print(f"memory       GiB of each process ({run.precision}); not all is there at the peak")
+    print(f"{'':32}   without      with --checkpoint-activations")
+    plans = [training_memory(model, run, run.micro_batch, recompute) for recompute in (0, 1)]
+    for item in plans[0]:
+        print(f"  {item:30}" + "".join(f"{plan[item] / 2**30:10.2f}" for plan in plans))
+    budget, row = memory_budget(model, run), ""
+    for recompute in (0, 1):
+        n = fitting_batch(model, run.batch_size // processes, run, recompute)
+        fits = training_memory(model, run, n, recompute)["peak"] <= budget
+        row += f"{n if fits else 'none':>10}"
+    print(f"  {f'largest micro-batch, {budget / 2**30:.1f} GiB':30}{row}")
+
+    # FSDP2 gathers a block for its forward and again for its backward (the last one, too), what is
+    # in no block once; for each piece of a batch. Gradients are reduced once a step, in fp32.
+    others, copies = (group - 1) / group / 2**30, processes // group
+    gather = (whole + blocks) * (2 if run.precision == "bf16" else 4) * run.pieces * others
+    scatter, between = 4 * whole * others, 8 * whole / group * (1 - 1 / copies) / 2**30
+    print(f"network      GiB out of each process, and into it, in a step: {gather:.2f} weights,")
+    print(f"             {scatter:.2f} gradients in {group}, {between:.2f} between {copies} such")
+    hours = samples * flops / (run.mfu * PEAK_FLOPS["H100"]) / 3600
+    days = f"({hours / 24:,.2f} GPU-days), {hours / 24 / processes:,.2f} days on {processes}"
+    print(f"GPU-hours    {hours:,.1f} {days},")
+    print(f"             of H100s at {run.mfu:.0%} of their peak: an assumption, --mfu")
 
 
 def parameter_groups(model, weight_decay):

@@ -328,8 +328,37 @@ def test_few_pictures_without_classes_are_enough(photos, tmp_path):
 
 
 def test_lanes_are_checked_for_the_gpus_that_are_planned_for(capsys):
-    line = refused(capsys, "--plan", "--gpus", "128", "--batch-size", "4096")
+    asked = ("--plan", "--gpus", "128", "--batch-size", "4096")
+    line = refused(capsys, *asked, "--lanes", "48")
     assert "48 lanes cannot be dealt to 128 processes" in line
+    mae_pretrain.main([*asked, "--size", "B"])  # without data: which lanes it will take
+    assert "with --lanes 384" in capsys.readouterr().out
+
+
+def test_a_shard_group_must_divide_the_processes(capsys):
+    line = refused(capsys, "--gpus", "8", "--lanes", "48", "--shard-group", "3")
+    assert "--shard-group 3 does not divide the 8 processes" in line
+
+
+def test_a_plan_names_the_largest_micro_batch_that_fits(capsys):
+    asked = ["--gpus", "8", "--size", "H", "--batch-size", "16384"]
+    for memory, fits in ((1, ["none", "none"]), (80, None), (10_000, ["2048", "2048"])):
+        mae_pretrain.main([*asked, "--memory", str(memory)])
+        (line,) = (row for row in capsys.readouterr().out.splitlines() if "largest" in row)
+        if fits:
+            assert line.split()[-2:] == fits
+        else:
+            without, with_ = map(int, line.split()[-2:])
+            assert 2 <= without < with_ and 2048 % without == 2048 % with_ == 0
+
+
+def test_a_plan_counts_what_travels(capsys):
+    """An MAE under --shard-group 4 of 8: half of the gradients' quarter goes each way."""
+    mae_pretrain.main(["--gpus", "8", "--size", "B", "--micro-batch", "512", "--shard-group", "4"])
+    printed = capsys.readouterr().out
+    whole = sum(p.numel() for p in models.MAE("B").parameters()) / 2**30
+    within, between = 4 * whole * 3 / 4, 2 * 4 * whole / 4 / 2
+    assert f"{within:.2f} gradients in 4, {between:.2f} between 2 such" in printed
 
 
 def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tmp_path):

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -1332,3 +1333,47 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
     ran = stage(tmp_path / "checkpoints", processes=2, code=IN_THE_BACKGROUND)
     assert ran.returncode == 0, ran.stderr
     assert steps_in(tmp_path / "checkpoints") == [1, 21]
+
+
+def planned(model, micro_batch=32, processes=1, batch_size=None, recompute=False):
+    run = Namespace(processes=processes, shard_group=processes, gpus=None, precision="fp32")
+    run.batch_size, run.device = batch_size or micro_batch * processes, torch.device("cpu")
+    return models.training_memory(model, run, micro_batch, recompute)
+
+
+@pytest.mark.parametrize("kind", ["mae", "classifier"])
+def test_planned_activations_are_what_autograd_keeps(kind):
+    """Bytes of all storages that a forward saves for its backward, parameters and loss aside."""
+    shape = {"image_size": 32, "patch_size": 4}
+    if kind == "mae":
+        model = models.MAE("64x4x2", decoder=(32, 3, 2), **shape)
+        given = torch.rand(32, 64).argsort(dim=1)
+    else:
+        model, given = models.Classifier("64x4x2", classes=10, **shape), None
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = model(torch.rand(32, 3, 32, 32), given)
+    kept = planned(model)["activations for backward"]
+    if kind == "mae":  # of the loss, the differences on the 48 hidden patches
+        kept += 4 * 32 * 48 * 48
+    assert sum(storages.values()) == pytest.approx(kept, rel=0.01)
+    assert losses.requires_grad
+
+
+def test_a_plan_of_more_processes_and_pieces():
+    with torch.device("meta"):
+        model = models.MAE("L")
+    one, eight, pieces = planned(model), planned(model, 32, 8), planned(model, 32, 8, 512)
+    for item in ("weights (fp32)", "Adam's two moments (fp32)", "gradients (fp32)"):
+        assert one[item] == 8 * eight[item]
+    assert pieces["gradients (fp32)"] == one["gradients (fp32)"]  # whole until the last piece
+    assert eight["peak"] < pieces["peak"] and planned(model, recompute=True)["peak"] < one["peak"]
+    assert all(plan["peak"] <= sum(plan.values()) - plan["peak"] for plan in (one, eight, pieces))

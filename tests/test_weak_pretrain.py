@@ -183,6 +183,16 @@ def test_the_recipe_is_the_papers_as_far_as_it_is_known(tmp_path):
     assert len(run.vocabulary) == 28_000
 
 
+def test_a_plan_of_many_processes_needs_no_data_and_no_lanes(capsys):
+    weak_pretrain.main(["--size", "L", "--gpus", "64", "--shard-group", "8", "--mfu", "0.3"])
+    printed = capsys.readouterr().out
+    for words in ("head 28.7 M", "with --lanes 192", "in 8,", "between 8", "at 30% of their peak"):
+        assert words in printed
+    for bad, why in (("7", "does not divide the 64 processes"), ("0", "out of range")):
+        line = refused(capsys, "--size", "L", "--gpus", "64", "--shard-group", bad)
+        assert why in line
+
+
 def test_learning_rate_is_a_ramp_and_a_line():
     run = weak_pretrain.argparse.Namespace(lr=1.0, warmup=0.1, steps=100)
     rates = [weak_pretrain.learning_rate(step, run) for step in range(100)]

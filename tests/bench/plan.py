@@ -1,0 +1,150 @@
+"""What --plan says that a process needs, against what it needs.
+
+    python tests/bench/plan.py
+    python tests/bench/plan.py --sizes toy,S --processes 2
+    python tests/bench/plan.py --sizes T --malloc default
+
+Optimizer steps through model.py, as the stages take them (pictures normalised from bytes, forward,
+backward, norm of the gradients, fused AdamW), but without a loader, on the CPU in fp32, for an MAE
+and for classifiers of 1,000 and 28,000 classes, without and with checkpointing of activations; then
+once in two pieces. Each in a fresh process with one thread. Measured is its ru_maxrss less what
+that was before the model was built; a tiny step before has loaded the libraries by then. With
+more processes, FSDP2 over gloo: the process that needs most.
+
+glibc keeps what is freed in arenas, whose holes have nothing to do with the model. So by default
+MALLOC_MMAP_THRESHOLD_ is set: then a tensor of 64 KiB or more is a mapping of its own, and gone when
+freed. --malloc default leaves it out, to show what a process takes that does not set it.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the stages
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.distributed as dist
+
+import data
+import model as models
+
+MICRO_BATCH = {"toy": 256, "T": 16, "S": 8, "B": 4}  # peaks of 0.1 to 2.7 GiB
+
+
+def build(size, head):
+    side = 48 if size == "toy" else 224
+    if head == "mae":
+        return models.MAE(size, image_size=side)
+    return models.Classifier(size, classes=int(head), image_size=side)
+
+
+def train(model, run, steps=2):
+    """Optimizer steps as a stage takes them. (The moments are there from the second on.)"""
+    sharded, share = run.processes > 1, run.batch_size // run.processes
+    models.parallelize(model, sharded, "fp32", checkpoint_activations=run.checkpoint_activations)
+    groups = models.parameter_groups(model, 0.05)
+    optimizer = torch.optim.AdamW(groups, 1e-4, betas=(0.9, 0.95), fused=True)
+    for step in range(steps):
+        for start in range(0, share, run.micro_batch):
+            shape = run.micro_batch, *model.config["image_size"], 3  # channels last, as loaded
+            images = torch.randint(256, shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+            if sharded:
+                model.set_requires_gradient_sync(start + run.micro_batch == share)
+            if isinstance(model, models.MAE):
+                ids = torch.rand(run.micro_batch, model.num_patches).argsort(dim=1)
+                losses = model(data.normalize(images), ids)
+            else:
+                tags = torch.randint(model.classes, (run.micro_batch, 8))
+                losses = models.tag_loss(model(data.normalize(images)), tags)
+            loss = losses.sum() / run.batch_size
+            (loss * run.processes).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        models.whole(torch.nn.utils.get_total_norm(gradients)).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        gradients = None
+
+
+def measure(run):
+    """In a process of its own: print the bytes that the steps took."""
+    device = torch.device("cpu")
+    if run.processes > 1:
+        rank, store = int(os.environ["RANK"]), f"file://{os.environ['RENDEZVOUS']}"
+        dist.init_process_group("gloo", store, rank=rank, world_size=run.processes)
+    tiny = Namespace(**vars(run) | {"micro_batch": 2, "batch_size": 2 * run.processes})
+    train(models.MAE("8x1x1", image_size=16, patch_size=8, decoder=(8, 1, 1)), tiny)
+    before = models.peak_memory(device)
+    train(build(run.size, run.head), run)
+    print(int((models.peak_memory(device) - before) * 2**30), flush=True)
+    if run.processes > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def measured(run, malloc):
+    """Bytes of the process that needs most, of run.processes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if malloc == "mapped":
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    code = f"import plan; plan.measure(plan.Namespace(**{vars(run)}))"
+    with tempfile.TemporaryDirectory() as folder:
+        environment["RENDEZVOUS"] = f"{folder}/store"
+        children = [
+            subprocess.Popen(
+                [sys.executable, "-c", code],
+                cwd=Path(__file__).parent,
+                env=environment | {"RANK": str(rank)},
+                stdout=subprocess.PIPE,
+            )
+            for rank in range(run.processes)
+        ]
+        return max(int(child.communicate()[0].split()[-1]) for child in children)
+
+
+def planned(run):
+    with torch.device("meta"):
+        model = build(run.size, run.head)
+    run = Namespace(**vars(run), gpus=None, device=torch.device("cpu"), precision="fp32")
+    shape = run, run.micro_batch, run.checkpoint_activations
+    return models.training_memory(model, *shape)["peak"]
+
+
+def main():
+    parser = argparse.ArgumentParser("plan.py", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--sizes", default="toy,T,S,B", help="with commas (toy,T,S,B)")
+    add("--heads", default="mae,1000,28000", help="mae, or classes (mae,1000,28000)")
+    add("--processes", type=int, default=1, help="(1)")
+    add(
+        "--micro-batch", type=int, help=f"({', '.join(f'{k} {v}' for k, v in MICRO_BATCH.items())})"
+    )
+    add("--malloc", choices=("mapped", "default"), default="mapped")
+    options = parser.parse_args()
+    print(
+        f"{options.processes} processes, fp32, torch {torch.__version__}, malloc {options.malloc}"
+    )
+    print("size  head   micro-batch  pieces  checkpointing  planned MiB  measured MiB    error")
+    errors = []
+    for size in options.sizes.split(","):
+        micro_batch = options.micro_batch or MICRO_BATCH[size]
+        for head in options.heads.split(","):
+            for pieces, recompute in ((1, False), (1, True), (2, False)):
+                run = Namespace(size=size, head=head, micro_batch=micro_batch)
+                run.processes = run.shard_group = options.processes
+                run.batch_size = micro_batch * pieces * run.processes
+                run.checkpoint_activations = recompute
+                plan, found = planned(run), measured(run, options.malloc)
+                errors.append(plan / found - 1)
+                shape = f"{size:5} {head:>6} {micro_batch:12} {pieces:7} {'yes' if recompute else 'no':>14}"
+                numbers = f"{plan / 2**20:12.0f} {found / 2**20:13.0f} {errors[-1]:+8.1%}"
+                print(f"{shape} {numbers}", flush=True)
+    print(f"largest error: {max(errors, key=abs):+.1%}")
+
+
+if __name__ == "__main__":
+    main()
