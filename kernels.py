@@ -294,7 +294,7 @@ def tiles(tokens, first_query, head, itemsize, backward):
 def launch(kernel, programs, sizes, *tensors, heads):
     """Run it, so many programs for each head of each sample, on the GPU of the tensors."""
     # When torch.compile or an operator is traced, wrap_triton lets it see the kernel.
-    kernel = kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+    kernel = torch.library.wrap_triton(kernel) if TRACED else kernel
     with torch.cuda.device_of(tensors[0]):  # Triton would take the current GPU
         kernel[(tensors[0].shape[0] * heads * programs,)](*tensors, heads, **sizes)
 
@@ -334,10 +334,11 @@ def attention_backward(
 # ----------------------------------------------------------------------------------- the operator
 #
 # To PyTorch, a call is one operation with a name, a shape rule and a gradient: so it goes through
-# torch.compile, FSDP2, activation checkpointing and autocast. (The interpreter cannot be traced.)
+# torch.compile, FSDP2, activation checkpointing and autocast. (The interpreter cannot be traced. And
+# where there is no GPU, triton_op would only load torch's compiler, for a second.)
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-register = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+TRACED = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+register = torch.library.triton_op if TRACED else torch.library.custom_op
 fused = register("mae::attention", mutates_args=())(attention_forward)
 fused_backward = register("mae::attention_backward", mutates_args=())(attention_backward)
 fused.register_fake(empty_results)

@@ -596,10 +596,11 @@ def training_memory(model, run, micro_batch, recompute):
         loss = getattr(model, "classes", 0) * (16 + element % 4) * micro_batch
     images = pixels * N * micro_batch
     items = {"weights (fp32)": 4 * whole / group, "Adam's two moments (fp32)": 8 * trained / group}
-    # While a block computes, the next one comes; what is in none (the root) stays for the step.
-    gathered = (whole - sum(sizes) + 2 * max(sizes)) * element if shared else 0
-    items["weights gathered for compute"] = gathered
-    forward = kept + loss + 5 * images + (gradients if accumulated else 0)
+    # While a block computes, the next one comes, or the head; the others (the root) stay.
+    head = sum(p.numel() for p in model.head.parameters()) if hasattr(model, "head") else 0
+    gathered = whole - sum(sizes) - head + max(sizes) + max(*sizes, head)
+    items["weights gathered for compute"] = gathered * element if shared else 0
+    forward = kept + loss + 5 * images + (gradients if accumulated else 4 * head * shared)
     peak = sum(items.values()) + max(gradients, forward, backward + images)
     items |= {"gradients (fp32)": gradients, "activations for backward": kept}
     items |= {"one block's backward": extra, "logits or pixels, loss": loss}
@@ -639,12 +640,12 @@ def peak_memory(device):
 
 def print_plan(model, run):
     """What a training run takes, from shapes alone. run: a stage's settled arguments."""
-    parts = dict.fromkeys(("encoder", "decoder", "head", "blocks"), 0)
+    parts, root = dict.fromkeys(("encoder", "decoder", "head"), 0), 0
     for name, parameter in model.named_parameters():
         part = "decoder" if name.startswith(("decoder", "mask")) else name.split(".")[0]
-        parts[part if part in ("decoder", "head") else "encoder"] += parameter.numel()
-        parts["blocks"] += parameter.numel() * ("blocks." in name)
-    blocks, whole, flops = parts.pop("blocks"), sum(parts.values()), 3 * flops_per_image(model)
+        parts[part if part in parts else "encoder"] += parameter.numel()
+        root += 0 if "blocks." in name or part == "head" else parameter.numel()
+    whole, flops = sum(parts.values()), 3 * flops_per_image(model)
     parts = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in parts.items() if count)
     samples, processes, group = run.steps * run.batch_size, run.processes, run.shard_group
     print(f"parameters   {whole / 1e6:,.1f} M: {parts}")
@@ -666,13 +667,15 @@ def print_plan(model, run):
         row += f"{n if fits else 'none':>10}"
     print(f"  {f'largest micro-batch, {budget / 2**30:.1f} GiB':30}{row}")
 
-    # FSDP2 gathers a block for its forward and again for its backward (the last one, too), what is
-    # in no block once; for each piece of a batch. Gradients are reduced once a step, in fp32.
+    # FSDP2 gathers blocks and head for their forward and again for their backward, the rest (the
+    # root) once; for each piece of a batch. Gradients are reduced once a step, in fp32.
     others, copies = (group - 1) / group / 2**30, processes // group
-    gather = (whole + blocks) * (2 if run.precision == "bf16" else 4) * run.pieces * others
+    gather = (2 * whole - root) * (2 if run.precision == "bf16" else 4) * run.pieces * others
     scatter, between = 4 * whole * others, 8 * whole / group * (1 - 1 / copies) / 2**30
-    print(f"network      GiB out of each process, and into it, in a step: {gather:.2f} weights,")
-    print(f"             {scatter:.2f} gradients in {group}, {between:.2f} between {copies} such")
+    print("network      GiB that a process sends, and receives, in a step:")
+    print(f"             {gather:.2f} weights and {scatter:.2f} gradients in its group of {group}")
+    if copies > 1:
+        print(f"             {between:.2f} gradients between the {copies} groups")
     hours = samples * flops / (run.mfu * PEAK_FLOPS["H100"]) / 3600
     days = f"({hours / 24:,.2f} GPU-days), {hours / 24 / processes:,.2f} days on {processes}"
     print(f"GPU-hours    {hours:,.1f} {days},")

@@ -46,7 +46,8 @@ def build(size, head):
 def train(model, run, steps=2):
     """Optimizer steps as a stage takes them. (The moments are there from the second on.)"""
     sharded, share = run.processes > 1, run.batch_size // run.processes
-    models.parallelize(model, sharded, "fp32", checkpoint_activations=run.checkpoint_activations)
+    how = run.processes if sharded else None, "fp32", False, run.checkpoint_activations
+    models.parallelize(model, torch.device("cpu"), *how)
     groups = models.parameter_groups(model, 0.05)
     optimizer = torch.optim.AdamW(groups, 1e-4, betas=(0.9, 0.95), fused=True)
     for step in range(steps):
