@@ -30,7 +30,6 @@ import math
 import os
 import queue
 import re
-import select
 import shlex
 import signal
 import subprocess
@@ -633,10 +632,10 @@ def sample_files(tar):
 # --data 'pipe:aws s3 cp s3://bucket/shards/{00000..00099}.tar -'. Only what the user typed is ever
 # run. What must be known beforehand stands in an index.json beside the shards: see write_listing.
 #
-# A shard is fetched whole, into a folder that all processes of a machine share. Processes speak
-# through files alone: NAME.part is being written by who holds its lock (flock: the system gives it
-# up when a process ends, however it ends), NAME is whole. Who needs a shard that another fetches
-# waits for the lock. To fetch ahead is to read in a thread, and to do nothing with it.
+# A shard is fetched whole, into a folder that all processes of a machine share. They speak through
+# files alone: NAME.part is being written by who holds its lock (which the system gives up when a
+# process ends, however it ends), NAME is whole. Who needs what another fetches waits for the lock.
+# To fetch ahead is to do the same in a thread.
 
 TIMEOUT = 30  # seconds that a web server may say nothing; then it is tried again
 PATIENCE = 300  # seconds that may pass, in whatever number of tries, without a new byte
@@ -649,7 +648,7 @@ class Missing(OSError):
 
 
 class Unreachable(OSError):
-    """A shard may be there, but cannot be had: going on without it would lose samples silently."""
+    """A shard cannot be had now. This ends a run: to go on would lose samples silently."""
 
     def __init__(self, message):
         # A DataLoader makes a worker's exception anew, from its traceback: the last line is ours.
@@ -657,7 +656,7 @@ class Unreachable(OSError):
 
 
 class RemoteShards(Shards):
-    """Shards that are read from a cache: `paths` are addresses, as the user would type each."""
+    """Shards that are read through a cache: `paths` are addresses, as the user would type each."""
 
     def __init__(self, pattern, folder, size):
         scheme = pattern.partition(":")[0]
@@ -665,9 +664,7 @@ class RemoteShards(Shards):
             known = {"s3": "aws s3 cp {} -", "gs": "gcloud storage cat {}"}
             command = known.get(scheme, "COMMAND-THAT-PRINTS {}").replace("{}", pattern)
             raise ValueError(f"{scheme}:// is read by a command that you give: 'pipe:{command}'")
-        self.paths, facts, indexes = braces(pattern), [], {}
-        if not self.paths:
-            raise ValueError(f"no shard matches {pattern}")
+        self.paths, facts, listings = braces(pattern), [], {}
         for path in self.paths:
             words = re.findall(r"[^\s'\"=]+\.tar(?=[?#'\"\s]|$)", path)
             if len(words) != 1 or re.search(r"[*?\[]", words[0]):
@@ -675,16 +672,16 @@ class RemoteShards(Shards):
                 raise ValueError(f"{path}: {why}")
             name = words[0].rpartition("/")[2]
             index = path.replace(words[0], words[0][: -len(name)] + "index.json")
-            if index not in indexes:
-                indexes[index] = read_listing(index)
-            self.classes, listed = indexes[index]
+            if index not in listings:
+                listings[index] = read_listing(index)
+            self.classes, listed = listings[index]
             if name not in listed:
                 raise ValueError(f"{index} lists {len(listed)} shards, but no {name}")
             facts.append((name, *listed[name]))
-        if any(classes != self.classes for classes, _ in indexes.values()):
+        if any(classes != self.classes for classes, _ in listings.values()):
             raise ValueError(f"{pattern}: the folders number their classes differently")
         self.describe(pattern, facts)
-        self.cache = Cache(folder, size, {p: fact[1] for p, fact in zip(self.paths, facts)})
+        self.cache = Cache(folder, size, {p: size for p, (_, size, _) in zip(self.paths, facts)})
 
     @lru_cache(64)  # noqa: B019 (each loader process keeps its last 64)
     def index(self, shard):
@@ -723,20 +720,20 @@ def read_listing(address):
 
 
 class Cache:
-    """A folder of whole shards that never holds more than `size` bytes, what is on its way included.
+    """A folder of whole shards, never of more than `size` bytes with all that is on its way.
 
     shards  {address: bytes}
     """
 
     def __init__(self, folder, size, shards):
-        user = os.getuid() if hasattr(os, "getuid") else "of-all"
+        user = os.getuid() if hasattr(os, "getuid") else ""
         self.folder = folder or os.path.join(tempfile.gettempdir(), f"shards-{user}")
-        self.size, self.shards, self.missing, self.failure = size, shards, {}, None
+        self.size, self.shards, self.missing = size, shards, {}
         try:
             os.makedirs(self.folder, mode=0o700, exist_ok=True)
-            with locked(self.path(".lock")):
+            with self.accounting():
                 pass
-        except (OSError, ImportError) as error:
+        except (OSError, ImportError) as error:  # on Windows there is no fcntl
             why = f"the cache {self.folder} cannot be used ({one_line(error)})"
             raise ValueError(f"{why}: give another --cache-dir") from None
         self.must_hold(1)
@@ -744,93 +741,80 @@ class Cache:
     def must_hold(self, shards):
         """ValueError unless so many shards, and as many that come next, find room."""
         room = [room_for(size) for size in self.shards.values()]
-        needed = min(2 * shards * max(room), sum(room))
+        needed, shards = min(2 * shards * max(room), sum(room)), min(shards, len(room))
         if needed > self.size:
-            shards = min(shards, len(room))
-            what = f"{shards} shards are read at once on this machine, and as many fetched ahead"
-            least = f"give --cache-size {math.ceil(needed / 1e6)}M or more"
-            raise ValueError(
-                f"--cache-size {self.size / 1e6:.6g}M: {what}: {least}, or fewer --lanes"
-            )
+            why = f"{shards} shards are read at once on this machine, and as many fetched ahead"
+            why += f": give --cache-size {math.ceil(needed / 1e6)}M or more, or fewer --lanes"
+            raise ValueError(f"--cache-size {self.size / 1e6:.6g}M is too small: {why}")
 
-    def path(self, name):
-        # Nobody calls files of their own like this: what is in the folder besides is never touched.
-        return os.path.join(self.folder, f"cached-{name}")
+    def accounting(self):
+        return locked(os.path.join(self.folder, "cached.lock"))
 
-    def path_of(self, address):
+    def path(self, address):
+        # Nobody calls files of their own like this: what else is in the folder is never touched.
         digest = stable_hash(f"{address} {self.shards[address]}").hex()
-        return self.path(f"{digest}.tar")
+        return os.path.join(self.folder, f"cached-{digest}.tar")
 
     def has(self, address):
-        return os.path.exists(self.path_of(address))
+        return os.path.exists(self.path(address))
 
     def fetch(self, address, wait=True):
         """The path of a shard in the cache, where it is brought if need be.
 
-        wait: for others who are bringing it, and with all PATIENCE.
+        wait: for others who are bringing it, and with all PATIENCE; else it may not be there yet.
         """
-        path, size = self.path_of(address), self.shards[address]
-        if self.failure or address in self.missing:
-            raise self.failure or Missing(self.missing[address])
+        path, size = self.path(address), self.shards[address]
+        if address in self.missing:
+            raise Missing(self.missing[address])
         try:
-            if not self.touch(path):
-                with locked(f"{path}.part", wait) as part:
-                    if part and not os.path.exists(path):
-                        self.reserve(f"{path}.part", part, size)
-                        download(address, part, size, PATIENCE if wait else PATIENCE / 10)
-                        with locked(self.path(".lock")):  # nobody counts meanwhile
-                            os.replace(f"{path}.part", path)
-                        self.touch(path)
-                        shard_index(path)
+            if os.path.exists(path):  # it has been used now; the index knows its time of change
+                os.utime(path, ns=(time.time_ns(), os.stat(path).st_mtime_ns))
+                return path
+            with locked(f"{path}.part", wait) as part:
+                if part and not os.path.exists(path):
+                    self.reserve(f"{path}.part", part, size)
+                    download(address, part, size, PATIENCE if wait else PATIENCE / 10)
+                    os.utime(part.fileno())
+                    with self.accounting():
+                        os.replace(f"{path}.part", path)
+                    shard_index(path)
         except Missing as error:
             self.missing[address] = str(error)
             raise
-        except Unreachable as error:  # the run ends: a loader must not wait as long once more
-            self.failure = error if wait else None
-            raise
-        except FileNotFoundError:
+        except (Unreachable, FileNotFoundError):
             raise
         except OSError as error:
-            why = f"cannot write to the cache {self.folder} ({error.strerror}), for {address}"
+            why = f"cannot write {address} to the cache {self.folder} ({error.strerror})"
             raise Unreachable(f"{why}: make room, or give another --cache-dir") from None
         return path
-
-    def touch(self, path):
-        """Whether a file is there; if so, it has been used now."""
-        with suppress(FileNotFoundError):
-            # The time of the last change must stay: it is in the index, see shard_index.
-            os.utime(path, ns=(time.time_ns(), os.stat(path).st_mtime_ns))
-            return True
 
     def reserve(self, name, part, size):
         """Give a file its size, once the shards that are unused for the longest have made room."""
         part.truncate(0)  # of one who was killed
         while True:
-            with locked(self.path(".lock")):
+            with self.accounting():
                 found, used = [], room_for(size)
-                for path in glob.glob(glob.escape(self.path("")) + "*.tar*"):
-                    if path.endswith(".tar"):
-                        status = os.stat(path)
-                        found.append((status.st_atime_ns, room_for(status.st_size), path))
-                    elif path.endswith(".part") and path != name:
-                        with locked(path, wait=False) as left, suppress(FileNotFoundError):
-                            used += 0 if left else room_for(os.path.getsize(path))
-                    elif not os.path.exists(re.sub(r"\.tar\.index.*", ".tar", path)):
-                        with suppress(FileNotFoundError):
-                            os.remove(path)
+                for path in glob.glob(os.path.join(glob.escape(self.folder), "cached-*.tar*")):
+                    with suppress(FileNotFoundError):
+                        if path.endswith(".tar"):
+                            status = os.stat(path)
+                            found.append((status.st_atime_ns, room_for(status.st_size), path))
+                        elif path.endswith(".part") and path != name:
+                            with locked(path, wait=False) as left:  # locked by nobody: removed
+                                used += 0 if left else room_for(os.path.getsize(path))
                 used += sum(room for _, room, _ in found)
                 for _, room, path in sorted(found):
                     if used > self.size:
-                        os.remove(path)
-                        with suppress(FileNotFoundError):
-                            os.remove(f"{path}.index")
                         used -= room
+                        for gone in (path, f"{path}.index"):
+                            with suppress(FileNotFoundError):
+                                os.remove(gone)
                 if used <= self.size:
                     return part.truncate(size)
             time.sleep(0.1)  # all of it is on its way to others
 
     def ask(self, addresses):
-        """Have these fetched, in the background, in this order."""
+        """Have these fetched by threads, in this order."""
         tasks, waiting = fetchers(os.getpid())
         for address in addresses:
             if address not in waiting and address not in self.missing and not self.has(address):
@@ -862,16 +846,16 @@ def room_for(size):
 
 def bytes_of(text):
     """ "500G" -> 500,000,000,000."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.upper())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT])B?", text.upper())
     if not match:
         raise ValueError(f"--cache-size {text} is no size: want one like 500G or 800M")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2]))
 
 
 @contextmanager
 def locked(path, wait=True):
-    """An open file that nobody else has locked; None if one would have to wait. What is left under
-    its name in the end is removed, also what one who was killed had left there."""
+    """An open file that nobody else has locked; None if one would have to wait. What has this name
+    in the end is removed."""
     import fcntl  # not on Windows
 
     def ours():
@@ -907,7 +891,8 @@ def download(address, file, size=None, patience=0):
             read = pipe_body if address.startswith("pipe:") else http_body
             with closing(read(address, got)) as body:
                 got, total = next(body)
-                if size is not None and total not in (None, size):
+                right = total if size is None else size
+                if total not in (None, right):
                     raise OSError(f"it has {total} bytes there, and {size} in index.json")
                 for chunk in body:
                     if size is not None and got + len(chunk) > size:
@@ -918,21 +903,18 @@ def download(address, file, size=None, patience=0):
                     got += len(chunk)
                     if got > best:
                         best, pause, since = got, 0.0, time.monotonic()
-            total = total if size is None else size
-            if total not in (None, got):
-                raise OSError(f"it was cut after {got} of {total} bytes")
+            if right not in (None, got):
+                raise OSError(f"it was cut after {got} of {right} bytes")
             return
-        except (Missing, Unreachable):
-            raise
-        except (OSError, http.client.HTTPException, subprocess.TimeoutExpired) as error:
-            if getattr(error, "errno", None) in DISK:
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, Missing) or getattr(error, "errno", None) in DISK:
                 raise
-            got = 0 if getattr(error, "code", None) == 416 else got  # such a range is not to be had
-            pause = min(30, 2 * pause or 0.1)
-            spent, text = time.monotonic() - since, f"{address}: {one_line(error)}"
+            got = 0 if getattr(error, "code", None) == 416 else got  # there is no such range
+            pause, spent = min(30, 2 * pause or 0.1), time.monotonic() - since
+            text = f"{address}: {one_line(error)}"
             if spent + pause > patience:
-                again = "the same command goes on"
-                raise Unreachable(f"{text}; given up after {spent:.0f} s: {again}") from None
+                text += f"; given up after {spent:.0f} s: the same command goes on"
+                raise Unreachable(text) from None
             if 3 < pause < 6:  # not at every hiccup
                 print(f"{text}; trying again", file=sys.stderr)
             time.sleep(pause)
@@ -951,7 +933,7 @@ def http_body(url, start):
     with answer:
         headers, begin = answer.headers, start if answer.status == 206 else 0
         if begin and not headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            raise urllib.error.HTTPError(url, 416, "another range comes than asked", headers, None)
+            raise urllib.error.HTTPError(url, 416, "another range than asked", headers, None)
         length = headers.get("Content-Length")
         yield begin, begin + int(length) if length else None
         while chunk := answer.read(1 << 20):
@@ -959,17 +941,16 @@ def http_body(url, start):
 
 
 def pipe_body(address, _):
-    """The same of a command, always from 0 on."""
+    """The same of what a command prints, always from 0 on."""
     said, pipe = tempfile.TemporaryFile(), subprocess.PIPE  # noqa: SIM115
     streams = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": said, "bufsize": 0}
     command = address.removeprefix("pipe:")  # what the user typed, and nothing else
     with said, subprocess.Popen(command, shell=True, start_new_session=True, **streams) as process:
         try:
             yield 0, None
-            out = process.stdout
-            while chunk := select.select([out], [], [], PATIENCE)[0] and out.read(1 << 20):
+            while chunk := process.stdout.read(1 << 20):
                 yield chunk
-            if process.wait(TIMEOUT):
+            if process.wait():
                 said.seek(0)
                 last = said.read().decode(errors="replace").strip().rpartition("\n")[2]
                 raise OSError(f"exit status {process.returncode}: {last}")
@@ -1128,13 +1109,13 @@ class Batches(torch.utils.data.Dataset):
             raise ValueError(f"{why}: give --lanes, a multiple of {self.processes}, and keep to it")
         self.total, self.cache = int(self.source.sizes.sum()), getattr(self.source, "cache", None)
         if self.cache:
-            here, at_once = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1
-            if self.order is not None:  # a lane reads a shuffled block of shards
-                shards, lanes = len(self.source.sizes), self.order.lanes // self.processes
-                at_once = lanes * math.ceil(SHUFFLE_BLOCK * shards / self.order.length)
-                self.ahead = copy.copy(self.order)  # has a block of its own for each lane
-                self.ahead.blocks = {}
-            self.cache.must_hold(here * at_once)
+            at_once, self.ahead = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), None
+            if self.order is not None:
+                block = math.ceil(SHUFFLE_BLOCK * len(self.source.sizes) / self.order.length)
+                at_once *= self.order.lanes // self.processes * block  # a lane reads its block
+                self.ahead = copy.copy(self.order)
+                self.ahead.blocks = {}  # of its own: an order keeps one for each lane
+            self.cache.must_hold(at_once)
 
     def __len__(self):
         """Items in which every sample comes once (the last step may hold others or padding)."""
@@ -1148,12 +1129,12 @@ class Batches(torch.utils.data.Dataset):
         return positions.reshape(self.pieces, -1)[piece]
 
     def places(self, positions, order):
-        """The shards or pictures that positions are in, each once, not opened."""
+        """The shards or pictures that positions are in, each once. Nothing is opened."""
         numbers = map(order, positions) if order else positions
         return list(dict.fromkeys(self.source.where(n) for n in numbers if n < self.total))
 
     def about(self, item):
-        """What an item is made of, in words."""
+        """What an item is made of, in words: of what is remote, what has not come yet."""
         places = self.places(self.positions(item).tolist(), self.order)
         if self.cache:
             places = [place for place in places if not self.cache.has(place)] or places
@@ -1162,19 +1143,16 @@ class Batches(torch.utils.data.Dataset):
         return f"{what}: {', '.join(places[:4])}{more}"
 
     def fetch(self, positions):
-        """Have the shards of these positions fetched, and of those half a shuffled block later."""
-        places = self.places(positions, self.order)
-        if self.order:
-            later = SHUFFLE_BLOCK // 2 * self.order.lanes
-            places += self.places([position + later for position in positions], self.ahead)
-        else:  # the next shard
-            places += self.places([positions[-1] + int(self.source.sizes.max())], None)
-        self.cache.ask(places)
+        """Have the shards of these fetched, and those of half a shuffled block later (without an
+        order: the next one)."""
+        later = SHUFFLE_BLOCK // 2 * self.order.lanes if self.order else self.source.sizes.max()
+        places = self.places(positions.tolist(), self.order)
+        self.cache.ask(places + self.places((positions + later).tolist(), self.ahead))
 
     def __getitem__(self, item):
         positions = self.positions(item)
         if self.cache:
-            self.fetch(positions.tolist())
+            self.fetch(positions)
         height, width = self.size
         # Channels-last memory, because the pictures arrive in it and patchify reads it that way.
         shape = len(positions), height, width, self.channels
@@ -1226,13 +1204,13 @@ STALLED = 60  # seconds
 
 
 class Loader(torch.utils.data.DataLoader):
-    """A DataLoader that says, every STALLED seconds, what it is waiting for."""
+    """A DataLoader that says every STALLED seconds what it is waiting for."""
 
     def __iter__(self):
         return self.watched(super().__iter__())
 
     def watched(self, made):
-        waiting, done = [None, 0.0], threading.Event()  # for an item, since
+        waiting, done = [None, 0.0], threading.Event()  # for this item, since then
 
         def watch():
             told = 0.0
@@ -1738,22 +1716,21 @@ def pack(folder, pattern, short_side=None, shard_size=None):
 def write_listing(shards):
     """index.json, beside the shards: what those who read them from elsewhere know beforehand.
 
-    {"classes": names or None, "shards": {base name: [bytes, samples]}}; what others are listed
-    there, and still exist, stays. (No offsets: of 3 billion samples they would be 48 GB. They are
-    found when a shard has arrived.)
+    {"classes": names or None, "shards": {base name: [bytes, samples]}}. What it lists already, and
+    still exists, stays. (No offsets: of 3 billion samples they would be 48 GB. They are found when
+    a shard has arrived.)
     """
     for folder in sorted({os.path.dirname(path) for path in shards.paths}):
-        path = Path(folder, "index.json")
+        path, listed = Path(folder, "index.json"), {}
         try:
-            known = json.loads(path.read_text())["shards"].items() if path.exists() else ()
+            listed |= json.loads(path.read_text())["shards"].items() if path.exists() else {}
         except (ValueError, KeyError, TypeError, AttributeError):
-            why = "is no list of shards that data.py wrote: move it away"
-            raise ValueError(f"{path} {why}") from None
-        listed = {name: fact for name, fact in known if os.path.exists(Path(folder, name))}
+            raise ValueError(f"{path} is no list that data.py wrote: move it away") from None
         for place, (name, *fact) in zip(shards.paths, shards.facts):
             listed |= {name: fact} if os.path.dirname(place) == folder else {}
+        listed = {name: fact for name, fact in listed.items() if Path(folder, name).exists()}
         content = {"classes": pack_record(folder)["classes"], "shards": listed}
-        replace_text(path, json.dumps(content, separators=(",", ":")))
+        replace_text(path, json.dumps(content))
 
 
 def replace_text(path, text):

@@ -2567,24 +2567,25 @@ def test_whatever_a_server_does_the_samples_are_right(remote, shards, fault):
     assert not list(cache.glob("*.part"))
 
 
-@pytest.mark.parametrize(
-    "fault",
-    {
-        "500": lambda handler, content: handler.send_error(500) or True,
-        "always cut": lambda handler, content: handler.give(content, cut=1500),
-        "always short": lambda handler, content: handler.give(content[:1500]),
-        "silent": slow,
-        "gone": None,
-    }.items(),
-    ids=lambda fault: fault[0],
-)
-@pytest.mark.parametrize("workers", [0, 1])
-def test_what_cannot_be_had_is_one_clear_line_and_not_a_bad_sample(remote, fault, workers):
+UNREACHABLE = {
+    "500": lambda handler, content: handler.send_error(500) or True,
+    "always cut": lambda handler, content: handler.give(content, cut=1500),
+    "always short": lambda handler, content: handler.give(content[:1500]),
+    "silent": slow,
+    "gone": None,
+}
+
+
+@pytest.mark.parametrize("fault, workers", [*zip(UNREACHABLE, [0] * 5), ("500", 1)])
+def test_what_cannot_be_had_is_one_clear_line_and_not_a_bad_sample(
+    remote, fault, workers, monkeypatch
+):
+    # A DataLoader waits so long for a worker that has failed, before it ends it: 5 s.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     server, pattern, cache = remote
     batches = training_batches(source=opened_remote(pattern, cache))
-    name, function = fault
-    server.faults = dict.fromkeys([f"s-{n:02}.tar" for n in range(5)], function)
-    if name == "gone":
+    server.faults = dict.fromkeys([f"s-{n:02}.tar" for n in range(5)], UNREACHABLE[fault])
+    if fault == "gone":
         server.shutdown()
         server.server_close()
     began = time.monotonic()
@@ -2680,7 +2681,7 @@ def test_what_was_left_of_a_fetch_is_not_used(remote, shards, ending):
         reader.join()
         (left,) = cache.glob("*.part")
     else:
-        left = Path(f"{source.cache.path_of(source.where(10))}.part")
+        left = Path(f"{source.cache.path(source.where(10))}.part")
         left.write_bytes((shards[0] / "s-03.tar").read_bytes()[:5000] + bytes(60_000))
     source.read(0)  # room is made for another shard
     assert not left.exists() and not list(cache.glob("*.part"))
@@ -2712,10 +2713,8 @@ def test_shards_of_a_pipe(shards, tmp_path, monkeypatch, capfd):
         "cat {} && echo first >&2 && echo no such bucket >&2 && exit 3": "exit status 3: no such bucket",
         "cat {} | head -c 9999": "cut after 9999 of",
         "cat {} {}.index": "more than the",
-        "cat {}; sleep 60": "timed out",
     }
     for command, why in failing.items():
-        monkeypatch.setattr(data, "TIMEOUT", 0.1)
         source = data.RemoteShards("pipe:cat " + pattern, str(tmp_path / "other"), 10**6)
         source.paths[3] = "pipe:" + command.replace("{}", f"{folder}/s-03.tar")
         source.cache.shards[source.paths[3]] = 30720
@@ -2740,7 +2739,7 @@ def test_shards_of_a_pipe(shards, tmp_path, monkeypatch, capfd):
         ("pipe:no-such-command s-00.tar", "python data.py index 'SHARDS-*.tar'"),
         ("URL/none/s-00.tar", "404 Not Found): where the shards lie, type python data.py index"),
         ("URL/s-{03..07}.tar", "no s-05.tar"),
-        ("URL/s-{3..1}.tar", "no shard matches"),
+        ("URL/s-{3..1}.tar", "hold no pictures"),
         ("URL/damaged/s-00.tar", "cannot be used"),
         ("URL/other/s-00.tar", "cannot be used"),
     ],
@@ -2788,9 +2787,7 @@ def test_a_disk_that_is_full_is_one_line(remote):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (25_000, limits[1]))
     try:
-        with pytest.raises(
-            data.Unreachable, match="cannot write to the cache .*too large"
-        ) as error:
+        with pytest.raises(data.Unreachable, match="cannot write .*cache .*too large") as error:
             source.read(10)
         one_line(error)
         assert not list(cache.glob("*.tar"))
