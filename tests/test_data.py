@@ -2522,7 +2522,7 @@ def hang_up(handler, content):
 def another_range(handler, content):
     if not handler.headers["Range"]:
         return handler.give(content, cut=1000)
-    return handler.give(content, start=700)
+    return handler.give(content[:-300], start=700)  # as long as what was asked for
 
 
 FAULTS = {
@@ -2699,6 +2699,19 @@ def test_a_shard_in_the_cache_that_is_used_outlives_one_that_is_not(remote):
     assert server.asked() == {"index.json": 1, "s-03.tar": 1, "s-00.tar": 1, "s-04.tar": 1}
     source.read(0)
     assert server.asked()["s-00.tar"] == 2
+
+
+def test_who_finds_no_room_waits_for_those_who_are_fetching(remote):
+    _, pattern, cache = remote
+    source = opened_remote(pattern, cache, "66K")
+    with data.locked(f"{cache}/cached-{'0' * 16}.tar.part") as others:
+        others.truncate(40_000)
+        reader = threading.Thread(target=source.read, args=(10,))
+        reader.start()
+        reader.join(0.3)
+        assert reader.is_alive() and folder_size(cache) <= 66_000
+    reader.join(10)
+    assert not reader.is_alive() and source.cache.has(source.where(10))
 
 
 def test_shards_of_a_pipe(shards, tmp_path, monkeypatch, capfd):
