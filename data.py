@@ -1,6 +1,6 @@
 """Where samples come from, in what order, and how they become tensors.
 
-    open_sources      one --data string: "toy", a folder of pictures, or tar shards
+    open_sources      one --data string: "toy", a folder of pictures, or tar shards from anywhere
     Order             position -> sample: a pure function of (seed, epoch, position), in lanes
     Batches, loader   samples -> uint8 tensors, made in worker processes
     normalize         uint8 -> float, on the device
@@ -17,24 +17,34 @@ This file needs torch, numpy, pillow and tqdm, and stands alone when copied.
 """
 
 import argparse
+import copy
 import csv
+import errno
 import glob
 import hashlib
+import http.client
 import io
 import itertools
 import json
 import math
 import os
+import queue
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
+import time
 import unicodedata
+import urllib.error
+import urllib.request
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -189,19 +199,24 @@ class Order:
 # ------------------------------------------------------------------------------------------ sources
 #
 # A source has: sizes (S,) int64, samples per shard; classes, a list of names, or None; identity;
-# name(number); and read(number) -> {"image": a function that opens the PIL image, "class": int, -1
-# if unknown, "hashtags": a list of tags, or a text with #tags in it}. So who wants labels or tags
-# reads the same, and opens no picture. Numbers run through the shards.
+# name(number); where(number), the shard or picture, known without opening it; and read(number) ->
+# {"image": a function that opens the PIL image, "class": int, -1 if unknown, "hashtags": a list of
+# tags, or a text with #tags in it}. So who wants labels or tags reads the same, and opens no
+# picture. Numbers run through the shards. Remote shards have a cache, too.
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
-def open_sources(data, val_data=None, size=(64, 64), labels=None, val_labels=None):
+def open_sources(
+    data, val_data=None, size=(64, 64), labels=None, val_labels=None, cache=(None, "20G")
+):
     """(source to train on, source to measure on or None) behind --data and --val-data.
 
-    data     "toy"; a folder of pictures; or tar shards: a path, a glob, or {00000..00099} braces
+    data     "toy"; a folder of pictures; or tar shards: a path, a glob, or {00000..00099} braces;
+             of a web address or a pipe:COMMAND, too: see "shards from elsewhere"
     size     (height, width) that pictures will have: the toy world is drawn for it
     labels   a file that lists the pictures of a folder: see read_labels
+    cache    (folder or None, size like "500G") for what comes from elsewhere
 
     Without val_data, toy has its own, and so has a folder with train/ and val/ in it (unless labels
     list its pictures). Raises ValueError with one line that says what to do.
@@ -215,13 +230,16 @@ def open_sources(data, val_data=None, size=(64, 64), labels=None, val_labels=Non
         data, val_data = folders[0], val_data or folders[1]
     elif val_labels:
         val_data = val_data or data
-    train = open_source(data, size, labels=labels)
-    if not val_data:
-        return train, None
-    return train, open_source(val_data, size, train.classes, "val", val_labels)
+    cache = cache[0], bytes_of(cache[1])
+    train = open_source(data, size, labels=labels, cache=cache)
+    val = val_data and open_source(val_data, size, train.classes, "val", val_labels, cache)
+    cache = train.cache or val and val.cache
+    if cache and os.environ.get("RANK", "0") == "0":
+        print(f"cache {cache.folder}, at most {cache.size / 1e9:.4g} GB")
+    return train, val or None
 
 
-def open_source(data, size, classes=None, split="train", labels=None):
+def open_source(data, size, classes=None, split="train", labels=None, cache=None):
     """One source. classes: the names that are known, when it must have no others."""
     if data == "toy":
         if classes not in (None, list(TOY_CLASSES)):
@@ -229,10 +247,11 @@ def open_source(data, size, classes=None, split="train", labels=None):
         return Toy(split, size)
     if os.path.isdir(data):
         return Folder(data, classes, labels)
-    if not data.endswith(".tar") and not re.search(r"[*?\[{]", data):
+    remote = re.match(r"pipe:|\w+://", data)
+    if not remote and not data.endswith(".tar") and not re.search(r"[*?\[{]", data):
         state = "is not a folder or a .tar" if os.path.exists(data) else "does not exist"
         raise ValueError(f"{data} {state}: --data wants toy, a folder of pictures or tar shards")
-    shards = Shards(data)
+    shards = RemoteShards(data, *cache) if remote else Shards(data)
     if (classes and shards.classes or classes) != classes:
         raise ValueError(f"{data} has other classes than train: pack it after train, beside it")
     return shards
@@ -240,6 +259,8 @@ def open_source(data, size, classes=None, split="train", labels=None):
 
 class Toy:
     """The procedural world of toy_sample. Its epoch is a number, the pictures never run out."""
+
+    cache = None
 
     def __init__(self, split, size):
         self.first = 0 if split == "train" else TOY_VAL
@@ -255,6 +276,8 @@ class Toy:
     def name(self, number):
         return f"toy:{self.first + number}"
 
+    where = name
+
 
 class Folder:
     """Pictures below a folder. If all lie in subfolders, the first level's names are the classes.
@@ -265,6 +288,8 @@ class Folder:
     have nothing to do with each other. So any stretch of it is a fair sample: the held-out slice, a
     lane, a packed shard.
     """
+
+    cache = None
 
     def __init__(self, root, classes=None, labels=None):
         entries = read_labels(labels) if labels else pictures_below(root)
@@ -293,6 +318,8 @@ class Folder:
 
     def name(self, number):
         return os.path.join(self.root, self.paths[number])
+
+    where = name
 
 
 def pictures_below(root):
@@ -369,6 +396,8 @@ def all_labels(source):
     for number in tqdm(range(len(labels)), desc="labels", leave=False, disable=None):
         try:
             labels[number] = source.read(number)["class"]
+        except Unreachable:
+            raise
         except Exception as error:  # noqa: BLE001 (tar members fail in many ways: named, left out)
             tqdm.write(f"unreadable label: {source.name(number)}: {error}", file=sys.stderr)
     return labels
@@ -384,6 +413,7 @@ class Part:
 
     def __init__(self, source, numbers):
         self.source, self.numbers, self.classes = source, numbers, source.classes
+        self.cache = source.cache
         self.sizes = np.ones(len(numbers), dtype=np.int64)
         if isinstance(numbers, range):  # shards stay shards, and lanes lanes: some may be empty
             self.sizes = np.diff(running_sum(source.sizes).clip(numbers.start, numbers.stop))
@@ -395,6 +425,9 @@ class Part:
 
     def name(self, number):
         return self.source.name(self.numbers[number])
+
+    def where(self, number):
+        return self.source.where(self.numbers[number])
 
 
 def hold_out(train, val, count):
@@ -417,6 +450,8 @@ def hold_out(train, val, count):
 class Shards:
     """Tar shards in the WebDataset layout, read in place: one pread for a sample."""
 
+    cache = None
+
     def __init__(self, pattern):
         self.paths = expand(pattern)
         if not self.paths:
@@ -430,13 +465,17 @@ class Shards:
             sizes = [
                 len(index) for index in bar(threads.map(shard_index, self.paths), disable=None)
             ]
-        self.sizes = np.array(sizes, dtype=np.int64)
+        names = map(os.path.basename, self.paths)
+        self.describe(pattern, [*zip(names, map(os.path.getsize, self.paths), sizes)])
+
+    def describe(self, pattern, facts):
+        """facts: (base name, bytes, samples) of each shard. The same ones are the same data."""
+        self.facts, self.sizes = facts, np.array([n for *_, n in facts], dtype=np.int64)
         if not self.sizes.any():
             raise ValueError(f"{pattern}: the shards hold no pictures")
         self.edges = running_sum(self.sizes)
-        facts = [[os.path.basename(p), os.path.getsize(p), n] for p, n in zip(self.paths, sizes)]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-        self.identity = f"{self.sizes.sum()} pictures in {len(self.paths)} shards, {digest}"
+        self.identity = f"{self.sizes.sum()} pictures in {len(facts)} shards, {digest}"
 
     @lru_cache(64)  # noqa: B019 (each loader process keeps its last 64)
     def open(self, shard):
@@ -467,12 +506,14 @@ class Shards:
         }
 
     def name(self, number):
-        path = self.paths[int(np.searchsorted(self.edges, number, "right")) - 1]
         try:
             with tarfile.open(fileobj=io.BytesIO(self.block(number)), mode="r:") as tar:
-                return f"{path}:{next(sample_files(tar))[0]}"
+                return f"{self.where(number)}:{next(sample_files(tar))[0]}"
         except Exception:  # noqa: BLE001 (a shard that has changed meanwhile fails in many ways)
-            return f"{path}: sample {number}"
+            return f"{self.where(number)}: sample {number}"
+
+    def where(self, number):
+        return self.paths[int(np.searchsorted(self.edges, number, "right")) - 1]
 
 
 def hashtags_of(members):
@@ -488,20 +529,26 @@ def hashtags_of(members):
 
 def expand(pattern):
     """Shard paths from a path, a glob, or {00000..00099} and {a,b} braces."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
     if os.path.isfile(pattern):  # whatever is in its name
         return [pattern]
-    if match:
-        low, dots, high = match[1].partition("..")
-        if dots and low.isdigit() and high.isdigit():
-            items = [str(i).zfill(len(low)) for i in range(int(low), int(high) + 1)]
-        else:
-            items = match[1].split(",")
-        head, tail = pattern[: match.start()], pattern[match.end() :]
-        return list(itertools.chain(*(expand(head + item + tail) for item in items)))
+    if (texts := braces(pattern)) != [pattern]:
+        return list(itertools.chain(*map(expand, texts)))
     if re.search(r"[*?\[]", pattern):
         return sorted(path for path in glob.glob(pattern) if path.endswith(".tar"))
     raise ValueError(f"there is no shard {pattern}")
+
+
+def braces(pattern):
+    """The texts that a pattern with {00000..00099} and {a,b} in it stands for, in order."""
+    match = re.search(r"\{(\d+\.\.\d+|[^{}]*,[^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    low, dots, high = match[1].partition("..")
+    items = match[1].split(",")
+    if dots and "," not in match[1]:
+        items = [str(i).zfill(len(low)) for i in range(int(low), int(high) + 1)]
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return list(itertools.chain(*(braces(head + item + tail) for item in items)))
 
 
 def shard_index(path):
@@ -577,6 +624,339 @@ def sample_files(tar):
         # No hidden files, none without a type. A link gives no bytes: it is counted as unreadable.
         if not member.isdir() and stem and extension:
             yield folder + slash + stem, extension, member
+
+
+# ---------------------------------------------------------------------------- shards from elsewhere
+#
+# --data 'https://host/shards/{00000..09999}.tar', or a command that writes a shard to its output:
+# --data 'pipe:aws s3 cp s3://bucket/shards/{00000..00099}.tar -'. Only what the user typed is ever
+# run. What must be known beforehand stands in an index.json beside the shards: see write_listing.
+#
+# A shard is fetched whole, into a folder that all processes of a machine share. They speak through
+# files alone: NAME.part is being written by who holds its lock (which the system gives up when a
+# process ends, however it ends), NAME is whole. Who needs what another fetches waits for the lock.
+# To fetch ahead is to do the same in a thread.
+
+TIMEOUT = 30  # seconds that a web server may say nothing; then it is tried again
+PATIENCE = 300  # seconds that may pass, in whatever number of tries, without a new byte
+FETCHERS = 4  # threads that fetch ahead, in each loader process
+DISK = errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO  # no server's fault
+
+
+class Missing(OSError):
+    """A shard is not there: its samples weigh nothing, and are counted."""
+
+
+class Unreachable(OSError):
+    """A shard cannot be had now. This ends a run: to go on would lose samples silently."""
+
+    def __init__(self, message):
+        # A DataLoader makes a worker's exception anew, from its traceback: the last line is ours.
+        super().__init__(message.rpartition("Unreachable: ")[2].strip())
+
+
+class RemoteShards(Shards):
+    """Shards that are read through a cache: `paths` are addresses, as the user would type each."""
+
+    def __init__(self, pattern, folder, size):
+        scheme = pattern.partition(":")[0]
+        if scheme not in ("http", "https", "pipe"):
+            known = {"s3": "aws s3 cp {} -", "gs": "gcloud storage cat {}"}
+            command = known.get(scheme, "COMMAND-THAT-PRINTS {}").replace("{}", pattern)
+            raise ValueError(f"{scheme}:// is read by a command that you give: 'pipe:{command}'")
+        self.paths, facts, listings = braces(pattern), [], {}
+        for path in self.paths:
+            words = re.findall(r"[^\s'\"=]+\.tar(?=[?#'\"\s]|$)", path)
+            if len(words) != 1 or re.search(r"[*?\[]", words[0]):
+                why = "one word that ends in .tar must name a shard, with {000..099} but no * ? ["
+                raise ValueError(f"{path}: {why}")
+            name = words[0].rpartition("/")[2]
+            index = path.replace(words[0], words[0][: -len(name)] + "index.json")
+            if index not in listings:
+                listings[index] = read_listing(index)
+            self.classes, listed = listings[index]
+            if name not in listed:
+                raise ValueError(f"{index} lists {len(listed)} shards, but no {name}")
+            facts.append((name, *listed[name]))
+        if any(classes != self.classes for classes, _ in listings.values()):
+            raise ValueError(f"{pattern}: the folders number their classes differently")
+        self.describe(pattern, facts)
+        self.cache = Cache(folder, size, {p: size for p, (_, size, _) in zip(self.paths, facts)})
+
+    @lru_cache(64)  # noqa: B019 (each loader process keeps its last 64)
+    def index(self, shard):
+        """Where a shard's samples begin and end, in memory."""
+        index = np.array(shard_index(self.cache.fetch(self.paths[shard])))
+        if len(index) != self.sizes[shard]:
+            raise ValueError(f"{len(index)} samples, but {self.sizes[shard]} in index.json")
+        return index
+
+    def block(self, number):
+        # No file is kept open: one that is removed from the cache would keep its place on the disk.
+        shard = int(np.searchsorted(self.edges, number, "right")) - 1
+        for _ in range(100):
+            with suppress(FileNotFoundError):  # another process has just made room
+                begin, end = self.index(shard)[number - self.edges[shard]].tolist()
+                with open(self.cache.fetch(self.paths[shard]), "rb", buffering=0) as file:
+                    file.seek(begin)
+                    return file.read(end - begin)
+        raise Unreachable(f"{self.cache.folder} loses shards as they come: give more --cache-size")
+
+
+def read_listing(address):
+    """(class names or None, {base name: (bytes, samples)}) of an index.json."""
+    content, pipe = io.BytesIO(), address.startswith("pipe:")
+    try:  # of a command it is not known what its failing means: it is not tried again
+        download(address, content, patience=0 if pipe else PATIENCE)
+        listing = json.loads(content.getvalue())
+        shards = {name: (int(b), int(n)) for name, (b, n) in listing["shards"].items()}
+        return listing["classes"], shards
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, Unreachable) and not pipe:
+            raise
+        why = f"{address} cannot be used ({one_line(error)}): where the shards lie, type"
+        why += " python data.py index 'SHARDS-*.tar', and keep the index.json that it writes there"
+        raise ValueError(why) from None
+
+
+class Cache:
+    """A folder of whole shards, never of more than `size` bytes with all that is on its way.
+
+    shards  {address: bytes}
+    """
+
+    def __init__(self, folder, size, shards):
+        user = os.getuid() if hasattr(os, "getuid") else ""
+        self.folder = folder or os.path.join(tempfile.gettempdir(), f"shards-{user}")
+        self.size, self.shards, self.missing = size, shards, {}
+        try:
+            os.makedirs(self.folder, mode=0o700, exist_ok=True)
+            with self.accounting():
+                pass
+        except (OSError, ImportError) as error:  # on Windows there is no fcntl
+            why = f"the cache {self.folder} cannot be used ({one_line(error)})"
+            raise ValueError(f"{why}: give another --cache-dir") from None
+        self.must_hold(1)
+
+    def must_hold(self, shards):
+        """ValueError unless so many shards, and as many that come next, find room."""
+        room = [room_for(size) for size in self.shards.values()]
+        needed, shards = min(2 * shards * max(room), sum(room)), min(shards, len(room))
+        if needed > self.size:
+            why = f"{shards} shards are read at once on this machine, and as many fetched ahead"
+            why += f": give --cache-size {math.ceil(needed / 1e6)}M or more, or fewer --lanes"
+            raise ValueError(f"--cache-size {self.size / 1e6:.6g}M is too small: {why}")
+
+    def accounting(self):
+        return locked(os.path.join(self.folder, "cached.lock"))
+
+    def path(self, address):
+        # Nobody calls files of their own like this: what else is in the folder is never touched.
+        digest = stable_hash(f"{address} {self.shards[address]}").hex()
+        return os.path.join(self.folder, f"cached-{digest}.tar")
+
+    def has(self, address):
+        return os.path.exists(self.path(address))
+
+    def fetch(self, address, wait=True):
+        """The path of a shard in the cache, where it is brought if need be.
+
+        wait: for others who are bringing it, and with all PATIENCE; else it may not be there yet.
+        """
+        path, size = self.path(address), self.shards[address]
+        if address in self.missing:
+            raise Missing(self.missing[address])
+        try:
+            if os.path.exists(path):  # it has been used now; the index knows its time of change
+                os.utime(path, ns=(time.time_ns(), os.stat(path).st_mtime_ns))
+                return path
+            with locked(f"{path}.part", wait) as part:
+                if part and not os.path.exists(path):
+                    self.reserve(f"{path}.part", part, size)
+                    download(address, part, size, PATIENCE if wait else PATIENCE / 10)
+                    os.utime(part.fileno())
+                    with self.accounting():
+                        os.replace(f"{path}.part", path)
+                    shard_index(path)
+        except Missing as error:
+            self.missing[address] = str(error)
+            raise
+        except (Unreachable, FileNotFoundError):
+            raise
+        except OSError as error:
+            why = f"cannot write {address} to the cache {self.folder} ({error.strerror})"
+            raise Unreachable(f"{why}: make room, or give another --cache-dir") from None
+        return path
+
+    def reserve(self, name, part, size):
+        """Give a file its size, once the shards that are unused for the longest have made room."""
+        part.truncate(0)  # of one who was killed
+        while True:
+            with self.accounting():
+                found, used = [], room_for(size)
+                for path in glob.glob(os.path.join(glob.escape(self.folder), "cached-*.tar*")):
+                    with suppress(FileNotFoundError):
+                        if path.endswith(".tar"):
+                            status = os.stat(path)
+                            found.append((status.st_atime_ns, room_for(status.st_size), path))
+                        elif path.endswith(".part") and path != name:
+                            with locked(path, wait=False) as left:  # locked by nobody: removed
+                                used += 0 if left else room_for(os.path.getsize(path))
+                used += sum(room for _, room, _ in found)
+                for _, room, path in sorted(found):
+                    if used > self.size:
+                        used -= room
+                        for gone in (path, f"{path}.index"):
+                            with suppress(FileNotFoundError):
+                                os.remove(gone)
+                if used <= self.size:
+                    return part.truncate(size)
+            time.sleep(0.1)  # all of it is on its way to others
+
+    def ask(self, addresses):
+        """Have these fetched by threads, in this order."""
+        tasks, waiting = fetchers(os.getpid())
+        for address in addresses:
+            if address not in waiting and address not in self.missing and not self.has(address):
+                waiting.add(address)
+                tasks.put((self, address))
+
+
+@lru_cache(1)
+def fetchers(process):
+    """(queue of (cache, address), set of addresses in it) of a process: threads outlive no fork."""
+    tasks, waiting = queue.SimpleQueue(), set()
+
+    def work():
+        while True:
+            cache, address = tasks.get()
+            with suppress(Exception):  # whatever it is, who reads the shard will meet it, too
+                cache.fetch(address, wait=False)
+            waiting.discard(address)
+
+    for _ in range(FETCHERS):
+        threading.Thread(target=work, daemon=True).start()
+    return tasks, waiting
+
+
+def room_for(size):
+    """The most that a shard takes, with its index: 16 bytes a sample, which has 512 or more."""
+    return size + size // 32 + 1024
+
+
+def bytes_of(text):
+    """ "500G" -> 500,000,000,000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT])B?", text.upper())
+    if not match:
+        raise ValueError(f"--cache-size {text} is no size: want one like 500G or 800M")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2]))
+
+
+@contextmanager
+def locked(path, wait=True):
+    """An open file that nobody else has locked; None if one would have to wait. What has this name
+    in the end is removed."""
+    import fcntl  # not on Windows
+
+    def ours():
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+
+    while True:
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield None
+                return
+            try:
+                if ours():  # else the one before has renamed or removed it
+                    yield file
+                    return
+            finally:
+                if ours():
+                    os.remove(path)
+                fcntl.flock(file, fcntl.LOCK_UN)  # a forked process may have the file open, too
+
+
+def download(address, file, size=None, patience=0):
+    """All bytes of an address into a file. What fails is tried again, from where it was cut if the
+    server can, until `patience` seconds have brought no new byte.
+
+    size: what is right, if it is known. Raises Missing, Unreachable, or what the file does.
+    """
+    got, best, pause, since = 0, 0, 0.0, time.monotonic()
+    while True:
+        try:
+            read = pipe_body if address.startswith("pipe:") else http_body
+            with closing(read(address, got)) as body:
+                got, total = next(body)
+                right = total if size is None else size
+                if total not in (None, right):
+                    raise OSError(f"it has {total} bytes there, and {size} in index.json")
+                for chunk in body:
+                    if size is not None and got + len(chunk) > size:
+                        raise OSError(f"it has more than the {size} bytes of index.json")
+                    file.seek(got)
+                    if file.write(chunk) < len(chunk):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    got += len(chunk)
+                    if got > best:
+                        best, pause, since = got, 0.0, time.monotonic()
+            if right not in (None, got):
+                raise OSError(f"it was cut after {got} of {right} bytes")
+            return
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, Missing) or getattr(error, "errno", None) in DISK:
+                raise
+            got = 0 if getattr(error, "code", None) == 416 else got  # there is no such range
+            pause, spent = min(30, 2 * pause or 0.1), time.monotonic() - since
+            text = f"{address}: {one_line(error)}"
+            if spent + pause > patience:
+                text += f"; given up after {spent:.0f} s: the same command goes on"
+                raise Unreachable(text) from None
+            if 3 < pause < 6:  # not at every hiccup
+                print(f"{text}; trying again", file=sys.stderr)
+            time.sleep(pause)
+
+
+def http_body(url, start):
+    """(first byte, bytes in all or None), then the bytes of a URL from `start` on, or from 0 if
+    the server knows no ranges."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        answer = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code in (403, 404, 410):
+            raise Missing(f"HTTP {error.code} {error.reason}") from None
+        raise
+    with answer:
+        headers, begin = answer.headers, start if answer.status == 206 else 0
+        if begin and not headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            raise urllib.error.HTTPError(url, 416, "another range than asked", headers, None)
+        length = headers.get("Content-Length")
+        yield begin, begin + int(length) if length else None
+        while chunk := answer.read(1 << 20):
+            yield chunk
+
+
+def pipe_body(address, _):
+    """The same of what a command prints, always from 0 on."""
+    said, pipe = tempfile.TemporaryFile(), subprocess.PIPE  # noqa: SIM115
+    streams = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": said, "bufsize": 0}
+    command = address.removeprefix("pipe:")  # what the user typed, and nothing else
+    with said, subprocess.Popen(command, shell=True, start_new_session=True, **streams) as process:
+        try:
+            yield 0, None
+            while chunk := process.stdout.read(1 << 20):
+                yield chunk
+            if process.wait():
+                said.seek(0)
+                last = said.read().decode(errors="replace").strip().rpartition("\n")[2]
+                raise OSError(f"exit status {process.returncode}: {last}")
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 # ------------------------------------------------------------------------------ pictures to tensors
@@ -727,17 +1107,52 @@ class Batches(torch.utils.data.Dataset):
         if self.order is not None and self.order.lanes % self.processes:
             why = f"{self.order.lanes} lanes cannot be dealt to {self.processes} processes"
             raise ValueError(f"{why}: give --lanes, a multiple of {self.processes}, and keep to it")
-        self.total = int(self.source.sizes.sum())
+        self.total, self.cache = int(self.source.sizes.sum()), getattr(self.source, "cache", None)
+        if self.cache:
+            at_once, self.ahead = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), None
+            if self.order is not None:
+                block = math.ceil(SHUFFLE_BLOCK * len(self.source.sizes) / self.order.length)
+                at_once *= self.order.lanes // self.processes * block  # a lane reads its block
+                self.ahead = copy.copy(self.order)
+                self.ahead.blocks = {}  # of its own: an order keeps one for each lane
+            self.cache.must_hold(at_once)
 
     def __len__(self):
         """Items in which every sample comes once (the last step may hold others or padding)."""
         return math.ceil(self.total / self.batch_size) * self.pieces
 
-    def __getitem__(self, item):
+    def positions(self, item):
+        """(b,) int64 in the global stream: an item's."""
         step, piece = divmod(item, self.pieces)
         positions = step * self.batch_size + np.arange(self.batch_size)
         positions = positions[positions // 2 % self.processes == self.process]
-        positions = positions.reshape(self.pieces, -1)[piece]
+        return positions.reshape(self.pieces, -1)[piece]
+
+    def places(self, positions, order):
+        """The shards or pictures that positions are in, each once. Nothing is opened."""
+        numbers = map(order, positions) if order else positions
+        return list(dict.fromkeys(self.source.where(n) for n in numbers if n < self.total))
+
+    def about(self, item):
+        """What an item is made of, in words: of what is remote, what has not come yet."""
+        places = self.places(self.positions(item).tolist(), self.order)
+        if self.cache:
+            places = [place for place in places if not self.cache.has(place)] or places
+        more = f" and {len(places) - 4} more" * (len(places) > 4)
+        what = f"process {self.process}, step {item // self.pieces + 1}"
+        return f"{what}: {', '.join(places[:4])}{more}"
+
+    def fetch(self, positions):
+        """Have the shards of these fetched, and those of half a shuffled block later (without an
+        order: the next one)."""
+        later = SHUFFLE_BLOCK // 2 * self.order.lanes if self.order else self.source.sizes.max()
+        places = self.places(positions.tolist(), self.order)
+        self.cache.ask(places + self.places((positions + later).tolist(), self.ahead))
+
+    def __getitem__(self, item):
+        positions = self.positions(item)
+        if self.cache:
+            self.fetch(positions)
         height, width = self.size
         # Channels-last memory, because the pictures arrive in it and patchify reads it that way.
         shape = len(positions), height, width, self.channels
@@ -768,6 +1183,8 @@ class Batches(torch.utils.data.Dataset):
                 if self.vocabulary is not None:
                     tags[i] = self.vocabulary.ids(sample["hashtags"])
                 labels[i], weight[i] = sample["class"], self.vocabulary is None or len(tags[i]) > 0
+            except Unreachable:
+                raise
             except Exception as error:  # noqa: BLE001 (decoders raise anything: named, counted)
                 images[i] = 0
                 bad.append(f"{self.source.name(number)}: {one_line(error)}")
@@ -783,9 +1200,47 @@ def one_line(error):
     return re.sub("(cannot identify image file).*", r"\1", text)
 
 
+STALLED = 60  # seconds
+
+
+class Loader(torch.utils.data.DataLoader):
+    """A DataLoader that says every STALLED seconds what it is waiting for."""
+
+    def __iter__(self):
+        return self.watched(super().__iter__())
+
+    def watched(self, made):
+        waiting, done = [None, 0.0], threading.Event()  # for this item, since then
+
+        def watch():
+            told = 0.0
+            while not done.wait(STALLED / 4):
+                (item, since), now = waiting, time.monotonic()
+                if item is not None and now - max(since, told) >= STALLED:
+                    told, text = (
+                        now,
+                        f"no batch for {now - since:.0f} s: {self.dataset.about(item)}",
+                    )
+                    print(text, file=sys.stderr, flush=True)
+
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            for item in self.sampler:
+                waiting[:] = item, time.monotonic()
+                batch = next(made)
+                waiting[0] = None
+                yield batch
+        except Unreachable as error:  # a stage lets only the first process of a machine speak
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                print(error, file=sys.stderr, flush=True)
+            raise
+        finally:
+            done.set()
+
+
 def loader(batches, items, workers, pin=False):
     """The given items (a range) of Batches, made ahead by worker processes; 0: in this process."""
-    return torch.utils.data.DataLoader(
+    return Loader(
         batches,
         sampler=items,
         batch_size=None,
@@ -1052,10 +1507,15 @@ class TagChunks(torch.utils.data.Dataset):
         for number in range(chunk * TAG_CHUNK, end):
             try:
                 found.append(canonical(self.source.read(number)["hashtags"], self.synonyms))
+            except Unreachable:
+                raise
             except Exception as error:  # noqa: BLE001 (named and counted, whatever it was)
                 found.append(set())
                 errors.append(f"{self.source.name(number)}: {one_line(error)}")
         return found, errors
+
+    def about(self, chunk):
+        return f"chunk {chunk}, from {self.source.where(chunk * TAG_CHUNK)} on"
 
     def read(self, workers, title, named=20):
         """The set of tags of each sample, read ahead by worker processes, with a bar.
@@ -1238,8 +1698,7 @@ def pack(folder, pattern, short_side=None, shard_size=None):
         raise ValueError(f"{every} is not of these pictures and options: move it away")
     os.makedirs(out or ".", exist_ok=True)
     record["packed"][name], record["classes"] = asked, record["classes"] or source.classes
-    Path(out, "pack.json.tmp").write_text(json.dumps(record))
-    os.replace(Path(out, "pack.json.tmp"), Path(out, "pack.json"))
+    replace_text(Path(out, "pack.json"), json.dumps(record))
     with ThreadPoolExecutor() as threads:  # Pillow works outside Python's lock
         starts = range(0, total, shard_size)
         for start in tqdm(starts, desc="packing", unit=" shards", disable=None):
@@ -1251,7 +1710,33 @@ def pack(folder, pattern, short_side=None, shard_size=None):
     first, last = (re.search(r"%\d*d", pattern)[0] % number for number in (0, len(starts) - 1))
     written = re.sub(r"%\d*d", f"{{{first}..{last}}}", pattern)
     print(f"{total} pictures in {len(starts)} shards: --data {shlex.quote(written)}")
-    Shards(written)  # writes their indexes
+    write_listing(Shards(written))  # which writes their indexes
+
+
+def write_listing(shards):
+    """index.json, beside the shards: what those who read them from elsewhere know beforehand.
+
+    {"classes": names or None, "shards": {base name: [bytes, samples]}}. What it lists already, and
+    still exists, stays. (No offsets: of 3 billion samples they would be 48 GB. They are found when
+    a shard has arrived.)
+    """
+    for folder in sorted({os.path.dirname(path) for path in shards.paths}):
+        path, listed = Path(folder, "index.json"), {}
+        try:
+            listed |= json.loads(path.read_text())["shards"].items() if path.exists() else {}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path} is no list that data.py wrote: move it away") from None
+        for place, (name, *fact) in zip(shards.paths, shards.facts):
+            listed |= {name: fact} if os.path.dirname(place) == folder else {}
+        listed = {name: fact for name, fact in listed.items() if Path(folder, name).exists()}
+        content = {"classes": pack_record(folder)["classes"], "shards": listed}
+        replace_text(path, json.dumps(content))
+
+
+def replace_text(path, text):
+    """Write a file whole or not at all."""
+    Path(f"{path}.tmp").write_text(text)
+    os.replace(f"{path}.tmp", path)
 
 
 def write_shard(path, source, numbers, short_side, threads):
@@ -1335,7 +1820,9 @@ def main():
         if given.command == "pack":
             pack(given.folder, given.pattern, given.short_side, given.shard_size)
         elif given.command == "index":
-            print(Shards(given.shards).identity)
+            shards = Shards(given.shards)
+            write_listing(shards)
+            print(shards.identity)
         else:
             source, _ = open_sources(given.data, labels=given.labels)
             synonyms = read_synonyms(given.synonyms) if given.synonyms else {}

@@ -613,6 +613,8 @@ def parse_arguments(argv):
     add("--val-data", help="the val pictures, where --data holds only those to train on")
     add("--labels", help="of the folder --data: .csv (path,class), .jsonl, or iNaturalist's .json")
     add("--val-labels", help="the same for val (paths in --val-data or, without it, --data)")
+    add("--cache-dir", help="folder for remote shards (of yours, among the temporary files)")
+    add("--cache-size", default="20G", help="the most that it holds, like 500G (20G)")
     add("--pool", choices=("cls", "mean"), default="mean", help="of the tokens (mean)")
     add("--shots", type=shots, default=shots("1,5,10,all"), help="per class (1,5,10,all)")
     add("--split", choices=("train", "val"), default="val", help="for features (val)")
@@ -685,7 +687,8 @@ def main(argv=None):
         size = models.pair(model.config["image_size"])
         run.val_crop = usual_crop(size) if run.val_crop is None else run.val_crop
         labels = run.labels, run.val_labels
-        train, val = data.open_sources(run.data, run.val_data, size, *labels)
+        cache = run.cache_dir, run.cache_size
+        train, val = data.open_sources(run.data, run.val_data, size, *labels, cache)
         if val is None and run.task in ("knn", "fewshot"):
             raise ValueError(f"{run.data} has no train/ and val/: give the latter as --val-data")
         result = TASKS[run.task](model, [train, val] if val else [train], run)

@@ -86,6 +86,8 @@ def parse_arguments(argv):
     add("--labels", help="of the folder --data: .csv (path,class), .jsonl, or iNaturalist's .json")
     add("--val-labels", help="the same for val (paths in --val-data or, without it, --data)")
     add("--classes", type=int, help="how many, where the data does not name them")
+    add("--cache-dir", help="folder for remote shards (of yours, among the temporary files)")
+    add("--cache-size", default="20G", help="the most that it holds, like 500G (20G)")
     add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (that of --init)")
     add("--min-crop", type=float, help="least area of a crop, 1: none (0.08; toy: 0.5)")
     add("--val-crop", type=float, help="of val's pictures: share of the centre, 0: all, squashed")
@@ -200,7 +202,9 @@ def prepare(run):
     classes_of_head, pool = run.config.pop("class_names", None), run.config.pop("pool", None)
     run.image_size = models.pair(run.config["image_size"])
     labels = run.labels, run.val_labels
-    run.train, run.val = data.open_sources(run.data or "toy", run.val_data, run.image_size, *labels)
+    cache = run.cache_dir, run.cache_size
+    opened = data.open_sources(run.data or "toy", run.val_data, run.image_size, *labels, cache)
+    run.train, run.val = opened
     named = len(run.train.classes or ())
     if named and run.classes not in (None, named):
         raise ValueError(f"--classes {run.classes}: {run.data} names {named}")

@@ -55,6 +55,8 @@ def parse_arguments(argv):
     add = parser.add_argument_group("data").add_argument
     add("--data", help="a folder of pictures, tar shards (path, glob, {000..099}), or toy (toy)")
     add("--val-data", help="pictures to measure on (those in DATA/val, else some held out of DATA)")
+    add("--cache-dir", help="folder for remote shards (of yours, among the temporary files)")
+    add("--cache-size", default="20G", help="the most that it holds, like 500G (20G)")
     add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (224; toy size: 48)")
     add("--channels", type=int, help="to read pictures with: 1 grey, 3 RGB, 4 RGBA (3)")
     add("--min-crop", type=float, default=0.2, help="least area of a random crop, 1: none (0.2)")
@@ -143,7 +145,8 @@ def prepare(run):
     names += ("positions", "normalize_targets")
     run.weights, run.config, origin = models.inherit(run.init, given, names)
     size, channels = models.pair(run.config["image_size"]), run.config.get("channels", 3)
-    train, run.val = data.open_sources(run.data or "toy", run.val_data, size)
+    cache = run.cache_dir, run.cache_size
+    train, run.val = data.open_sources(run.data or "toy", run.val_data, size, cache=cache)
     run.source, run.held_out = data.hold_out(train, run.val, data.HELD_OUT)
     # A plan without data says what lanes the run will need: see print_plan.
     planned = math.lcm(48, run.processes) if run.plan and not run.data else None

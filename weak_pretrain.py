@@ -58,6 +58,8 @@ def parse_arguments(argv):
     add("--data", help="a folder of pictures, tar shards (path, glob, {000..099}), or toy (toy)")
     add("--labels", help='JSON lines of {"path", "hashtags"} for the pictures of a folder')
     add("--tags", help="what `python data.py hashtags` wrote for this data (toy has its own)")
+    add("--cache-dir", help="folder for remote shards (of yours, among the temporary files)")
+    add("--cache-size", default="20G", help="the most that it holds, like 500G (20G)")
     add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (224; toy size: 48)")
     add("--channels", type=int, help="to read pictures with: 1 grey, 3 RGB, 4 RGBA (3)")
     add("--min-crop", type=float, help="least area of a crop, 1: none (0.08; toy size: 0.5)")
@@ -141,7 +143,8 @@ def prepare(run):
         given = {"size": "toy", "image_size": recipe(run.size or "toy")[2], **given}
     run.weights, config, origin = models.inherit(run.init, given, (*names, "positions"))
     size, channels = models.pair(config["image_size"]), config.get("channels", 3)
-    run.source, _ = data.open_sources(run.data or "toy", None, size, run.labels)
+    cache = run.cache_dir, run.cache_size
+    run.source, _ = data.open_sources(run.data or "toy", None, size, run.labels, cache=cache)
     if run.plan and not run.tags and run.size not in (None, "toy"):  # the paper's number of tags
         run.vocabulary, draws = data.Vocabulary(dict.fromkeys(map(str, range(28_000)), 1), {}), {}
         run.held_out = run.source
