@@ -16,6 +16,7 @@ last bits of a feature. Nothing is random but what a printed seed decides.
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -152,15 +153,15 @@ def few_shot_split(labels, shots, seed):
     return torch.cat([shuffled[labels[shuffled] == c][:shots] for c in labels.unique()])
 
 
-PROBED = 4096  # pictures
-
-
-def print_probe(weights, config, train, test, pool, seed, **options):
+def print_probe(weights, config, train, test, pool, seed, samples=math.inf, **options):
     """What training gave: ridge top-1 of a trained encoder, of it untrained, and of raw pixels.
 
-    weights are a stage's; the untrained encoder is the one that `seed` initialises. At most PROBED
-    labels of train.
+    weights are a stage's; the untrained encoder is the one that `seed` initialises. At most 4096
+    labels of train; nothing after a training of so few samples that it would have cost less.
     """
+    train = data.Part(train, range(min(4096, int(train.sizes.sum()))))
+    if 3 * samples < 2 * int(train.sizes.sum() + test.sizes.sum()):  # backward counts two
+        return print("linear probe: left out, it would take longer than the training")
     if train.classes != test.classes or not train.classes:
         return print("linear probe: left out, for want of labels")
     trained, untrained = (models.ViT(**models.encoder_config(config)).eval() for _ in range(2))
@@ -169,7 +170,6 @@ def print_probe(weights, config, train, test, pool, seed, **options):
     trained, untrained = (m.to(options.get("device", "cpu")) for m in (trained, untrained))
     functions = {"raw pixels": raw_pixels, "untrained": pooled(untrained, pool)}
     functions["trained"] = pooled(trained, pool)
-    train = data.Part(train, range(min(PROBED, int(train.sizes.sum()))))
     x, y, _ = extract(functions, train, config, **options)
     x_test, y_test, _ = extract(functions, test, config, **options)
     known, known_test = y >= 0, y_test >= 0
@@ -250,9 +250,8 @@ def show_autoencoder(weights, run):
     try:
         if run.held_out.sizes.sum():
             draw_reconstructions(autoencoder, run.held_out, run.out / "reconstruction.png")
-            sources = run.source, run.held_out
-            if run.steps * run.batch_size >= PROBED:  # it never costs more than the training
-                print_probe(weights, run.config, *sources, "mean", run.seed, **options)
+            sources, samples = (run.source, run.held_out), run.steps * run.batch_size
+            print_probe(weights, run.config, *sources, "mean", run.seed, samples, **options)
     except (ValueError, OSError) as error:
         print(f"no more is shown: {error}")
 

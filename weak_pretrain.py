@@ -309,8 +309,8 @@ def train(run):
             entry["data_wait"] = waited / (now - logged)
             entry["memory_gib"] = models.peak_memory(device)
             entry["eta_seconds"] = (now - began) / (done - first_step) * (run.steps - done)
-            # Measuring never costs more than the training before it.
-            if saving and done * run.batch_size >= run.held_out_batches.total > 0:
+            # Measuring never costs more than the training before it, of which a sample counts three.
+            if saving and 3 * done * run.batch_size >= run.held_out_batches.total > 0:
                 rates, count = evaluate.hit_rates(model, run.held_out_batches, device, "tags")
                 entry |= dict(zip(("hit_1", "hit_5"), rates[0])) if count else {}
             if run.process == 0:
@@ -366,9 +366,10 @@ def finish(run, weights):
     config = run.config | {"class_names": list(run.vocabulary.counts)}
     models.save_weights(run.out / "model.pt", weights, config)
     print(f"wrote {run.out / 'model.pt'}")
-    if isinstance(run.source, data.Toy) and run.steps * run.batch_size >= evaluate.PROBED:
+    if isinstance(run.source, data.Toy):
         options = {"workers": run.workers, "device": run.device}
-        evaluate.print_probe(weights, config, run.source, run.held_out, "cls", run.seed, **options)
+        sources, samples = (run.source, run.held_out), run.steps * run.batch_size
+        evaluate.print_probe(weights, config, *sources, "cls", run.seed, samples, **options)
     flags = ["--checkpoint", str(run.out / "model.pt"), "--data", "DIR" if run.data else "toy"]
     hint = "  (DIR holds train/CLASS/* and val/CLASS/*)" if run.data else ""
     print(f"next: python evaluate.py --task fewshot --pool cls {shlex.join(flags)}{hint}")

@@ -113,6 +113,29 @@ def test_3_kill_9_at_random_instants(uninterrupted, tmp_path):
     assert same_weights(out, uninterrupted)
 
 
+def test_3_kill_9_of_one_process_of_two(tmp_path):
+    """torchrun ends the other one and starts both again, by itself.
+
+    It shares a store with its processes, in which those who start again may find the addresses of
+    the dead, unless it is told not to (pytorch/pytorch issue 135712).
+    """
+    plain, out = tmp_path / "plain", tmp_path / "killed"
+    assert stage(*TINY, "--out", plain, processes=2).returncode == 0
+    line = command(*TINY, "--out", out, processes=2)
+    line[3:3] = ["--max-restarts", "1"]
+    unshared = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(line, env=unshared, **options) as run:
+        while newest(out) is None and run.poll() is None:
+            time.sleep(0.01)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        printed = run.stdout.read().decode()
+    assert run.returncode == 0 and "going on from" in printed, printed
+    assert read_metrics(out) == read_metrics(plain)
+    assert same_weights(out, plain)
+
+
 def newest(out):
     pointer = out / "checkpoints" / "LATEST"
     return pointer.parent / pointer.read_text() if pointer.is_file() else None

@@ -86,9 +86,9 @@ def newest(out):
 
 def children(pid):
     """The processes that torchrun has started."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True)
-    pairs = (map(int, line.split()) for line in listed.stdout.splitlines())
-    return [child for child, parent in pairs if parent == pid]
+    with contextlib.suppress(FileNotFoundError):
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    return []
 
 
 def kill(run, out, draws):
