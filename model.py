@@ -28,6 +28,7 @@ import shutil
 import sys
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -781,7 +782,9 @@ def read_weights(path):
     try:
         # The public MAE code stores its arguments beside the weights: plain values in a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped, not read: processes share it, and each takes no more than its part of it.
+            how = {"mmap": zipfile.is_zipfile(path), "weights_only": True}
+            content = torch.load(path, map_location="cpu", **how)
     except Exception as error:  # noqa: BLE001 (torch.load says "damaged" in a dozen ways)
         why = f"{type(error).__name__}: damaged, or more than tensors and plain values in it"
         raise ValueError(f"cannot read weights from {path} ({why}): nothing was run") from None

@@ -193,9 +193,8 @@ def train(run):
     sharded = run.processes > 1 or device.type == "cuda"  # one GPU: the same bf16 path as on many
     if sharded:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        alone = (
-            {"store": dist.HashStore(), "rank": 0, "world_size": 1} if run.processes == 1 else {}
-        )
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        alone = alone if run.processes == 1 else {}
         dist.init_process_group(backend, timeout=timedelta(minutes=10), **alone)
         models.set_timeouts(minutes=30)
     models.check_agreement({**run.identity, "checkpoint": run.checkpoint and run.checkpoint.name})
@@ -317,7 +316,7 @@ def train(run):
                 with open(out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(entry) + "\n")
                 tqdm.write(step_line(entry, run.steps))
-            gc.collect(1)
+            gc.collect(2 if saving else 1)
             models.set_timeouts(minutes=10)  # all have started by now
             waited, last_logged, logged = 0.0, done, time.perf_counter()
 
