@@ -714,7 +714,7 @@ def train(run, model, optimizer, source, out, steps, say):
                 with open(out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(entry) + "\n")
                 say(step_line(entry, steps))
-            gc.collect(1)
+            gc.collect(2 if saving else 1)
             models.set_timeouts(minutes=10)  # all have started by now
             waited, last_logged, logged = 0.0, done, time.perf_counter()
 
@@ -974,11 +974,8 @@ def main(argv=None):
         run.sharded = run.processes > 1 or run.device.type == "cuda"  # one GPU: the same bf16 path
         if run.sharded and not run.plan:
             backend = "cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo"
-            alone = (
-                {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-                if run.processes == 1
-                else {}
-            )
+            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+            alone = alone if run.processes == 1 else {}
             dist.init_process_group(backend, timeout=timedelta(minutes=10), **alone)
             models.set_timeouts(minutes=30)
         counts = torch.ones(run.classes)
