@@ -40,7 +40,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing import errors
 from tqdm import tqdm
 
 import data
@@ -162,9 +162,9 @@ def parse_arguments(argv):
     return run
 
 
-def fail(message, status=2):
-    """One line, from one process of a machine, on what is wrong and what to do."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+def fail(message, status=2, alone=False):
+    """One line on what is wrong and what to do: from one process of a machine, if all know it."""
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"finetune.py: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -594,7 +594,8 @@ def train(run, model, optimizer, source, out, steps, say):
     first_step, bad, unlabelled = 0, 0, 0
     identity = {**run.identity, "lanes": order.lanes, "samples": source.identity, "steps": steps}
     checkpoint = models.find_checkpoint(out, run.resume, identity)
-    models.check_agreement({**identity, "checkpoint": checkpoint and checkpoint.name})
+    facts = {"micro_batch": micro_batch, "checkpoint": str(checkpoint)}
+    models.check_agreement(identity | facts)
     if checkpoint:
         say(f"going on from {checkpoint}")
         record = models.load_checkpoint(checkpoint, model, optimizer)
@@ -681,10 +682,7 @@ def train(run, model, optimizer, source, out, steps, say):
             fail(f"{what}: all, or over --max-bad {run.max_bad}; mend or remove them", 1)
         if not math.isfinite(loss + norm):
             lr = optimizer.param_groups[-1]["lr"]
-            what = f"step {done}: loss {loss}, gradient norm {norm}, lr {lr:.2e}; not saved. "
-            what += f"Positions {step * run.batch_size} to {done * run.batch_size - 1}. "
-            names = " ".join(models.non_finite_gradients(model))
-            fail(f"{what}Gradients not finite: {names or 'none'}", 1)
+            fail(models.not_finite(model, step, run.batch_size, loss, norm, lr), 1)
         optimizer.step()
         optimizer.zero_grad()
         gradients = None  # as a list it would keep them all through the next step
@@ -731,7 +729,8 @@ def train(run, model, optimizer, source, out, steps, say):
     saved()
     bar.close()
     gc.enable()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for name in {"SIGTERM", "SIGUSR1"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if stopping and done < steps:
         say(f"stopped at step {done} of {steps}, saved: the same command goes on")
@@ -964,7 +963,7 @@ def swap_average(optimizer):
             average.copy_(kept)
 
 
-@record  # torchrun shows the traceback of the process that failed first
+@errors.record  # torchrun shows the traceback of the process that failed first
 def main(argv=None):
     run = parse_arguments(argv)
     try:
@@ -990,13 +989,8 @@ def main(argv=None):
         if dist.is_initialized():
             dist.barrier()  # without it, a process may abort at exit
             dist.destroy_process_group()
-    except (ValueError, OSError) as error:  # something in what was given; or a full disk
-        fail(error, 2 if isinstance(error, ValueError) else 1)
-    except RuntimeError as error:  # a collective's, when another process has died
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        why = f"another process is gone, or was never met ({models.last_line(error):.120})"
-        fail(f"{why}: the same command goes on from the last checkpoint", 1)
+    except (ValueError, OSError, RuntimeError) as error:
+        fail(*models.verdict(error))
     except KeyboardInterrupt:  # before a loop, which saves
         fail("stopped", 130)
 

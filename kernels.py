@@ -436,7 +436,7 @@ def compare(batch, tokens, first, heads, columns, device, dtype):
     try:
         tensors = random_tensors(batch, tokens, first, heads, columns, device, dtype)
         ways = triton_attention, pytorch_attention
-        ours, theirs = (measure(way, *tensors, heads, first)[1] for way in ways)
+        ours, theirs = (median(both_ways(way, *tensors, heads, first)) for way in ways)
         return theirs / ours, None
     except Exception as error:  # noqa: BLE001 (compilers, on a GPU that nobody has tried)
         said = " ".join(str(error).split())[:80]
@@ -451,15 +451,23 @@ def random_tensors(batch, tokens, first, heads, columns, device, dtype):
     return qkv.requires_grad_(), grad
 
 
+def both_ways(function, qkv, grad, heads, first):
+    """Forward and backward, as a function of nothing."""
+    return lambda: torch.autograd.grad(function(qkv, heads, first), qkv, grad)
+
+
+def median(work):
+    """Milliseconds on a GPU."""
+    return triton.testing.do_bench(work, rep=50, return_mode="median")
+
+
 def measure(function, qkv, grad, heads, first):
     """Median milliseconds of (forward, forward and backward) on a GPU, and the peak MiB of both."""
-    forward = lambda: function(qkv, heads, first)
-    both = lambda: torch.autograd.grad(forward(), qkv, grad)
+    both = both_ways(function, qkv, grad, heads, first)
     torch.cuda.reset_peak_memory_stats()
     both()
     peak = torch.cuda.max_memory_allocated() >> 20
-    bench = partial(triton.testing.do_bench, rep=50, return_mode="median")
-    return bench(forward), bench(both), peak
+    return median(lambda: function(qkv, heads, first)), median(both), peak
 
 
 # ------------------------------------------------------------------------------------- the tables

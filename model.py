@@ -563,8 +563,8 @@ def training_memory(model, run, micro_batch, recompute):
     shared = run.processes > 1 or bool(run.gpus) or run.device.type == "cuda"  # by FSDP2
     element = 2 if run.precision == "bf16" else 4  # of what is computed
     one, group = element * micro_batch, run.shard_group
-    whole, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only)
-                      for only in (False, True))  # fmt: skip
+    count = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sizes = [sum(p.numel() for p in m.parameters()) for m in model.modules() if type(m) is Block]
     # Before they are shared out, the gradients of all pieces are added up whole, in fp32.
     accumulated = micro_batch * run.processes < run.batch_size
@@ -594,12 +594,12 @@ def training_memory(model, run, micro_batch, recompute):
     if decoder:  # in fp32: all patches; of the hidden: targets, predictions, differences, squares
         loss = 4 * pixels * (N + 4 * (N - K)) * micro_batch
     else:  # in fp32: logits, the softmax, its gradient and a temporary; bf16: logits in it, too
-        loss = getattr(model, "classes", 0) * (16 + element % 4) * micro_batch
+        loss = getattr(model, "classes", 0) * (16 if element == 4 else 18) * micro_batch
     images = pixels * N * micro_batch
-    items = {"weights (fp32)": 4 * whole / group, "Adam's two moments (fp32)": 8 * trained / group}
+    items = {"weights (fp32)": 4 * count / group, "Adam's two moments (fp32)": 8 * trained / group}
     # While a block computes, the next one comes, or the head; the others (the root) stay.
     head = sum(p.numel() for p in model.head.parameters()) if hasattr(model, "head") else 0
-    gathered = whole - sum(sizes) - head + max(sizes) + max(*sizes, head)
+    gathered = count - sum(sizes) - head + max(sizes) + max(*sizes, head)
     items["weights gathered for compute"] = gathered * element if shared else 0
     forward = kept + loss + 5 * images + (gradients if accumulated else 4 * head * shared)
     peak = sum(items.values()) + max(gradients, forward, backward + images)
@@ -646,10 +646,10 @@ def print_plan(model, run):
         part = "decoder" if name.startswith(("decoder", "mask")) else name.split(".")[0]
         parts[part if part in parts else "encoder"] += parameter.numel()
         root += 0 if "blocks." in name or part == "head" else parameter.numel()
-    whole, flops = sum(parts.values()), 3 * flops_per_image(model)
-    parts = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in parts.items() if count)
+    count, flops = sum(parts.values()), 3 * flops_per_image(model)
+    parts = ", ".join(f"{name} {some / 1e6:,.1f} M" for name, some in parts.items() if some)
     samples, processes, group = run.steps * run.batch_size, run.processes, run.shard_group
-    print(f"parameters   {whole / 1e6:,.1f} M: {parts}")
+    print(f"parameters   {count / 1e6:,.1f} M: {parts}")
     print(f"compute      {flops / 1e9:,.2f} GFLOP for an image of a training step")
     print(f"steps        {run.steps:,} of {run.batch_size:,} images: {samples:,} samples")
     lanes = f"; with --lanes {math.lcm(48, processes)}" if 48 % processes and not run.lanes else ""
@@ -671,8 +671,8 @@ def print_plan(model, run):
     # FSDP2 gathers blocks and head for their forward and again for their backward, the rest (the
     # root) once; for each piece of a batch. Gradients are reduced once a step, in fp32.
     others, copies = (group - 1) / group / 2**30, processes // group
-    gather = (2 * whole - root) * (2 if run.precision == "bf16" else 4) * run.pieces * others
-    scatter, between = 4 * whole * others, 8 * whole / group * (1 - 1 / copies) / 2**30
+    gather = (2 * count - root) * (2 if run.precision == "bf16" else 4) * run.pieces * others
+    scatter, between = 4 * count * others, 8 * count / group * (1 - 1 / copies) / 2**30
     print("network      GiB that a process sends, and receives, in a step:")
     print(f"             {gather:.2f} weights and {scatter:.2f} gradients in its group of {group}")
     if copies > 1:
@@ -692,10 +692,13 @@ def parameter_groups(model, weight_decay):
     ]
 
 
-def non_finite_gradients(model):
-    """Names of the parameters whose gradient is not finite. Every process must call it."""
+def not_finite(model, step, batch_size, loss, norm, lr):
+    """What to say of a step (from 0) whose loss or gradient is not finite. All must call it."""
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return [name for name, grad in gradients.items() if not whole(grad).isfinite().all()]
+    names = [name for name, grad in gradients.items() if not whole(grad).isfinite().all()]
+    what = f"step {step + 1}: loss {loss}, gradient norm {norm}, lr {lr:.2e}; it was not saved. "
+    what += f"Positions {step * batch_size} to {(step + 1) * batch_size - 1}. "
+    return f"{what}Gradients not finite: {' '.join(names) or 'none'}"
 
 
 def choose_attention(model, batch, device, precision):
@@ -729,12 +732,9 @@ def parallelize(
         if compile:
             block.forward = torch.compile(block.forward)
     if shard_group:
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        groups, names = dist.get_world_size() // shard_group, ("replicate", "shard")
-        shape = (groups, shard_group) if groups > 1 else (shard_group,)
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names[-len(shape) :])
+        mesh = sharding_mesh(device.type, shard_group, dist.group.WORLD)
         dtypes = {"reduce_dtype": torch.float32}
         if precision == "bf16":
             dtypes["param_dtype"] = torch.bfloat16
@@ -745,6 +745,14 @@ def parallelize(
         # The root must not round the images: MAE's targets are computed from them in fp32.
         dtypes["cast_forward_inputs"] = False
         fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(**dtypes))
+
+
+@lru_cache(1)  # each one would make groups of processes of its own
+def sharding_mesh(kind, shard_group, everyone):
+    """Processes as (copies of the model, processes that share one), or all that share the one."""
+    shape = everyone.size() // shard_group, shard_group
+    names, shape = (("replicate", "shard"), shape) if shape[0] > 1 else (("shard",), shape[1:])
+    return dist.init_device_mesh(kind, shape, mesh_dim_names=names)
 
 
 # ------------------------------------------------------------------------------------------ weights
@@ -955,6 +963,7 @@ def save_checkpoint(
     """
     import torch.distributed.checkpoint as dcp
 
+    state = training_state(model, optimizer)  # which reshards them
     if not whole(torch.nn.utils.get_total_norm(list(model.parameters()))).isfinite():
         raise ValueError(f"step {step} made weights that are not finite: nothing of it was saved")
 
@@ -987,15 +996,17 @@ def save_checkpoint(
             if writer:
                 publish()
         except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
+            if is_lost(error):
+                raise
             shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(
                 f"cannot save {final}: {last_line(error)}. Checkpoints before it, if any, are whole"
             ) from error
 
-    state, how = training_state(model, optimizer), {"no_dist": not dist.is_initialized()}
-    how["storage_writer"] = dcp.FileSystemWriter(temporary)  # syncs its files
+    how = {"storage_writer": dcp.FileSystemWriter(temporary)}  # it syncs its files
+    how["no_dist"] = not dist.is_initialized()
     if background:
-        written = dcp.async_save(state, process_group=saving_group(), **how)
+        written = dcp.async_save(state, process_group=saving_group(dist.group.WORLD), **how)
         saved = SAVER.submit(save, written.result)
 
         def wait():
@@ -1014,9 +1025,9 @@ SAVER = ThreadPoolExecutor(1)
 
 
 @lru_cache(1)
-def saving_group():
+def saving_group(everyone):
     """All processes, for what they say of checkpoints while the training says something else."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+    return everyone and dist.new_group(backend="gloo", group_desc="checkpoints")
 
 
 def load_checkpoint(path, model, optimizer):
@@ -1246,8 +1257,26 @@ def set_timeouts(minutes):
     """Give up on a process that has not answered for so long. (One that dies is noticed at once.)
 
     As they start, some compile or read weights while others wait; after that, it has to be longer
-    than a checkpoint, or than the data's patience. There is no public name for this in PyTorch.
+    than the data's patience. There is no public name for this in PyTorch.
     """
-    if dist.is_initialized():
-        for group in list(dist.distributed_c10d._world.pg_map):
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group.group_desc != "checkpoints":  # which may take their time
             dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+
+
+def is_lost(error):
+    """Whether an error says that another process has died, or was never met."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def verdict(error):
+    """(what to say, exit status, whether this process alone knows) of what ended a run.
+
+    What is neither in what was given nor in the machine is a mistake of ours, and raised again.
+    """
+    if is_lost(error):
+        why = f"another process is gone, or was never met ({last_line(error):.120})"
+        return f"{why}: the same command goes on from the last checkpoint", 1, False
+    if isinstance(error, ValueError | OSError):
+        return error, 2 if isinstance(error, ValueError) else 1, isinstance(error, OSError)
+    raise error

@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing import errors
 from tqdm import tqdm
 
 import data
@@ -107,9 +107,9 @@ def parse_arguments(argv):
     return run
 
 
-def fail(message, status=2):
-    """One line, from one process of a machine, on what is wrong and what to do."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+def fail(message, status=2, alone=False):
+    """One line on what is wrong and what to do: from one process of a machine, if all know it."""
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"weak_pretrain.py: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -185,6 +185,7 @@ def prepare(run):
 
 
 def train(run):
+    """The weights, in the first process, once the run is at its end; else None."""
     # ------------------------------------------------------------------------------------ runtime
     say = print if run.process == 0 else lambda _: None
     device, out = run.device, run.out
@@ -197,7 +198,8 @@ def train(run):
         alone = alone if run.processes == 1 else {}
         dist.init_process_group(backend, timeout=timedelta(minutes=10), **alone)
         models.set_timeouts(minutes=30)
-    models.check_agreement({**run.identity, "checkpoint": run.checkpoint and run.checkpoint.name})
+    facts = {"micro_batch": run.micro_batch, "checkpoint": str(run.checkpoint)}
+    models.check_agreement(run.identity | facts)
     stop = []  # A signal leaves a note: the loop saves and ends. A second Ctrl-C ends it at once.
     for name in {"SIGTERM", "SIGUSR1"} & set(dir(signal)):  # the latter: Slurm, as it is told to
         signal.signal(getattr(signal, name), lambda *_: stop.append(1))
@@ -232,9 +234,8 @@ def train(run):
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     toy = "" if run.data else " (no --data was given)"
     say(f"data     {run.source.identity}{toy}; {len(run.vocabulary)} hashtags")
-    say(
-        f"model    {run.config['size']}, {millions:.1f} M weights, {flops / 1e9:.2f} GFLOP an image"
-    )
+    size = f"{run.config['size']}, {millions:.1f} M weights"
+    say(f"model    {size}, {flops / 1e9:.2f} GFLOP an image")
     say(f"batch    {run.batch_size}: {run.processes} processes x {run.pieces} x {run.micro_batch}")
     attention = models.choose_attention(model, run.micro_batch, device, run.precision)
     say(f"attention {attention}")
@@ -286,12 +287,7 @@ def train(run):
             what = f"{bad} of {done * run.batch_size} pictures cannot be read"
             fail(f"{what}: all, or over --max-bad {run.max_bad}; mend or remove them", 1)
         if not math.isfinite(loss + norm):
-            what = (
-                f"step {done}: loss {loss}, gradient norm {norm}, lr {lr:.2e}; nothing was saved. "
-            )
-            what += f"Positions {step * run.batch_size} to {done * run.batch_size - 1}. "
-            names = " ".join(models.non_finite_gradients(model))
-            fail(f"{what}Gradients not finite: {names or 'none'}", 1)
+            fail(models.not_finite(model, step, run.batch_size, loss, norm, lr), 1)
         optimizer.step()
         optimizer.zero_grad()
         gradients = None  # as a list it would keep them all through the next step
@@ -331,6 +327,7 @@ def train(run):
         if stopping:
             break
     saved()
+    gc.enable()
     bar.close()
     weights = models.full_state(model)  # every process takes part
     if sharded:
@@ -339,8 +336,8 @@ def train(run):
     if stopping and done < run.steps:
         say(f"stopped at step {done} of {run.steps}, saved: the same command goes on")
     elif run.process == 0:
-        model = run.model = optimizer = gradients = None  # what is shown now needs memory, too
-        finish(run, weights)
+        run.model = None
+        return weights
 
 
 def learning_rate(step, run):
@@ -374,19 +371,18 @@ def finish(run, weights):
     print(f"next: python evaluate.py --task fewshot --pool cls {shlex.join(flags)}{hint}")
 
 
-@record  # torchrun shows the traceback of the process that failed first
+@errors.record  # torchrun shows the traceback of the process that failed first
 def main(argv=None):
     run = parse_arguments(argv)
     try:
         prepare(run)
-        models.print_plan(run.model, run) if run.plan else train(run)
-    except (ValueError, OSError) as error:  # something in what was given; or a full disk
-        fail(error, 2 if isinstance(error, ValueError) else 1)
-    except RuntimeError as error:  # a collective's, when another process has died
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        why = f"another process is gone, or was never met ({models.last_line(error):.120})"
-        fail(f"{why}: the same command goes on from the last checkpoint", 1)
+        if run.plan:
+            return models.print_plan(run.model, run)
+        if weights := train(run):
+            gc.collect()  # the model and the optimizer go: what is shown needs memory, too
+            finish(run, weights)
+    except (ValueError, OSError, RuntimeError) as error:
+        fail(*models.verdict(error))
     except KeyboardInterrupt:  # before the loop, which saves
         fail("stopped", 130)
 

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -1018,9 +1019,12 @@ def test_some_checkpoints_are_kept_for_good(saved):
 
 def test_a_checkpoint_in_the_background_is_of_the_step_it_was_begun_at(saved, monkeypatch):
     run, folder = saved
-    expected = run_state(train(run, 2, 3))
+    expected, trained, fsync = run_state(train(run, 2, 3)), threading.Event(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (trained.wait(20), fsync(file)))
     wait = models.save_checkpoint(folder, 3, *run, {"bad": 0}, background=True)
     train(run, 3, 5)  # meanwhile
+    assert latest(folder).name.endswith("2")
+    trained.set()
     wait()
     assert latest(folder).name.endswith("3") and steps_in(folder) == [2, 3]
     assert equal_states(run_state(restored(latest(folder))[0]), expected)
@@ -1250,6 +1254,8 @@ plain = models.Classifier(classes=7, head_std=0.02, **shape)
 with torch.device("meta"):
     model = models.Classifier(classes=7, head_std=0.02, **shape)
 models.parallelize(model, torch.device("cpu"), group)
+if sys.argv[2] == "kernels":
+    models.kernels.attention = models.kernels.triton_attention
 model.to_empty(device="cpu")
 for parameter in model.parameters():
     parameter.detach().to_local().fill_(float("nan"))  # what is not initialised shows
@@ -1281,9 +1287,11 @@ dist.barrier()
 """
 
 
-@pytest.mark.parametrize(("processes", "group"), [(3, 3), (4, 2), (2, 1)])
-def test_a_model_is_made_in_parts_that_are_those_of_the_whole(processes, group):
-    ran = stage(group, processes=processes, code=SHARDED)
+@pytest.mark.parametrize(
+    ("processes", "group", "attention"), [(3, 3, "torch"), (4, 2, "torch"), (2, 1, "kernels")]
+)
+def test_a_model_is_made_in_parts_that_are_those_of_the_whole(processes, group, attention):
+    ran = stage(group, attention, processes=processes, code=SHARDED)
     assert ran.returncode == 0, ran.stderr
 
 
@@ -1307,6 +1315,10 @@ def step():
 
 step()
 expected = models.full_state(model)
+with torch.no_grad():  # as a measurement does, after which FSDP's root is whole
+    model(images)
+norm = torch.nn.utils.get_total_norm
+torch.nn.utils.get_total_norm = lambda tensors: norm(tensors, foreach=True)  # as on a GPU
 saved = models.save_checkpoint(folder, 1, model, optimizer, {"identity": {}}, background=True)
 for _ in range(20):  # the training's collectives and the checkpoint's do not get mixed up
     step()
@@ -1325,6 +1337,8 @@ except ValueError as error:
 else:
     raise AssertionError("it did not notice")
 models.set_timeouts(minutes=10)
+everyone = dist.group.WORLD._get_backend(torch.device("cpu"))
+assert everyone.options._timeout.total_seconds() == 600
 dist.barrier()
 """
 

@@ -113,6 +113,49 @@ def test_3_kill_9_at_random_instants(uninterrupted, tmp_path):
     assert same_weights(out, uninterrupted)
 
 
+FAILS = """
+import sys
+import mae_pretrain
+
+plain = mae_pretrain.data.loader
+
+def loader(batches, items, *options, **others):
+    for item, batch in zip(items, plain(batches, items, *options, **others)):
+        if batches.process == 1 and item == 5:
+            raise {error}
+        yield batch
+
+mae_pretrain.data.loader = loader
+mae_pretrain.main(sys.argv[1:])
+"""
+
+
+def test_3_what_one_process_meets_is_said_and_ends_the_others(tmp_path):
+    for number, error in enumerate(("OSError('the disk is gone')", "KeyError('a mistake')")):
+        out = tmp_path / str(number)
+        ran = stage(*TINY, "--out", out, processes=2, code=FAILS.format(error=error))
+        assert ran.returncode == 1 and error.split("'")[1] in ran.stderr
+        assert "mae_pretrain.py: another process is gone" in ran.stderr
+        assert ("Traceback" in ran.stderr) == (number == 1)
+        assert newest(out).name == "step-00000004"
+
+
+def test_3_processes_that_do_not_meet_are_one_line(tmp_path):
+    code = """
+import os, sys
+from datetime import timedelta
+import mae_pretrain
+
+alone = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+os.environ |= alone | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+mae_pretrain.timedelta = lambda minutes: timedelta(seconds=1)  # not to wait for ten minutes
+mae_pretrain.main(sys.argv[1:])
+"""
+    ran = stage(*TINY, "--out", tmp_path / "run", code=code)
+    assert ran.returncode == 1 and not (tmp_path / "run").exists()
+    assert "or was never met" in ran.stderr.splitlines()[-1]
+
+
 def test_3_kill_9_of_one_process_of_two(tmp_path):
     """torchrun ends the other one and starts both again, by itself.
 
