@@ -76,13 +76,28 @@ def test_a_run_leaves_an_encoder_and_a_head_and_logs_hits(plain):
     assert metrics[-1]["loss"] < metrics[0]["loss"]
 
 
+CURVE = ["--batch-size", "24", "--steps", "20"]  # for 1, 2, 3 and 4 processes
+
+
+@pytest.fixture(scope="module")
+def curve(hashtags, tmp_path_factory):
+    """The metrics of a plain run of one process."""
+    out = tmp_path_factory.mktemp("curve") / "run"
+    assert weak(*hashtags, *CURVE, "--out", out).returncode == 0
+    return read_metrics(out)
+
+
 @pytest.mark.parametrize(
-    ("processes", "extra"), [(None, ["--micro-batch", "2"]), (2, []), (4, ["--shard-group", "2"])]
+    ("processes", "pieces", "extra"),
+    [(None, 2, []), (2, 1, []), (3, 2, []), (4, 1, ["--shard-group", "2"])],
 )
-def test_same_optimisation_on_any_number_of_processes(processes, extra, plain, hashtags, tmp_path):
-    ran = weak(*hashtags, "--out", tmp_path / "run", *extra, processes=processes)
+def test_same_optimisation_on_any_number_of_processes(
+    processes, pieces, extra, curve, hashtags, tmp_path
+):
+    flags = [*hashtags, *CURVE, *extra, "--micro-batch", 24 // (processes or 1) // pieces]
+    ran = weak(*flags, "--out", tmp_path / "run", processes=processes)
     assert ran.returncode == 0, ran.stderr
-    for ours, theirs in zip(read_metrics(tmp_path / "run"), read_metrics(plain), strict=True):
+    for ours, theirs in zip(read_metrics(tmp_path / "run"), curve, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
