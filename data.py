@@ -19,7 +19,6 @@ This file needs torch, numpy, pillow and tqdm, and stands alone when copied.
 import argparse
 import copy
 import csv
-import errno
 import glob
 import hashlib
 import http.client
@@ -28,7 +27,6 @@ import itertools
 import json
 import math
 import os
-import queue
 import re
 import shlex
 import signal
@@ -44,7 +42,7 @@ import urllib.request
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -230,16 +228,12 @@ def open_sources(
         data, val_data = folders[0], val_data or folders[1]
     elif val_labels:
         val_data = val_data or data
-    cache = cache[0], bytes_of(cache[1])
-    train = open_source(data, size, labels=labels, cache=cache)
+    train = open_source(data, size, None, "train", labels, cache)
     val = val_data and open_source(val_data, size, train.classes, "val", val_labels, cache)
-    cache = train.cache or val and val.cache
-    if cache and os.environ.get("RANK", "0") == "0":
-        print(f"cache {cache.folder}, at most {cache.size / 1e9:.4g} GB")
     return train, val or None
 
 
-def open_source(data, size, classes=None, split="train", labels=None, cache=None):
+def open_source(data, size, classes, split, labels, cache):
     """One source. classes: the names that are known, when it must have no others."""
     if data == "toy":
         if classes not in (None, list(TOY_CLASSES)):
@@ -259,8 +253,6 @@ def open_source(data, size, classes=None, split="train", labels=None, cache=None
 
 class Toy:
     """The procedural world of toy_sample. Its epoch is a number, the pictures never run out."""
-
-    cache = None
 
     def __init__(self, split, size):
         self.first = 0 if split == "train" else TOY_VAL
@@ -288,8 +280,6 @@ class Folder:
     have nothing to do with each other. So any stretch of it is a fair sample: the held-out slice, a
     lane, a packed shard.
     """
-
-    cache = None
 
     def __init__(self, root, classes=None, labels=None):
         entries = read_labels(labels) if labels else pictures_below(root)
@@ -413,7 +403,7 @@ class Part:
 
     def __init__(self, source, numbers):
         self.source, self.numbers, self.classes = source, numbers, source.classes
-        self.cache = source.cache
+        self.cache = getattr(source, "cache", None)
         self.sizes = np.ones(len(numbers), dtype=np.int64)
         if isinstance(numbers, range):  # shards stay shards, and lanes lanes: some may be empty
             self.sizes = np.diff(running_sum(source.sizes).clip(numbers.start, numbers.stop))
@@ -449,8 +439,6 @@ def hold_out(train, val, count):
 
 class Shards:
     """Tar shards in the WebDataset layout, read in place: one pread for a sample."""
-
-    cache = None
 
     def __init__(self, pattern):
         self.paths = expand(pattern)
@@ -633,14 +621,13 @@ def sample_files(tar):
 # run. What must be known beforehand stands in an index.json beside the shards: see write_listing.
 #
 # A shard is fetched whole, into a folder that all processes of a machine share. They speak through
-# files alone: NAME.part is being written by who holds its lock (which the system gives up when a
-# process ends, however it ends), NAME is whole. Who needs what another fetches waits for the lock.
-# To fetch ahead is to do the same in a thread.
+# files alone: NAME.part is being written by who holds its lock, NAME is whole. The system gives a
+# lock up when a process ends, however it ends: what has failed is what a killed one leaves, a .part
+# without a lock, and goes when room is made. To fetch ahead is to do the same in a thread.
 
 TIMEOUT = 30  # seconds that a web server may say nothing; then it is tried again
 PATIENCE = 300  # seconds that may pass, in whatever number of tries, without a new byte
 FETCHERS = 4  # threads that fetch ahead, in each loader process
-DISK = errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO  # no server's fault
 
 
 class Missing(OSError):
@@ -694,21 +681,21 @@ class RemoteShards(Shards):
     def block(self, number):
         # No file is kept open: one that is removed from the cache would keep its place on the disk.
         shard = int(np.searchsorted(self.edges, number, "right")) - 1
-        for _ in range(100):
+        while True:
             with suppress(FileNotFoundError):  # another process has just made room
                 begin, end = self.index(shard)[number - self.edges[shard]].tolist()
                 with open(self.cache.fetch(self.paths[shard]), "rb", buffering=0) as file:
                     file.seek(begin)
                     return file.read(end - begin)
-        raise Unreachable(f"{self.cache.folder} loses shards as they come: give more --cache-size")
 
 
 def read_listing(address):
     """(class names or None, {base name: (bytes, samples)}) of an index.json."""
-    content, pipe = io.BytesIO(), address.startswith("pipe:")
+    content, pipe = bytearray(), address.startswith("pipe:")
     try:  # of a command it is not known what its failing means: it is not tried again
-        download(address, content, patience=0 if pipe else PATIENCE)
-        listing = json.loads(content.getvalue())
+        for at, chunk in download(address, patience=0 if pipe else PATIENCE):
+            content[at:] = chunk
+        listing = json.loads(content)
         shards = {name: (int(b), int(n)) for name, (b, n) in listing["shards"].items()}
         return listing["classes"], shards
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -720,15 +707,17 @@ def read_listing(address):
 
 
 class Cache:
-    """A folder of whole shards, never of more than `size` bytes with all that is on its way.
+    """A folder of whole shards, never of more than `size` with all that is on its way.
 
+    size    like "500G"
     shards  {address: bytes}
     """
 
     def __init__(self, folder, size, shards):
         user = os.getuid() if hasattr(os, "getuid") else ""
         self.folder = folder or os.path.join(tempfile.gettempdir(), f"shards-{user}")
-        self.size, self.shards, self.missing = size, shards, {}
+        self.size, self.shards = bytes_of(size), shards
+        self.missing = {}  # address -> why it was found not to be there
         try:
             os.makedirs(self.folder, mode=0o700, exist_ok=True)
             with self.accounting():
@@ -737,6 +726,8 @@ class Cache:
             why = f"the cache {self.folder} cannot be used ({one_line(error)})"
             raise ValueError(f"{why}: give another --cache-dir") from None
         self.must_hold(1)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"cache {self.folder}, at most {self.size / 1e9:.4g} GB: {len(shards)} shards")
 
     def must_hold(self, shards):
         """ValueError unless so many shards, and as many that come next, find room."""
@@ -746,9 +737,6 @@ class Cache:
             why = f"{shards} shards are read at once on this machine, and as many fetched ahead"
             why += f": give --cache-size {math.ceil(needed / 1e6)}M or more, or fewer --lanes"
             raise ValueError(f"--cache-size {self.size / 1e6:.6g}M is too small: {why}")
-
-    def accounting(self):
-        return locked(os.path.join(self.folder, "cached.lock"))
 
     def path(self, address):
         # Nobody calls files of their own like this: what else is in the folder is never touched.
@@ -761,82 +749,83 @@ class Cache:
     def fetch(self, address, wait=True):
         """The path of a shard in the cache, where it is brought if need be.
 
-        wait: for others who are bringing it, and with all PATIENCE; else it may not be there yet.
+        wait: for others who are bringing it, for room, and with all PATIENCE; else it may be None.
         """
         path, size = self.path(address), self.shards[address]
-        if address in self.missing:
-            raise Missing(self.missing[address])
-        try:
-            if os.path.exists(path):  # it has been used now; the index knows its time of change
-                os.utime(path, ns=(time.time_ns(), os.stat(path).st_mtime_ns))
-                return path
-            with locked(f"{path}.part", wait) as part:
-                if part and not os.path.exists(path):
-                    self.reserve(f"{path}.part", part, size)
-                    download(address, part, size, PATIENCE if wait else PATIENCE / 10)
-                    os.utime(part.fileno())
-                    with self.accounting():
-                        os.replace(f"{path}.part", path)
-                    shard_index(path)
-        except Missing as error:
-            self.missing[address] = str(error)
-            raise
-        except (Unreachable, FileNotFoundError):
-            raise
-        except OSError as error:
-            why = f"cannot write {address} to the cache {self.folder} ({error.strerror})"
-            raise Unreachable(f"{why}: make room, or give another --cache-dir") from None
-        return path
+        while address not in self.missing:
+            try:
+                if not written(f"{path}.part", wait):
+                    return None
+                with suppress(FileNotFoundError):
+                    # It has been used now; the index knows its time of change.
+                    os.utime(path, ns=(time.time_ns(), os.stat(path).st_mtime_ns))
+                    return path
+                with self.reserved(path, size) as file:
+                    if file:
+                        for at, chunk in download(
+                            address, size, PATIENCE if wait else PATIENCE / 10
+                        ):
+                            file.seek(at)
+                            file.write(chunk)
+                        file.flush()
+                        with self.accounting():
+                            os.replace(f"{path}.part", path)
+                        shard_index(path)
+                    elif not wait:
+                        return None
+                    else:
+                        time.sleep(0.1)
+            except Missing as error:
+                self.missing[address] = str(error)
+            except Unreachable:
+                raise
+            except OSError as error:
+                why = f"cannot write {address} to the cache {self.folder} ({error.strerror})"
+                raise Unreachable(f"{why}: make room, or give another --cache-dir") from None
+        raise Missing(self.missing[address])
 
-    def reserve(self, name, part, size):
-        """Give a file its size, once the shards that are unused for the longest have made room."""
-        part.truncate(0)  # of one who was killed
-        while True:
+    def accounting(self):
+        """Who is here is alone: what files there are changes only here."""
+        return locked(os.path.join(self.folder, "cached.lock"), "wb")
+
+    @contextmanager
+    def reserved(self, path, size):
+        """PATH.part, for a shard of this size, once what was left over and the shards unused for the
+        longest have made room; None if others have brought it, are about to, or have all room."""
+        with ExitStack() as ours:
             with self.accounting():
-                found, used = [], room_for(size)
-                for path in glob.glob(os.path.join(glob.escape(self.folder), "cached-*.tar*")):
-                    with suppress(FileNotFoundError):
-                        if path.endswith(".tar"):
-                            status = os.stat(path)
-                            found.append((status.st_atime_ns, room_for(status.st_size), path))
-                        elif path.endswith(".part") and path != name:
-                            with locked(path, wait=False) as left:  # locked by nobody: removed
-                                used += 0 if left else room_for(os.path.getsize(path))
-                used += sum(room for _, room, _ in found)
-                for _, room, path in sorted(found):
-                    if used > self.size:
-                        used -= room
-                        for gone in (path, f"{path}.index"):
+                files = os.path.join(glob.escape(self.folder), "cached-*.tar")
+                for part in filter(written, glob.glob(f"{files}.part")):
+                    os.remove(part)
+                shards = sorted(glob.glob(files), key=lambda name: os.stat(name).st_atime_ns)
+                rooms = {
+                    n: room_for(os.path.getsize(n)) for n in shards + glob.glob(f"{files}.part")
+                }
+                file, used = None, room_for(size) + sum(rooms.values())
+                if path not in rooms and f"{path}.part" not in rooms:
+                    for shard in shards:
+                        if used > self.size:
+                            used -= rooms[shard]
+                            os.remove(shard)
                             with suppress(FileNotFoundError):
-                                os.remove(gone)
-                if used <= self.size:
-                    return part.truncate(size)
-            time.sleep(0.1)  # all of it is on its way to others
+                                os.remove(f"{shard}.index")
+                    if used <= self.size:
+                        file = ours.enter_context(locked(f"{path}.part", "xb"))
+                        file.truncate(size)
+            yield file
 
     def ask(self, addresses):
-        """Have these fetched by threads, in this order."""
-        tasks, waiting = fetchers(os.getpid())
+        """Have these fetched, in this order, by threads; their locks share the work out."""
+        new = [a for a in addresses if a not in self.missing and not self.has(a)]
+        busy = sum(thread.name == "fetcher" for thread in threading.enumerate())
+        for _ in range(FETCHERS - busy if new else 0):
+            args = {"target": self.fetch_ahead, "args": (new,), "name": "fetcher", "daemon": True}
+            threading.Thread(**args).start()
+
+    def fetch_ahead(self, addresses):
         for address in addresses:
-            if address not in waiting and address not in self.missing and not self.has(address):
-                waiting.add(address)
-                tasks.put((self, address))
-
-
-@lru_cache(1)
-def fetchers(process):
-    """(queue of (cache, address), set of addresses in it) of a process: threads outlive no fork."""
-    tasks, waiting = queue.SimpleQueue(), set()
-
-    def work():
-        while True:
-            cache, address = tasks.get()
             with suppress(Exception):  # whatever it is, who reads the shard will meet it, too
-                cache.fetch(address, wait=False)
-            waiting.discard(address)
-
-    for _ in range(FETCHERS):
-        threading.Thread(target=work, daemon=True).start()
-    return tasks, waiting
+                self.fetch(address, wait=False)
 
 
 def room_for(size):
@@ -853,62 +842,55 @@ def bytes_of(text):
 
 
 @contextmanager
-def locked(path, wait=True):
-    """An open file that nobody else has locked; None if one would have to wait. What has this name
-    in the end is removed."""
+def locked(path, mode):
+    """A file, open, whose lock is ours: others wait for it."""
     import fcntl  # not on Windows
 
-    def ours():
-        with suppress(FileNotFoundError):
-            return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-
-    while True:
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield None
-                return
-            try:
-                if ours():  # else the one before has renamed or removed it
-                    yield file
-                    return
-            finally:
-                if ours():
-                    os.remove(path)
-                fcntl.flock(file, fcntl.LOCK_UN)  # a forked process may have the file open, too
+    with open(path, mode) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield file
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # a forked process may have the file open, too
 
 
-def download(address, file, size=None, patience=0):
-    """All bytes of an address into a file. What fails is tried again, from where it was cut if the
-    server can, until `patience` seconds have brought no new byte.
+def written(path, wait=False):
+    """Whether nobody has the lock of a file, perhaps after waiting; also if there is none."""
+    import fcntl
 
-    size: what is right, if it is known. Raises Missing, Unreachable, or what the file does.
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        pass
+    return True
+
+
+def download(address, size=None, patience=0):
+    """(offset, bytes) one after the other, all that is at an address. What fails is tried again,
+    from where it was cut if the server can, until `patience` seconds have brought no new byte.
+
+    size: what is right, if it is known. Raises Missing or Unreachable.
     """
-    got, best, pause, since = 0, 0, 0.0, time.monotonic()
+    body = pipe_body if address.startswith("pipe:") else http_body
+    got, most, pause, since = 0, 0, 0.0, time.monotonic()
     while True:
         try:
-            read = pipe_body if address.startswith("pipe:") else http_body
-            with closing(read(address, got)) as body:
-                got, total = next(body)
-                right = total if size is None else size
-                if total not in (None, right):
-                    raise OSError(f"it has {total} bytes there, and {size} in index.json")
-                for chunk in body:
-                    if size is not None and got + len(chunk) > size:
-                        raise OSError(f"it has more than the {size} bytes of index.json")
-                    file.seek(got)
-                    if file.write(chunk) < len(chunk):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    got += len(chunk)
-                    if got > best:
-                        best, pause, since = got, 0.0, time.monotonic()
-            if right not in (None, got):
-                raise OSError(f"it was cut after {got} of {right} bytes")
-            return
+            for at, chunk in body(address, got, size):
+                if size is not None and at + len(chunk) > size:
+                    raise OSError(f"it has more than the {size} bytes of index.json")
+                yield at, chunk
+                got = at + len(chunk)
+                if got > most:
+                    most, pause, since = got, 0.0, time.monotonic()
+            if size in (None, got):
+                return
+            raise OSError(f"it was cut after {got} of {size} bytes")
+        except Missing:
+            raise
         except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, Missing) or getattr(error, "errno", None) in DISK:
-                raise
             got = 0 if getattr(error, "code", None) == 416 else got  # there is no such range
             pause, spent = min(30, 2 * pause or 0.1), time.monotonic() - since
             text = f"{address}: {one_line(error)}"
@@ -920,9 +902,8 @@ def download(address, file, size=None, patience=0):
             time.sleep(pause)
 
 
-def http_body(url, start):
-    """(first byte, bytes in all or None), then the bytes of a URL from `start` on, or from 0 if
-    the server knows no ranges."""
+def http_body(url, start, size):
+    """(offset, bytes), ... of a URL from `start` on, or from 0 if the server knows no ranges."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         answer = urllib.request.urlopen(request, timeout=TIMEOUT)
@@ -931,25 +912,28 @@ def http_body(url, start):
             raise Missing(f"HTTP {error.code} {error.reason}") from None
         raise
     with answer:
-        headers, begin = answer.headers, start if answer.status == 206 else 0
-        if begin and not headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+        at, headers = start if answer.status == 206 else 0, answer.headers
+        if at and not headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             raise urllib.error.HTTPError(url, 416, "another range than asked", headers, None)
-        length = headers.get("Content-Length")
-        yield begin, begin + int(length) if length else None
-        while chunk := answer.read(1 << 20):
-            yield chunk
+        if size is not None and answer.length not in (None, size - at):  # what is left to read
+            raise OSError(f"it has {at + answer.length} bytes there, and {size} in index.json")
+        while chunk := answer.read(1 << 16):
+            yield at, chunk
+            at += len(chunk)
+        if answer.length:
+            raise OSError(f"it was cut after {at} of {at + answer.length} bytes")
 
 
-def pipe_body(address, _):
+def pipe_body(address, *_):
     """The same of what a command prints, always from 0 on."""
     said, pipe = tempfile.TemporaryFile(), subprocess.PIPE  # noqa: SIM115
     streams = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": said, "bufsize": 0}
-    command = address.removeprefix("pipe:")  # what the user typed, and nothing else
+    command, at = address.removeprefix("pipe:"), 0  # what the user typed, and nothing else
     with said, subprocess.Popen(command, shell=True, start_new_session=True, **streams) as process:
         try:
-            yield 0, None
-            while chunk := process.stdout.read(1 << 20):
-                yield chunk
+            while chunk := process.stdout.read(1 << 16):
+                yield at, chunk
+                at += len(chunk)
             if process.wait():
                 said.seek(0)
                 last = said.read().decode(errors="replace").strip().rpartition("\n")[2]
@@ -1108,13 +1092,14 @@ class Batches(torch.utils.data.Dataset):
             why = f"{self.order.lanes} lanes cannot be dealt to {self.processes} processes"
             raise ValueError(f"{why}: give --lanes, a multiple of {self.processes}, and keep to it")
         self.total, self.cache = int(self.source.sizes.sum()), getattr(self.source, "cache", None)
+        self.ahead = copy.copy(self.order)
+        if self.order is not None:
+            self.ahead.blocks = {}  # of its own: an order keeps one for each lane
         if self.cache:
-            at_once, self.ahead = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), None
-            if self.order is not None:
+            at_once = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            if self.order is not None:  # each lane reads the shards of a block
                 block = math.ceil(SHUFFLE_BLOCK * len(self.source.sizes) / self.order.length)
-                at_once *= self.order.lanes // self.processes * block  # a lane reads its block
-                self.ahead = copy.copy(self.order)
-                self.ahead.blocks = {}  # of its own: an order keeps one for each lane
+                at_once *= self.order.lanes // self.processes * block
             self.cache.must_hold(at_once)
 
     def __len__(self):
@@ -1130,24 +1115,23 @@ class Batches(torch.utils.data.Dataset):
 
     def places(self, positions, order):
         """The shards or pictures that positions are in, each once. Nothing is opened."""
-        numbers = map(order, positions) if order else positions
+        numbers = map(order, positions.tolist()) if order else positions.tolist()
         return list(dict.fromkeys(self.source.where(n) for n in numbers if n < self.total))
 
     def about(self, item):
         """What an item is made of, in words: of what is remote, what has not come yet."""
-        places = self.places(self.positions(item).tolist(), self.order)
+        places = self.places(self.positions(item), self.order)
         if self.cache:
             places = [place for place in places if not self.cache.has(place)] or places
-        more = f" and {len(places) - 4} more" * (len(places) > 4)
-        what = f"process {self.process}, step {item // self.pieces + 1}"
-        return f"{what}: {', '.join(places[:4])}{more}"
+        some = ", ".join(places[:4]) + ", ..." * (len(places) > 4)
+        return f"process {self.process}, step {item // self.pieces + 1}: {some}"
 
     def fetch(self, positions):
         """Have the shards of these fetched, and those of half a shuffled block later (without an
         order: the next one)."""
         later = SHUFFLE_BLOCK // 2 * self.order.lanes if self.order else self.source.sizes.max()
-        places = self.places(positions.tolist(), self.order)
-        self.cache.ask(places + self.places((positions + later).tolist(), self.ahead))
+        places = self.places(positions, self.order) + self.places(positions + later, self.ahead)
+        self.cache.ask(places)
 
     def __getitem__(self, item):
         positions = self.positions(item)
@@ -1207,35 +1191,32 @@ class Loader(torch.utils.data.DataLoader):
     """A DataLoader that says every STALLED seconds what it is waiting for."""
 
     def __iter__(self):
-        return self.watched(super().__iter__())
-
-    def watched(self, made):
-        waiting, done = [None, 0.0], threading.Event()  # for this item, since then
-
-        def watch():
-            told = 0.0
-            while not done.wait(STALLED / 4):
-                (item, since), now = waiting, time.monotonic()
-                if item is not None and now - max(since, told) >= STALLED:
-                    told, text = (
-                        now,
-                        f"no batch for {now - since:.0f} s: {self.dataset.about(item)}",
-                    )
-                    print(text, file=sys.stderr, flush=True)
-
-        threading.Thread(target=watch, daemon=True).start()
-        try:
-            for item in self.sampler:
-                waiting[:] = item, time.monotonic()
+        made = super().__iter__()
+        for item in self.sampler:
+            come = threading.Event()
+            threading.Thread(
+                target=report_stall, args=(self.dataset, item, come), daemon=True
+            ).start()
+            try:
                 batch = next(made)
-                waiting[0] = None
-                yield batch
-        except Unreachable as error:  # a stage lets only the first process of a machine speak
-            if os.environ.get("LOCAL_RANK", "0") != "0":
-                print(error, file=sys.stderr, flush=True)
-            raise
-        finally:
-            done.set()
+            except BaseException as error:
+                # PyTorch would give each worker that waits for a shard 5 s, one after the other.
+                for worker in getattr(made, "_workers", []):
+                    worker.terminate()
+                # A stage lets only the first process of a machine speak.
+                if isinstance(error, Unreachable) and os.environ.get("LOCAL_RANK", "0") != "0":
+                    print(error, file=sys.stderr, flush=True)
+                raise
+            finally:
+                come.set()
+            yield batch
+
+
+def report_stall(dataset, item, come):
+    began = time.monotonic()
+    while not come.wait(STALLED):
+        text = f"no batch for {time.monotonic() - began:.0f} s: {dataset.about(item)}"
+        print(text, file=sys.stderr, flush=True)
 
 
 def loader(batches, items, workers, pin=False):
@@ -1254,8 +1235,7 @@ def loader(batches, items, workers, pin=False):
 def ignore_signals(_):
     if hasattr(os, "setpgid"):  # not on Windows
         os.setpgid(0, 0)  # torchrun signals process groups, but training decides when loaders end
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # (of SIGTERM PyTorch takes care)
 
 
 def loader_workers(asked, processes_here=1):
