@@ -17,7 +17,6 @@ This file needs torch, numpy, pillow and tqdm, and stands alone when copied.
 """
 
 import argparse
-import copy
 import csv
 import glob
 import hashlib
@@ -108,7 +107,7 @@ class Order:
     in that epoch. So lanes never end unevenly. Instead, a shard that a cut runs through is read by
     two lanes, and from epoch to epoch the cuts move by fewer than 2 x lanes samples. Within a lane,
     shards come in a random order, and samples are shuffled in blocks of neighbouring shards: a
-    process holds one block of numbers per lane, and otherwise only what grows with the shards.
+    process holds two blocks of numbers per lane, and otherwise only what grows with the shards.
 
     sizes    (S,) samples in each shard
     totals   (S,) int64, the sum of each shard's sampling weights in units of 1 / WEIGHT, or None
@@ -132,17 +131,18 @@ class Order:
         self.length = int(self.edges[-1]) // (1 if weights is None else WEIGHT)
         if self.length < 1:
             raise ValueError("there are no samples to draw from")
-        self.blocks = {}  # lane -> (epoch, first turn, sample numbers) of its current block
+        self.blocks = {}  # lane -> [(epoch, first turn, sample numbers)] of its last two blocks
 
     def __call__(self, position):
         """The sample number of a position."""
         epoch, lane = position // self.length, position // 2 % self.lanes
         turn = self.before(lane + 1, position, epoch) - self.before(lane, position, epoch)
-        block_epoch, first, samples = self.blocks.get(lane, (-1, 0, ()))
-        if block_epoch != epoch or not first <= turn < first + len(samples):
-            first, samples = self.block(epoch, lane, turn)
-            self.blocks[lane] = epoch, first, samples
-        return int(samples[turn - first])
+        last = self.blocks.get(lane, [])
+        for block_epoch, first, samples in last:
+            if block_epoch == epoch and first <= turn < first + len(samples):
+                return int(samples[turn - first])
+        self.blocks[lane] = [*last[-1:], (epoch, *self.block(epoch, lane, turn))]
+        return self(position)
 
     def too_many(self, bad, drawn, share):
         """Whether `bad` unreadable ones among the first `drawn` are over a share (--max-bad).
@@ -445,19 +445,21 @@ class Shards:
         if not self.paths:
             raise ValueError(f"no shard matches {pattern}")
         folders = sorted({os.path.dirname(path) for path in self.paths})
-        self.classes, *others = [pack_record(folder)["classes"] for folder in folders]
-        if any(classes != self.classes for classes in others):
-            raise ValueError(f"{pattern}: the folders number their classes differently")
+        classes = [pack_record(folder)["classes"] for folder in folders]
         with ThreadPoolExecutor() as threads:
             bar = partial(tqdm, total=len(self.paths), desc="opening shards", leave=False)
             sizes = [
                 len(index) for index in bar(threads.map(shard_index, self.paths), disable=None)
             ]
         names = map(os.path.basename, self.paths)
-        self.describe(pattern, [*zip(names, map(os.path.getsize, self.paths), sizes)])
+        self.describe(pattern, classes, [*zip(names, map(os.path.getsize, self.paths), sizes)])
 
-    def describe(self, pattern, facts):
-        """facts: (base name, bytes, samples) of each shard. The same ones are the same data."""
+    def describe(self, pattern, classes, facts):
+        """classes: of each folder. facts: (base name, bytes, samples) of each shard; the same ones
+        are the same data."""
+        self.classes, *others = classes or [None]
+        if any(names != self.classes for names in others):
+            raise ValueError(f"{pattern}: the folders number their classes differently")
         self.facts, self.sizes = facts, np.array([n for *_, n in facts], dtype=np.int64)
         if not self.sizes.any():
             raise ValueError(f"{pattern}: the shards hold no pictures")
@@ -653,21 +655,19 @@ class RemoteShards(Shards):
             raise ValueError(f"{scheme}:// is read by a command that you give: 'pipe:{command}'")
         self.paths, facts, listings = braces(pattern), [], {}
         for path in self.paths:
-            words = re.findall(r"[^\s'\"=]+\.tar(?=[?#'\"\s]|$)", path)
-            if len(words) != 1 or re.search(r"[*?\[]", words[0]):
+            head, *name = re.split(r"([^\s/'\"=]+\.tar)(?=[?#'\"\s]|$)", path)
+            if len(name) != 2 or re.search(r"[*?\[]", name[0]):
                 why = "one word that ends in .tar must name a shard, with {000..099} but no * ? ["
                 raise ValueError(f"{path}: {why}")
-            name = words[0].rpartition("/")[2]
-            index = path.replace(words[0], words[0][: -len(name)] + "index.json")
+            name, tail = name
+            index = f"{head}index.json{tail}"
             if index not in listings:
                 listings[index] = read_listing(index)
-            self.classes, listed = listings[index]
+            listed = listings[index][1]
             if name not in listed:
                 raise ValueError(f"{index} lists {len(listed)} shards, but no {name}")
             facts.append((name, *listed[name]))
-        if any(classes != self.classes for classes, _ in listings.values()):
-            raise ValueError(f"{pattern}: the folders number their classes differently")
-        self.describe(pattern, facts)
+        self.describe(pattern, [classes for classes, _ in listings.values()], facts)
         self.cache = Cache(folder, size, {p: size for p, (_, size, _) in zip(self.paths, facts)})
 
     @lru_cache(64)  # noqa: B019 (each loader process keeps its last 64)
@@ -716,6 +716,8 @@ class Cache:
     def __init__(self, folder, size, shards):
         user = os.getuid() if hasattr(os, "getuid") else ""
         self.folder = folder or os.path.join(tempfile.gettempdir(), f"shards-{user}")
+        # Who has its lock is alone: which files there are is changed by nobody else.
+        self.accounting = partial(locked, os.path.join(self.folder, "cached.lock"), "wb")
         self.size, self.shards = bytes_of(size), shards
         self.missing = {}  # address -> why it was found not to be there
         try:
@@ -749,7 +751,7 @@ class Cache:
     def fetch(self, address, wait=True):
         """The path of a shard in the cache, where it is brought if need be.
 
-        wait: for others who are bringing it, for room, and with all PATIENCE; else it may be None.
+        wait: for others who are bringing it, and with all PATIENCE; else it may be None.
         """
         path, size = self.path(address), self.shards[address]
         while address not in self.missing:
@@ -771,8 +773,6 @@ class Cache:
                         with self.accounting():
                             os.replace(f"{path}.part", path)
                         shard_index(path)
-                    elif not wait:
-                        return None
                     else:
                         time.sleep(0.1)
             except Missing as error:
@@ -783,10 +783,6 @@ class Cache:
                 why = f"cannot write {address} to the cache {self.folder} ({error.strerror})"
                 raise Unreachable(f"{why}: make room, or give another --cache-dir") from None
         raise Missing(self.missing[address])
-
-    def accounting(self):
-        """Who is here is alone: what files there are changes only here."""
-        return locked(os.path.join(self.folder, "cached.lock"), "wb")
 
     @contextmanager
     def reserved(self, path, size):
@@ -1092,9 +1088,6 @@ class Batches(torch.utils.data.Dataset):
             why = f"{self.order.lanes} lanes cannot be dealt to {self.processes} processes"
             raise ValueError(f"{why}: give --lanes, a multiple of {self.processes}, and keep to it")
         self.total, self.cache = int(self.source.sizes.sum()), getattr(self.source, "cache", None)
-        self.ahead = copy.copy(self.order)
-        if self.order is not None:
-            self.ahead.blocks = {}  # of its own: an order keeps one for each lane
         if self.cache:
             at_once = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             if self.order is not None:  # each lane reads the shards of a block
@@ -1113,30 +1106,26 @@ class Batches(torch.utils.data.Dataset):
         positions = positions[positions // 2 % self.processes == self.process]
         return positions.reshape(self.pieces, -1)[piece]
 
-    def places(self, positions, order):
+    def places(self, positions):
         """The shards or pictures that positions are in, each once. Nothing is opened."""
-        numbers = map(order, positions.tolist()) if order else positions.tolist()
+        numbers = map(self.order, positions.tolist()) if self.order else positions.tolist()
         return list(dict.fromkeys(self.source.where(n) for n in numbers if n < self.total))
 
     def about(self, item):
         """What an item is made of, in words: of what is remote, what has not come yet."""
-        places = self.places(self.positions(item), self.order)
+        places = self.places(self.positions(item))
         if self.cache:
             places = [place for place in places if not self.cache.has(place)] or places
         some = ", ".join(places[:4]) + ", ..." * (len(places) > 4)
         return f"process {self.process}, step {item // self.pieces + 1}: {some}"
 
-    def fetch(self, positions):
-        """Have the shards of these fetched, and those of half a shuffled block later (without an
-        order: the next one)."""
-        later = SHUFFLE_BLOCK // 2 * self.order.lanes if self.order else self.source.sizes.max()
-        places = self.places(positions, self.order) + self.places(positions + later, self.ahead)
-        self.cache.ask(places)
-
     def __getitem__(self, item):
         positions = self.positions(item)
-        if self.cache:
-            self.fetch(positions)
+        if (
+            self.cache
+        ):  # to be fetched: what is needed now, and half a block later or the next shard
+            later = SHUFFLE_BLOCK // 2 * self.order.lanes if self.order else self.source.sizes.max()
+            self.cache.ask(self.places(np.concatenate([positions, positions + later])))
         height, width = self.size
         # Channels-last memory, because the pictures arrive in it and patchify reads it that way.
         shape = len(positions), height, width, self.channels
@@ -1701,10 +1690,10 @@ def write_listing(shards):
     a shard has arrived.)
     """
     for folder in sorted({os.path.dirname(path) for path in shards.paths}):
-        path, listed = Path(folder, "index.json"), {}
+        path = Path(folder, "index.json")
         try:
-            listed |= json.loads(path.read_text())["shards"].items() if path.exists() else {}
-        except (ValueError, KeyError, TypeError, AttributeError):
+            listed = dict(json.loads(path.read_text())["shards"]) if path.exists() else {}
+        except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is no list that data.py wrote: move it away") from None
         for place, (name, *fact) in zip(shards.paths, shards.facts):
             listed |= {name: fact} if os.path.dirname(place) == folder else {}
