@@ -754,6 +754,7 @@ class Cache:
         wait: for others who are bringing it, and with all PATIENCE; else it may be None.
         """
         path, size = self.path(address), self.shards[address]
+        patience = PATIENCE if wait else PATIENCE / 10
         while address not in self.missing:
             try:
                 if not written(f"{path}.part", wait):
@@ -763,18 +764,16 @@ class Cache:
                     os.utime(path, ns=(time.time_ns(), os.stat(path).st_mtime_ns))
                     return path
                 with self.reserved(path, size) as file:
-                    if file:
-                        for at, chunk in download(
-                            address, size, PATIENCE if wait else PATIENCE / 10
-                        ):
-                            file.seek(at)
-                            file.write(chunk)
-                        file.flush()
-                        with self.accounting():
-                            os.replace(f"{path}.part", path)
-                        shard_index(path)
-                    else:
+                    if not file:
                         time.sleep(0.1)
+                        continue
+                    for at, chunk in download(address, size, patience):
+                        file.seek(at)
+                        file.write(chunk)
+                    file.flush()
+                    with self.accounting():
+                        os.replace(file.name, path)
+                    shard_index(path)
             except Missing as error:
                 self.missing[address] = str(error)
             except Unreachable:
@@ -789,22 +788,18 @@ class Cache:
         """PATH.part, for a shard of this size, once what was left over and the shards unused for the
         longest have made room; None if others have brought it, are about to, or have all room."""
         with ExitStack() as ours:
+            file, shards = None, os.path.join(glob.escape(self.folder), "cached-*.tar")
             with self.accounting():
-                files = os.path.join(glob.escape(self.folder), "cached-*.tar")
-                for part in filter(written, glob.glob(f"{files}.part")):
+                for part in filter(written, glob.glob(f"{shards}.part")):
                     os.remove(part)
-                shards = sorted(glob.glob(files), key=lambda name: os.stat(name).st_atime_ns)
-                rooms = {
-                    n: room_for(os.path.getsize(n)) for n in shards + glob.glob(f"{files}.part")
-                }
-                file, used = None, room_for(size) + sum(rooms.values())
-                if path not in rooms and f"{path}.part" not in rooms:
-                    for shard in shards:
-                        if used > self.size:
-                            used -= rooms[shard]
-                            os.remove(shard)
-                            with suppress(FileNotFoundError):
-                                os.remove(f"{shard}.index")
+                names = sorted(glob.glob(shards), key=lambda name: os.stat(name).st_atime_ns)
+                names += glob.glob(f"{shards}.part")
+                used = room_for(size) + sum(room_for(os.path.getsize(name)) for name in names)
+                if path not in names and f"{path}.part" not in names:
+                    while used > self.size and names and names[0].endswith(".tar"):
+                        used -= room_for(os.path.getsize(names[0]))
+                        os.remove(names[0])
+                        Path(f"{names.pop(0)}.index").unlink(missing_ok=True)
                     if used <= self.size:
                         file = ours.enter_context(locked(f"{path}.part", "xb"))
                         file.truncate(size)
@@ -815,8 +810,7 @@ class Cache:
         new = [a for a in addresses if a not in self.missing and not self.has(a)]
         busy = sum(thread.name == "fetcher" for thread in threading.enumerate())
         for _ in range(FETCHERS - busy if new else 0):
-            args = {"target": self.fetch_ahead, "args": (new,), "name": "fetcher", "daemon": True}
-            threading.Thread(**args).start()
+            threading.Thread(None, self.fetch_ahead, "fetcher", (new,), daemon=True).start()
 
     def fetch_ahead(self, addresses):
         for address in addresses:
@@ -1181,24 +1175,24 @@ class Loader(torch.utils.data.DataLoader):
 
     def __iter__(self):
         made = super().__iter__()
-        for item in self.sampler:
-            come = threading.Event()
-            threading.Thread(
-                target=report_stall, args=(self.dataset, item, come), daemon=True
-            ).start()
-            try:
-                batch = next(made)
-            except BaseException as error:
-                # PyTorch would give each worker that waits for a shard 5 s, one after the other.
-                for worker in getattr(made, "_workers", []):
-                    worker.terminate()
-                # A stage lets only the first process of a machine speak.
-                if isinstance(error, Unreachable) and os.environ.get("LOCAL_RANK", "0") != "0":
-                    print(error, file=sys.stderr, flush=True)
-                raise
-            finally:
-                come.set()
-            yield batch
+        try:
+            for item in self.sampler:
+                come = threading.Event()
+                told = self.dataset, item, come
+                threading.Thread(target=report_stall, args=told, daemon=True).start()
+                try:
+                    batch = next(made)
+                finally:
+                    come.set()
+                yield batch
+        except BaseException as error:  # also when nobody wants the others
+            # PyTorch would give each worker that waits for a shard 5 s, one after the other.
+            for worker in getattr(made, "_workers", []):
+                worker.terminate()
+            # A stage lets only the first process of a machine speak.
+            if isinstance(error, Unreachable) and os.environ.get("LOCAL_RANK", "0") != "0":
+                print(error, file=sys.stderr, flush=True)
+            raise
 
 
 def report_stall(dataset, item, come):

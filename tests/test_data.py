@@ -17,6 +17,7 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -2879,6 +2880,22 @@ def test_a_loader_that_stalls_says_what_it_waits_for(remote, monkeypatch, capsys
         assert item.startswith("process 0, step 2: ")
     list(data.loader(data.Batches(data.Toy("train", (8, 8)), (8, 8), 3, 2), range(3), 0))
     assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_does_not_wait_for_workers_that_wait(remote, monkeypatch):
+    server, pattern, cache = remote
+    monkeypatch.setattr(data, "TIMEOUT", 60)
+    done = threading.Event()
+    server.faults = {f"s-{n:02}.tar": lambda *_: done.wait(60) for n in range(5)}
+    batches = data.Batches(opened_remote(pattern, cache), (4, 4), 3, 4)
+    made = iter(data.loader(batches, range(4), 2))
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        next(made)
+    del made
+    assert time.monotonic() - began < 5  # PyTorch gives each of the two 5 s
+    done.set()
 
 
 def test_fewer_shards_than_processes_is_one_line_with_a_way_out():
