@@ -732,7 +732,8 @@ class Cache:
             print(f"cache {self.folder}, at most {self.size / 1e9:.4g} GB: {len(shards)} shards")
 
     def must_hold(self, shards):
-        """ValueError unless so many shards, and as many that come next, find room."""
+        """ValueError unless each process here finds room for so many, and as many that come next."""
+        shards *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         room = [room_for(size) for size in self.shards.values()]
         needed, shards = min(2 * shards * max(room), sum(room)), min(shards, len(room))
         if needed > self.size:
@@ -832,12 +833,12 @@ def bytes_of(text):
 
 
 @contextmanager
-def locked(path, mode):
-    """A file, open, whose lock is ours: others wait for it."""
+def locked(path, mode, wait=True):
+    """A file, open, whose lock is ours. BlockingIOError if one would have to wait, and will not."""
     import fcntl  # not on Windows
 
     with open(path, mode) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         try:
             yield file
         finally:
@@ -846,15 +847,11 @@ def locked(path, mode):
 
 def written(path, wait=False):
     """Whether nobody has the lock of a file, perhaps after waiting; also if there is none."""
-    import fcntl
-
     try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | (0 if wait else fcntl.LOCK_NB))
+        with suppress(FileNotFoundError), locked(path, "rb", wait):
+            pass
     except BlockingIOError:
         return False
-    except FileNotFoundError:
-        pass
     return True
 
 
@@ -1082,12 +1079,9 @@ class Batches(torch.utils.data.Dataset):
             why = f"{self.order.lanes} lanes cannot be dealt to {self.processes} processes"
             raise ValueError(f"{why}: give --lanes, a multiple of {self.processes}, and keep to it")
         self.total, self.cache = int(self.source.sizes.sum()), getattr(self.source, "cache", None)
-        if self.cache:
-            at_once = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            if self.order is not None:  # each lane reads the shards of a block
-                block = math.ceil(SHUFFLE_BLOCK * len(self.source.sizes) / self.order.length)
-                at_once *= self.order.lanes // self.processes * block
-            self.cache.must_hold(at_once)
+        if self.cache and self.order is not None:  # each lane reads the shards of a block
+            block = math.ceil(SHUFFLE_BLOCK * len(self.source.sizes) / self.order.length)
+            self.cache.must_hold(self.order.lanes // self.processes * block)
 
     def __len__(self):
         """Items in which every sample comes once (the last step may hold others or padding)."""
