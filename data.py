@@ -623,9 +623,10 @@ def sample_files(tar):
 # run. What must be known beforehand stands in an index.json beside the shards: see write_listing.
 #
 # A shard is fetched whole, into a folder that all processes of a machine share. They speak through
-# files alone: NAME.part is being written by who holds its lock, NAME is whole. The system gives a
-# lock up when a process ends, however it ends: what has failed is what a killed one leaves, a .part
-# without a lock, and goes when room is made. To fetch ahead is to do the same in a thread.
+# files alone: NAME.part is being written by who holds its lock, NAME is a whole shard, with its
+# index behind it. The system gives a lock up when a process ends, however it ends: what has failed
+# is what a killed one leaves, a .part without a lock, and goes when room is made. To fetch ahead is
+# to do the same in a thread.
 
 TIMEOUT = 30  # seconds that a web server may say nothing; then it is tried again
 PATIENCE = 300  # seconds that may pass, in whatever number of tries, without a new byte
@@ -672,8 +673,10 @@ class RemoteShards(Shards):
 
     @lru_cache(64)  # noqa: B019 (each loader process keeps its last 64)
     def index(self, shard):
-        """Where a shard's samples begin and end, in memory."""
-        index = np.array(shard_index(self.cache.fetch(self.paths[shard])))
+        """Where a shard's samples begin and end."""
+        with open(self.cache.fetch(self.paths[shard]), "rb") as file:
+            file.seek(self.facts[shard][1])
+            index = np.load(file)
         if len(index) != self.sizes[shard]:
             raise ValueError(f"{len(index)} samples, but {self.sizes[shard]} in index.json")
         return index
@@ -743,7 +746,7 @@ class Cache:
 
     def path(self, address):
         # Nobody calls files of their own like this: what else is in the folder is never touched.
-        digest = stable_hash(f"{address} {self.shards[address]}").hex()
+        digest = stable_hash(f"{self.shards[address]} {address}").hex()
         return os.path.join(self.folder, f"cached-{digest}.tar")
 
     def has(self, address):
@@ -761,8 +764,7 @@ class Cache:
                 if not written(f"{path}.part", wait):
                     return None
                 with suppress(FileNotFoundError):
-                    # It has been used now; the index knows its time of change.
-                    os.utime(path, ns=(time.time_ns(), os.stat(path).st_mtime_ns))
+                    os.utime(path)  # it has been used now
                     return path
                 with self.reserved(path, size) as file:
                     if not file:
@@ -772,11 +774,15 @@ class Cache:
                         file.seek(at)
                         file.write(chunk)
                     file.flush()
+                    index = np.array(scan_tar(file.name), dtype=np.int64).reshape(-1, 2)
+                    file.seek(size)
+                    np.save(file, index.clip(max=size))  # a last sample may be cut off
+                    file.flush()
                     with self.accounting():
+                        os.utime(file.name)
                         os.replace(file.name, path)
-                    shard_index(path)
-            except Missing as error:
-                self.missing[address] = str(error)
+            except (Missing, ValueError) as error:  # it is not there, or no tar
+                self.missing[address] = str(error).replace(f"{path}.part", address)
             except Unreachable:
                 raise
             except OSError as error:
@@ -789,18 +795,18 @@ class Cache:
         """PATH.part, for a shard of this size, once what was left over and the shards unused for the
         longest have made room; None if others have brought it, are about to, or have all room."""
         with ExitStack() as ours:
-            file, shards = None, os.path.join(glob.escape(self.folder), "cached-*.tar")
+            file, files = None, os.path.join(glob.escape(self.folder), "cached-*.tar")
             with self.accounting():
-                for part in filter(written, glob.glob(f"{shards}.part")):
+                for part in filter(written, glob.glob(f"{files}.part")):
                     os.remove(part)
-                names = sorted(glob.glob(shards), key=lambda name: os.stat(name).st_atime_ns)
-                names += glob.glob(f"{shards}.part")
-                used = room_for(size) + sum(room_for(os.path.getsize(name)) for name in names)
-                if path not in names and f"{path}.part" not in names:
-                    while used > self.size and names and names[0].endswith(".tar"):
-                        used -= room_for(os.path.getsize(names[0]))
-                        os.remove(names[0])
-                        Path(f"{names.pop(0)}.index").unlink(missing_ok=True)
+                shards = sorted(glob.glob(files), key=lambda name: os.stat(name).st_atime_ns)
+                parts = glob.glob(f"{files}.part")
+                if path not in shards and f"{path}.part" not in parts:
+                    used = sum(map(os.path.getsize, shards)) + room_for(size)
+                    used += sum(room_for(os.path.getsize(part)) for part in parts)
+                    while used > self.size and shards:
+                        used -= os.path.getsize(shards[0])
+                        os.remove(shards.pop(0))
                     if used <= self.size:
                         file = ours.enter_context(locked(f"{path}.part", "xb"))
                         file.truncate(size)

@@ -2691,13 +2691,13 @@ def test_what_was_left_of_a_fetch_is_not_used(remote, shards, ending):
 
 def test_a_shard_in_the_cache_that_is_used_outlives_one_that_is_not(remote):
     server, pattern, cache = remote
-    source = opened_remote(pattern, cache, "66K")  # room for two
-    for number in (8, 0):  # of s-03 and s-00
+    source = opened_remote(pattern, cache, "66K")  # room for three
+    for number in (8, 0, 20):  # of s-03, s-00 and s-04
         source.read(number)
     source.read(8)
-    source.read(20)  # s-04
+    source.read(7)  # s-02
     source.read(8)
-    assert server.asked() == {"index.json": 1, "s-03.tar": 1, "s-00.tar": 1, "s-04.tar": 1}
+    assert server.asked() == {"index.json": 1} | {f"s-{n:02}.tar": 1 for n in (0, 2, 3, 4)}
     source.read(0)
     assert server.asked()["s-00.tar"] == 2
 
