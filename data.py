@@ -1174,7 +1174,9 @@ class Loader(torch.utils.data.DataLoader):
     """A DataLoader that says every STALLED seconds what it is waiting for."""
 
     def __iter__(self):
-        made = super().__iter__()
+        return self.watched(super().__iter__())  # the workers begin here, not with the first batch
+
+    def watched(self, made):
         try:
             for item in self.sampler:
                 come = threading.Event()
