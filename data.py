@@ -881,10 +881,11 @@ def download(address, size=None, patience=0):
             if size in (None, got):
                 return
             raise OSError(f"it was cut after {got} of {size} bytes")
-        except Missing:
-            raise
         except (OSError, http.client.HTTPException) as error:
-            got = 0 if getattr(error, "code", None) == 416 else got  # there is no such range
+            code = getattr(error, "code", None)  # of HTTP
+            if code in (403, 404, 410):
+                raise Missing(f"HTTP {code} {error.reason}") from None
+            got = 0 if code == 416 else got  # there is no such range
             pause, spent = min(30, 2 * pause or 0.1), time.monotonic() - since
             text = f"{address}: {one_line(error)}"
             if spent + pause > patience:
@@ -898,13 +899,7 @@ def download(address, size=None, patience=0):
 def http_body(url, start, size):
     """(offset, bytes), ... of a URL from `start` on, or from 0 if the server knows no ranges."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    try:
-        answer = urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code in (403, 404, 410):
-            raise Missing(f"HTTP {error.code} {error.reason}") from None
-        raise
-    with answer:
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         at, headers = start if answer.status == 206 else 0, answer.headers
         if at and not headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             raise urllib.error.HTTPError(url, 416, "another range than asked", headers, None)
@@ -924,6 +919,7 @@ def pipe_body(address, *_):
     command, at = address.removeprefix("pipe:"), 0  # what the user typed, and nothing else
     with said, subprocess.Popen(command, shell=True, start_new_session=True, **streams) as process:
         try:
+            yield 0, b""  # what came in an earlier try does not count
             while chunk := process.stdout.read(1 << 16):
                 yield at, chunk
                 at += len(chunk)
