@@ -1183,13 +1183,10 @@ class Loader(torch.utils.data.DataLoader):
                 finally:
                     come.set()
                 yield batch
-        except BaseException as error:  # also when nobody wants the others
+        except BaseException:  # also when nobody wants the others
             # PyTorch would give each worker that waits for a shard 5 s, one after the other.
             for worker in getattr(made, "_workers", []):
                 worker.terminate()
-            # A stage lets only the first process of a machine speak.
-            if isinstance(error, Unreachable) and os.environ.get("LOCAL_RANK", "0") != "0":
-                print(error, file=sys.stderr, flush=True)
             raise
 
 
