@@ -224,13 +224,8 @@ class ViT(nn.Module):
             )
         if positions not in ("sincos", "learned"):
             raise ValueError(f"positions {positions!r} are unknown: 'sincos' or 'learned'")
-        self.config = {
-            "size": size,
-            "image_size": [H, W],
-            "patch_size": P,
-            "channels": channels,
-            "positions": positions,
-        }
+        self.config = {"size": size, "image_size": [H, W], "patch_size": P}
+        self.config |= {"channels": channels, "positions": positions}
         self.width, self.layers, self.heads, self.patch_size = width, layers, heads, P
         self.grid = (H // P, W // P)
         self.num_patches = N = self.grid[0] * self.grid[1]
@@ -323,11 +318,8 @@ class MAE(ViT):
             )
             raise ValueError(f"{shares} visible: at least one must be visible and one hidden")
         self.normalize_targets = normalize_targets
-        self.config |= {
-            "decoder": list(decoder),
-            "mask_ratio": mask_ratio,
-            "normalize_targets": normalize_targets,
-        }
+        self.config |= {"decoder": list(decoder), "mask_ratio": mask_ratio}
+        self.config |= {"normalize_targets": normalize_targets}
         pixels = self.patch_size**2 * self.config["channels"]
         self.decoder_embed = nn.Linear(self.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
@@ -1065,41 +1057,29 @@ def last_line(error):
 
 
 def read_metadata(path):
-    """DCP's index of a checkpoint, a pickle, with only torch's plain metadata classes allowed."""
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
-
+    """DCP's index of a checkpoint, which is a pickle: nothing else in it is built or run."""
     with open(Path(path) / ".metadata", "rb") as file:
-        metadata = MetadataUnpickler(file).load()
-    # An entry of bytes would be unpickled without restriction. We never write one.
-    entries = metadata.state_dict_metadata.values()
-    if any(isinstance(entry, BytesStorageMetadata) for entry in entries):
-        raise pickle.UnpicklingError(f"{path} holds pickled objects: refused")
-    return metadata
+        return MetadataUnpickler(file).load()
+
+
+# What DCP's index of tensors is made of.
+METADATA_CLASSES = {
+    "pathlib": "PosixPath WindowsPath",
+    "torch": "Size",
+    "torch.serialization": "_get_layout",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch.distributed.checkpoint.metadata": "ChunkStorageMetadata Metadata MetadataIndex "
+    "StorageMeta TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING",
+}
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Builds torch's checkpoint metadata, sizes, dtypes, plain containers; refuses all else."""
+    """Refuses all else; an entry of bytes, too, which DCP would unpickle without restriction."""
 
     def find_class(self, module, name):
-        plain = {
-            ("builtins", "set"),
-            ("collections", "OrderedDict"),
-            ("pathlib", "PosixPath"),
-            ("pathlib", "WindowsPath"),
-            ("torch", "Size"),
-            ("torch", "device"),
-            ("torch.serialization", "_get_layout"),
-        }
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        is_metadata = module == "torch.distributed.checkpoint.metadata" or (module, name) == (
-            "torch.distributed.checkpoint.filesystem",
-            "_StorageInfo",
-        )
-        if "." not in name and ((module, name) in plain or is_dtype or is_metadata):
-            found = super().find_class(module, name)
-            # What a metadata module has imported (os, torch) is not its own.
-            if not is_metadata or getattr(found, "__module__", None) == module:
-                return found
+        if is_dtype or name in METADATA_CLASSES.get(module, "").split():
+            return super().find_class(module, name)
         raise pickle.UnpicklingError(f"the checkpoint's metadata asks for {module}.{name}: refused")
 
 
