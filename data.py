@@ -1206,14 +1206,25 @@ def loader(batches, items, workers, pin=False):
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=2 if workers else None,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=partial(obey, os.getpid()),
     )
 
 
-def ignore_signals(_):
-    if hasattr(os, "setpgid"):  # not on Windows
-        os.setpgid(0, 0)  # torchrun signals process groups, but training decides when loaders end
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # (of SIGTERM PyTorch takes care)
+def obey(training, _):
+    """In a loader process: that one decides when it ends, whatever torchrun, Slurm or a user sends
+    to all."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # on Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_when_told, args=(training,), daemon=True).start()
+
+
+def end_when_told(by):
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != by:
+        pass  # it was meant for the training, which saves first
+    os._exit(0)
 
 
 def loader_workers(asked, processes_here=1):

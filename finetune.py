@@ -594,7 +594,8 @@ def train(run, model, optimizer, source, out, steps, say):
     first_step, bad, unlabelled = 0, 0, 0
     identity = {**run.identity, "lanes": order.lanes, "samples": source.identity, "steps": steps}
     checkpoint = models.find_checkpoint(out, run.resume, identity)
-    facts = {"micro_batch": micro_batch, "checkpoint": str(checkpoint)}
+    facts = {"micro_batch": micro_batch, "shard_group": run.shard_group, "out": str(out)}
+    facts |= {"save_every": run.save_every, "checkpoint": str(checkpoint)}
     models.check_agreement(identity | facts)
     if checkpoint:
         say(f"going on from {checkpoint}")

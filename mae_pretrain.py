@@ -184,7 +184,7 @@ def prepare(run):
 
 
 def train(run):
-    """The weights, in the first process, once the run is at its end; else None."""
+    """The weights, in the first process, once the run is at its end; else nothing."""
     # ------------------------------------------------------------------------------------ runtime
     say = print if run.process == 0 else lambda _: None
     device, out = run.device, run.out
@@ -197,8 +197,8 @@ def train(run):
         alone = alone if run.processes == 1 else {}
         dist.init_process_group(backend, timeout=timedelta(minutes=10), **alone)
         models.set_timeouts(minutes=30)
-    facts = {"micro_batch": run.micro_batch, "checkpoint": str(run.checkpoint)}
-    models.check_agreement(run.identity | facts)
+    names = "micro_batch", "shard_group", "save_every", "out", "checkpoint"
+    models.check_agreement(run.identity | {name: str(getattr(run, name)) for name in names})
     stop = []  # A signal leaves a note: the loop saves and ends. A second Ctrl-C ends it at once.
     for name in {"SIGTERM", "SIGUSR1"} & set(dir(signal)):  # the latter: Slurm, as it is told to
         signal.signal(getattr(signal, name), lambda *_: stop.append(1))
@@ -325,15 +325,16 @@ def train(run):
     saved()
     gc.enable()
     bar.close()
-    weights = models.full_state(model)  # every process takes part
+    if stopping and done < run.steps:
+        say(f"stopped at step {done} of {run.steps}, saved: the same command goes on")
+        weights = None
+    else:
+        weights = models.full_state(model)  # every process takes part
     if sharded:
         dist.barrier()  # without it, a process may abort at exit
         dist.destroy_process_group()
-    if stopping and done < run.steps:
-        say(f"stopped at step {done} of {run.steps}, saved: the same command goes on")
-    elif run.process == 0:
-        run.model = None
-        return weights
+    run.model = None
+    return weights
 
 
 def learning_rate(step, run):
@@ -372,7 +373,7 @@ def main(argv=None):
     try:
         prepare(run)
         if run.plan:
-            return models.print_plan(run.model, run)
+            return run.process or models.print_plan(run.model, run)
         if weights := train(run):
             gc.collect()  # the model and the optimizer go: what is shown needs memory, too
             finish(run, weights)

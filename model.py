@@ -24,6 +24,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import sys
 import time
@@ -977,9 +978,10 @@ def save_checkpoint(
         os.replace(temporary, final)
         write_file(folder / "LATEST", final.name)  # syncs the folder: both names
         # Later ones are of a former life of the run: they do not push out this one.
-        older = sorted(path for path in folder.glob("step-*") if path.name < final.name)
+        older = [path for path in checkpoints_in(folder) if path.name < final.name]
         for old in older[: max(0, len(older) - keep_last + 1)]:
-            if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
+            for_good = keep_every and int(old.name.removeprefix("step-")) % keep_every == 0
+            if not for_good and not old.is_symlink():  # what it leads to is somebody else's
                 shutil.rmtree(old)
 
     def save(write):
@@ -1083,6 +1085,11 @@ class MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"the checkpoint's metadata asks for {module}.{name}: refused")
 
 
+def checkpoints_in(folder):
+    """Paths of a run's checkpoints, by step. What a user has named otherwise is none."""
+    return sorted(folder.glob("step-" + 8 * "[0-9]"))
+
+
 def find_checkpoint(out, resume, identity):
     """The checkpoint that a run in `out` goes on from, or None if it is new.
 
@@ -1090,8 +1097,7 @@ def find_checkpoint(out, resume, identity):
     identity  JSON-able dict of what decides the run's results: the checkpoint's must be the same
     Raises ValueError, one line, when it is not, or when `out` holds something that would be lost.
     """
-    source, there = Path(resume or out), Path(out)
-    last, steps = source / "checkpoints" / "LATEST", sorted(source.glob("checkpoints/step-*"))
+    there, own = Path(out), checkpoints_in(Path(out, "checkpoints"))
     while not there.exists():  # what of `out` exists is where it will be made
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -1101,12 +1107,17 @@ def find_checkpoint(out, resume, identity):
     for name in ("config.json", "metrics.jsonl"):
         if '"stage"' not in config and Path(out, name).exists():
             raise ValueError(f"{out} holds a {name} that is not ours: use another --out")
+    if own and f'"resume": {json.dumps(resume)}' in config:
+        resume = None  # the same command again: it has gone on from there before
+    source = Path(resume or out)
+    last, steps = source / "checkpoints" / "LATEST", checkpoints_in(source / "checkpoints")
     if (source / "state.json").is_file():
         paths = [source]
     elif steps:
         # Later ones than LATEST are of a former life of the run. Without it, the run was killed
         # between the renames of its first checkpoint and of LATEST.
-        last = last.read_text().strip() if last.is_file() else steps[-1].name
+        last = last.read_text(errors="replace").strip() if last.is_file() else ""
+        last = last if re.fullmatch("step-[0-9]{8}", last) else steps[-1].name
         paths = {path for path in steps if path.name <= last} | {source / "checkpoints" / last}
         paths = sorted(paths, reverse=True)
     elif resume:
@@ -1130,9 +1141,7 @@ def find_checkpoint(out, resume, identity):
     if changed:
         raise ValueError(f"{path} is of another run ({'; '.join(changed)}): use another --out")
     elsewhere = path.parent.resolve() != (Path(out) / "checkpoints").resolve()
-    if elsewhere and ((Path(out) / "model.pt").exists() or (Path(out) / "checkpoints").exists()):
-        if f'"resume": {json.dumps(str(resume))}' in config:  # the same command again
-            return find_checkpoint(out, None, identity) or path
+    if elsewhere and (own or Path(out, "model.pt").exists()):
         raise ValueError(f"{out} holds a run of its own: use another --out, or leave --resume out")
     return path
 
@@ -1161,15 +1170,16 @@ def begin_run(out, config, checkpoint=None, step=0):
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
+        if checkpoint and checkpoint.parent.resolve() == (out / "checkpoints").resolve():
+            # It may be an earlier one: from now on, it is the run's last. (Before config.json says
+            # that the run has gone back to it: see find_checkpoint.)
+            write_file(out / "checkpoints" / "LATEST", checkpoint.name)
         write_file(out / "config.json", json.dumps(config, indent=1))
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written to: {error}") from None
     if checkpoint:
         source = Path(checkpoint).parent.parent / "metrics.jsonl"
         lines = source.read_text(errors="replace").splitlines() if source.is_file() else []
-        if checkpoint.parent.resolve() == (out / "checkpoints").resolve():
-            # It may be an earlier one: from now on, it is the run's last.
-            write_file(out / "checkpoints" / "LATEST", checkpoint.name)
     try:  # a line that a kill cut short does not end in a brace
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     except (ValueError, KeyError, TypeError) as error:

@@ -180,7 +180,13 @@ def test_resume_into_a_folder_that_holds_another_run_is_refused(tmp_path, capsys
     step_8 = first / "checkpoints" / "step-00000008"
     third = ("--out", str(tmp_path / "third"), "--resume", str(step_8))
     assert stage(*TINY, *third).returncode == 0
-    assert "going on from" in stage(*TINY, *third).stdout
+    shutil.rmtree(first)  # even if that is gone, and its own folder has a worthless LATEST
+    (tmp_path / "third" / "checkpoints" / "LATEST").write_bytes(b"\xff")
+    assert "third/checkpoints/step-00000012" in stage(*TINY, *third).stdout
+    # Back to an earlier checkpoint of its own folder, once: then that, too, goes on.
+    back = (*TINY, "--out", str(second), "--resume", str(second / "checkpoints" / "step-00000008"))
+    assert "going on from" in stage(*back).stdout
+    assert "second/checkpoints/step-00000012" in stage(*back).stdout
 
 
 def test_what_is_not_a_run_is_not_overwritten(tmp_path, capsys):

@@ -1015,6 +1015,13 @@ def test_some_checkpoints_are_kept_for_good(saved):
     for step in range(3, 10):
         models.save_checkpoint(folder, step, *train(run, step - 1, step), {}, 1, keep_every=4)
     assert steps_in(folder) == [4, 8, 9]
+    shutil.copytree(folder / "step-00000008", folder / "step-8-copy")  # a user's own: not ours
+    (folder / "step-00000009").rename(folder / "elsewhere")
+    (folder / "step-00000009").symlink_to("elsewhere")
+    for step in (10, 11):
+        models.save_checkpoint(folder, step, *train(run, step - 1, step), {}, 1)
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"LATEST", "elsewhere", "step-8-copy", "step-00000009", "step-00000011"}
 
 
 def test_a_checkpoint_in_the_background_is_of_the_step_it_was_begun_at(saved, monkeypatch):

@@ -194,7 +194,10 @@ def test_3_a_signal_saves_and_the_same_command_goes_on(processes, number, uninte
     with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE) as process:
         while b"step 5/12" not in process.stdout.readline():
             pass
-        process.send_signal(number)
+        # To the loaders as well, as Slurm does.
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (process.pid, *map(int, children if processes is None else ())):
+            os.kill(pid, number)
         printed = process.stdout.read().decode()
         assert processes or process.wait() == 0  # torchrun's own status says that it was stopped
     assert "the same command goes on" in printed
