@@ -685,11 +685,17 @@ class RemoteShards(Shards):
         # No file is kept open: one that is removed from the cache would keep its place on the disk.
         shard = int(np.searchsorted(self.edges, number, "right")) - 1
         while True:
-            with suppress(FileNotFoundError):  # another process has just made room
+            with suppress(FileNotFoundError):
                 begin, end = self.index(shard)[number - self.edges[shard]].tolist()
-                with open(self.cache.fetch(self.paths[shard]), "rb", buffering=0) as file:
+                with open(self.fetched(shard, time.monotonic() // 10), "rb", buffering=0) as file:
                     file.seek(begin)
                     return file.read(end - begin)
+            self.cache.fetch(self.paths[shard])  # another process has just made room
+
+    @lru_cache(64)  # noqa: B019
+    def fetched(self, shard, moment):
+        """A shard's path: the cache is not asked, and told that it is used, for every sample."""
+        return self.cache.fetch(self.paths[shard])
 
 
 def read_listing(address):

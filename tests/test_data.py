@@ -2691,14 +2691,22 @@ def test_what_was_left_of_a_fetch_is_not_used(remote, shards, ending):
 
 def test_a_shard_in_the_cache_that_is_used_outlives_one_that_is_not(remote):
     server, pattern, cache = remote
-    source = opened_remote(pattern, cache, "66K")  # room for three
+    source, now = opened_remote(pattern, cache, "66K"), time.monotonic()  # room for three
+
+    def read(number):  # each a minute after the other
+        nonlocal now
+        now += 60
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(data.time, "monotonic", lambda: now)
+            source.read(number)
+
     for number in (8, 0, 20):  # of s-03, s-00 and s-04
-        source.read(number)
-    source.read(8)
-    source.read(7)  # s-02
-    source.read(8)
+        read(number)
+    read(8)
+    read(7)  # s-02
+    read(8)
     assert server.asked() == {"index.json": 1} | {f"s-{n:02}.tar": 1 for n in (0, 2, 3, 4)}
-    source.read(0)
+    read(0)
     assert server.asked()["s-00.tar"] == 2
 
 
