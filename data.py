@@ -741,7 +741,7 @@ class Cache:
             print(f"cache {self.folder}, at most {self.size / 1e9:.4g} GB: {len(shards)} shards")
 
     def must_hold(self, shards):
-        """ValueError unless each process here finds room for so many, and as many that come next."""
+        """ValueError unless each process here finds room for so many, and as many to come next."""
         shards *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         room = [room_for(size) for size in self.shards.values()]
         needed, shards = min(2 * shards * max(room), sum(room)), min(shards, len(room))
@@ -798,7 +798,7 @@ class Cache:
 
     @contextmanager
     def reserved(self, path, size):
-        """PATH.part, for a shard of this size, once what was left over and the shards unused for the
+        """PATH.part, for a shard of this size, once leftovers and the shards not used for the
         longest have made room; None if others have brought it, are about to, or have all room."""
         with ExitStack() as ours:
             file, files = None, os.path.join(glob.escape(self.folder), "cached-*.tar")

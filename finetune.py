@@ -782,7 +782,7 @@ def classify(run, say):
         run.steps, model, share = steps, classifier(run), run.batch_size // run.processes
         run.micro_batch = run.micro_batch or models.fitting_batch(model, share, run)
         run.pieces = share // run.micro_batch
-        return models.print_plan(model, run)
+        return run.process or models.print_plan(model, run)
     model = build_trunk(run, say)
     config = model.config
     run.measure = lambda model: dict(zip(("top1", "top5"), measured(run, model, run.val)[0][0]))

@@ -9,9 +9,9 @@ machine, else PyTorch's scaled_dot_product_attention. Padding and biases are PyT
 
 Whoever knows PyTorch and no Triton can start here. A kernel is written for one *program*, which
 works on tiles: small matrices in registers. A launch starts a grid of programs, and `tl.program_id`
-tells each which one it is. A tensor is given as a pointer, to its first number: a tile of it is read
+tells each which one it is. A tensor is given as a pointer to its first number: a tile of it is read
 from `pointer + row * stride + column`, under a mask where that would be outside. The sides of tiles
-are powers of two, known when the kernel is compiled (`tl.constexpr`): for every other set of them it
+are powers of two, known when the kernel is compiled (`tl.constexpr`): for each other set of them it
 is compiled again. A program runs on `num_warps` times 32 threads, which share its tiles: more have
 more registers, and what does not fit spills to slow memory. In a loop, what the next `num_stages`
 turns need is loaded while this one computes.
@@ -248,7 +248,7 @@ def backward_rows(
     qkv, out, grad, logsum, delta, dqkv, heads,
     N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
-    """dq and delta of a tile of rows, for backward_keys to read. Grid: B * heads * tiles of rows."""
+    """dq and delta of a tile of rows (delta for backward_keys). Grid: B * heads * tiles of rows."""
     tile, in_qkv, in_out, in_logsum = place(tl.cdiv(N - FIRST, ROWS), heads, N, FIRST, HEAD)
     D, SCALE = heads * HEAD, HEAD**-0.5
     rows = FIRST + tile * ROWS + tl.arange(0, ROWS)
@@ -334,7 +334,7 @@ def attention_backward(
 # ----------------------------------------------------------------------------------- the operator
 #
 # To PyTorch, a call is one operation with a name, a shape rule and a gradient: so it goes through
-# torch.compile, FSDP2, activation checkpointing and autocast. (The interpreter cannot be traced. And
+# torch.compile, FSDP2, activation checkpointing and autocast. (The interpreter cannot be traced;
 # where there is no GPU, triton_op would only load torch's compiler, for a second.)
 
 TRACED = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
@@ -415,7 +415,7 @@ def choose(shapes, batch, device, dtype):
 
 
 def forced():
-    """ATTENTION in the environment, torch or triton, or None; ValueError if it is something else."""
+    """ATTENTION in the environment: torch, triton or None; ValueError if it is something else."""
     asked = os.environ.get("ATTENTION") or None
     if asked not in (None, "torch", "triton"):
         raise ValueError(f"ATTENTION={asked} in the environment: it is torch or triton, or not set")

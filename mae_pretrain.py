@@ -301,7 +301,7 @@ def train(run):
             entry["data_wait"] = waited / (now - logged)
             entry["memory_gib"] = models.peak_memory(device)
             entry["eta_seconds"] = (now - began) / (done - first_step) * (run.steps - done)
-            # Measuring never costs more than the training before it, of which a sample counts three.
+            # Measuring never costs more than the training before it (backward counts two).
             if saving and 3 * done * run.batch_size >= run.held_out_batches.total > 0:
                 entry["held_out_loss"] = evaluate.masked_loss(model, run.held_out_batches, device)
             if run.process == 0:

@@ -784,8 +784,8 @@ def read_weights(path):
         # The public MAE code stores its arguments beside the weights: plain values in a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Mapped, not read: processes share it, and each takes no more than its part of it.
-            how = {"mmap": zipfile.is_zipfile(path), "weights_only": True}
-            content = torch.load(path, map_location="cpu", **how)
+            mapped = zipfile.is_zipfile(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # noqa: BLE001 (torch.load says "damaged" in a dozen ways)
         why = f"{type(error).__name__}: damaged, or more than tensors and plain values in it"
         raise ValueError(f"cannot read weights from {path} ({why}): nothing was run") from None
@@ -1256,7 +1256,8 @@ def set_timeouts(minutes):
 
 def is_lost(error):
     """Whether an error says that another process has died, or was never met."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    said = isinstance(error, RuntimeError) and "gloo" in str(error)  # it has no class of its own
+    return said or isinstance(error, dist.DistError)
 
 
 def verdict(error):

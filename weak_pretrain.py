@@ -304,7 +304,7 @@ def train(run):
             entry["data_wait"] = waited / (now - logged)
             entry["memory_gib"] = models.peak_memory(device)
             entry["eta_seconds"] = (now - began) / (done - first_step) * (run.steps - done)
-            # Measuring never costs more than the training before it, of which a sample counts three.
+            # Measuring never costs more than the training before it (backward counts two).
             if saving and 3 * done * run.batch_size >= run.held_out_batches.total > 0:
                 rates, count = evaluate.hit_rates(model, run.held_out_batches, device, "tags")
                 entry |= dict(zip(("hit_1", "hit_5"), rates[0])) if count else {}

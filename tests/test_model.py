@@ -1302,6 +1302,16 @@ def test_a_model_is_made_in_parts_that_are_those_of_the_whole(processes, group, 
     assert ran.returncode == 0, ran.stderr
 
 
+def test_what_ended_a_run_is_told_apart():
+    """gloo's errors are RuntimeErrors with its name in them; a folder may have it in its own."""
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    assert models.verdict(lost)[1:] == (1, False) and "is gone" in models.verdict(lost)[0]
+    assert models.verdict(ValueError("igloo/ does not exist"))[1:] == (2, False)
+    assert models.verdict(OSError("igloo/: no space left"))[1:] == (1, True)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        models.verdict(RuntimeError("a mistake"))
+
+
 IN_THE_BACKGROUND = """
 import sys
 import torch

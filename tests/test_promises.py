@@ -140,6 +140,17 @@ def test_3_what_one_process_meets_is_said_and_ends_the_others(tmp_path):
         assert newest(out).name == "step-00000004"
 
 
+def test_3_processes_that_would_wait_for_each_other_are_told_apart(tmp_path):
+    code = """
+import os, sys
+import mae_pretrain
+mae_pretrain.main([*sys.argv[1:], *["--micro-batch", "2"][: 2 * int(os.environ["RANK"])]])
+"""
+    ran = stage(*TINY, "--out", tmp_path / "run", processes=2, code=code)
+    assert "process 1 finds micro_batch 2, the first one 4: all nodes want" in ran.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_3_processes_that_do_not_meet_are_one_line(tmp_path):
     code = """
 import os, sys
