@@ -157,13 +157,13 @@ def print_probe(weights, config, train, test, pool, seed, samples=math.inf, **op
     """What training gave: ridge top-1 of a trained encoder, of it untrained, and of raw pixels.
 
     weights are a stage's; the untrained encoder is the one that `seed` initialises. At most 4096
-    labels of train; nothing after a training of so few samples that it would have cost less.
+    labels of train; nothing after a training of `samples` that cost less than this.
     """
+    if train.classes != test.classes or not train.classes:
+        return print("linear probe: left out, for want of labels")
     train = data.Part(train, range(min(4096, int(train.sizes.sum()))))
     if 3 * samples < 2 * int(train.sizes.sum() + test.sizes.sum()):  # backward counts two
         return print("linear probe: left out, it would take longer than the training")
-    if train.classes != test.classes or not train.classes:
-        return print("linear probe: left out, for want of labels")
     trained, untrained = (models.ViT(**models.encoder_config(config)).eval() for _ in range(2))
     models.load_weights(trained, weights)
     models.initialize(untrained, seed)
