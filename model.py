@@ -3,6 +3,7 @@
     ViT               plain encoder: patches, a class token, pre-norm blocks, a final norm
     MAE               the same encoder plus a small decoder that predicts the hidden patches
     Classifier        the same encoder plus a linear head; tag_loss for hashtags
+    TwoTowers         the same encoder beside XLM-R's for texts; contrastive loss for their pairs
     initialize        every parameter from a generator keyed by its own name
     flops_per_image   forward FLOPs, counted from the architecture
     parameter_groups  who is decayed, who is not
@@ -59,6 +60,13 @@ SIZES = {
 # that 2B and 6.5B keep it is recalled, not printed in the paper's main text.
 DECODERS = {"toy": (64, 1, 4), "T": (256, 4, 8)}
 DEFAULT_DECODER = (512, 8, 16)
+# (width, layers, heads) of text towers: XLM-R's Base and Large (arXiv 1911.02116); toy is ours.
+TEXT_SIZES = {"toy": (128, 3, 4), "XLMR-B": (768, 12, 12), "XLMR-L": (1024, 24, 16)}
+# image size: (text size, width of the space that both are projected to), as released (maws
+# repository); others get L's.
+PAIRS = {"toy": ("toy", 128), "B": ("XLMR-B", 768), "L": ("XLMR-L", 1024)}
+PAIRS |= {"H": ("XLMR-L", 1024), "2B": ("XLMR-L", 2048)}
+PADDING = 1  # the token that fills up a text (fairseq's, and so XLM-R's)
 
 
 class Unusable(argparse.ArgumentTypeError, ValueError):
@@ -170,12 +178,12 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block. With `first_query` it returns only the tokens from there on."""
 
-    def __init__(self, width, heads, drop_path=0.0):
+    def __init__(self, width, heads, drop_path=0.0, norm_eps=1e-6):
         super().__init__()
         self.drop_path = drop_path
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, norm_eps)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, norm_eps)
         self.mlp = Mlp(width)
 
     def forward(self, x, first_query=0, noise=None):
@@ -454,6 +462,90 @@ def tag_loss(logits, tags):
     return logits.logsumexp(dim=1) - picked.sum(dim=1) / known.sum(dim=1).clamp(min=1)
 
 
+# --------------------------------------------------------------------------------- pictures and texts
+
+
+class TextBlock(Block):
+    """Post-norm transformer block, as XLM-R's: the sums are normalised, not what goes in."""
+
+    def forward(self, x, mask, queries=None):
+        """x (B, T, D); mask (B, 1, 1, T), True where there is a token -> the first `queries`."""
+        q, k, v = kernels.split_heads(self.attn.qkv(x), self.attn.heads)
+        branch = F.scaled_dot_product_attention(q[:, :, :queries], k, v, attn_mask=mask)
+        x = self.norm1(x[:, :queries] + self.attn.proj(branch.transpose(1, 2).flatten(2)))
+        return self.norm2(x + self.mlp(x))
+
+
+class TextTower(nn.Module):
+    """XLM-R's encoder (RoBERTa's): learned positions, post-norm blocks, the first token's state.
+
+    size        a name in TEXT_SIZES or "WIDTHxLAYERSxHEADS"
+    vocabulary  number of token ids
+    positions   rows of the position table: two more than the longest text has tokens
+    norm_eps    of every LayerNorm (fairseq's)
+    """
+
+    def __init__(self, size, vocabulary, positions=514, norm_eps=1e-5):
+        super().__init__()
+        width, layers, heads = TEXT_SIZES.get(size) or triple(size, f"one of {[*TEXT_SIZES]}")
+        self.width = width
+        self.token_embedding = nn.Embedding(vocabulary, width)
+        self.position_embedding = nn.Embedding(positions, width)
+        self.embedding_norm = nn.LayerNorm(width, norm_eps)
+        self.blocks = nn.ModuleList(
+            TextBlock(width, heads, norm_eps=norm_eps) for _ in range(layers)
+        )
+
+    def forward(self, tokens):
+        """tokens (B, T) int64, filled up with PADDING -> (B, D)."""
+        mask = tokens != PADDING
+        # Positions are counted from the padding's id on; padding has that itself (fairseq).
+        positions = mask.cumsum(dim=1) * mask + PADDING
+        x = self.token_embedding(tokens) + self.position_embedding(positions)  # (B, T, D)
+        x, mask = self.embedding_norm(x), mask[:, None, None]
+        for block in self.blocks[:-1]:
+            x = block(x, mask)
+        return self.blocks[-1](x, mask, 1)[:, 0]  # nobody looks at the other tokens' last state
+
+
+class TwoTowers(ViT):
+    """An encoder of pictures beside one of texts, both projected into one space (CLIP, LiT).
+
+    text          arguments of the TextTower; also "context", how many tokens a text may have
+                  beside its begin and end, and "tokenizer", which one it was trained with
+    shared_width  of that space (paper's repository: PAIRS)
+    pool          of the picture's tokens: "cls" as released, or "mean"
+    other arguments: see ViT
+    """
+
+    def __init__(self, size="B", text=None, shared_width=768, pool="cls", **encoder_arguments):
+        super().__init__(size, **encoder_arguments)
+        text = {"size": "XLMR-B", "vocabulary": 250_002, "context": 100, **(text or {})}
+        self.config |= {"text": text, "shared_width": shared_width, "pool": pool}
+        built_from = ("size", "vocabulary", "positions", "norm_eps")
+        self.text = TextTower(**{name: text[name] for name in built_from if name in text})
+        self.image_projection = nn.Parameter(torch.empty(self.width, shared_width))
+        self.text_projection = nn.Parameter(torch.empty(self.text.width, shared_width))
+        self.logit_scale = nn.Parameter(torch.empty(1))  # the logarithm of what multiplies cosines
+        initialize(self)
+
+    def features(self, images):
+        """(B, C, H, W) normalised -> (B, D), the picture's part that LiT keeps as it is."""
+        return pool(super().forward(images), self.config["pool"])
+
+    def embed_features(self, features):
+        """(B, D) -> (B, shared_width) of unit length."""
+        return F.normalize(features @ self.image_projection, dim=1)
+
+    def embed_texts(self, tokens):
+        """(B, T) int64 -> (B, shared_width) of unit length."""
+        return F.normalize(self.text(tokens) @ self.text_projection, dim=1)
+
+    def forward(self, features, tokens):
+        """Embeddings of pictures (by their features) and of texts, and the scale of the logits."""
+        return self.embed_features(features), self.embed_texts(tokens), self.logit_scale.exp()
+
+
 # ----------------------------------------------------------------------------------- initialisation
 
 
@@ -464,6 +556,7 @@ def initialize(model, seed=0):
     are the public MAE code's (but for the patch embedding's bias, which it leaves at PyTorch's
     default): Linear and the patch embedding, as a Linear, Xavier-uniform with bias 0, tokens and
     learned positions N(0, 0.02), norms 1 and 0, fixed positions sine-cosine. Heads: see Classifier.
+    Projections N(0, 1 / width), the logits' scale 1 / 0.07 (maws repository), embeddings as tokens.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -488,8 +581,12 @@ def initial_value(model, name, parameter, generator):
     shape = parameter.shape
     if name.endswith("pos_embed") and not parameter.requires_grad:
         return sincos_positions(shape[-1], model.grid)
-    if name.endswith(("pos_embed", "_token")):
+    if name.endswith(("pos_embed", "_token", "embedding.weight")):
         return torch.randn(shape, generator=generator) * 0.02
+    if name.endswith("_projection"):
+        return torch.randn(shape, generator=generator) * shape[0] ** -0.5
+    if name == "logit_scale":
+        return torch.full(shape, math.log(1 / 0.07))
     if parameter.ndim == 1:
         return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
     if name == "head.weight":
@@ -733,7 +830,9 @@ def parallelize(
             dtypes["param_dtype"] = torch.bfloat16
         # A head of 28,000 hashtags is as large as several blocks: it is not kept whole with the
         # root, which is gathered first and let go of last.
-        for module in [*blocks, *([model.head] if isinstance(model, Classifier) else [])]:
+        large = [model.head] if isinstance(model, Classifier) else []
+        large += [model.text.token_embedding] if isinstance(model, TwoTowers) else []
+        for module in [*blocks, *large]:
             fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(**dtypes))
         # The root must not round the images: MAE's targets are computed from them in fp32.
         dtypes["cast_forward_inputs"] = False
