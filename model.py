@@ -546,6 +546,76 @@ class TwoTowers(ViT):
         return self.embed_features(features), self.embed_texts(tokens), self.logit_scale.exp()
 
 
+class Contrastive(torch.autograd.Function):
+    """See contrastive_loss. The gradient is computed with the loss, some rows of logits at a time."""
+
+    ROWS = 512  # of logits that are in memory together
+
+    @staticmethod
+    def forward(ctx, images, texts, scale, weight):
+        rank, b, tables = 0, len(images), (images, texts, weight)
+        if dist.is_initialized():
+            rank, processes = dist.get_rank(), dist.get_world_size()
+            tables = [t.new_empty(processes * b, *t.shape[1:]) for t in (images, texts, weight)]
+            for table, part in zip(tables, (images, texts, weight)):
+                dist.all_gather_into_tensor(table, part.contiguous())
+        kept = tables[2] > 0  # of the global batch: the others neither ask nor are an answer
+        images, texts = tables[0][kept], tables[1][kept]  # (n, S) each
+        n, first, own = len(images), int(kept[: rank * b].sum()), weight > 0
+        parts = torch.arange(first, first + int(own.sum()), device=kept.device).split(
+            Contrastive.ROWS
+        )
+
+        # Twice over this process's rows of the matrix: the first time for the sums of both
+        # softmaxes, along the rows and, with all processes, along the columns.
+        rows, columns = [], images.new_full((n,), -math.inf)
+        for part in parts:
+            logits = scale * images[part] @ texts.T  # (ROWS, n)
+            rows.append(logits.logsumexp(dim=1))
+            columns = torch.logaddexp(columns, logits.logsumexp(dim=0))
+        if dist.is_initialized():
+            every = columns.new_empty(processes, n)
+            dist.all_gather_into_tensor(every, columns)
+            columns = every.logsumexp(dim=0)
+        sums, for_images, for_texts = images.new_zeros(2), [], torch.zeros_like(texts)
+        for part, row in zip(parts, rows):
+            cosines = images[part] @ texts.T
+            logits, pairs = scale * cosines, (torch.arange(len(part), device=part.device), part)
+            gradient = (logits - row[:, None]).exp() + (logits - columns).exp()  # of the logits
+            gradient[pairs] -= 2
+            losses = row + columns[part] - 2 * logits[pairs]
+            sums += torch.stack([losses.sum(), (gradient * cosines).sum()])
+            for_images.append(scale * gradient @ texts)
+            for_texts.addmm_(gradient.T, images[part])
+        loss = sums[:1].clone()
+        if dist.is_initialized():
+            dist.all_reduce(loss)
+            dist.all_reduce(for_texts)
+        gradients = tables[0].new_zeros(2, b, texts.shape[1])
+        if for_images:
+            gradients[0, own] = torch.cat(for_images)
+            gradients[1, own] = scale * for_texts[first : first + int(own.sum())]
+        ctx.save_for_backward(gradients / (2 * max(n, 1)), sums[1:] / (2 * max(n, 1)))
+        return loss[0] / (2 * max(n, 1))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (for_images, for_texts), for_scale = ctx.saved_tensors
+        return grad * for_images, grad * for_texts, grad * for_scale, None
+
+
+def contrastive_loss(images, texts, scale, weight):
+    """How well each picture finds its text and each text its picture among all of the global batch.
+
+    images, texts (b, S) of unit length, this process's pairs, the same number on each; scale (1,)
+    multiplies their cosines; weight (b,): pairs of weight 0 do not exist. The mean of two softmax
+    cross-entropies over all processes' pairs (CLIP, arXiv 2103.00020), the same on each. Gradients
+    are exact: of this process's embeddings, and of scale its part, to be summed over processes.
+    """
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    return Contrastive.apply(images.to(dtype), texts.to(dtype), scale.to(dtype), weight)
+
+
 # ----------------------------------------------------------------------------------- initialisation
 
 
