@@ -2,6 +2,7 @@
 
     open_sources      one --data string: "toy", a folder of pictures, or tar shards from anywhere
     Order             position -> sample: a pure function of (seed, epoch, position), in lanes
+    open_tokenizer    captions -> ids: of bytes, or XLM-R's
     Batches, loader   samples -> uint8 tensors, made in worker processes
     normalize         uint8 -> float, on the device
     toy_sample        the procedural picture world behind --data toy
@@ -13,7 +14,8 @@
 Every random draw is keyed by (seed, epoch, position, purpose): nothing depends on the number of
 workers, processes or nodes, nor on what was drawn before. A sample that cannot be read keeps its
 position as a zero image of weight 0; nothing shifts.
-This file needs torch, numpy, pillow and tqdm, and stands alone when copied.
+This file needs torch, numpy, pillow and tqdm, and stands alone when copied. (XLM-R's tokenizer
+needs sentencepiece, too.)
 """
 
 import argparse
@@ -56,7 +58,7 @@ from tqdm import tqdm
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 # What a random draw is for. Numbers, not names, because they are half of Philox's key.
-SHARDS, OFFSET, LANES, BLOCKS, VIEW, MASK, TOY, SPLIT, AUGMENT, DEVICE = range(1, 11)
+SHARDS, OFFSET, LANES, BLOCKS, VIEW, MASK, TOY, SPLIT, AUGMENT, DEVICE, CAPTION = range(1, 12)
 
 
 def random_bits(count, seed, epoch, position, purpose):
@@ -199,22 +201,30 @@ class Order:
 # A source has: sizes (S,) int64, samples per shard; classes, a list of names, or None; identity;
 # name(number); where(number), the shard or picture, known without opening it; and read(number) ->
 # {"image": a function that opens the PIL image, "class": int, -1 if unknown, "hashtags": a list of
-# tags, or a text with #tags in it}. So who wants labels or tags reads the same, and opens no
+# tags, or a text with #tags in it, "captions": a list of texts}. (None for tags or captions: what
+# should hold them is damaged.) So who wants labels, tags or captions reads the same, and opens no
 # picture. Numbers run through the shards. Remote shards have a cache, too.
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def open_sources(
-    data, val_data=None, size=(64, 64), labels=None, val_labels=None, cache=(None, "20G")
+    data,
+    val_data=None,
+    size=(64, 64),
+    labels=None,
+    val_labels=None,
+    cache=(None, "20G"),
+    caption_key="caption",
 ):
     """(source to train on, source to measure on or None) behind --data and --val-data.
 
-    data     "toy"; a folder of pictures; or tar shards: a path, a glob, or {00000..00099} braces;
-             of a web address or a pipe:COMMAND, too: see "shards from elsewhere"
-    size     (height, width) that pictures will have: the toy world is drawn for it
-    labels   a file that lists the pictures of a folder: see read_labels
-    cache    (folder or None, size like "500G") for what comes from elsewhere
+    data         "toy"; a folder of pictures; or tar shards: a path, a glob, or {00000..00099}
+                 braces; of a web address or a pipe:COMMAND, too: see "shards from elsewhere"
+    size         (height, width) that pictures will have: the toy world is drawn for it
+    labels       a file that lists the pictures of a folder: see read_labels
+    cache        (folder or None, size like "500G") for what comes from elsewhere
+    caption_key  what captions are called in shards' .json, and in labels
 
     Without val_data, toy has its own, and so has a folder with train/ and val/ in it (unless labels
     list its pictures). Raises ValueError with one line that says what to do.
@@ -228,24 +238,26 @@ def open_sources(
         data, val_data = folders[0], val_data or folders[1]
     elif val_labels:
         val_data = val_data or data
-    train = open_source(data, size, None, "train", labels, cache)
-    val = val_data and open_source(val_data, size, train.classes, "val", val_labels, cache)
+    how = cache, caption_key
+    train = open_source(data, size, None, "train", labels, *how)
+    val = val_data and open_source(val_data, size, train.classes, "val", val_labels, *how)
     return train, val or None
 
 
-def open_source(data, size, classes, split, labels, cache):
+def open_source(data, size, classes, split, labels, cache, caption_key):
     """One source. classes: the names that are known, when it must have no others."""
     if data == "toy":
         if classes not in (None, list(TOY_CLASSES)):
             raise ValueError("the toy world has other classes than train: give other --val-data")
         return Toy(split, size)
     if os.path.isdir(data):
-        return Folder(data, classes, labels)
+        return Folder(data, classes, labels, caption_key)
     remote = re.match(r"pipe:|\w+://", data)
     if not remote and not data.endswith(".tar") and not re.search(r"[*?\[{]", data):
         state = "is not a folder or a .tar" if os.path.exists(data) else "does not exist"
         raise ValueError(f"{data} {state}: --data wants toy, a folder of pictures or tar shards")
     shards = RemoteShards(data, *cache) if remote else Shards(data)
+    shards.caption_key = caption_key
     if (classes and shards.classes or classes) != classes:
         raise ValueError(f"{data} has other classes than train: pack it after train, beside it")
     return shards
@@ -274,15 +286,15 @@ class Toy:
 class Folder:
     """Pictures below a folder. If all lie in subfolders, the first level's names are the classes.
 
-    With `labels`, the pictures, classes and hashtags that this file lists: see read_labels.
+    With `labels`, the pictures, classes, hashtags and captions that it lists: see read_labels.
 
     They are kept in the order of a hash of their paths: the same on every machine, and neighbours
     have nothing to do with each other. So any stretch of it is a fair sample: the held-out slice, a
     lane, a packed shard.
     """
 
-    def __init__(self, root, classes=None, labels=None):
-        entries = read_labels(labels) if labels else pictures_below(root)
+    def __init__(self, root, classes=None, labels=None, caption_key="caption"):
+        entries = read_labels(labels, caption_key) if labels else pictures_below(root)
         self.root = root
         self.paths = sorted(entries, key=lambda path: (stable_hash(path), path))
         self.sizes = np.ones(len(self.paths), dtype=np.int64)
@@ -297,14 +309,21 @@ class Folder:
             print(f"{root}: no classes (they would be the folders, two or more, of all pictures)")
         numbers = {name: number for number, name in enumerate(self.classes or [])}
         self.labels = np.array([numbers.get(name, -1) for name in names])
-        self.tags = [entries[path].get("hashtags", []) for path in self.paths]
-        facts = json.dumps([self.paths, self.tags, names])
+        self.tags, self.captions = (
+            [entries[path].get(key, []) for path in self.paths] for key in ("hashtags", "captions")
+        )
+        # A data set without captions is what it was before there were any.
+        facts = json.dumps([self.paths, self.tags, names, *filter(any, [self.captions])])
         digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
         self.identity = f"{len(self.paths)} pictures, {digest}"
 
     def read(self, number):
-        picture, label = partial(Image.open, self.name(number)), int(self.labels[number])
-        return {"image": picture, "class": label, "hashtags": self.tags[number]}
+        return {
+            "image": partial(Image.open, self.name(number)),
+            "class": int(self.labels[number]),
+            "hashtags": self.tags[number],
+            "captions": self.captions[number],
+        }
 
     def name(self, number):
         return os.path.join(self.root, self.paths[number])
@@ -330,22 +349,25 @@ def pictures_below(root):
     return {path: {"class": path.split("/")[0]} if "/" in path else {} for path in paths}
 
 
-def read_labels(path):
-    """{picture's path: {"class": name, "hashtags": [...]}, each if given} of a file of labels.
+def read_labels(path, caption_key="caption"):
+    """{picture's path: {"class": name, "hashtags": [...], each if given, "captions": [...]}}.
 
-    .jsonl: lines of {"path", and "class" or "hashtags"}. .csv: lines of path,class, perhaps under a
-    head line. .json: iNaturalist's, {"images": [{"id", "file_name"}], "annotations": [{"image_id",
-    "category_id"}], "categories": [{"id", "name"}]}. Entries that are damaged, name no picture or
-    contradict an earlier one are counted and left out. Raises ValueError, one line, when the file
-    is none of these.
+    .jsonl: lines of {"path", and "class", "hashtags" or "caption", a text or a list of texts}.
+    .csv: lines of path,class, perhaps under a head line; or the columns of a head line that names
+    "path" and "caption". .json: iNaturalist's, {"images": [{"id", "file_name"}], "annotations":
+    [{"image_id", "category_id"}], "categories": [{"id", "name"}]}. A picture's captions may stand
+    in several entries. Entries that are damaged, name no picture or contradict an earlier one are
+    counted and left out. Raises ValueError, one line, when the file is none of these.
     """
     found, bad, kind = {}, 0, path.rpartition(".")[2]
     if kind not in ("jsonl", "csv", "json"):
         raise ValueError(f"{path} is no file of labels: want .jsonl, .csv or .json")
     try:
         with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            rows = csv.reader(file, strict=True) if kind == "csv" else file
-            if kind == "json":
+            rows, head = file, ["path", "class"]
+            if kind == "csv":
+                rows = csv.reader(file, strict=True)
+            elif kind == "json":
                 content = json.load(file)
                 names = {entry["id"]: entry["name"] for entry in content["categories"]}
                 files = {entry["id"]: entry["file_name"] for entry in content["images"]}
@@ -353,17 +375,21 @@ def read_labels(path):
             for number, row in enumerate(filter(None, rows)):
                 try:
                     if kind == "csv":
-                        name, label, entry = *row, {}
+                        head = row if number == 0 and caption_key in row else head
+                        facts = dict(zip(head, row, strict=True))
                     elif kind == "jsonl":
-                        entry = json.loads(row)
-                        name, label = entry["path"], entry.pop("class", None)
+                        facts = json.loads(row)
                     else:
-                        name, label, entry = files[row["image_id"]], names[row["category_id"]], {}
-                    entry |= {} if label is None else {"class": str(label)}
+                        facts = {"path": files[row["image_id"]], "class": names[row["category_id"]]}
+                    name, captions = facts["path"], texts_in(facts.get(caption_key))
                     if not is_picture(os.path.basename(name)) or "\ufffd" in str(row):
                         raise ValueError(name)
-                    if found.setdefault(os.path.normpath(name), entry) != entry:
+                    entry = {"hashtags": facts["hashtags"]} if "hashtags" in facts else {}
+                    entry |= {} if facts.get("class") is None else {"class": str(facts["class"])}
+                    known = found.setdefault(os.path.normpath(name), {**entry, "captions": []})
+                    if known != {**entry, "captions": known["captions"]}:
                         raise ValueError(name)
+                    known["captions"] += captions
                 except (ValueError, KeyError, TypeError):
                     bad += number > 0 or kind != "csv"  # a head line names no picture
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
@@ -376,21 +402,48 @@ def read_labels(path):
     return found
 
 
+def texts_in(content):
+    """A text, a list of texts, or None -> a list. Raises ValueError if it is something else."""
+    texts = [content] if isinstance(content, str) else [] if content is None else content
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"captions must be a text, or a list of texts: {content!r:.80}")
+    return texts
+
+
 def is_picture(name):
     return name.lower().endswith(PICTURES) and not name.startswith(".")
 
 
 def all_labels(source):
     """(n,) int64 class numbers of a source's samples, -1 where none is known or can be read."""
-    labels = np.full(int(source.sizes.sum()), -1, dtype=np.int64)
-    for number in tqdm(range(len(labels)), desc="labels", leave=False, disable=None):
+    labels = read_all(source, "label", lambda sample: sample["class"], -1)
+    return np.fromiter(labels, np.int64, int(source.sizes.sum()))
+
+
+def all_captions(source):
+    """The captions of each sample of a source, as they are: a list of lists of texts."""
+    return list(read_all(source, "caption", captions_of, []))
+
+
+def captions_of(sample):
+    """The captions of a source's sample. Raises ValueError where they are damaged."""
+    if sample["captions"] is None:
+        raise ValueError("the file of its captions is damaged")
+    return sample["captions"]
+
+
+def read_all(source, name, value_of, unknown):
+    """value_of(sample) for each sample of a source; what cannot be read is named, and unknown."""
+    numbers = range(int(source.sizes.sum()))
+    for number in tqdm(numbers, desc=f"{name}s", leave=False, disable=None):
         try:
-            labels[number] = source.read(number)["class"]
+            value = value_of(source.read(number))
         except Unreachable:
             raise
         except Exception as error:  # noqa: BLE001 (tar members fail in many ways: named, left out)
-            tqdm.write(f"unreadable label: {source.name(number)}: {error}", file=sys.stderr)
-    return labels
+            tqdm.write(f"unreadable {name}: {source.name(number)}: {error}", file=sys.stderr)
+            value = unknown
+        yield value
 
 
 def stable_hash(text):
@@ -439,6 +492,8 @@ def hold_out(train, val, count):
 
 class Shards:
     """Tar shards in the WebDataset layout, read in place: one pread for a sample."""
+
+    caption_key = "caption"  # in .json
 
     def __init__(self, pattern):
         self.paths = expand(pattern)
@@ -492,7 +547,8 @@ class Shards:
         return {
             "image": lambda: Image.open(io.BytesIO(picture)),
             "class": int(label) if label.isdigit() else -1,
-            "hashtags": hashtags_of(members),
+            "hashtags": hashtags_in(members),
+            "captions": captions_in(members, self.caption_key),
         }
 
     def name(self, number):
@@ -506,7 +562,7 @@ class Shards:
         return self.paths[int(np.searchsorted(self.edges, number, "right")) - 1]
 
 
-def hashtags_of(members):
+def hashtags_in(members):
     """From .json (a list, a text, or either under "hashtags"), else .txt; None if it is damaged."""
     try:
         if "json" not in members:
@@ -515,6 +571,17 @@ def hashtags_of(members):
     except ValueError:
         return None
     return content.get("hashtags", []) if isinstance(content, dict) else content
+
+
+def captions_in(members, key):
+    """From .json (a text or a list of texts under `key`), else .txt; None if it is damaged."""
+    try:
+        content = json.loads(members.get("json", b"{}"))
+        texts = texts_in(content.get(key) if isinstance(content, dict) else None)
+    except ValueError:
+        return None
+    text = members.get("txt", b"").decode("utf-8-sig", "replace").strip()
+    return texts or [text] * bool(text)
 
 
 def expand(pattern):
@@ -1044,6 +1111,75 @@ def channel_statistics(channels):
     return [v[:known] + [sum(v) / 3] * (channels - known) for v in (mean, deviation)]
 
 
+# ----------------------------------------------------------------------------------- text to tokens
+#
+# Ids are numbered as fairseq does, in which XLM-R was trained: these four come first.
+
+BOS, PAD, EOS, UNKNOWN = range(4)
+
+
+def clean(text):
+    """A caption without # signs, white space and control characters are single spaces. (The paper
+    strips # signs and sanitises: recalled. Invisible format characters stay: emoji need them.)"""
+    return re.sub(r"[#\uff03\s\x00-\x1f\x7f-\x9f]+", " ", text).strip()
+
+
+class Tokenizer:
+    """Texts -> ids. A kind of it has ids(text), a list; vocabulary, how many ids there are; and
+    identity, a text that says which it is: what was trained with one needs that one."""
+
+    def __call__(self, texts, context):
+        """A list of n texts -> (n, T) int64: BOS, at most `context` tokens, EOS, and PAD.
+
+        T is the longest row's, rounded up so that few shapes occur: to 8s, or context + 2.
+        """
+        rows = [[BOS, *self.ids(text)[:context], EOS] for text in texts]
+        width = min(-(-max(map(len, rows)) // 8) * 8, context + 2)
+        return torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+
+
+class ByteTokenizer(Tokenizer):
+    """The bytes of UTF-8: for any language, without a file. Byte b is 4 + b."""
+
+    vocabulary, identity = 4 + 256, "bytes of UTF-8"
+
+    def ids(self, text):
+        return [4 + byte for byte in text.encode(errors="replace")]  # lone surrogates: ?
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """XLM-R's, of its file sentencepiece.bpe.model, or another one that was trained likewise.
+
+    The file numbers <unk> 0, <s> 1, </s> 2 and then pieces; fairseq (and XLM-R's embeddings) <s> 0,
+    <pad> 1, </s> 2, <unk> 3, the same pieces, each one higher, and <mask>: 250,002 in all.
+    """
+
+    def __init__(self, path):
+        try:
+            import sentencepiece
+        except ImportError:
+            raise ValueError(f"{path} wants another package: pip install sentencepiece") from None
+        self.model = sentencepiece.SentencePieceProcessor()
+        try:
+            content = Path(path).read_bytes()
+            self.model.LoadFromSerializedProto(content)
+            if [self.model.unk_id(), self.model.bos_id(), self.model.eos_id()] != [0, 1, 2]:
+                raise ValueError("<unk>, <s> and </s> are not its first three, as in XLM-R's")
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} is no tokenizer of XLM-R's: {one_line(error)}") from None
+        self.vocabulary = self.model.vocab_size() + 2
+        self.identity = f"sentencepiece {hashlib.sha256(content).hexdigest()[:16]}"
+
+    def ids(self, text):
+        text = text.encode(errors="replace").decode()  # lone surrogates: ?
+        return [id + 1 if id else UNKNOWN for id in self.model.encode(text)]
+
+
+def open_tokenizer(path):
+    """XLM-R's from a file or, without one, of bytes. Raises ValueError, one line."""
+    return SentencePieceTokenizer(path) if path else ByteTokenizer()
+
+
 # ------------------------------------------------------------------------------------------ batches
 
 
@@ -1052,11 +1188,16 @@ class Batches(torch.utils.data.Dataset):
     """step * pieces + piece -> that piece of this process's part of that step's batch, a dict:
 
     images     (b, C, H, W) uint8, b = batch size / processes / pieces; zero where unreadable
+               (none of them is opened, and H and W are 0, if `pictures` is false)
     ids        (b, N) int64, each sample's random order of patches (only with num_patches)
     labels     (b,) int64 class numbers, -1 where unknown
     tags       (b, T) int64 ids of hashtags, filled up with -1 (only with a vocabulary)
-    weight     (b,) float32: 1, or 0 for a sample that could not be read, or without a known tag
+    tokens     (b, T) int64, see Tokenizer (only with a tokenizer): of a sample's cleaned captions
+               one at random or, without an order, the first one; of an empty text if there is none
+    weight     (b,) float32: 1, or 0 for a sample that could not be read, or without a known tag or
+               a caption that one was looked for
     positions  (b,) int64 in the global stream
+    samples    (b,) int64, their numbers in the source; -1 past the last one
     numbers    (b, draws) float32 uniform in [0, 1), for what happens on the device
     bad        a list of "name: error" for the samples that could not be read
     """
@@ -1076,6 +1217,9 @@ class Batches(torch.utils.data.Dataset):
     augment: object = None  # (uint8 tensor, (seed, epoch, position)) -> the same, changed
     draws: int = 0
     centre: float = 1.0  # without an order: see crop_and_resize
+    tokenizer: object = None
+    context: int = 77  # most tokens of a caption, but for BOS and EOS
+    pictures: bool = True
 
     def __post_init__(self):
         if self.channels not in (1, 3, 4):
@@ -1122,7 +1266,7 @@ class Batches(torch.utils.data.Dataset):
         ):  # to be fetched: what is needed now, and half a block later or the next shard
             later = SHUFFLE_BLOCK // 2 * self.order.lanes if self.order else self.source.sizes.max()
             self.cache.ask(self.places(np.concatenate([positions, positions + later])))
-        height, width = self.size
+        height, width = self.size if self.pictures else (0, 0)
         # Channels-last memory, because the pictures arrive in it and patchify reads it that way.
         shape = len(positions), height, width, self.channels
         images = torch.zeros(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
@@ -1130,7 +1274,8 @@ class Batches(torch.utils.data.Dataset):
         weight = torch.zeros(len(positions))
         ids = torch.zeros(len(positions), self.num_patches, dtype=torch.int64)
         numbers = torch.zeros(len(positions), self.draws)
-        tags, bad = [[] for _ in positions], []
+        tags, texts, bad = [[] for _ in positions], [""] * len(positions), []
+        samples = torch.full((len(positions),), -1)
         for i, position in enumerate(positions.tolist()):
             epoch = position // self.order.length if self.order else 0
             if self.num_patches:
@@ -1142,16 +1287,23 @@ class Batches(torch.utils.data.Dataset):
             number = self.order(position) if self.order else position
             if number >= self.total:
                 continue
+            samples[i] = number
             bits = random_bits(23, self.seed, epoch, position, VIEW) if self.order else None
             try:
                 sample, crop = self.source.read(number), (bits, self.min_crop, self.centre)
-                pixels = crop_and_resize(sample["image"](), self.size, self.channels, *crop)
-                if self.augment:
-                    pixels = self.augment(pixels, (self.seed, epoch, position))
-                images[i] = pixels
+                if self.pictures:
+                    pixels = crop_and_resize(sample["image"](), self.size, self.channels, *crop)
+                    if self.augment:
+                        pixels = self.augment(pixels, (self.seed, epoch, position))
+                    images[i] = pixels
+                known = True
                 if self.vocabulary is not None:
                     tags[i] = self.vocabulary.ids(sample["hashtags"])
-                labels[i], weight[i] = sample["class"], self.vocabulary is None or len(tags[i]) > 0
+                    known = len(tags[i]) > 0
+                if self.tokenizer is not None:
+                    texts[i] = self.caption(sample, epoch, position)
+                    known = known and texts[i] != ""
+                labels[i], weight[i] = sample["class"], known
             except Unreachable:
                 raise
             except Exception as error:  # noqa: BLE001 (decoders raise anything: named, counted)
@@ -1160,7 +1312,17 @@ class Batches(torch.utils.data.Dataset):
         longest = max(map(len, tags))
         tags = torch.tensor([t + [-1] * (longest - len(t)) for t in tags], dtype=torch.int64)
         batch = {"images": images, "ids": ids, "labels": labels, "tags": tags, "weight": weight}
-        return batch | {"numbers": numbers, "positions": torch.from_numpy(positions), "bad": bad}
+        if self.tokenizer is not None:
+            batch["tokens"] = self.tokenizer(texts, self.context)
+        batch |= {"positions": torch.from_numpy(positions), "samples": samples}
+        return batch | {"numbers": numbers, "bad": bad}
+
+    def caption(self, sample, epoch, position):
+        """One of a sample's captions, cleaned; "" if all are empty."""
+        texts = list(filter(None, map(clean, captions_of(sample)))) or [""]
+        if not self.order:
+            return texts[0]
+        return texts[int(random_bits(1, self.seed, epoch, position, CAPTION)[0] % len(texts))]
 
 
 def one_line(error):
@@ -1410,8 +1572,8 @@ def toy_hashtags(scene, number):
 
 
 def toy_sample(number, size=64):
-    """One sample: a source's, and {"caption": str, "boxes", "masks": functions that give them, see
-    toy_render}. Object 0 is the largest and gives the class."""
+    """One sample: a source's, and {"boxes", "masks": functions that give them, see toy_render}.
+    Object 0 is the largest and gives the class."""
     scene = toy_scene(number)
     *things, ground = toy_phrases(scene)
     return {
@@ -1420,7 +1582,7 @@ def toy_sample(number, size=64):
         "masks": lambda: toy_render(scene, size, masks=True)[2],
         "class": TOY_CLASSES.index(scene["objects"][0]["shape"]),
         "hashtags": toy_hashtags(scene, number),
-        "caption": f"a {' and a '.join(things)} on {ground}",
+        "captions": [f"a {' and a '.join(things)} on {ground}"],
     }
 
 

@@ -1309,7 +1309,7 @@ def test_toy_has_both_splits_and_no_number_in_common():
     sample = val.read(3)
     assert min(sample["image"]().size) >= 48 and 0 <= sample["class"] < 10
     number = int(val.name(3).split(":")[1])
-    assert sample["caption"] == data.toy_sample(number)["caption"]
+    assert sample["captions"] == data.toy_sample(number)["captions"]
 
 
 @pytest.mark.parametrize(
@@ -1446,8 +1446,8 @@ def test_damaged_lines_of_labels_are_counted_and_left_out(tmp_path, capsys):
     labels.write_bytes("\n".join(lines).encode() + b'\n{"path": "\xff.png", "class": 1}')
     entries = data.read_labels(str(labels))
     assert "labels.jsonl: entries" in (printed := capsys.readouterr().err) and ": 10" in printed
-    assert entries == {"a.png": {"path": "a.png", "class": "1", "hashtags": ["#x"]},
-                       "c.png": {"path": "c.png"}}  # fmt: skip
+    assert entries == {"a.png": {"class": "1", "hashtags": ["#x"], "captions": []},
+                       "c.png": {"captions": []}}  # fmt: skip
     labels.write_text(lines[0])
     source, _ = data.open_sources(folder, labels=str(labels))
     assert source.classes == ["1"] and source.read(0)["hashtags"] == ["#x"]
@@ -2058,8 +2058,8 @@ VAL = data.TOY_VAL  # the first number of val
 def same_sample(one, other):
     assert one["image"]().tobytes() == other["image"]().tobytes()
     assert (one["boxes"]() == other["boxes"]()).all()
-    assert [one[k] for k in ("class", "caption", "hashtags")] == [
-        other[k] for k in ("class", "caption", "hashtags")
+    assert [one[k] for k in ("class", "captions", "hashtags")] == [
+        other[k] for k in ("class", "captions", "hashtags")
     ]
 
 
@@ -2079,7 +2079,7 @@ def test_a_toy_scene_is_the_same_at_any_size():
         assert np.allclose(small["boxes"]() * 4, large["boxes"](), atol=1e-3)
         shrunk = np.asarray(large["image"]().reduce(4), np.float64)
         assert np.abs(shrunk - np.asarray(small["image"]())).mean() < 6  # edges; seen: 3
-        assert small["caption"] == large["caption"]
+        assert small["captions"] == large["captions"]
 
 
 def test_toy_classes_are_about_equally_frequent_and_are_the_largest_objects_shape():
@@ -2155,7 +2155,7 @@ def test_toy_captions_and_hashtags_speak_of_the_scene():
     true_tags = 0
     for number in range(100):
         scene, sample = data.toy_scene(number), data.toy_sample(number, 16)
-        words = re.sub(r"(plain|striped|dotted|checked) ", "", sample["caption"])
+        words = re.sub(r"(plain|striped|dotted|checked) ", "", *sample["captions"])
         for thing in scene["objects"]:
             assert re.search(rf"\b{thing['colour']} {thing['shape']}\b", words)
         assert scene["background"]["colour"] in words.rpartition(" on ")[2]
