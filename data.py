@@ -1119,19 +1119,19 @@ BOS, PAD, EOS, UNKNOWN = range(4)
 
 
 def clean(text):
-    """A caption without # signs, white space and control characters are single spaces. (The paper
-    strips # signs and sanitises: recalled. Invisible format characters stay: emoji need them.)"""
+    """A caption without # signs (the paper strips them and sanitises: recalled), and with single
+    spaces for white space and control characters. (Joiners stay: emoji and scripts need them.)"""
     return re.sub(r"[#\uff03\s\x00-\x1f\x7f-\x9f]+", " ", text).strip()
 
 
 class Tokenizer:
-    """Texts -> ids. A kind of it has ids(text), a list; vocabulary, how many ids there are; and
-    identity, a text that says which it is: what was trained with one needs that one."""
+    """Texts -> ids. A subclass has ids(text), a list; vocabulary, how many ids there are; and
+    identity, a text that says which one it is."""
 
     def __call__(self, texts, context):
         """A list of n texts -> (n, T) int64: BOS, at most `context` tokens, EOS, and PAD.
 
-        T is the longest row's, rounded up so that few shapes occur: to 8s, or context + 2.
+        T is the longest row's length, up to a multiple of 8 or context + 2: few shapes occur.
         """
         rows = [[BOS, *self.ids(text)[:context], EOS] for text in texts]
         width = min(-(-max(map(len, rows)) // 8) * 8, context + 2)
