@@ -473,13 +473,13 @@ class Part:
         return self.source.where(self.numbers[number])
 
 
-def hold_out(train, val, count):
+def hold_out(train, val, count, share=0.05):
     """(source to train on, at most `count` samples to measure on): val's first ones or, without
-    val, the last ones of train, at most 5 % of it."""
+    val, the last ones of train, at most this share of it."""
     if val:
         return train, Part(val, range(min(count, int(val.sizes.sum()))))
     total = int(train.sizes.sum())
-    count = min(count, total // 20)
+    count = min(count, int(total * share))
     return Part(train, range(total - count)), Part(train, range(total - count, total))
 
 

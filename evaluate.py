@@ -6,6 +6,8 @@
     python evaluate.py --task features    --checkpoint ... --data DIR --out features.npz
     python evaluate.py --task reconstruct --checkpoint ... --data DIR    # what MAE sees, and paints
     python evaluate.py --task attention   --checkpoint ... --data DIR    # where a class token looks
+    python evaluate.py --task zeroshot    --checkpoint runs/lit/model.pt --data DIR  # by their names
+    python evaluate.py --task retrieval   --checkpoint runs/lit/model.pt --data 'captions/*.tar'
 
 DIR holds train/ and val/, each with a folder for every class. For shards: --data and --val-data.
 Each task prints a small table and, as the last line on stdout, one JSON object.
@@ -36,6 +38,15 @@ import model as models
 
 RIDGE = 10.0  # L2 on standardised features: fixed, not tuned
 NEIGHBOURS = 10
+# Sentences that a class's name is put into (ours).
+TEMPLATES = (
+    "{}",
+    "a {}",
+    "the {}",
+    "a photo of a {}.",
+    "a picture of one {}.",
+    "an image of the {}.",
+)
 
 
 # ----------------------------------------------------------------------------------------- features
@@ -254,6 +265,142 @@ def show_autoencoder(weights, run):
             print_probe(weights, run.config, *sources, "mean", run.seed, samples, **options)
     except (ValueError, OSError) as error:
         print(f"no more is shown: {error}")
+
+
+# --------------------------------------------------------------------------------- pictures and texts
+
+
+def open_tokenizer(path, text):
+    """The tokenizer of a file (None: bytes) for a text tower with this config ({}: a new one)."""
+    tokenizer = data.open_tokenizer(path)
+    known, size = text.get("tokenizer"), text.get("vocabulary", tokenizer.vocabulary)
+    if known not in (None, tokenizer.identity) or size != tokenizer.vocabulary:
+        why = f"the text tower knows {size} tokens{f' of {known}' if known else ''}"
+        found = f"{tokenizer.identity} has {tokenizer.vocabulary}"
+        raise ValueError(f"{why}, {found}: give its sentencepiece file as --tokenizer")
+    return tokenizer
+
+
+@torch.inference_mode()
+def embed_texts(model, texts, tokenizer, device):
+    """models.TwoTowers' embeddings (n, S) float32 of a list of texts, on the CPU."""
+    context, found = model.config["text"]["context"], []
+    for start in range(0, len(texts), 256):
+        tokens = tokenizer(texts[start : start + 256], context).to(device)
+        found.append(model(None, tokens)[1].float().cpu())
+    return torch.cat(found)
+
+
+def retrieval(model, source, tokenizer, **options):
+    """{"text_recall_at_1": share of the pictures of which a caption is the most similar one of all
+    captions, ..., "image_recall_at_1": share of the captions that find a picture of theirs, ...}.
+
+    Equal captions are one text, which several pictures may answer. Pictures without any are left
+    out. options: see extract. Exact, up to ties, which count as wrong.
+    """
+    function = lambda images: model(model.features(images), None)[0]
+    images, _, numbers = extract({"": function}, source, model.config, **options)
+    captions, texts, pairs = data.all_captions(source), {}, []
+    for row, number in enumerate(numbers.tolist()):
+        for caption in filter(None, map(data.clean, captions[number])):
+            pairs.append((row, texts.setdefault(caption, len(texts))))
+    if not pairs:
+        raise ValueError(f"no captions in {source.identity}")
+    rows, answers = torch.tensor(pairs).unbind(dim=1)
+    kept, rows = rows.unique(return_inverse=True)
+    images = images[""][kept]
+    found = embed_texts(model, [*texts], tokenizer, options.get("device", "cpu"))
+    ranks = {"text": ranks_of(images, found, rows, answers)}
+    ranks["image"] = ranks_of(found, images, answers, rows)
+    return {
+        f"{what}_recall_at_{k}": (rank < k).double().mean().item()
+        for what, rank in ranks.items()
+        for k in (1, 5, 10)
+    } | {"images": len(images), "texts": len(texts)}
+
+
+def ranks_of(asked, offered, rows, answers):
+    """How many wrong answers are at least as similar as the best right one: (n,) for asked (n, S).
+
+    offered (m, S); (rows[i], answers[i]) are the right pairs.
+    """
+    ranks = torch.zeros(len(asked), dtype=torch.int64)
+    for part in torch.arange(len(asked)).split(1024):  # bounds the memory, changes nothing
+        similarity, mine = asked[part] @ offered.T, (rows >= part[0]) & (rows <= part[-1])
+        right = rows[mine] - part[0], answers[mine]
+        best = torch.full((len(part),), -torch.inf)
+        best.scatter_reduce_(0, right[0], similarity[right], "amax")
+        similarity[right] = -torch.inf
+        ranks[part] = (similarity >= best[:, None]).sum(dim=1)
+    return ranks
+
+
+def class_embeddings(model, names, templates, tokenizer, device):
+    """(classes, S): of each class the normalised mean of all its names in all the templates.
+
+    names: a list of synonyms for each class (maws repository, eval_zeroshot.py).
+    """
+    prompts = [
+        (i, t.replace("{}", n)) for i, some in enumerate(names) for n in some for t in templates
+    ]
+    classes, texts = zip(*prompts)
+    found = embed_texts(model, texts, tokenizer, device)
+    sums = torch.zeros(len(names), found.shape[1]).index_add_(0, torch.tensor(classes), found)
+    return F.normalize(sums, dim=1)
+
+
+def read_lines(path, what):
+    """The lines of a text file. ValueError where one is blank or comes again."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {what} from {path}: {error}") from None
+    first = {}
+    for number, line in enumerate(lines, 1):
+        if not line:
+            raise ValueError(f"{path}: line {number} is blank: want one of the {what} in each")
+        if first.setdefault(line, number) != number:
+            raise ValueError(f"{path}: line {number} repeats line {first[line]}: {line!r}")
+    if not lines:
+        raise ValueError(f"{path} is empty: want {what}, one in each line")
+    return lines
+
+
+def read_class_names(path, classes):
+    """For each class of the data its names: a list of lists.
+
+    path     a file with a line for each class, in their order: names separated by commas; or, after
+             the class (what the data calls it) and a tab, in any order. None: the data's names
+    classes  the data's, or None where it only numbers them
+    """
+    if not path:
+        if not classes:
+            raise ValueError("the data does not name its classes: give --classnames")
+        return [[name.replace("_", " ").replace("-", " ")] for name in classes]
+    lines = read_lines(path, "class names")
+    tabs = ["\t" in line for line in lines]
+    if any(tabs) and not all(tabs):
+        raise ValueError(f"{path}: line {tabs.index(False) + 1} has no tab, others have one")
+    if all(tabs):
+        keyed = dict(line.split("\t", 1) for line in lines)
+        order = classes or [str(i) for i in range(len(keyed))]
+        if missing := [name for name in order if name not in keyed]:
+            raise ValueError(f"{path} has no names for {', '.join(missing[:3])} ({len(missing)})")
+        lines = [keyed[name] for name in order]
+    elif classes and len(lines) != len(classes):
+        raise ValueError(f"{path} has {len(lines)} lines, the data {len(classes)} classes")
+    names = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]
+    if [] in names:
+        raise ValueError(f"{path}: line {names.index([]) + 1} holds no name")
+    return names
+
+
+def read_templates(path):
+    lines = read_lines(path, "templates") if path else TEMPLATES
+    for number, line in enumerate(lines, 1):
+        if "{}" not in line:
+            raise ValueError(f"{path}: line {number} has no {{}} for the name of a class: {line!r}")
+    return lines
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -528,6 +675,60 @@ def right_answers(model, source, labels, numbers, run):
     return [meanings.get(label, set()) for label in labels.tolist()]
 
 
+def task_zeroshot(model, sources, run):
+    source, device = sources[-1], run.options["device"]
+    tokenizer = open_tokenizer(run.tokenizer, model.config["text"])
+    names, templates = (
+        read_class_names(run.classnames, source.classes),
+        read_templates(run.templates),
+    )
+    several = sum(map(len, names))
+    print(
+        f"{len(names)} classes, {several} names, {len(templates)} templates, {tokenizer.identity}"
+    )
+    classes = class_embeddings(model, names, templates, tokenizer, device).to(device)
+    function = lambda images: best_five(model(model.features(images), None)[0] @ classes.T)
+    run.options["centre"] = run.val_crop
+    found, labels, _ = extract({"": function}, source, model.config, **run.options)
+    known = labels >= 0
+    if (labels >= len(names)).any():
+        raise ValueError(f"there is a label {int(labels.max())}, and names of {len(names)} classes")
+    if not known.any():
+        raise ValueError(f"no labels in {source.identity}: want class folders or .cls files")
+    if not known.all():
+        print(f"{int((~known).sum())} pictures without a label are left out")
+    hits = found[""][known][:, :-1].long() == labels[known, None]
+    top1, top5 = hits[:, 0].double().mean().item(), hits.any(dim=1).double().mean().item()
+    chance = 1 / len(names)
+    print(
+        f"zero-shot top-1 {top1:.2%}, top-5 {top5:.2%} on {len(hits)} pictures (chance {chance:.2%})"
+    )
+    return {"top1": top1, "top5": top5, "pictures": len(hits), "classes": len(names)}
+
+
+def task_retrieval(model, sources, run):
+    tokenizer = open_tokenizer(run.tokenizer, model.config["text"])
+    found = retrieval(model, sources[-1], tokenizer, centre=run.val_crop, **run.options)
+    print(recall_table(found))
+    return found
+
+
+def recall_table(found):
+    """What retrieval found, in lines to read."""
+    images, texts = found["images"], found["texts"]
+    lines = [f"{images} pictures, {texts} different captions     recall at 1       5      10"]
+    for what, title in (("text", "a caption of a picture"), ("image", "a picture of a caption")):
+        cells = (f"{found[f'{what}_recall_at_{k}']:7.2%}" for k in (1, 5, 10))
+        lines.append(f"  {title:42} {' '.join(cells)}")
+    return "\n".join(
+        [
+            *lines,
+            f"  {'(chance, about)':42} "
+            + " ".join(f"{min(1, k / max(images, texts)):7.2%}" for k in (1, 5, 10)),
+        ]
+    )
+
+
 def task_features(model, sources, run):
     out = Path(run.out or "features.npz")
     if out.exists():
@@ -566,13 +767,21 @@ TASKS = {
     "features": task_features,
     "reconstruct": task_reconstruct,
     "attention": task_attention,
+    "zeroshot": task_zeroshot,
+    "retrieval": task_retrieval,
 }
 
 
 def load_model(path, task, device):
     """(model in inference mode, one line on what became of the weights) of a checkpoint."""
     state, config = models.read_weights(path)
-    if task == "reconstruct":
+    if task in ("zeroshot", "retrieval"):
+        if "text" not in config:
+            raise ValueError(f"{path} has no text tower: finetune.py --task lit makes one")
+        names = ("text", "shared_width", "pool")
+        pair = {**models.encoder_config(config), **{name: config[name] for name in names}}
+        model = models.TwoTowers(**pair)
+    elif task == "reconstruct":
         if "decoder" not in config:
             raise ValueError(f"{path} has no decoder: --task reconstruct needs stage 1's model.pt")
         model = models.MAE(**config)
@@ -593,7 +802,11 @@ TASKS_OF_FLAGS = {
     "pool": "knn fewshot features",
     "shots": "fewshot",
     "split": "features",
-    **dict.fromkeys(("val_crop", "border", "real_labels", "label_map"), "classify"),
+    **dict.fromkeys(("border", "real_labels", "label_map"), "classify"),
+    "val_crop": "classify zeroshot retrieval",
+    **dict.fromkeys(("classnames", "templates"), "zeroshot"),
+    **dict.fromkeys(("tokenizer",), "zeroshot retrieval"),
+    "caption_key": "retrieval",
     **dict.fromkeys(("confusion", "mistakes"), "classify"),
     "out": "features reconstruct attention",
     "count": "reconstruct attention classify",
@@ -617,7 +830,11 @@ def parse_arguments(argv):
     add("--pool", choices=("cls", "mean"), default="mean", help="of the tokens (mean)")
     add("--shots", type=shots, default=shots("1,5,10,all"), help="per class (1,5,10,all)")
     add("--split", choices=("train", "val"), default="val", help="for features (val)")
-    add("--val-crop", type=float, help="classify: share of the centre, 0: all, squashed")
+    add("--val-crop", type=float, help="share of the centre, 0: all, squashed")
+    add("--classnames", help="zeroshot: file of names, a line for each class (the data's names)")
+    add("--templates", help="zeroshot: file of sentences with {} for a name (a few of ours)")
+    add("--tokenizer", help="XLM-R's sentencepiece file, if that is what the texts were cut by")
+    add("--caption-key", default="caption", help="retrieval: of the captions in .json (caption)")
     add("--border", type=int, default=0, help="classify: pixels that are cut off all around (0)")
     add("--real-labels", help="classify: ImageNet-ReaL's real.json, of several right answers")
     add("--label-map", help="classify: JSON, class of the data: class of the model, or a list")
@@ -684,10 +901,12 @@ def main(argv=None):
         model, line = load_model(run.checkpoint, run.task, device)
         print(line)
         size = models.pair(model.config["image_size"])
-        run.val_crop = usual_crop(size) if run.val_crop is None else run.val_crop
+        if run.val_crop is None:  # pairs see the whole centre (maws repository)
+            run.val_crop = 1.0 if hasattr(model, "text") else usual_crop(size)
         labels = run.labels, run.val_labels
         cache = run.cache_dir, run.cache_size
-        train, val = data.open_sources(run.data, run.val_data, size, *labels, cache)
+        opened = run.data, run.val_data, size, *labels, cache, run.caption_key
+        train, val = data.open_sources(*opened)
         if val is None and run.task in ("knn", "fewshot"):
             raise ValueError(f"{run.data} has no train/ and val/: give the latter as --val-data")
         result = TASKS[run.task](model, [train, val] if val else [train], run)

@@ -3,6 +3,7 @@
 Laptop       python finetune.py --task classify --init runs/weak/model.pt        # toy world
              python finetune.py --task linear   --init runs/weak/model.pt --data DIR
              python finetune.py --task lowshot  --init runs/weak/model.pt --data DIR --shots 1,5,10
+             python finetune.py --task lit      --init runs/weak/model.pt        # toy captions
 One node     torchrun --nproc-per-node 8 finetune.py --task classify --init maws.pt --data DIR
 Many nodes   torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500
                  finetune.py --task classify --init maws.pt --data 'train/*.tar' --val-data ...
@@ -12,6 +13,8 @@ classify  every weight is trained, by the public MAE code's recipe (FINETUNE.md 
 linear    a linear head on the frozen encoder: many learning rates in one pass, the best one chosen
 lowshot   K pictures of a class, five draws: prompts in the frozen encoder (VPT, arXiv 2203.12119),
           and logistic regression on its features
+lit       a text tower learns to meet the frozen encoder on pairs of picture and caption (LiT, arXiv
+          2111.07991): then classes are recognised by their names, see evaluate.py --task zeroshot
 What is chosen (a learning rate, a penalty) is chosen on a slice of train, never on val.
 """
 
@@ -58,7 +61,7 @@ RECIPES = {
 RECIPES |= {"2B": RECIPES["H"], "6.5B": RECIPES["H"]}
 RECIPES["toy"] = (64, 4e-3, 100, 0.75, 0.0)  # ours
 # Of the toy world: of its 65,536 pictures, of 15,564, and of the few that lowshot draws (ours).
-TOY_EPOCHS = {"classify": 0.4, "linear": 2, "lowshot": 10}
+TOY_EPOCHS = {"classify": 0.4, "linear": 2, "lowshot": 10, "lit": 1}
 # Augmentation of the same recipe; a toy run is too short for most of it (ours).
 AUGMENTATION = {"min_crop": 0.08, "mixup": 0.8, "cutmix": 1.0, "rand_augment": 9.0, "erase": 0.25}
 TOY_AUGMENTATION = dict.fromkeys(AUGMENTATION, 0.0) | {"min_crop": 0.5}
@@ -67,11 +70,22 @@ LINEAR_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 LOWSHOT_RATES = (1e-3, 4e-3, 1.6e-2)  # of AdamW (ours: the paper's optimizer is unknown)
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # L2 of logistic regression (ours)
 SEEDS = range(5)  # draws of the low-shot pictures (paper, section 4.4)
-# Flags of one task alone: the others refuse them.
-ONLY_OF = {"linear": ("batch_norm",), "lowshot": ("shots",), "classify": (
-    "keep_head", "drop_path", "lr", "layer_decay", "weight_decay", "smoothing", "mixup", "cutmix",
-    "rand_augment", "erase", "ema", "plan",
-)}  # fmt: skip
+# Of lit, batch size (recalled of the paper, unsure), then what is borrowed of big_vision's LiT, as
+# the paper's is unknown: lr (not scaled with the batch), weight decay, warm-up, gradient clipping.
+LIT = (32_768, 1e-3, 0.01, 0.03, 1.0)
+# Flags of some tasks: the others refuse them.
+TASKS_OF_FLAGS = {
+    **dict.fromkeys(("keep_head", "drop_path", "layer_decay", "smoothing", "mixup"), "classify"),
+    **dict.fromkeys(("cutmix", "rand_augment", "erase", "ema", "plan"), "classify"),
+    **dict.fromkeys(("lr", "weight_decay"), "classify lit"),
+    **dict.fromkeys(("labels", "val_labels"), "classify linear lowshot lit"),
+    **dict.fromkeys(("class_weights", "classes"), "classify linear lowshot"),
+    **dict.fromkeys(("resume", "save_every"), "classify linear lit"),
+    **dict.fromkeys(("text_size", "text_init", "tokenizer", "context", "caption_key"), "lit"),
+    **dict.fromkeys(("shared_width", "cache_features"), "lit"),
+    "batch_norm": "linear",
+    "shots": "lowshot",
+}
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -79,12 +93,14 @@ ONLY_OF = {"linear": ("batch_norm",), "lowshot": ("shots",), "classify": (
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser("finetune.py", allow_abbrev=False, description="Stage 3.")
-    parser.add_argument("--task", required=True, choices=("classify", "linear", "lowshot"))
+    parser.add_argument("--task", required=True, choices=("classify", "linear", "lowshot", "lit"))
     add = parser.add_argument_group("data").add_argument
     add("--data", help="a folder with train/ and val/, tar shards, or toy (toy)")
     add("--val-data", help="the val pictures, where --data holds only those to train on")
     add("--labels", help="of the folder --data: .csv (path,class), .jsonl, or iNaturalist's .json")
     add("--val-labels", help="the same for val (paths in --val-data or, without it, --data)")
+    add("--caption-key", default="caption", help="lit: of the captions in .json (caption)")
+    add("--cache-features", action="store_true", help="lit: of pictures' centres, computed once")
     add("--classes", type=int, help="how many, where the data does not name them")
     add("--cache-dir", help="folder for remote shards (of yours, among the temporary files)")
     add("--cache-size", default="20G", help="the most that it holds, like 500G (20G)")
@@ -99,15 +115,20 @@ def parse_arguments(argv):
     add("--size", help=f"without --init: {' '.join(models.SIZES)}, or WIDTHxLAYERSxHEADS")
     add("--patch-size", type=int, help="side of a patch (the size's own)")
     add("--pool", choices=("cls", "mean"), help="what the head reads (classify: mean; else cls)")
+    add("--text-size", help=f"lit: {' '.join(models.TEXT_SIZES)}, or WIDTHxLAYERSxHEADS (by size)")
+    add("--text-init", help="lit: XLM-R's weights for the text tower to start from")
+    add("--tokenizer", help="lit: XLM-R's sentencepiece file (without: bytes)")
+    add("--context", type=int, help="lit: tokens that a caption may have (100)")
+    add("--shared-width", type=int, help="lit: of the space for both (by size)")
     add("--keep-head", action="store_true", help="start from the head in --init, too")
     add("--drop-path", type=float, help="of the last block, rising from 0 (B 0.1, L 0.2, H 0.3)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch-size", type=int, help="global (1024; lowshot: 128; toy: 64)")
+    add("--batch-size", type=int, help="global (1024; lowshot: 128; lit: 32768; toy: 64, lit: 256)")
     add("--micro-batch", type=int, help="images at once on a process (what should fit)")
-    add("--lr", type=float, help="peak of classify (the recipe's)")
+    add("--lr", type=float, help="peak of classify (the recipe's) or lit (1e-3)")
     add("--layer-decay", type=float, help="of the lr, from block to block (B 0.65, L and H 0.75)")
     add("--warmup", type=float, help="share of the steps (5 epochs of MAE's recipe)")
-    add("--weight-decay", type=float, default=0.05, help="of classify (0.05)")
+    add("--weight-decay", type=float, help="of classify (0.05) or lit (0.01)")
     add("--smoothing", type=float, default=0.1, help="of labels (0.1)")
     add("--mixup", type=float, help="alpha, 0: none (0.8; toy: 0)")
     add("--cutmix", type=float, help="alpha, 0: none (1.0; toy: 0)")
@@ -120,7 +141,11 @@ def parse_arguments(argv):
     add("--seed", type=int, default=0, help="of weights, order and augmentation (0)")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--steps", type=int, help="length of the run; or give --epochs")
-    add("--epochs", type=float, help="(B 100, L and H 50; linear 28; lowshot 100; toy: fewer)")
+    add(
+        "--epochs",
+        type=float,
+        help="(B 100, L and H 50; linear 28; lowshot 100; lit 1; toy: fewer)",
+    )
     add("--samples", type=float, help="instead of --epochs")
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="where everything is written (runs/TASK)")
@@ -151,13 +176,9 @@ def parse_arguments(argv):
     if "all" in run.shots:
         parser.error("--shots wants numbers: for all pictures there is --task linear")
     run.plan = run.plan or bool(run.gpus)
-    for task, names in ONLY_OF.items():
-        for name in names if task != run.task else ():
-            if getattr(run, name) != parser.get_default(name):
-                parser.error(f"--{name.replace('_', '-')} is for --task {task}")
-    for name in ("resume", "save_every", "class_weights") if run.task == "lowshot" else ():
-        if getattr(run, name):
-            parser.error(f"--{name.replace('_', '-')} is not for --task lowshot")
+    for name, tasks in TASKS_OF_FLAGS.items():
+        if run.task not in tasks.split() and getattr(run, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is for --task {tasks.replace(' ', ', ')}")
     run.out = run.out or Path("runs", run.task)
     return run
 
@@ -198,13 +219,67 @@ def prepare(run):
         side = 48 if run.size in (None, "toy") else 224
         given = {"size": "toy", "image_size": side, "channels": 3, **given}
     names += ("channels", "positions", "class_names", "pool")
+    names += ("text", "shared_width") if run.task == "lit" else ()
     run.weights, run.config, run.origin = models.inherit(run.init, given, names)
     classes_of_head, pool = run.config.pop("class_names", None), run.config.pop("pool", None)
     run.image_size = models.pair(run.config["image_size"])
     labels = run.labels, run.val_labels
     cache = run.cache_dir, run.cache_size
-    opened = data.open_sources(run.data or "toy", run.val_data, run.image_size, *labels, cache)
-    run.train, run.val = opened
+    opened = run.data or "toy", run.val_data, run.image_size, *labels, cache, run.caption_key
+    run.train, run.val = data.open_sources(*opened)
+    toy = isinstance(run.train, data.Toy)
+    toy_recipe = toy and run.config["size"] == "toy"
+    if run.task == "lit":
+        prepare_pairs(run, pool)
+    else:
+        prepare_labels(run, classes_of_head, pool)
+    for name, value in (TOY_AUGMENTATION if toy_recipe else AUGMENTATION).items():
+        if getattr(run, name) is None:
+            setattr(run, name, value)
+    if run.rand_augment and run.task == "classify" and run.config["channels"] == 4:
+        raise ValueError("RandAugment is for grey and RGB pictures: give --rand-augment 0")
+    if run.val_crop is None:
+        run.val_crop = 1.0 if run.task == "lit" else evaluate.usual_crop(run.image_size)
+    if run.task == "lowshot" and ((run.out / "config.json").exists() or run.out.is_file()):
+        raise ValueError(f"--out {run.out} is a file, or another run's: use another --out")
+
+    # -------------------------------------------------------------------------------- the recipe
+    found = RECIPES.get(run.config["size"], RECIPES["B"])  # others: B's, unsure
+    batch_size, base_lr, epochs, layer_decay, drop_path = found
+    warmup, weight_decay, run.clip = 5 / epochs, 0.05, None
+    if run.task == "linear":
+        # SWAG's linear head (torchvision's pull request 5793): 28 epochs, warm-up not known
+        epochs, warmup = 28, 0.0
+    elif run.task == "lowshot":  # VPT's code: 100 epochs, of which 10 warm up
+        batch_size, epochs, warmup = min(batch_size, 128), 100, 0.1
+    elif run.task == "lit":
+        batch_size, run.lr, weight_decay, warmup, run.clip = LIT[0], run.lr or LIT[1], *LIT[2:]
+        batch_size, epochs = 256 if toy_recipe else batch_size, 1
+    if toy_recipe:
+        epochs, warmup = TOY_EPOCHS[run.task], max(warmup, 0.05)
+    run.batch_size = run.batch_size or batch_size
+    if run.batch_size % 2:
+        raise ValueError(f"--batch-size {run.batch_size}: want an even number (mixup needs pairs)")
+    count = int(run.train.sizes.sum())
+    run.epochs = run.epochs or (run.samples or epochs * count) / count
+    run.warmup = warmup if run.warmup is None else run.warmup
+    run.weight_decay = weight_decay if run.weight_decay is None else run.weight_decay
+    run.lr = run.lr or base_lr * run.batch_size / 256
+    run.layer_decay = layer_decay if run.layer_decay is None else run.layer_decay
+    run.drop_path = drop_path if run.drop_path is None else run.drop_path
+    run.pool = run.pool or ("mean" if run.task == "classify" else "cls")
+    same = ("task", "classes", "batch_size", "epochs", "steps", "lr", "layer_decay", "warmup")
+    same += ("weight_decay", "smoothing", "mixup", "cutmix", "rand_augment", "erase", "ema")
+    same += ("drop_path", "pool", "class_weights", "batch_norm", "min_crop", "seed", "precision")
+    same += ("val_crop", "keep_head", "cache_features", "caption_key")
+    run.identity = {"stage": "finetune", "data": run.train.identity, "val": run.val.identity}
+    run.identity |= {"model": run.config, "init": run.origin}
+    run.identity |= {name: getattr(run, name) for name in same}
+    run.identity = json.loads(json.dumps(run.identity))  # as it will be read again
+
+
+def prepare_labels(run, classes_of_head, pool):
+    """The classes of the data, and what is held out of it, for the tasks that learn labels."""
     named = len(run.train.classes or ())
     if named and run.classes not in (None, named):
         raise ValueError(f"--classes {run.classes}: {run.data} names {named}")
@@ -233,60 +308,52 @@ def prepare(run):
         if run.pool not in (None, pool):
             raise ValueError(f"--keep-head: the head in --init reads --pool {pool}")
         run.pool = pool
-    toy = isinstance(run.val, data.Toy)
-    if toy:  # it has no end
+    if isinstance(run.val, data.Toy):  # it has no end
         run.val = data.Part(run.val, range(1024))
         run.train = run.train if run.task == "classify" else data.Part(run.train, range(16_384))
-    toy_recipe = toy and run.config["size"] == "toy"
-    for name, value in (TOY_AUGMENTATION if toy_recipe else AUGMENTATION).items():
-        if getattr(run, name) is None:
-            setattr(run, name, value)
-    if run.rand_augment and run.task == "classify" and run.config["channels"] == 4:
-        raise ValueError("RandAugment is for grey and RGB pictures: give --rand-augment 0")
     if run.task != "classify":  # what is chosen is chosen on a slice of train
         run.train, run.slice = data.hold_out(run.train, None, 10_000)
         if not run.slice.sizes.any():
             raise ValueError("train is too small: a twentieth of it is needed to choose on")
-    if run.val_crop is None:
-        run.val_crop = evaluate.usual_crop(run.image_size)
     if not run.plan:  # else it would be found after a tenth of the training
         labels = data.all_labels(run.val)
         if not (labels >= 0).any():
             raise ValueError(f"no labels in {run.val.identity}")
         if (labels >= run.classes).any():
             raise ValueError(f"labels of val are over {run.classes - 1}, the last class")
-    if run.task == "lowshot" and ((run.out / "config.json").exists() or run.out.is_file()):
-        raise ValueError(f"--out {run.out} is a file, or another run's: use another --out")
 
-    # -------------------------------------------------------------------------------- the recipe
-    found = RECIPES.get(run.config["size"], RECIPES["B"])  # others: B's, unsure
-    batch_size, base_lr, epochs, layer_decay, drop_path = found
-    warmup = 5 / epochs
-    if run.task == "linear":
-        # SWAG's linear head (torchvision's pull request 5793): 28 epochs, warm-up not known
-        epochs, warmup = 28, 0.0
-    elif run.task == "lowshot":  # VPT's code: 100 epochs, of which 10 warm up
-        batch_size, epochs, warmup = min(batch_size, 128), 100, 0.1
-    if toy_recipe:
-        epochs, warmup = TOY_EPOCHS[run.task], max(warmup, 0.05)
-    run.batch_size = run.batch_size or batch_size
-    if run.batch_size % 2:
-        raise ValueError(f"--batch-size {run.batch_size}: mixup needs pairs, an even number")
-    count = int(run.train.sizes.sum())
-    run.epochs = run.epochs or (run.samples or epochs * count) / count
-    run.warmup = warmup if run.warmup is None else run.warmup
-    run.lr = run.lr or base_lr * run.batch_size / 256
-    run.layer_decay = layer_decay if run.layer_decay is None else run.layer_decay
-    run.drop_path = drop_path if run.drop_path is None else run.drop_path
-    run.pool = run.pool or ("mean" if run.task == "classify" else "cls")
-    same = ("task", "classes", "batch_size", "epochs", "steps", "lr", "layer_decay", "warmup")
-    same += ("weight_decay", "smoothing", "mixup", "cutmix", "rand_augment", "erase", "ema")
-    same += ("drop_path", "pool", "class_weights", "batch_norm", "min_crop", "seed", "precision")
-    same += ("val_crop", "keep_head")
-    run.identity = {"stage": "finetune", "data": run.train.identity, "val": run.val.identity}
-    run.identity |= {"model": run.config, "init": run.origin}
-    run.identity |= {name: getattr(run, name) for name in same}
-    run.identity = json.loads(json.dumps(run.identity))  # as it will be read again
+
+def prepare_pairs(run, pool):
+    """The texts of lit: tokenizer, text tower, and the pairs that are held out."""
+    if not run.weights:
+        raise ValueError("--task lit wants --init: the encoder is frozen, it must have learned")
+    run.pool, run.classes = run.pool or pool, 0
+    run.train, run.val = data.hold_out(run.train, run.val, 1000, share=0.1)
+    if not run.val.sizes.any():
+        raise ValueError(f"{run.train.identity} is too small: a tenth of it is held out")
+    if not any(data.all_captions(run.val)):
+        want = f"want .txt or .json with {run.caption_key!r} in shards, or --labels (path,caption)"
+        raise ValueError(f"no captions in {run.val.identity}: {want}")
+    known = run.config.get("text", {})  # where --init is a pair of towers already
+    if known and run.text_init:
+        raise ValueError(f"{run.init} has a text tower: leave --text-init out")
+    run.text_weights = None
+    if run.text_init:
+        run.text_weights, known = models.read_text_weights(run.text_init)
+    if known and run.text_size not in (None, known["size"]):
+        raise ValueError(f"--text-size {run.text_size}: the weights are of size {known['size']}")
+    run.tokenizer_file = run.tokenizer
+    run.tokenizer = evaluate.open_tokenizer(run.tokenizer_file, known)
+    size, shared_width = models.PAIRS.get(run.config["size"], models.PAIRS["L"])
+    text = {"size": run.text_size or size, "vocabulary": run.tokenizer.vocabulary, "context": 100}
+    text |= known | {"tokenizer": run.tokenizer.identity}
+    text["context"] = run.context = run.context or text["context"]
+    if run.context > text.get("positions", 514) - 4:  # begin, end, and positions start at 2
+        raise ValueError(f"--context {run.context} is over {text.get('positions', 514) - 4}")
+    run.config |= {"text": text, "shared_width": run.config.get("shared_width", shared_width)}
+    if run.shared_width not in (None, run.config["shared_width"]) and known.get("context"):
+        raise ValueError(f"--shared-width: that of {run.init} is {run.config['shared_width']}")
+    run.config["shared_width"] = run.shared_width or run.config["shared_width"]
 
 
 # ------------------------------------------------------------------------------------ augmentation
@@ -557,11 +624,75 @@ def build_trunk(run, say):
 # ----------------------------------------------------------------------------------------- training
 
 
-def train(run, model, optimizer, source, out, steps, say):
+def learn_labels(run, model, pieces):
+    """A step on labels: see train. Losses are sums over the batch, to be divided by the weights'."""
+    sums, classify = torch.zeros(3, device=run.device), run.task == "classify"
+    for batch in pieces:
+        readable, labels, numbers = batch["weight"], batch["labels"], batch["numbers"]
+        labels = torch.where((readable > 0) & (labels < run.classes), labels, -1)
+        images, share, noise = data.normalize(batch["images"]), torch.ones_like(readable), None
+        if classify:
+            images, share = mix(images, readable, numbers, run.mixup, run.cutmix)
+            noise = numbers[:, MIX_DRAWS:].unflatten(1, (-1, 2))  # (b, L, 2)
+        logits = model(images, noise)
+        logits = logits[:, None] if logits.ndim == 2 else logits  # (b, heads, classes)
+        smoothing = run.smoothing if classify else 0.0
+        losses, weights = label_loss(logits, labels, share, smoothing, run.weights_of_classes)
+        loss = losses.sum() / run.batch_size
+        (loss * run.processes).backward()  # FSDP averages over the processes
+        unknown = (readable > 0).sum() - (labels >= 0).sum()
+        sums += torch.stack([loss.detach(), weights.sum(), unknown])
+    return sums
+
+
+def learn_pairs(run, model, pieces):
+    """A step on pairs of picture and caption: see train. Exact however the batch is cut in pieces.
+
+    Of several pieces, first only the embeddings are computed. The loss of the whole batch says how
+    each should move, and with that each piece is computed again, now with its gradient (GradCache,
+    arXiv 2101.06983). Pictures are seen once: their tower is frozen.
+    """
+    kept = []
+    with torch.no_grad():
+        model.logit_scale.clamp_(max=math.log(100))  # as CLIP's
+    for batch in pieces:
+        weight = batch["weight"]
+        if run.features is None:
+            with torch.no_grad():
+                features = model.features(data.normalize(batch["images"])).float()
+        else:
+            features = run.features[batch["samples"].cpu()].to(run.device)
+            weight = weight * features.isfinite().all(dim=1)  # those of unreadable pictures are nan
+            features = features.nan_to_num()
+        kept.append((features, batch["tokens"], weight))
+    with torch.set_grad_enabled(len(kept) == 1):
+        found = [model(features, tokens) for features, tokens, _ in kept]
+    images, texts, scales = ([x.detach() for x in parts] for parts in zip(*found))
+    leaves = [x.requires_grad_() for x in (torch.cat(images), torch.cat(texts), scales[0])]
+    weight = torch.cat([weight for *_, weight in kept])
+    loss = models.contrastive_loss(*leaves, weight)
+    (loss * run.processes).backward()  # FSDP averages over the processes
+    sizes = [len(weight) for *_, weight in kept]
+    gradients = zip(*(leaf.grad.split(sizes) for leaf in leaves[:2]))
+    for i, gradient in enumerate(gradients):
+        if len(kept) > 1:
+            if run.sharded:
+                model.set_requires_gradient_sync(i == len(kept) - 1)
+            found[i] = model(*kept[i][:2])
+        torch.autograd.backward(found[i], (*gradient, leaves[2].grad / len(kept)))
+    # The loss is the batch's mean already.
+    share = run.batch_size / run.processes
+    return torch.stack([loss.detach() / run.processes, loss.new_tensor(share), (weight == 0).sum()])
+
+
+def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_labels, **drawn):
     """Train a model on a source; True when it came to its end, False when a signal stopped it.
 
     Checkpoints and metrics.jsonl are in `out`, where the same call goes on. The optimizer's groups
     have an initial_lr and may have an lr_scale. run.measure(model) is logged with every save.
+    flops: of a training step, for an image. drawn: what else data.Batches shall draw or make.
+    learn(run, model, pieces): backward through a step's batches, which come one by one, already on
+    the device; returns the sums [loss, weight, unlabelled samples]; see learn_labels.
     """
     # --------------------------------------------------------------------------------------- data
     device, classify = run.device, run.task == "classify"
@@ -573,11 +704,7 @@ def train(run, model, optimizer, source, out, steps, say):
     micro_batch = run.micro_batch or whole
     pieces = share // micro_batch
     dealt = {"process": run.process, "processes": run.processes, "pieces": pieces}
-    drawn = {"order": order, "seed": run.seed, "min_crop": run.min_crop}
-    if classify:
-        drawn["draws"] = MIX_DRAWS + 2 * model.layers
-        if run.rand_augment or run.erase:
-            drawn["augment"] = partial(augment, magnitude=run.rand_augment, erasing=run.erase)
+    drawn |= {"order": order, "seed": run.seed, "min_crop": run.min_crop}
     shape = run.image_size, run.config["channels"], run.batch_size
     batches = data.Batches(source, *shape, **dealt, **drawn)
     if pieces * micro_batch != share or micro_batch % 2 or (run.batch_norm and pieces > 1):
@@ -607,7 +734,6 @@ def train(run, model, optimizer, source, out, steps, say):
         )
 
     # --------------------------------------------------------------------------------------- loop
-    flops = {"classify": 3, "linear": 1, "lowshot": 2}[run.task] * models.flops_per_image(trunk)
     peak, chip = models.peak_flops(device)
     millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     say(f"data     {source.identity}")
@@ -628,6 +754,18 @@ def train(run, model, optimizer, source, out, steps, say):
     batches = iter(data.loader(batches, items, run.workers, pin=device.type == "cuda"))
     began = logged = time.perf_counter()
     waited, last_logged, stopping, saved = 0.0, first_step, False, lambda: None
+
+    def pieces_of_step(unreadable):
+        nonlocal waited
+        for piece in range(pieces):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            unreadable += batch.pop("bad")
+            if run.sharded:  # gradients are reduced once, with the last piece
+                model.set_requires_gradient_sync(piece == pieces - 1)
+            yield {name: part.to(device, non_blocking=True) for name, part in batch.items()}
+
     model.train()
     gc.disable()  # it would stop each process at another moment, and all would wait for each
     for step in range(first_step, steps):
@@ -638,30 +776,7 @@ def train(run, model, optimizer, source, out, steps, say):
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
         sums, unreadable = torch.zeros(5, device=device), []
-        for piece in range(pieces):
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
-            unreadable += batch["bad"]
-            images, labels, readable, numbers = (
-                batch[key].to(device, non_blocking=True)
-                for key in ("images", "labels", "weight", "numbers")
-            )
-            labels = torch.where((readable > 0) & (labels < run.classes), labels, -1)
-            images, share, noise = data.normalize(images), torch.ones_like(readable), None
-            if classify:
-                images, share = mix(images, readable, numbers, run.mixup, run.cutmix)
-                noise = numbers[:, MIX_DRAWS:].unflatten(1, (-1, 2))  # (b, L, 2)
-            if run.sharded:  # gradients are reduced once, with the last piece
-                model.set_requires_gradient_sync(piece == pieces - 1)
-            logits = model(images, noise)
-            logits = logits[:, None] if logits.ndim == 2 else logits  # (b, heads, classes)
-            smoothing = run.smoothing if classify else 0.0
-            losses, weights = label_loss(logits, labels, share, smoothing, run.weights_of_classes)
-            loss = losses.sum() / run.batch_size
-            (loss * run.processes).backward()  # FSDP averages over the processes
-            unknown = (readable > 0).sum() - (labels >= 0).sum()
-            sums[:3] += torch.stack([loss.detach(), weights.sum(), unknown])
+        sums[:3] = learn(run, model, pieces_of_step(unreadable))
 
         # The one host read of a step, after backward and before the optimizer.
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -672,6 +787,7 @@ def train(run, model, optimizer, source, out, steps, say):
         loss, weight, unknown, new_bad, stopping, norm = torch.cat([sums, norm[None]]).tolist()
         scale = run.batch_size / max(weight, 1e-9)  # the mean is over the labels that count
         loss, norm = loss * scale, norm * scale
+        scale *= min(1.0, run.clip / max(norm, 1e-9)) if run.clip else 1.0
         for gradient in gradients if scale != 1.0 else ():
             gradient.mul_(scale)
         for name in unreadable[: max(0, 20 - bad)]:  # all are counted, the first ones named
@@ -747,6 +863,11 @@ def schedule(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step / steps - warmup) / (1 - warmup)))
 
 
+# What is measured with a save, as the step line calls it.
+SHOWN = {"top1": "top-1", "top5": "top-5"}
+SHOWN |= {"text_recall_at_1": "text recall@1", "image_recall_at_1": "picture recall@1"}
+
+
 def step_line(entry, steps):
     text = (
         "step {step}/{steps}  loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  "
@@ -755,9 +876,9 @@ def step_line(entry, steps):
     ).format(steps=steps, eta=tqdm.format_interval(entry["eta_seconds"]), **entry)
     for name in ("bad", "unlabelled"):
         text += f"  {name} {entry[name]}" if entry[name] else ""
-    return text + (
-        "  top-1 {top1:.1%}  top-5 {top5:.1%}".format(**entry) if "top1" in entry else ""
-    )
+    for name, title in SHOWN.items():
+        text += f"  {title} {entry[name]:.1%}" if name in entry else ""
+    return text
 
 
 # -------------------------------------------------------------------------------------------- tasks
@@ -793,7 +914,10 @@ def classify(run, say):
             group |= {"initial_lr": run.lr, "ema": run.ema}
         return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=run.device.type != "mps")
 
-    if not train(run, model, optimizer, run.train, run.out, steps, say):
+    drawn, flops = {"draws": MIX_DRAWS + 2 * model.layers}, 3 * models.flops_per_image(model)
+    if run.rand_augment or run.erase:
+        drawn["augment"] = partial(augment, magnitude=run.rand_augment, erasing=run.erase)
+    if not train(run, model, optimizer, run.train, run.out, steps, say, flops, **drawn):
         return
     ((top1, top5), *_), count = measured(run, model, run.val)
     weights = models.full_state(model)  # every process takes part
@@ -817,7 +941,8 @@ def linear(run, say):
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
 
     steps = run.steps or math.ceil(run.epochs * int(run.train.sizes.sum()) / run.batch_size)
-    if not train(run, model, optimizer, run.train, run.out, steps, say):
+    flops = models.flops_per_image(trunk)  # no backward through it
+    if not train(run, model, optimizer, run.train, run.out, steps, say, flops):
         return
     (chosen_by, some), (on_val, count) = (measured(run, model, on) for on in (run.slice, run.val))
     best = max(range(len(LINEAR_RATES)), key=lambda head: chosen_by[head])
@@ -838,12 +963,14 @@ def finish(run, weights, config, result):
         models.save_weights(run.out / "model.pt", weights, config)
         print(f"wrote {run.out / 'model.pt'}")
         flags = ["--checkpoint", str(run.out / "model.pt"), "--data", run.data or "toy"]
-        for name in ("val_data", "labels", "val_labels"):
+        pairs = run.task == "lit"
+        for name in ("val_data", "labels", "val_labels", *(["tokenizer_file"] if pairs else [])):
             given = getattr(run, name)
-            flags += [f"--{name.replace('_', '-')}", given] if given else []
-        if run.val_crop != evaluate.usual_crop(run.image_size):
+            flags += [f"--{name.removesuffix('_file').replace('_', '-')}", given] if given else []
+        if run.val_crop != (1.0 if pairs else evaluate.usual_crop(run.image_size)):
             flags += ["--val-crop", str(run.val_crop)]
-        print(f"next: python evaluate.py --task classify {shlex.join(flags)}")
+        task = "classify" if not pairs else "zeroshot" if run.val.classes else "retrieval"
+        print(f"next: python evaluate.py --task {task} {shlex.join(flags)}")
         print(json.dumps({"task": run.task, **result}))
 
 
@@ -915,7 +1042,8 @@ def train_prompts(run, source, seed, rate, out, say):
         trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.AdamW([{"params": trained, "initial_lr": rate}], weight_decay=1e-4)
 
-    if not train(run, model, optimizer, source, out, steps, lambda _: None):
+    flops = 2 * models.flops_per_image(model.trunk)  # whose weights need no gradients
+    if not train(run, model, optimizer, source, out, steps, lambda _: None, flops):
         say(f"stopped in {out}, saved: the same command goes on")
         raise SystemExit(0)
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
@@ -944,6 +1072,71 @@ def logistic_scores(x, y, on, classes, penalty):
 
     solver.step(closure)
     return (on @ weight.T).detach()
+
+
+def lit(run, say):
+    with torch.device("meta"):
+        model = models.TwoTowers(pool=run.pool, **run.config)
+    model = model.to_empty(device="cpu")
+    models.initialize(model, run.seed)
+    say(models.load_weights(model, *run.weights))
+    if run.text_weights:
+        model.text.load_state_dict(run.text_weights)
+        say(f"text tower: {len(run.text_weights)} tensors loaded from {run.text_init}")
+    config, tokenizer = model.config, run.tokenizer
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("text", "image_projection", "logit_scale")))
+    run.features = None
+    if run.cache_features:
+        run.features = cached_features(run, model.to(run.device), say)
+
+    def optimizer(model):
+        if run.sharded:  # a method that is called from outside
+            torch.distributed.fsdp.register_fsdp_forward_method(model, "features")
+        groups = models.parameter_groups(model, run.weight_decay)
+        groups = [group | {"initial_lr": run.lr} for group in groups]
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=run.device.type != "mps")
+
+    def measure(model):
+        options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
+        return evaluate.retrieval(model, run.val, tokenizer, centre=run.val_crop, **options)
+
+    run.measure = measure
+    some = data.Part(run.train, range(min(256, int(run.train.sizes.sum()))))
+    some = tokenizer([captions[0] for captions in data.all_captions(some) if captions], run.context)
+    length = (some != models.PADDING).sum().item() / max(1, len(some))
+    flops = 3 * len(model.text.blocks) * models.block_flops(model.text.width, length)
+    flops += 0 if run.cache_features else models.flops_per_image(model)
+    steps = run.steps or math.ceil(run.epochs * int(run.train.sizes.sum()) / run.batch_size)
+    drawn = {"tokenizer": tokenizer, "context": run.context, "pictures": run.features is None}
+    if not train(
+        run, model, optimizer, run.train, run.out, steps, say, flops, learn_pairs, **drawn
+    ):
+        return
+    result, weights = measure(model), models.full_state(model)  # every process takes part
+    say(evaluate.recall_table(result))
+    finish(run, weights, config, result)
+
+
+def cached_features(run, model, say):
+    """(n, D) features of the centres of train's pictures, nan where unreadable: a file in --out."""
+    facts = run.train.identity, run.origin, run.image_size, run.val_crop, run.pool
+    path = run.out / f"features-{data.stable_hash(str(facts)).hex()}.npy"
+    found = path.exists()
+    models.barrier()  # all have looked before the first one writes
+    if not found:
+        options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
+        options["centre"] = run.val_crop
+        x, _, rows = evaluate.extract({"": model.features}, run.train, model.config, **options)
+        table = torch.full((int(run.train.sizes.sum()), model.width), torch.nan)
+        table[rows] = x[""]
+        if run.process == 0:
+            run.out.mkdir(parents=True, exist_ok=True)
+            np.save(f"{path}.tmp.npy", table.numpy())
+            os.replace(f"{path}.tmp.npy", path)
+            say(f"wrote {path}: features of {len(rows)} pictures")
+        models.barrier()
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
 def average_weights(optimizer):
@@ -978,15 +1171,14 @@ def main(argv=None):
             alone = alone if run.processes == 1 else {}
             dist.init_process_group(backend, timeout=timedelta(minutes=10), **alone)
             models.set_timeouts(minutes=30)
-        counts = torch.ones(run.classes)
+        counts = torch.ones(max(1, run.classes))
         if run.class_weights and not run.plan:
             labels = data.all_labels(run.train)
             known = torch.from_numpy(labels[(labels >= 0) & (labels < run.classes)])
             counts = torch.bincount(known, minlength=run.classes).clamp(min=1).float()
         run.weights_of_classes, run.measure = (counts.mean() / counts).to(run.device), None
-        {"classify": classify, "linear": linear, "lowshot": lowshot}[run.task](
-            run, tqdm.write if run.process == 0 else lambda _: None
-        )
+        task = {"classify": classify, "linear": linear, "lowshot": lowshot, "lit": lit}[run.task]
+        task(run, tqdm.write if run.process == 0 else lambda _: None)
         if dist.is_initialized():
             dist.barrier()  # without it, a process may abort at exit
             dist.destroy_process_group()

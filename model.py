@@ -533,17 +533,14 @@ class TwoTowers(ViT):
         """(B, C, H, W) normalised -> (B, D), the picture's part that LiT keeps as it is."""
         return pool(super().forward(images), self.config["pool"])
 
-    def embed_features(self, features):
-        """(B, D) -> (B, shared_width) of unit length."""
-        return F.normalize(features @ self.image_projection, dim=1)
-
-    def embed_texts(self, tokens):
-        """(B, T) int64 -> (B, shared_width) of unit length."""
-        return F.normalize(self.text(tokens) @ self.text_projection, dim=1)
-
-    def forward(self, features, tokens):
-        """Embeddings of pictures (by their features) and of texts, and the scale of the logits."""
-        return self.embed_features(features), self.embed_texts(tokens), self.logit_scale.exp()
+    def forward(self, features=None, tokens=None):
+        """Embeddings of unit length and the scale of the logits: (B, shared_width) of features
+        (B, D), the same of texts, (B, T) int64 tokens, and (1,). What is not given stays None."""
+        if features is not None:
+            features = F.normalize(features @ self.image_projection, dim=1)
+        if tokens is not None:
+            tokens = F.normalize(self.text(tokens) @ self.text_projection, dim=1)
+        return features, tokens, self.logit_scale.exp()
 
 
 class Contrastive(torch.autograd.Function):
