@@ -772,9 +772,9 @@ TASKS = {
 }
 
 
-def load_model(path, task, device):
+def load_model(path, task, device, heads=None):
     """(model in inference mode, one line on what became of the weights) of a checkpoint."""
-    state, config = models.read_weights(path)
+    state, config = models.read_weights(path, heads)
     if task in ("zeroshot", "retrieval"):
         if "text" not in config:
             raise ValueError(f"{path} has no text tower: finetune.py --task lit makes one")
@@ -821,6 +821,7 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("--task", required=True, choices=TASKS)
     add("--checkpoint", required=True, help="model.pt of any stage, or a public checkpoint")
+    add("--heads", type=int, help="of a public checkpoint whose size is unknown")
     add("--data", default="toy", help="a folder with train/ and val/, tar shards, or toy (toy)")
     add("--val-data", help="the val pictures, where --data holds only those to train on")
     add("--labels", help="of the folder --data: .csv (path,class), .jsonl, or iNaturalist's .json")
@@ -898,7 +899,7 @@ def main(argv=None):
         workers = data.loader_workers(run.workers, here)
         run.options = {"batch_size": run.batch_size, "workers": workers, "device": device}
         run.options["max_bad"] = run.max_bad
-        model, line = load_model(run.checkpoint, run.task, device)
+        model, line = load_model(run.checkpoint, run.task, device, run.heads)
         print(line)
         size = models.pair(model.config["image_size"])
         if run.val_crop is None:  # pairs see the whole centre (maws repository)

@@ -112,6 +112,7 @@ def parse_arguments(argv):
     add("--max-bad", type=float, default=0.01, help="unreadable share to stop at (0.01)")
     add = parser.add_argument_group("model").add_argument
     add("--init", help="weights to start from: a model.pt or a public checkpoint")
+    add("--heads", type=int, help="of an --init whose size is unknown")
     add("--size", help=f"without --init: {' '.join(models.SIZES)}, or WIDTHxLAYERSxHEADS")
     add("--patch-size", type=int, help="side of a patch (the size's own)")
     add("--pool", choices=("cls", "mean"), help="what the head reads (classify: mean; else cls)")
@@ -218,9 +219,9 @@ def prepare(run):
     if not run.init:
         side = 48 if run.size in (None, "toy") else 224
         given = {"size": "toy", "image_size": side, "channels": 3, **given}
-    names += ("channels", "positions", "class_names", "pool")
+    names += ("channels", "positions", "norm_eps", "class_names", "pool")
     names += ("text", "shared_width") if run.task == "lit" else ()
-    run.weights, run.config, run.origin = models.inherit(run.init, given, names)
+    run.weights, run.config, run.origin = models.inherit(run.init, given, names, run.heads)
     classes_of_head, pool = run.config.pop("class_names", None), run.config.pop("pool", None)
     run.image_size = models.pair(run.config["image_size"])
     labels = run.labels, run.val_labels

@@ -142,7 +142,7 @@ def prepare(run):
     given |= {"normalize_targets": False} if run.raw_pixels else {}
     if not run.init:
         given = {"size": "toy", "image_size": recipe(run.size or "toy")[2], **given}
-    names += ("positions", "normalize_targets")
+    names += ("positions", "norm_eps", "normalize_targets")
     run.weights, run.config, origin = models.inherit(run.init, given, names)
     size, channels = models.pair(run.config["image_size"]), run.config.get("channels", 3)
     cache = run.cache_dir, run.cache_size

@@ -209,6 +209,7 @@ class ViT(nn.Module):
     channels    of the image: 1, 3, 4, 10, ...
     positions   "sincos" (fixed, MAE's) or "learned"
     drop_path   stochastic-depth rate of the last block, rising linearly from 0
+    norm_eps    of every LayerNorm: 1e-6 is timm's and the public MAE's
 
     Raises ValueError when the patch does not divide the image.
     """
@@ -221,6 +222,7 @@ class ViT(nn.Module):
         channels=3,
         positions="sincos",
         drop_path=0.0,
+        norm_eps=1e-6,
     ):
         super().__init__()
         width, layers, heads, default_patch = architecture(size)
@@ -234,7 +236,7 @@ class ViT(nn.Module):
         if positions not in ("sincos", "learned"):
             raise ValueError(f"positions {positions!r} are unknown: 'sincos' or 'learned'")
         self.config = {"size": size, "image_size": [H, W], "patch_size": P}
-        self.config |= {"channels": channels, "positions": positions}
+        self.config |= {"channels": channels, "positions": positions, "norm_eps": norm_eps}
         self.width, self.layers, self.heads, self.patch_size = width, layers, heads, P
         self.grid = (H // P, W // P)
         self.num_patches = N = self.grid[0] * self.grid[1]
@@ -244,9 +246,9 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + N, width), positions == "learned")
         self.blocks = nn.ModuleList(
-            Block(width, heads, drop_path * i / max(1, layers - 1)) for i in range(layers)
+            Block(width, heads, drop_path * i / max(1, layers - 1), norm_eps) for i in range(layers)
         )
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = nn.LayerNorm(width, norm_eps)
         if type(self) is ViT:
             initialize(self)
 
@@ -333,8 +335,11 @@ class MAE(ViT):
         self.decoder_embed = nn.Linear(self.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(torch.empty(1, 1 + self.num_patches, width), False)
-        self.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
+        norm_eps = self.config["norm_eps"]
+        self.decoder_blocks = nn.ModuleList(
+            Block(width, heads, norm_eps=norm_eps) for _ in range(layers)
+        )
+        self.decoder_norm = nn.LayerNorm(width, norm_eps)
         self.decoder_pred = nn.Linear(width, pixels)
         initialize(self)
 
@@ -431,7 +436,7 @@ class Classifier(ViT):
         self.config |= {"classes": classes, "pool": pool, "class_names": class_names}
         self.classes, self.head_std = classes, head_std
         if pool == "mean":
-            self.fc_norm, self.norm = nn.LayerNorm(self.width, eps=1e-6), nn.Identity()
+            self.fc_norm, self.norm = self.norm, nn.Identity()
         self.head = nn.Linear(self.width, classes)
         initialize(self)
 
@@ -938,94 +943,340 @@ def save_weights(path, state, config):
     write_file(path, {"model": state, "config": config})
 
 
-def read_weights(path):
-    """(state, config) of model.pt, of a public MAE checkpoint or of a bare timm-named dict.
+def names(ours, theirs=None, at="", there=None):
+    """{our name: another's} of modules and lone tensors, word by word; ours below `at`."""
+    there = at if there is None else there
+    return {f"{at}{a}": f"{there}{b}" for a, b in zip(ours.split(), (theirs or ours).split())}
 
-    No code runs from the file. Without a config, the architecture is read off the tensors' shapes.
-    Raises ValueError or OSError, one line, when there is nothing usable in the file.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"no weights at {path}: give a model.pt or a public checkpoint")
+
+# Our names, which are timm's and the public MAE's as far as these go. {i} is a block's number.
+VIT = "cls_token pos_embed patch_embed.proj norm head fc_norm"
+DECODER = "mask_token decoder_pos_embed decoder_embed decoder_norm decoder_pred"
+TEXT = "token_embedding position_embedding embedding_norm type_embedding"
+PROJECTIONS = "image_projection text_projection logit_scale"
+BLOCK = "attn.qkv attn.proj norm1 norm2 mlp.fc1 mlp.fc2"
+PLACES = "blocks.{i}.", "decoder_blocks.{i}.", "text.blocks.{i}."
+
+# The same in the order of BLOCK, as others call it. A plus joins three tensors that are one of
+# ours; in_proj_ is written without a dot before weight and bias.
+HF_BLOCK = "attention.attention.query+key+value attention.output.dense "
+HF_BLOCK += "layernorm_before layernorm_after intermediate.dense output.dense"
+HF_BLOCK_5 = "attention.q_proj+k_proj+v_proj attention.o_proj layernorm_before layernorm_after "
+HF_BLOCK_5 += "mlp.fc1 mlp.fc2"
+XLMR_BLOCK = "attention.self.query+key+value attention.output.dense "
+XLMR_BLOCK += "attention.output.LayerNorm output.LayerNorm intermediate.dense output.dense"
+TORCHTEXT_BLOCK = "self_attn.in_proj_ self_attn.out_proj norm1 norm2 linear1 linear2"
+TORCHTEXT_OLD_BLOCK = "attention.input_projection attention.output_projection "
+TORCHTEXT_OLD_BLOCK += "attention_layer_norm final_layer_norm residual_mlp.mlp.0 residual_mlp.mlp.3"
+
+TIMM = names(VIT) | names(DECODER) | names(TEXT, at="text.") | names(PROJECTIONS)
+for place in PLACES:
+    TIMM |= names(BLOCK, at=place)
+HF = "cls_token position_embeddings patch_embeddings.projection"
+HF = names(VIT, HF, there="embeddings.") | names("norm head", "layernorm classifier")
+HF |= names(DECODER, there="decoder.")
+HF_FILE, HF_FILE_5, HF_MEMORY_5 = (
+    HF | names(BLOCK, block, PLACES[0], encoder) | names(BLOCK, block, PLACES[1], decoder)
+    for block, encoder, decoder in (
+        (HF_BLOCK, "encoder.layer.{i}.", "decoder.decoder_layers.{i}."),
+        (HF_BLOCK, "encoder.layer.{i}.", "decoder.decoder_encoder.layer.{i}."),
+        (HF_BLOCK_5, "layers.{i}.", "decoder.decoder_layers.{i}."),
+    )
+)
+XLMR = "word_embeddings position_embeddings LayerNorm token_type_embeddings"
+XLMR = names(TEXT, XLMR, "text.", "embeddings.")
+XLMR |= names(BLOCK, XLMR_BLOCK, PLACES[2], "encoder.layer.{i}.")
+MAWS = names(VIT, there="vision_encoder.")
+MAWS |= names(BLOCK, at=PLACES[0], there="vision_encoder.blocks.{i}.")
+MAWS |= names(PROJECTIONS, "vision_projection text_projection logit_scale")
+TORCHTEXT = "token_embedding positional_embedding.embedding embedding_layer_norm"
+TORCHTEXT = MAWS | names(TEXT, TORCHTEXT, "text.", "encoder.transformer.")
+TORCHTEXT_OLD = TORCHTEXT | names(
+    BLOCK, TORCHTEXT_OLD_BLOCK, PLACES[2], "encoder.transformer.layers.{i}."
+)
+TORCHTEXT |= names(BLOCK, TORCHTEXT_BLOCK, PLACES[2], "encoder.transformer.layers.layers.{i}.")
+# What a file is said to be: its table of names. transformers 5 writes other names than it uses.
+FORMATS = [("timm-named", TIMM), ("Hugging Face", HF_FILE), ("Hugging Face", HF_FILE_5)]
+FORMATS += [("Hugging Face", HF_MEMORY_5), ("Hugging Face", XLMR)]
+FORMATS += [("torchtext-named", TORCHTEXT), ("torchtext-named", TORCHTEXT_OLD)]
+# Names that some files put before all others, or before a part; layers that we have no use for.
+PREFIXES = r"(module\.)?(vit\.|roberta\.|text_encoder\.)?"
+UNUSED = ("pooler.", "lm_head.", "embeddings.position_ids")
+
+
+def tensor_names(table, depth):
+    """(our name, [theirs]) of each tensor that may be: of a module, its weight and its bias."""
+    for (ours, theirs), end in itertools.product(table.items(), ("", ".weight", ".bias")):
+        start, dot, last = theirs.rpartition(".")
+        theirs = [f"{start}{dot}{part}{end}".replace("_.", "_") for part in last.split("+")]
+        for i in range(depth if "{i}" in ours else 1):
+            yield ours.replace("{i}", str(i)) + end, [t.replace("{i}", str(i)) for t in theirs]
+
+
+def recognise(state):
+    """(format, tensors by our names, those of no use, those that nothing explains) of a file's."""
+    state = {re.sub(f"^{PREFIXES}", "", name): tensor for name, tensor in state.items()}
+    numbers = (int(n) for name in state for n in re.findall(r"\.(\d{1,3})\.", name))
+    depth, best = 1 + max(numbers, default=0), None
+    for style, table in FORMATS:
+        found = [(a, b) for a, b in tensor_names(table, depth) if state.keys() >= set(b)]
+        if best is None or len(found) > len(best[1]):
+            best = style, found
+    style, found = best
+    left = state.keys() - {name for _, parts in found for name in parts}
+    unused = {name for name in left if style == "Hugging Face" and name.startswith(UNUSED)}
+    merged = {
+        ours: torch.cat([state[part] for part in parts]) if len(parts) > 1 else state[parts[0]]
+        for ours, parts in found
+    }
+    if (types := merged.pop("text.type_embedding.weight", None)) is not None:
+        # Of all that a text's tokens may be, they are the first: it is added to each of them.
+        name = "text.position_embedding.weight"
+        merged[name] = merged[name].float() + types[:1].float()
+    if "logit_scale" in merged:
+        merged["logit_scale"] = merged["logit_scale"].reshape(1)
+    return style, merged, unused, left - unused
+
+
+def import_safetensors():
     try:
+        import safetensors.torch
+    except ImportError:
+        why = ".safetensors needs the safetensors package: pip install safetensors"
+        raise ValueError(why) from None
+    return safetensors.torch
+
+
+def open_weights(path):
+    """(content, path) of a file of weights, or of that in a folder of transformers.
+
+    No code runs from the file. Raises ValueError, one line, when it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = [path / "model.safetensors", path / "pytorch_model.bin"]
+        path = files[0] if files[0].is_file() else files[1]
+    if not path.is_file():
+        raise ValueError(f"no weights at {path}: give a model.pt or a public checkpoint")
+    safe = import_safetensors() if path.suffix == ".safetensors" else None
+    try:
+        if safe:
+            return safe.load_file(path), path
         # The public MAE code stores its arguments beside the weights: plain values in a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Mapped, not read: processes share it, and each takes no more than its part of it.
             mapped = zipfile.is_zipfile(path)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), path
     except Exception as error:  # noqa: BLE001 (torch.load says "damaged" in a dozen ways)
         why = f"{type(error).__name__}: damaged, or more than tensors and plain values in it"
         raise ValueError(f"cannot read weights from {path} ({why}): nothing was run") from None
-    state = content.get("model", content) if isinstance(content, dict) else None
+
+
+def read_file(path):
+    """(path, format, tensors by our names, config or {}) of a file or folder of weights.
+
+    The config is ours or, beside Hugging Face's tensors, transformers'. Raises ValueError, one
+    line, when the tensors cannot be read, are no network that is known here, or more than one.
+    """
+    content, path = open_weights(path)
+    state, config = content, {}
+    for key in ("state_dict", "model") if isinstance(content, dict) else ():
+        if isinstance(content.get(key), dict):
+            state, config = content[key], content.get("config", {})
     state = state if isinstance(state, dict) else {}
     state = {n: t for n, t in state.items() if isinstance(t, torch.Tensor)}
+    try:
+        style, named, unused, strange = recognise(state)
+    except RuntimeError as error:
+        raise ValueError(f"the tensors in {path} cannot be used: {last_line(error)}") from None
+    shapes = {4: "patch_embed.proj.weight", 2: "text.token_embedding.weight"}
+    if not any(name in named and named[name].ndim == n for n, name in shapes.items()):
+        there = ", ".join([*(state or content)][:3]) if isinstance(content, dict) else content
+        why = f"no (D, C, P, P) patches' and no tokens' embedding among {there!s:.120}"
+        raise ValueError(f"{path} holds no ViT or text tower that is known here: {why}")
+    if strange:
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        why = f"but nothing explains {', '.join(sorted(strange)[:3])}{more}"
+        raise ValueError(f"{path} looks {style}, {why}: it is of another architecture")
+    style = "our own" if config else style
+    if style == "Hugging Face":
+        config = published_config(path, named)
+    if os.environ.get("RANK", "0") == "0":
+        kind = "ViT" if shapes[4] in named else "XLM-R"
+        kind = "ViTMAE" if "mask_token" in named else kind
+        kind = "CLIP pair" if named.keys() >= {*shapes.values()} else kind
+        families = ", ".join(sorted({name.split(".")[0] for name in unused}))
+        print(f"{path}: {style} {kind}" + (f"; of no use here: {families}" if families else ""))
+    return path, style, named, config
+
+
+def published_config(path, state):
+    """The config.json of transformers beside a file of weights, or {}."""
+    path = path.with_name("config.json")
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    kinds = ("vit", "vit_mae", "xlm-roberta")
+    if not isinstance(config, dict) or config.get("model_type", kinds[0]) not in kinds:
+        raise ValueError(f"{path} is of none of {', '.join(kinds)}")
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(f"{path}: hidden_act {config['hidden_act']!r} is not gelu, which we have")
+    widths = [len(t) for name, t in state.items() if name.endswith("blocks.0.norm1.weight")]
+    if config.get("hidden_size", widths[0]) not in widths:
+        raise ValueError(f"{path} is not of the weights beside it: they have width {widths[0]}")
+    return config if "model_type" in config else {}
+
+
+def read_weights(path, heads=None):
+    """(state, config) by our own names of a file, or a Hugging Face folder, of weights: FORMATS.
+
+    It may be a ViT, a MAE, a classifier or a pair of towers; the first line printed says what. No
+    code runs from it. Without a config, the architecture is read off the tensors' shapes, and the
+    number of heads off the sizes that are known; or `heads` says it.
+    Raises ValueError or OSError, one line, when there is nothing usable in the file.
+    """
+    path, style, state, config = read_file(path)
     kernel = state.get("patch_embed.proj.weight")
     if kernel is None or kernel.ndim != 4:
-        names = ", ".join([*(state or content)][:3]) if isinstance(content, dict) else content
-        why = f"no (D, C, P, P) patch_embed.proj.weight among {names!s:.120}"
-        raise ValueError(f"{path} holds no timm-named ViT: {why}")
+        raise ValueError(f"{path} is a text tower alone: no (D, C, P, P) patch_embed.proj.weight")
     try:
-        config = content.get("config") or infer_config(state)
+        if style != "our own":
+            eps = 1e-12 if style == "Hugging Face" else 1e-6
+            config = infer_config(state, heads, config, eps)
         with torch.device("meta"):  # shapes without memory
-            shape = ViT(**encoder_config(config)).patch_embed["proj"].weight.shape
+            model = ViT(**encoder_config(config))
     except KeyError as error:
         raise ValueError(f"the config in {path} lacks {error}") from None
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the config in {path} cannot be used: {error}") from None
-    if shape != kernel.shape:
+    if model.patch_embed["proj"].weight.shape != kernel.shape:
         raise ValueError(f"the config in {path} is not that of its weights")
+    if heads not in (None, model.heads):
+        raise ValueError(f"{path} has {model.heads} heads: leave --heads {heads} out")
     return state, config
 
 
-def infer_config(state):
-    """The config of timm-named tensors that come without one. The image is taken to be square."""
+def read_text_weights(path, heads=None):
+    """(state, arguments) of the TextTower in a file: XLM-R's, or that of a pair. See read_weights.
+
+    Raises ValueError, one line, when it holds none, or not all of one.
+    """
+    path, style, state, config = read_file(path)
+    state = {n.removeprefix("text."): t for n, t in state.items() if n.startswith("text.")}
+    wanted = ("size", "vocabulary", "positions", "norm_eps")
+    try:
+        if not state:
+            raise ValueError("no text tower is among them")
+        if style == "our own":
+            config = {key: config["text"][key] for key in wanted if key in config["text"]}
+        else:
+            config = infer_text_config(state, heads, config)
+        with torch.device("meta"):
+            wanted = TextTower(**config).state_dict()
+        if misfits := [n for n in wanted if n not in state or state[n].shape != wanted[n].shape]:
+            raise ValueError(f"{', '.join(misfits[:3])} are missing or of another shape")
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"the weights in {path} cannot be used: {error}") from None
+    return state, config
+
+
+def infer_shape(state, blocks, width, known, heads=None):
+    """(width, layers, heads) of so many `blocks`: heads as given, or as one of `known` has."""
+    layers = len({name.split(".")[1] for name in state if name.startswith(f"{blocks}.")})
+    heads = heads or next((h for w, l, h, *_ in known if (w, l) == (width, layers)), None)
+    if not heads:
+        why = f"{layers} {blocks} of width {width} have how many heads?"
+        raise ValueError(f"{why} Give --heads (of the encoder), or a config")
+    return width, layers, heads
+
+
+def name_of(shape, sizes):
+    """The name of (width, layers, heads) in SIZES or TEXT_SIZES, or "WIDTHxLAYERSxHEADS"."""
+    known = (name for name, known in sizes.items() if known[:3] == shape)
+    return next(known, "x".join(map(str, shape)))
+
+
+def infer_config(state, heads=None, published=None, norm_eps=1e-6):
+    """The config of tensors by our names that come without one.
+
+    published: what a config.json of transformers says of them. Where it says nothing, the image is
+    square, and norm_eps is that of those who write such files.
+    """
     width, channels, P, _ = state["patch_embed.proj.weight"].shape
-
-    def triple_of(prefix, width):
-        layers = len({name.split(".")[1] for name in state if name.startswith(f"{prefix}.")})
-        known = [*SIZES.values(), (*DEFAULT_DECODER, 0)]
-        heads = [h for w, l, h, _ in known if (w, l) == (width, layers)]
-        if not heads:
-            raise ValueError(f"{layers} layers of width {width} have how many heads? Want a config")
-        return width, layers, heads[0]
-
-    trunk = triple_of("blocks", width)
-    named = [name for name, (*shape, _) in SIZES.items() if tuple(shape) == trunk]
+    published = published or {}
+    heads = heads or published.get("num_attention_heads")
+    shape = infer_shape(state, "blocks", width, SIZES.values(), heads)
     if "pos_embed" not in state or state["pos_embed"].ndim != 3:
         raise ValueError("there is no (1, 1 + patches, width) pos_embed among the weights")
     rows = state["pos_embed"].shape[1]
-    side = math.isqrt(rows - 1)
-    if rows != 1 + side**2:
+    image_size = [*pair(published.get("image_size", math.isqrt(rows - 1) * P))]
+    if rows != 1 + math.prod(side // P for side in image_size):
         raise ValueError(f"pos_embed has {rows} rows: want a class token's and a square grid's")
     config = {
-        "size": named[0] if named else "x".join(map(str, trunk)),
-        "image_size": [side * P, side * P],
+        "size": name_of(shape, SIZES),
+        "image_size": image_size,
         "patch_size": P,
         "channels": channels,
         "positions": "sincos",
+        "norm_eps": published.get("layer_norm_eps", norm_eps),
     }
     if "mask_token" in state:
-        config["decoder"] = list(triple_of("decoder_blocks", state["mask_token"].shape[-1]))
-        config |= {"mask_ratio": 0.75, "normalize_targets": True}
+        known = [DEFAULT_DECODER, *DECODERS.values()]
+        heads = published.get("decoder_num_attention_heads")
+        width = state["mask_token"].shape[-1]
+        config["decoder"] = [*infer_shape(state, "decoder_blocks", width, known, heads)]
+        config["mask_ratio"] = published.get("mask_ratio", 0.75)
+        config["normalize_targets"] = published.get("norm_pix_loss", True)
+    if "head.weight" in state:
+        labels = published.get("id2label", {"0": "LABEL_0"})  # which is no name
+        labels = [labels[number] for number in sorted(labels, key=int)]
+        config["classes"] = len(state["head.weight"])
+        config["pool"] = "mean" if "fc_norm.weight" in state else "cls"
+        config["class_names"] = None if labels[0] == "LABEL_0" else labels
+    if "text.token_embedding.weight" in state:
+        text = {n.removeprefix("text."): t for n, t in state.items() if n.startswith("text.")}
+        config["text"] = infer_text_config(text) | {"context": 100}  # maws repository
+        config |= {"shared_width": state["image_projection"].shape[1], "pool": "cls"}
     return config
+
+
+def infer_text_config(state, heads=None, published=None):
+    """The arguments of a TextTower with these tensors: see infer_config."""
+    published = published or {}
+    vocabulary, width = state["token_embedding.weight"].shape
+    heads = heads or published.get("num_attention_heads")
+    shape = infer_shape(state, "blocks", width, TEXT_SIZES.values(), heads)
+    return {
+        "size": name_of(shape, TEXT_SIZES),
+        "vocabulary": vocabulary,
+        "positions": len(state["position_embedding.weight"]),
+        "norm_eps": published.get("layer_norm_eps", 1e-5),
+    }
 
 
 def encoder_config(config):
     """The part of a config that a plain ViT is built from."""
     keys = ("size", "image_size", "patch_size", "channels", "positions")
-    return {key: config[key] for key in keys}
+    return {key: config[key] for key in keys} | {"norm_eps": config.get("norm_eps", 1e-6)}
 
 
-def inherit(init, given, names):
+def inherit(init, given, names, heads=None):
     """(weights to start from, config, origin) of the file `init` with what is `given` changed.
 
     names: the entries of the config that the model to be built knows; the others are left out.
     Without a file: (None, given, None). Another size, patch or number of channels is a ValueError.
+    heads: see read_weights.
     The weights are (state, grid of its position table), as load_weights takes them; the origin is
     the file's name and a digest of some numbers of each tensor: training changes them all.
     """
     if not init:
+        if heads:
+            raise ValueError("--heads is for the weights in --init: without it, see --size")
         return None, given, None
-    state, config = read_weights(init)
+    state, config = read_weights(init, heads)
     for name in ("size", "patch_size", "channels"):
         if given.get(name, config[name]) != config[name]:
             raise ValueError(f"{init} has {name} {config[name]}: it cannot be changed")
@@ -1037,18 +1288,18 @@ def inherit(init, given, names):
 
 
 def load_weights(model, state, old_grid=None, keep_head=False):
-    """Load timm-named tensors into a ViT, an MAE or a Classifier; return one line on the outcome.
+    """Load tensors by our names into any of the models; return one line on the outcome.
 
-    Position tables of another grid are resampled (old_grid: theirs, square if not given). A decoder
-    or a head that the file has and the model lacks is dropped, and so is any head unless keep_head;
-    what the model has of these and the file lacks keeps its initial values. Anything else that does
-    not fit is a ValueError.
+    Position tables of another grid are resampled (old_grid: theirs, square if not given). A
+    decoder, a head or what texts need that the file has and the model lacks is dropped, and so is
+    any head unless keep_head; what the model has of these and the file lacks keeps its initial
+    values. Anything else that does not fit is a ValueError.
     """
     own = model.state_dict()
     renamed = "fc_norm.weight" in state and "fc_norm.weight" not in own and "norm.weight" in own
     if renamed:  # a classifier that pools the mean has its last norm under this name
         state = {name.replace("fc_norm.", "norm."): tensor for name, tensor in state.items()}
-    optional = ("decoder_", "mask_token", "head.", "fc_norm.")
+    optional = ("decoder_", "mask_token", "head.", "fc_norm.", "text.", *PROJECTIONS.split())
     optional += ("norm.",) if "fc_norm.weight" in own else ()  # which stands for it
     kept = {name for name in state if keep_head or not name.startswith("head.")}
     loaded, resampled, problems = {}, [], []
@@ -1302,7 +1553,9 @@ def find_checkpoint(out, resume, identity):
     path = paths[len(damaged)]
     found = json.loads((path / "state.json").read_text())["identity"]
     identity = json.loads(json.dumps(identity))  # tuples become lists, as they did in the file
-    was, now = ({**facts, "model": None, **facts.get("model", {})} for facts in (found, identity))
+    # Runs from before there was a norm_eps had this one.
+    base = {"model": None, "norm_eps": 1e-6}
+    was, now = ({**facts, **base, **facts.get("model", {})} for facts in (found, identity))
     changed = [f"{k} was {was.get(k)}, is {v}" for k, v in now.items() if was.get(k) != v]
     if changed:
         raise ValueError(f"{path} is of another run ({'; '.join(changed)}): use another --out")

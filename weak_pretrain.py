@@ -70,6 +70,7 @@ def parse_arguments(argv):
     add("--size", help=f"{' '.join(models.SIZES)}, or WIDTHxLAYERSxHEADS (toy)")
     add("--patch-size", type=int, help="side of a patch (the size's own)")
     add("--init", help="weights to start from: stage 1's model.pt, or a public MAE checkpoint")
+    add("--heads", type=int, help="of an --init whose size is unknown")
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=int, help="global, over all processes (8192; toy size: 64)")
     add("--micro-batch", type=int, help="images at once on a process (what should fit)")
@@ -141,7 +142,8 @@ def prepare(run):
     given = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
     if not run.init:
         given = {"size": "toy", "image_size": recipe(run.size or "toy")[2], **given}
-    run.weights, config, origin = models.inherit(run.init, given, (*names, "positions"))
+    names += ("positions", "norm_eps")
+    run.weights, config, origin = models.inherit(run.init, given, names, run.heads)
     size, channels = models.pair(config["image_size"]), config.get("channels", 3)
     cache = run.cache_dir, run.cache_size
     run.source, _ = data.open_sources(run.data or "toy", None, size, run.labels, cache=cache)

@@ -774,13 +774,13 @@ def test_what_is_wrong_with_a_file_of_weights_is_said(tmp_path):
     flat = tensors["patch_embed.proj.weight"].flatten(1)
     no_class = tensors["pos_embed"][:, 1:]
     for content, words in (
-        ({"state_dict": tensors, "epoch": 3}, "among state_dict, epoch"),
-        ({f"module.{name}": tensor for name, tensor in tensors.items()}, "among module."),
+        ({"weights": tensors, "epoch": 3}, "among weights, epoch"),
+        ({f"my.{name}": tensor for name, tensor in tensors.items()}, "among my."),
         (tensors | {"patch_embed.proj.weight": flat}, r"no \(D, C, P, P\)"),
         (tensors | {"pos_embed": no_class}, "pos_embed has 16 rows"),
         ({"model": tensors, "config": {"size": "T"}}, "lacks 'image_size'"),
         ({"model": tensors, "config": ["size"]}, "cannot be used"),
-        (5, "holds no timm-named ViT"),
+        (5, "holds no ViT"),
     ):
         torch.save(content, tmp_path / "weights.pt")
         with pytest.raises(ValueError, match=f"weights.pt.*{words}") as error:
