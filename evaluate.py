@@ -22,6 +22,7 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see mae_pretrain.py
@@ -287,7 +288,7 @@ def embed_texts(model, texts, tokenizer, device):
     context, found = model.config["text"]["context"], []
     for start in range(0, len(texts), 256):
         tokens = tokenizer(texts[start : start + 256], context).to(device)
-        found.append(model(None, tokens)[1].float().cpu())
+        found.append(model(tokens=tokens)[1].float().cpu())
     return torch.cat(found)
 
 
@@ -298,7 +299,7 @@ def retrieval(model, source, tokenizer, **options):
     Equal captions are one text, which several pictures may answer. Pictures without any are left
     out. options: see extract. Exact, up to ties, which count as wrong.
     """
-    function = lambda images: model(model.features(images), None)[0]
+    function = lambda images: model(model.features(images))[0]
     images, _, numbers = extract({"": function}, source, model.config, **options)
     captions, texts, pairs = data.all_captions(source), {}, []
     for row, number in enumerate(numbers.tolist()):
@@ -331,7 +332,7 @@ def ranks_of(asked, offered, rows, answers):
         best = torch.full((len(part),), -torch.inf)
         best.scatter_reduce_(0, right[0], similarity[right], "amax")
         similarity[right] = -torch.inf
-        ranks[part] = (similarity >= best[:, None]).sum(dim=1)
+        ranks[part] = (similarity > best[:, None] - 1e-6).sum(dim=1)  # rounding makes no winner
     return ranks
 
 
@@ -383,6 +384,9 @@ def read_class_names(path, classes):
         raise ValueError(f"{path}: line {tabs.index(False) + 1} has no tab, others have one")
     if all(tabs):
         keyed = dict(line.split("\t", 1) for line in lines)
+        if len(keyed) < len(lines):
+            again = Counter(line.split("\t")[0] for line in lines).most_common(1)[0][0]
+            raise ValueError(f"{path} names {again} twice")
         order = classes or [str(i) for i in range(len(keyed))]
         if missing := [name for name in order if name not in keyed]:
             raise ValueError(f"{path} has no names for {', '.join(missing[:3])} ({len(missing)})")
@@ -687,7 +691,7 @@ def task_zeroshot(model, sources, run):
         f"{len(names)} classes, {several} names, {len(templates)} templates, {tokenizer.identity}"
     )
     classes = class_embeddings(model, names, templates, tokenizer, device).to(device)
-    function = lambda images: best_five(model(model.features(images), None)[0] @ classes.T)
+    function = lambda images: best_five(model(model.features(images))[0] @ classes.T)
     run.options["centre"] = run.val_crop
     found, labels, _ = extract({"": function}, source, model.config, **run.options)
     known = labels >= 0

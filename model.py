@@ -576,9 +576,9 @@ class Contrastive(torch.autograd.Function):
             rows.append(logits.logsumexp(dim=1))
             columns = torch.logaddexp(columns, logits.logsumexp(dim=0))
         if dist.is_initialized():
-            every = columns.new_empty(processes, n)
+            every = columns.new_empty(processes * n)
             dist.all_gather_into_tensor(every, columns)
-            columns = every.logsumexp(dim=0)
+            columns = every.view(processes, n).logsumexp(dim=0)
         sums, for_images, for_texts = images.new_zeros(2), [], torch.zeros_like(texts)
         for part, row in zip(parts, rows):
             cosines = images[part] @ texts.T

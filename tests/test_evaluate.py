@@ -996,3 +996,78 @@ def test_classify_wants_a_head_and_labels(encoder, photos, classifier, capsys):
     with pytest.raises(SystemExit):
         classified(capsys, "--checkpoint", classifier(None), "--data", photos)
     assert "no labels in" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- pictures and texts
+
+
+def test_ranks_count_wrong_answers_that_are_as_similar():
+    asked, offered = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    offered = torch.cat([offered, offered[:2]])  # ties
+    rows, answers = (
+        torch.tensor([0, 0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        torch.tensor([0, 3, 1, 2, 3, 4, 5, 6, 7, 8]),
+    )
+    found = evaluate.ranks_of(asked, offered, rows, answers).tolist()
+    for row in range(9):
+        similarity = (asked[row] @ offered.T).tolist()
+        right = {answer for r, answer in zip(rows.tolist(), answers.tolist()) if r == row}
+        best = max(similarity[i] for i in right)
+        wrong = [s for i, s in enumerate(similarity) if i not in right]
+        assert found[row] == sum(s > best - 1e-6 for s in wrong)
+    collapsed = torch.ones(9, 4)  # where all are alike, nothing is found
+    assert evaluate.ranks_of(collapsed, collapsed, torch.arange(9), torch.arange(9)).min() == 8
+
+
+def test_class_embeddings_average_templates_and_synonyms():
+    def model(tokens):  # a text's embedding is (its length, 1), of unit length
+        lengths = (tokens > 2).sum(dim=1).float()
+        pair = torch.stack([lengths, torch.ones_like(lengths)], dim=1)
+        return None, torch.nn.functional.normalize(pair, dim=1), None
+
+    model.config = {"text": {"context": 50}}
+    names, templates = [["ox", "kitten"], ["\u732b"]], ("{}", "a {}!")
+    found = evaluate.class_embeddings(model, names, templates, data.ByteTokenizer(), "cpu")
+    for row, lengths in zip(found, ([2, 5, 6, 9], [3, 6])):
+        sums = np.sum([np.array([n, 1]) / np.hypot(n, 1) for n in lengths], axis=0)
+        assert row.numpy() == pytest.approx(sums / np.linalg.norm(sums), rel=1e-6)
+
+
+def test_names_of_classes(tmp_path):
+    path = tmp_path / "names.txt"
+    assert evaluate.read_class_names(None, ["sea_lion", "ox"]) == [["sea lion"], ["ox"]]
+    path.write_text("\ufeff\u0430\u043a\u0443\u043b\u0430, shark \r\nox\n", "utf-8")
+    names = [["\u0430\u043a\u0443\u043b\u0430", "shark"], ["ox"]]
+    assert evaluate.read_class_names(path, ["b", "a"]) == names
+    assert evaluate.read_class_names(path, None) == names
+    path.write_text("n02\tox, bull\nn01\tshark\nn03\tcat\n")  # by name, in any order
+    assert evaluate.read_class_names(path, ["n01", "n02"]) == [["shark"], ["ox", "bull"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "classes", "said"),
+    [
+        ("ox\n\ncat\n", None, "line 2 is blank"),
+        ("ox\ncat\nox\n", None, "line 3 repeats line 1"),
+        ("", None, "is empty"),
+        ("ox\ncat\n", ["a"], "has 2 lines, the data 1 classes"),
+        ("a\tox\ncat\n", None, "line 2 has no tab"),
+        ("a\tox\nb\tcat\n", ["a", "c"], "no names for c (1)"),
+        ("a\tox\na\tcat\n", ["a"], "names a twice"),
+        (",\n", None, "line 1 holds no name"),
+    ],
+)
+def test_unusable_names_of_classes_are_refused(text, classes, said, tmp_path):
+    (tmp_path / "names.txt").write_text(text)
+    with pytest.raises(ValueError) as error:
+        evaluate.read_class_names(tmp_path / "names.txt", classes)
+    assert said in str(error.value)
+    with pytest.raises(ValueError, match="cannot read class names"):
+        evaluate.read_class_names(tmp_path / "none.txt", classes)
+
+
+def test_a_template_without_a_place_for_the_name_is_refused(tmp_path):
+    (tmp_path / "templates.txt").write_text("a {}\na photo\n")
+    with pytest.raises(ValueError, match="line 2 has no {}"):
+        evaluate.read_templates(tmp_path / "templates.txt")
+    assert all("{}" in template for template in evaluate.read_templates(None))

@@ -557,7 +557,7 @@ def test_unusable_input_is_refused_in_one_line(pets, photos, tmp_path, capsys):
     assert "names 3" in refused(capsys, *common, "--data", pets, "--classes", 5)
     for flag in (["--save-every", 2], ["--class-weights"], ["--resume", tmp_path]):
         line = refused(capsys, "--task", "lowshot", *linear[2:], *flag)
-        assert f"{flag[0]} is not for --task lowshot" in line
+        assert f"{flag[0]} is for --task classify, linear" in line
     missing = ["--val-labels", tmp_path / "no.csv", "--val-data", tmp_path / "numbered" / "0.tar"]
     assert "want a folder" in refused(capsys, *common, "--data", pets, *missing)
     unlabelled = shards(tmp_path / "unlabelled", ["", "", ""])
@@ -684,3 +684,110 @@ def test_the_schedule_is_a_ramp_and_half_a_cosine():
     shares = [finetune.schedule(step, 100, 0.1) for step in range(100)]
     assert shares[0] == pytest.approx(1 / 11) and max(shares) == shares[10] == 1.0
     assert shares[55] == pytest.approx(0.5) and 0 < shares[99] < 0.001
+
+
+# ------------------------------------------------------------------------------- pictures and texts
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 220), "white": (250,) * 3}
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory):
+    """A shard of 80 pictures of one colour each, and what it is called, in several words."""
+    path = tmp_path_factory.mktemp("captions") / "0.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(80):
+            name = list(COLOURS)[i * 7 % 4]
+            buffer, text = io.BytesIO(), f"a #{name} wall, {'old' if i % 2 else 'new'}"
+            shade = tuple(c - i % 20 for c in COLOURS[name])
+            Image.new("RGB", (20, 24), shade).save(buffer, "PNG")
+            key, text = ("json", json.dumps({"caption": text})) if i % 3 else ("txt", text)
+            for kind, content in (("png", buffer.getvalue()), (key, text.encode())):
+                member = tarfile.TarInfo(f"{i:03}.{kind}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def lit(captions, out, *arguments, **options):
+    weights = weights_of(captions.parent, "16x2x2")
+    asked = ["--task", "lit", "--init", weights, "--data", captions, *TINY[6:], "--out", out]
+    asked += ["--text-size", "16x1x2", "--shared-width", 8, "--steps", 6, "--save-every", 3]
+    return fine(*asked, *arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def pair(captions, tmp_path_factory):
+    out = tmp_path_factory.mktemp("lit") / "run"
+    last_json(lit(captions, out))
+    return out
+
+
+@pytest.mark.parametrize(("processes", "extra"), [(None, ["--micro-batch", "2"]), (2, [])])
+def test_lit_is_the_same_in_pieces_and_on_two_processes(processes, extra, captions, pair, tmp_path):
+    last_json(lit(captions, tmp_path / "run", *extra, processes=processes))
+    for ours, theirs in zip(read_metrics(tmp_path / "run"), read_metrics(pair), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_lit_leaves_the_picture_tower_as_it_is_and_resumes(captions, pair, tmp_path):
+    rewound(pair, tmp_path / "run", 3)
+    assert "going on from" in lit(captions, tmp_path / "run").stdout
+    ours, theirs = (models.read_weights(p / "model.pt")[0] for p in (tmp_path / "run", pair))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    init = models.read_weights(weights_of(captions.parent, "16x2x2"))[0]
+    assert all(torch.equal(theirs[name], init[name]) for name in init)
+    fresh = models.TwoTowers(**models.read_weights(pair / "model.pt")[1]).state_dict()
+    moved = [n for n in fresh if n not in init and not torch.equal(fresh[n], theirs[n])]
+    still = ["text.position_embedding.weight", "text.token_embedding.weight"]
+    assert {*moved, *still} == fresh.keys() - init.keys()  # of these two, the rows that occur
+
+
+def test_cached_features_are_those_of_the_pictures(captions, pair, tmp_path):
+    """A picture of one colour looks the same in every crop: so nothing else may change."""
+    ran = lit(captions, tmp_path / "run", "--cache-features")
+    assert "features of 72 pictures" in ran.stdout
+    for ours, theirs in zip(read_metrics(tmp_path / "run"), read_metrics(pair), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "model.pt").unlink()
+    assert "features of" not in lit(captions, tmp_path / "run", "--cache-features").stdout
+
+
+def test_colours_are_found_by_their_names(captions, pair, tmp_path, capsys):
+    """Trained a little longer, they are, though no label was seen; in pictures it has not seen."""
+    out = tmp_path / "run"
+    long = ["--steps", "150", "--batch-size", "16", "--lr", "3e-3", "--min-crop", "1"]
+    found = last_json(lit(captions, out, *long))
+    assert found["text_recall_at_1"] > 0.5 and found["images"] == 8 and found["texts"] <= 8
+    for number, (name, colour) in enumerate(COLOURS.items()):
+        for split in ("train", "val"):
+            (tmp_path / "walls" / split / f"c{number}").mkdir(parents=True)
+            image = Image.new("RGB", (16, 16), tuple(c - 11 for c in colour))
+            image.save(tmp_path / "walls" / split / f"c{number}" / "a.png")
+    (tmp_path / "names.txt").write_text("\n".join(f"{name}, {name} wall" for name in COLOURS))
+    asked = ["--task", "zeroshot", "--checkpoint", out / "model.pt", "--data", tmp_path / "walls"]
+    asked += ["--classnames", tmp_path / "names.txt", "--workers", 0]
+    evaluate.main(list(map(str, asked)))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == 1.0
+
+
+def test_unusable_pairs_are_refused_in_one_line(captions, pair, pets, tmp_path, capsys):
+    init = ["--init", weights_of(captions.parent, "16x2x2")]
+    common = ["--task", "lit", "--out", tmp_path / "run", "--data"]
+    assert "wants --init" in refused(capsys, *common, captions)
+    assert "no captions in" in refused(capsys, *common, pets, *init)
+    assert "no captions in" in refused(capsys, *common, captions, *init, "--caption-key", "title")
+    assert "--context 600 is over 510" in refused(
+        capsys, *common, captions, *init, "--context", 600
+    )
+    assert "size '7x1x2'" in refused(capsys, *common, captions, *init, "--text-size", "7x1x2")
+    again = [*common, captions, "--init", pair / "model.pt"]
+    assert "are of size 16x1x2" in refused(capsys, *again, "--text-size", "toy")
+    assert "--shared-width" in refused(capsys, *again, "--shared-width", 16)
+    assert "leave --text-init out" in refused(capsys, *again, "--text-init", pair / "model.pt")
+    assert "is for --task lit" in refused(capsys, *CLASSIFY, "--context", 20)
+    (tmp_path / "spm.model").write_text("none")
+    line = refused(capsys, *common, captions, *init, "--tokenizer", tmp_path / "spm.model")
+    assert "is no tokenizer" in line or "pip install sentencepiece" in line
+    assert not (tmp_path / "run").exists()

@@ -1408,3 +1408,72 @@ def test_a_plan_of_more_processes_and_pieces():
     assert pieces["gradients (fp32)"] == one["gradients (fp32)"]  # whole until the last piece
     assert eight["peak"] < pieces["peak"] and planned(model, recompute=True)["peak"] < one["peak"]
     assert all(plan["peak"] <= sum(plan.values()) - plan["peak"] for plan in (one, eight, pieces))
+
+
+# --------------------------------------------------------------------------------- pictures and texts
+
+PAIRS_OF_TWO_WORLDS = """
+import os
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import model as models
+
+processes = int(os.environ.get("WORLD_SIZE", 1))
+rank = int(os.environ.get("RANK", 0))
+if processes > 1:
+    dist.init_process_group("gloo")
+models.Contrastive.ROWS = 4  # several of them, the last one shorter
+for left_out in ([], [0, 5, 11], range(4), range(12)):
+    generator = torch.Generator().manual_seed(3)
+    images, texts = torch.randn(2, 12, 5, dtype=torch.float64, generator=generator)
+    weight = torch.ones(12)
+    weight[list(left_out)] = 0
+    leaves = [F.normalize(x, dim=1).requires_grad_() for x in (images, texts)]
+    leaves.append(torch.tensor([7.0], dtype=torch.float64, requires_grad=True))
+    share = slice(12 // processes * rank, 12 // processes * (rank + 1))
+    ours = [x.detach()[share].requires_grad_() for x in leaves[:2]]
+    ours.append(leaves[2].detach().clone().requires_grad_())
+    loss = models.contrastive_loss(*ours, weight[share])
+    (3 * loss).backward()  # whatever comes after it scales the gradients
+
+    kept = weight > 0
+    logits = leaves[2] * leaves[0][kept] @ leaves[1][kept].T
+    answers = torch.arange(len(logits))
+    whole = (F.cross_entropy(logits, answers) + F.cross_entropy(logits.T, answers)) / 2
+    if not kept.any():
+        assert loss == 0 and not any(x.grad.any() for x in ours)
+        continue
+    (3 * whole).backward()
+    scale = ours[2].grad.clone()
+    if processes > 1:
+        dist.all_reduce(scale)
+    assert abs(loss - whole) < 1e-10
+    for x, y in zip(ours, leaves[:2]):
+        assert (x.grad - y.grad[share]).abs().max() < 1e-10
+    assert (scale - leaves[2].grad).abs().max() < 1e-10
+if processes > 1:
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("processes", [None, 2, 3])
+def test_the_contrastive_loss_is_that_of_the_whole_matrix(processes):
+    ran = stage(processes=processes, code=PAIRS_OF_TWO_WORLDS)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_a_text_is_embedded_alike_alone_and_among_longer_ones():
+    pair = models.TwoTowers(
+        "16x2x2", {"size": "16x2x2", "vocabulary": 30}, 8, image_size=16, patch_size=4
+    )
+    tokens = torch.randint(4, 30, (3, 9), generator=torch.Generator().manual_seed(0))
+    tokens[1, 4:] = tokens[2, 1:] = models.PADDING
+    found = pair(tokens=tokens)[1]
+    for row, length in enumerate((9, 4, 1)):
+        alone = pair(tokens=tokens[row : row + 1, :length])[1]
+        torch.testing.assert_close(alone[0], found[row])
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
+    swapped = tokens[:1, [0, 2, 1, *range(3, 9)]]  # positions count
+    assert (pair(tokens=swapped)[1] - found[0]).abs().max() > 1e-4
