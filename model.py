@@ -9,6 +9,7 @@
     parameter_groups  who is decayed, who is not
     parallelize       activation checkpointing -> compile -> fully_shard
     read_weights, load_weights, save_weights          model.pt and public checkpoints
+    python model.py convert IN OUT --format ...       the same for timm, Hugging Face and back
     save_checkpoint, load_checkpoint                  a training run that can stop anywhere
 
 Tensors: B batch, C channels, H W image, P patch side, N patches, K visible patches, D width,
@@ -943,7 +944,7 @@ def save_weights(path, state, config):
     write_file(path, {"model": state, "config": config})
 
 
-def names(ours, theirs=None, at="", there=None):
+def columns(ours, theirs=None, at="", there=None):
     """{our name: another's} of modules and lone tensors, word by word; ours below `at`."""
     there = at if there is None else there
     return {f"{at}{a}": f"{there}{b}" for a, b in zip(ours.split(), (theirs or ours).split())}
@@ -969,14 +970,14 @@ TORCHTEXT_BLOCK = "self_attn.in_proj_ self_attn.out_proj norm1 norm2 linear1 lin
 TORCHTEXT_OLD_BLOCK = "attention.input_projection attention.output_projection "
 TORCHTEXT_OLD_BLOCK += "attention_layer_norm final_layer_norm residual_mlp.mlp.0 residual_mlp.mlp.3"
 
-TIMM = names(VIT) | names(DECODER) | names(TEXT, at="text.") | names(PROJECTIONS)
+TIMM = columns(VIT) | columns(DECODER) | columns(TEXT, at="text.") | columns(PROJECTIONS)
 for place in PLACES:
-    TIMM |= names(BLOCK, at=place)
+    TIMM |= columns(BLOCK, at=place)
 HF = "cls_token position_embeddings patch_embeddings.projection"
-HF = names(VIT, HF, there="embeddings.") | names("norm head", "layernorm classifier")
-HF |= names(DECODER, there="decoder.")
+HF = columns(VIT, HF, there="embeddings.") | columns("norm head", "layernorm classifier")
+HF |= columns(DECODER, there="decoder.")
 HF_FILE, HF_FILE_5, HF_MEMORY_5 = (
-    HF | names(BLOCK, block, PLACES[0], encoder) | names(BLOCK, block, PLACES[1], decoder)
+    HF | columns(BLOCK, block, PLACES[0], encoder) | columns(BLOCK, block, PLACES[1], decoder)
     for block, encoder, decoder in (
         (HF_BLOCK, "encoder.layer.{i}.", "decoder.decoder_layers.{i}."),
         (HF_BLOCK, "encoder.layer.{i}.", "decoder.decoder_encoder.layer.{i}."),
@@ -984,17 +985,17 @@ HF_FILE, HF_FILE_5, HF_MEMORY_5 = (
     )
 )
 XLMR = "word_embeddings position_embeddings LayerNorm token_type_embeddings"
-XLMR = names(TEXT, XLMR, "text.", "embeddings.")
-XLMR |= names(BLOCK, XLMR_BLOCK, PLACES[2], "encoder.layer.{i}.")
-MAWS = names(VIT, there="vision_encoder.")
-MAWS |= names(BLOCK, at=PLACES[0], there="vision_encoder.blocks.{i}.")
-MAWS |= names(PROJECTIONS, "vision_projection text_projection logit_scale")
+XLMR = columns(TEXT, XLMR, "text.", "embeddings.")
+XLMR |= columns(BLOCK, XLMR_BLOCK, PLACES[2], "encoder.layer.{i}.")
+MAWS = columns(VIT, there="vision_encoder.")
+MAWS |= columns(BLOCK, at=PLACES[0], there="vision_encoder.blocks.{i}.")
+MAWS |= columns(PROJECTIONS, "vision_projection text_projection logit_scale")
 TORCHTEXT = "token_embedding positional_embedding.embedding embedding_layer_norm"
-TORCHTEXT = MAWS | names(TEXT, TORCHTEXT, "text.", "encoder.transformer.")
-TORCHTEXT_OLD = TORCHTEXT | names(
+TORCHTEXT = MAWS | columns(TEXT, TORCHTEXT, "text.", "encoder.transformer.")
+TORCHTEXT_OLD = TORCHTEXT | columns(
     BLOCK, TORCHTEXT_OLD_BLOCK, PLACES[2], "encoder.transformer.layers.{i}."
 )
-TORCHTEXT |= names(BLOCK, TORCHTEXT_BLOCK, PLACES[2], "encoder.transformer.layers.layers.{i}.")
+TORCHTEXT |= columns(BLOCK, TORCHTEXT_BLOCK, PLACES[2], "encoder.transformer.layers.layers.{i}.")
 # What a file is said to be: its table of names. transformers 5 writes other names than it uses.
 FORMATS = [("timm-named", TIMM), ("Hugging Face", HF_FILE), ("Hugging Face", HF_FILE_5)]
 FORMATS += [("Hugging Face", HF_MEMORY_5), ("Hugging Face", XLMR)]
@@ -1013,16 +1014,21 @@ def tensor_names(table, depth):
             yield ours.replace("{i}", str(i)) + end, [t.replace("{i}", str(i)) for t in theirs]
 
 
+def depth_of(state):
+    """More than the number of any block among the names of tensors."""
+    numbers = (int(n) for name in state for n in re.findall(r"\.(\d{1,3})\.", name))
+    return 1 + max(numbers, default=0)
+
+
 def recognise(state):
     """(format, tensors by our names, those of no use, those that nothing explains) of a file's."""
     state = {re.sub(f"^{PREFIXES}", "", name): tensor for name, tensor in state.items()}
-    numbers = (int(n) for name in state for n in re.findall(r"\.(\d{1,3})\.", name))
-    depth, best = 1 + max(numbers, default=0), None
-    for style, table in FORMATS:
-        found = [(a, b) for a, b in tensor_names(table, depth) if state.keys() >= set(b)]
-        if best is None or len(found) > len(best[1]):
-            best = style, found
-    style, found = best
+    style, found = None, []
+    for other, table in FORMATS:
+        known = tensor_names(table, depth_of(state))
+        explained = [(ours, theirs) for ours, theirs in known if state.keys() >= set(theirs)]
+        if len(explained) > len(found):
+            style, found = other, explained
     left = state.keys() - {name for _, parts in found for name in parts}
     unused = {name for name in left if style == "Hugging Face" and name.startswith(UNUSED)}
     merged = {
@@ -1338,6 +1344,135 @@ def load_weights(model, state, old_grid=None, keep_head=False):
         + (f"; dropped: {families(dropped)}" if dropped else "")
         + ("; norm from fc_norm" if renamed else "")
     )
+
+
+def network(state, config):
+    """The model on the meta device that the tensors of a file are of, with or without a config."""
+    kinds = {"text.token_embedding.weight": (TwoTowers, "text shared_width pool")}
+    kinds |= {"mask_token": (MAE, "decoder mask_ratio normalize_targets")}
+    kinds |= {"head.weight": (Classifier, "pool class_names")}
+    kind, keys = next((kinds[name] for name in kinds if name in state), (ViT, ""))
+    arguments = {key: config[key] for key in keys.split() if key in config}
+    if kind is Classifier:
+        arguments["classes"] = len(state["head.weight"])
+        arguments.setdefault("pool", "mean" if "fc_norm.weight" in state else "cls")
+    with torch.device("meta"):  # shapes without memory
+        return kind(**encoder_config(config), **arguments)
+
+
+def convert(source, out, format, heads=None):
+    """Write what read_weights can read as another library reads it. Returns how to load it there.
+
+    format  "timm": tensors for VisionTransformer, .pt, .pth or .safetensors; "hf": a folder for
+            from_pretrained; "own": model.pt
+    Raises ValueError when `out` exists, or when the format cannot express the model.
+    """
+    out = Path(out)
+    if os.path.lexists(out) or not out.absolute().parent.is_dir():
+        raise ValueError(f"{out} exists, or the folder that it should be in does not: see to it")
+    if format == "timm" and out.suffix not in (".pt", ".pth", ".safetensors"):
+        raise ValueError(f"{out} must end in .pt, .pth or .safetensors")
+    if format == "hf" or out.suffix == ".safetensors":
+        import_safetensors()  # now, not when all is read
+    state, config = read_weights(source, heads)
+    model = network(state, config)
+    print(load_weights(model, state, keep_head=True))  # onto nothing: it is only compared
+    if missing := model.state_dict().keys() - state.keys():
+        raise ValueError(f"{source} lacks {', '.join(sorted(missing)[:3])}")
+    state = {name: state[name] for name in model.state_dict()}
+    if format == "own":
+        save_weights(out, state, model.config)
+        return f"read_weights({str(out)!r})"
+    return {"timm": write_timm, "hf": write_hugging_face}[format](out, state, model)
+
+
+def translate(state, table):
+    """Tensors by the names that a table gives them; what has none there is dropped, and said."""
+    renamed, dropped = {}, set(state)
+    for ours, theirs in tensor_names(table, depth_of(state)):
+        if ours in state:
+            parts = state[ours].chunk(len(theirs))
+            # Their files hold each tensor by itself.
+            renamed |= {name: part.clone().contiguous() for name, part in zip(theirs, parts)}
+            dropped.remove(ours)
+    if dropped:
+        print(f"dropped: {', '.join(sorted({name.split('.')[0] for name in dropped}))}")
+    return renamed
+
+
+def write_timm(out, state, model):
+    config = model.config
+    state = translate(state, columns(VIT) | columns(BLOCK, at=PLACES[0]))
+    arguments = {"img_size": tuple(config["image_size"]), "patch_size": model.patch_size}
+    arguments |= {"in_chans": config["channels"], "num_classes": getattr(model, "classes", 0)}
+    arguments |= {"embed_dim": model.width, "depth": model.layers, "num_heads": model.heads}
+    arguments |= {"class_token": True, "fc_norm": "fc_norm.weight" in state}
+    arguments["global_pool"] = "avg" if config.get("pool") == "mean" else "token"
+    arguments = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    if config["norm_eps"] != 1e-6:  # timm's own
+        norm = f"functools.partial(torch.nn.LayerNorm, eps={config['norm_eps']})"
+        arguments += f", norm_layer={norm}"
+    load = "torch.load"
+    if out.suffix == ".safetensors":
+        load = "safetensors.torch.load_file"
+        import_safetensors().save_file(state, f"{out}.tmp")
+        os.replace(f"{out}.tmp", out)
+    else:
+        write_file(out, state)
+    imports = "import functools, timm, torch" + (", safetensors.torch" if "safe" in load else "")
+    build = f"model = timm.models.VisionTransformer({arguments})"
+    return f"{imports}; {build}; model.load_state_dict({load}({str(out)!r}))"
+
+
+def write_hugging_face(out, state, model):
+    config, options = model.config, ""
+    H, W = config["image_size"]
+    published = {
+        "model_type": "vit",
+        "image_size": H if H == W else [H, W],
+        "patch_size": model.patch_size,
+        "num_channels": config["channels"],
+        "hidden_size": model.width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "intermediate_size": 4 * model.width,
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "layer_norm_eps": config["norm_eps"],
+    }
+    if isinstance(model, MAE):
+        if H != W:
+            raise ValueError(f"ViTMAEForPreTraining wants square images, not {H}x{W}")
+        kind, (width, layers, heads) = "ViTMAEForPreTraining", config["decoder"]
+        published |= {"model_type": "vit_mae", "decoder_hidden_size": width}
+        published |= {"decoder_num_hidden_layers": layers, "decoder_num_attention_heads": heads}
+        published |= {"decoder_intermediate_size": 4 * width, "mask_ratio": config["mask_ratio"]}
+        published |= {"norm_pix_loss": config["normalize_targets"]}
+    elif isinstance(model, Classifier):
+        if config["pool"] != "cls":
+            why = (
+                "ViTForImageClassification reads the class token, this head the mean of the patches"
+            )
+            raise ValueError(f"{why}: --format timm can say that")
+        kind, labels = "ViTForImageClassification", config["class_names"]
+        labels = labels or [f"LABEL_{number}" for number in range(model.classes)]
+        published["id2label"] = dict(enumerate(labels))
+        published["label2id"] = {label: number for number, label in enumerate(labels)}
+    else:
+        kind, options = "ViTModel", ", add_pooling_layer=False"
+    published["architectures"] = [kind]
+    state = translate(state, HF_FILE)
+    if kind != "ViTModel":
+        bare = ("classifier.", "decoder.")
+        state = {n if n.startswith(bare) else f"vit.{n}": tensor for n, tensor in state.items()}
+    temporary = Path(f"{out}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    write_file(temporary / "config.json", json.dumps(published, indent=1))
+    import_safetensors().save_file(state, temporary / "model.safetensors", {"format": "pt"})
+    os.replace(temporary, out)
+    load = f"model = transformers.{kind}.from_pretrained({str(out)!r}{options})"
+    return f"import transformers; {load}"
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -1690,3 +1825,32 @@ def verdict(error):
     if isinstance(error, ValueError | OSError):
         return error, 2 if isinstance(error, ValueError) else 1, isinstance(error, OSError)
     raise error
+
+
+# ------------------------------------------------------------------------------ python model.py ...
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser("model.py", allow_abbrev=False, description="Weights.")
+
+    def fail(message, status=2):
+        print(f"model.py: {message}", file=sys.stderr)
+        sys.exit(status)
+
+    parser.error = lambda message: fail(f"{message} (--help lists all)")
+    add = parser.add_argument
+    add("command", choices=["convert"], help="write weights as another library reads them")
+    add("source", metavar="IN", help="a model.pt, a public checkpoint, a Hugging Face folder")
+    add("out", metavar="OUT", help="a new file; for hf, a new folder")
+    add("--format", required=True, choices=("timm", "hf", "own"), help="of OUT")
+    add("--heads", type=int, help="of an IN whose size is unknown")
+    run = parser.parse_args(argv)
+    try:
+        line = convert(run.source, run.out, run.format, run.heads)
+    except (ValueError, OSError) as error:
+        fail(error, 2 if isinstance(error, ValueError) else 1)
+    print(f"wrote {run.out}. To load it:\n{line}")
+
+
+if __name__ == "__main__":
+    main()

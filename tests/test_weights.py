@@ -1,0 +1,536 @@
+"""Weights of other libraries in and out of model.py: the same numbers, by their own code.
+
+Their models are small, but for a few of a real width, with every parameter random; files are
+written by them and read here, and the other way round.
+"""
+
+import json
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import model as models
+from model import MAE, Classifier, TextTower, TwoTowers, ViT
+
+safetensors = pytest.importorskip("safetensors.torch", reason="pip install safetensors")
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY |= {"intermediate_size": 128, "image_size": 32, "patch_size": 8}
+TINY_DECODER = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 2}
+TINY_DECODER |= {"decoder_num_attention_heads": 2, "decoder_intermediate_size": 64}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torchvision():
+    """timm and transformers import it, and a CPU torch lacks two operators that it then wants."""
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        yield
+    except RuntimeError as error:
+        assert "torchvision::nms does not exist" in str(error)
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+        yield library
+    else:
+        yield
+
+
+@pytest.fixture(scope="session")
+def timm():
+    return pytest.importorskip("timm", reason="pip install --no-deps torchvision timm")
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    return pytest.importorskip("transformers", reason="pip install transformers")
+
+
+def randomize(model, seed=0):
+    """Every parameter random, norms' scales around 1: a bias of 0 or a scale of 1 hides mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            shift = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05 + shift)
+    return model.eval()
+
+
+def load(kind, path, heads=None, **others):
+    """A model of the weights in a file, with all that it says of itself."""
+    state, config = models.read_weights(path, heads)
+    keys = {"decoder", "mask_ratio", "normalize_targets"} if kind is MAE else set()
+    keys |= {"classes", "pool", "class_names"} if kind is Classifier else set()
+    keys |= {"text", "shared_width", "pool"} if kind is TwoTowers else set()
+    config = models.encoder_config(config) | {k: config[k] for k in keys if k in config}
+    model = kind(**config | others)
+    line = models.load_weights(model, state, keep_head=True)
+    return model.eval(), line
+
+
+def images(side, count=2, channels=3):
+    return torch.randn(count, channels, side, side, generator=torch.Generator().manual_seed(1))
+
+
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+
+# (arguments of timm's VisionTransformer, heads to be given, file)
+VITS = {
+    "B/16": ({"depth": 12, "embed_dim": 768, "num_heads": 12}, None, "vit.safetensors"),
+    "H/14": ({"depth": 1, "embed_dim": 1280, "num_heads": 16, "patch_size": 14}, 16, "vit.pth"),
+    "512 px": ({"depth": 2, "embed_dim": 64, "num_heads": 4, "img_size": 512}, 4, "vit.pt"),
+    "grey": ({"depth": 2, "embed_dim": 64, "num_heads": 4, "in_chans": 1}, 4, "vit.pt"),
+}
+
+
+@pytest.mark.parametrize("case", VITS)
+@torch.no_grad()
+def test_timm_s_vits_compute_the_same_here(timm, tmp_path, capsys, case):
+    arguments, heads, name = VITS[case]
+    theirs = randomize(
+        timm.models.VisionTransformer(num_classes=0, weight_init="skip", **arguments)
+    )
+    save = safetensors.save_file if name.endswith("safetensors") else torch.save
+    save(theirs.state_dict(), tmp_path / name)
+    ours, line = load(ViT, tmp_path / name, heads)
+    assert "timm-named ViT" in capsys.readouterr().out and "dropped" not in line
+    pictures = images(arguments.get("img_size", 224), 1, arguments.get("in_chans", 3))
+    close(ours(pictures), theirs.forward_features(pictures))
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("wrapped", ["bare", "state_dict", "module"])
+@torch.no_grad()
+def test_timm_s_classifiers_compute_the_same_here(timm, tmp_path, pool, wrapped):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    theirs = randomize(timm.models.VisionTransformer(num_classes=5, global_pool=pool, **sizes))
+    state = theirs.state_dict()
+    if wrapped == "module":  # DataParallel's
+        state = {f"module.{name}": tensor for name, tensor in state.items()}
+    torch.save(state if wrapped == "bare" else {"state_dict": state, "epoch": 3}, tmp_path / "v.pt")
+    ours, line = load(Classifier, tmp_path / "v.pt", 4)
+    assert ours.config["pool"] == ("mean" if pool == "avg" else "cls") and ours.classes == 5
+    assert "dropped" not in line and "newly" not in line
+    close(ours(images(32)), theirs(images(32)))
+
+
+def hf_file(model, tmp_path, how):
+    """What a Hugging Face model is read from: its folder, or a lone file of the state in memory."""
+    if how == "folder":
+        model.save_pretrained(tmp_path / "hf")
+        return tmp_path / "hf", None
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    return tmp_path / "pytorch_model.bin", 4
+
+
+HOW = pytest.mark.parametrize("how", ["folder", "memory"])
+
+
+@HOW
+@torch.no_grad()
+def test_hugging_face_s_vits_compute_the_same_here(transformers, tmp_path, capsys, how):
+    config = transformers.ViTConfig(**TINY, num_labels=3, id2label={0: "a", 1: "b", 2: "c"})
+    theirs = randomize(transformers.ViTForImageClassification(config))
+    ours, _ = load(Classifier, *hf_file(theirs, tmp_path, how))
+    assert "Hugging Face ViT" in capsys.readouterr().out
+    assert ours.config["norm_eps"] == 1e-12 and ours.config["pool"] == "cls"
+    assert ours.config["class_names"] == (["a", "b", "c"] if how == "folder" else None)
+    close(ours(images(32)), theirs(images(32)).logits)
+
+
+@HOW
+@torch.no_grad()
+def test_hugging_face_s_bare_vit_leaves_its_pooler(transformers, tmp_path, capsys, how):
+    # An eps that matters: where it is not kept, the outputs differ.
+    theirs = randomize(transformers.ViTModel(transformers.ViTConfig(**TINY, layer_norm_eps=0.1)))
+    ours, _ = load(ViT, *hf_file(theirs, tmp_path, how))
+    assert "Hugging Face ViT; of no use here: pooler" in capsys.readouterr().out
+    if how == "folder":
+        close(ours(images(32)), theirs(images(32)).last_hidden_state)
+
+
+@HOW
+@torch.no_grad()
+def test_hugging_face_s_vitmae_computes_the_same_here(transformers, tmp_path, capsys, how):
+    config = transformers.ViTMAEConfig(**TINY, **TINY_DECODER, norm_pix_loss=True)
+    theirs = randomize(transformers.ViTMAEForPreTraining(config))
+    path, heads = hf_file(theirs, tmp_path, how)
+    if how == "memory":  # how many heads a decoder has cannot be said
+        with pytest.raises(ValueError, match="2 decoder_blocks of width 16 have how many heads"):
+            models.read_weights(path, heads)
+        known = {"model_type": "vit_mae", "decoder_num_attention_heads": 2}
+        (tmp_path / "config.json").write_text(json.dumps(known))
+    ours, _ = load(MAE, path, heads)
+    assert "Hugging Face ViTMAE" in capsys.readouterr().out
+    noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(2))
+    found = theirs(images(32), noise=noise)
+    ids = noise.argsort(dim=1)
+    close(ours(images(32), ids).mean(), found.loss)
+    hidden = models.take(found.logits, ids[:, ours.num_visible :])
+    close(ours.predict(models.patchify(images(32), 8), ids), hidden)
+    encoder, _ = load(ViT, path, heads)
+    theirs.vit.config.mask_ratio = theirs.vit.embeddings.config.mask_ratio = 0.0
+    ordered = torch.arange(16.0).expand(2, -1)
+    close(encoder(images(32)), theirs.vit(images(32), noise=ordered).last_hidden_state)
+
+
+def texts(vocabulary, lengths=(9, 1, 5)):
+    """(B, T) random tokens, filled up with the padding's id."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(2, vocabulary, (len(lengths), max(lengths)), generator=generator)
+    for row, length in zip(tokens, lengths):
+        row[length:] = models.PADDING
+    return tokens
+
+
+@pytest.mark.parametrize("kind", ["XLMRobertaModel", "XLMRobertaForMaskedLM"])
+@HOW
+@torch.no_grad()
+def test_hugging_face_s_xlm_r_computes_the_same_here(transformers, tmp_path, capsys, kind, how):
+    sizes = {name: TINY[name] for name in TINY if not name.endswith(("image_size", "patch_size"))}
+    sizes |= {"vocab_size": 50, "max_position_embeddings": 20, "layer_norm_eps": 1e-5}
+    theirs = randomize(getattr(transformers, kind)(transformers.XLMRobertaConfig(**sizes)))
+    path, heads = hf_file(theirs, tmp_path, how)
+    state, arguments = models.read_text_weights(path, heads)
+    said = capsys.readouterr().out
+    assert (
+        "Hugging Face XLM-R; of no use here: " + ("lm_head" if "Masked" in kind else "pooler")
+        in said
+    )
+    expected = {"size": "32x2x4", "vocabulary": 50, "positions": 20, "norm_eps": 1e-5}
+    assert arguments == expected
+    ours = TextTower(**arguments)
+    ours.load_state_dict(state)
+    tokens, encoder = texts(50), getattr(theirs, "roberta", theirs)
+    found = encoder(tokens, attention_mask=tokens != models.PADDING).last_hidden_state
+    close(ours(tokens), found[:, 0])
+    with pytest.raises(ValueError, match="a text tower alone"):
+        models.read_weights(path)
+
+
+class TorchtextRoberta(nn.Module):
+    """torchtext's RobertaModel, as its layout and its behaviour are documented."""
+
+    def __init__(self, vocabulary, width, layers, heads, positions=514):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, activation="gelu", batch_first=True
+        )
+        encoder = nn.ModuleDict()
+        encoder["token_embedding"] = nn.Embedding(vocabulary, width)
+        encoder["layers"] = nn.TransformerEncoder(layer, layers)
+        encoder["positional_embedding"] = nn.ModuleDict(
+            {"embedding": nn.Embedding(positions, width)}
+        )
+        encoder["embedding_layer_norm"] = nn.LayerNorm(width)
+        self.encoder = nn.ModuleDict({"transformer": encoder})
+
+    def forward(self, tokens):
+        encoder = self.encoder["transformer"]
+        positions = torch.ones_like(tokens)
+        for row, text in enumerate(tokens.tolist()):
+            length = sum(token != 1 for token in text)
+            positions[row, :length] = torch.arange(2, 2 + length)
+        x = encoder["token_embedding"](tokens) + encoder["positional_embedding"]["embedding"](
+            positions
+        )
+        x = encoder["embedding_layer_norm"](x)
+        return encoder["layers"](x, src_key_padding_mask=tokens == 1)[:, 0]
+
+
+OLD_TORCHTEXT = {
+    "layers.layers.": "layers.",
+    "self_attn.in_proj_": "attention.input_projection.",
+    "self_attn.out_proj": "attention.output_projection",
+    "linear1": "residual_mlp.mlp.0",
+    "linear2": "residual_mlp.mlp.3",
+    "norm1": "attention_layer_norm",
+    "norm2": "final_layer_norm",
+}
+
+
+@pytest.mark.parametrize("old", [False, True])
+@torch.no_grad()
+def test_a_released_pair_computes_the_same_here(timm, tmp_path, capsys, old):
+    vision = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 3, "num_heads": 6}
+    vision = timm.models.VisionTransformer(num_classes=0, **vision)
+    text = TorchtextRoberta(60, 128, 3, 4)
+    parts = nn.ModuleDict({"vision_encoder": vision, "text_encoder": text})
+    randomize(parts)
+    projections = {
+        "vision_projection": torch.randn(192, 24),
+        "text_projection": torch.randn(128, 24),
+    }
+    state = {**parts.state_dict(), **projections, "logit_scale": torch.tensor(2.5)}
+    if old:
+        for new, before in OLD_TORCHTEXT.items():
+            state = {
+                name.replace(new, before)
+                if "text_encoder" in name and "layers." in name
+                else name: t
+                for name, t in state.items()
+            }
+    torch.save(state, tmp_path / "pair.pt")
+    ours, line = load(TwoTowers, tmp_path / "pair.pt")
+    assert "torchtext-named CLIP pair" in capsys.readouterr().out and "dropped" not in line
+    assert ours.config["text"] == {
+        "size": "toy",
+        "vocabulary": 60,
+        "positions": 514,
+        "norm_eps": 1e-5,
+        "context": 100,
+    }
+    tokens = texts(60)
+    found = ours(ours.features(images(32)), tokens)
+    expected = (vision(images(32)) @ projections["vision_projection"], text(tokens))
+    expected = expected[0], expected[1] @ projections["text_projection"]
+    for mine, embedding in zip(found, expected):
+        close(mine, nn.functional.normalize(embedding, dim=1))
+    close(found[2], torch.tensor([2.5]).exp())
+    state, arguments = models.read_text_weights(tmp_path / "pair.pt")  # of the pair
+    tower = TextTower(**arguments)
+    tower.load_state_dict(state)
+    close(tower(tokens), text(tokens))
+
+
+# ------------------------------------------------------------------------------------- python model.py
+
+SMALL = {"size": "32x2x4", "image_size": 32, "patch_size": 8}
+NAMED = {"classes": 3, "class_names": ["a", "b", "c"], "head_std": 0.1}
+OURS = {
+    "ViT": (ViT, {**SMALL, "norm_eps": 1e-3}),
+    "wide ViT": (ViT, {**SMALL, "image_size": (16, 24), "channels": 4}),
+    "Classifier": (Classifier, {**SMALL, **NAMED}),
+    "mean Classifier": (Classifier, {**SMALL, **NAMED, "pool": "mean"}),
+    "MAE": (MAE, {**SMALL, "decoder": (16, 2, 2), "mask_ratio": 0.5, "norm_eps": 1e-3}),
+    "TwoTowers": (TwoTowers, {**SMALL, "text": {"size": "16x1x2", "vocabulary": 9}}),
+}
+
+
+def written(kind, tmp_path, out, format, capsys):
+    """(a model of ours, what convert printed, the families that it dropped) as it goes to `out`."""
+    kind, arguments = OURS[kind]
+    model = randomize(kind(**arguments))
+    models.save_weights(tmp_path / "model.pt", models.full_state(model), model.config)
+    models.main(["convert", str(tmp_path / "model.pt"), str(tmp_path / out), "--format", format])
+    said = capsys.readouterr().out
+    assert "our own" in said
+    dropped = [line.removeprefix("dropped: ") for line in said.splitlines() if "dropped: " in line]
+    return model, said.splitlines()[-1], set(", ".join(dropped).split(", ")) - {""}
+
+
+def lost(path, model, heads=None, unsaid=()):
+    """Families that a file lacks of a model. What it has must be the model's, bit for bit."""
+    state, config = models.read_weights(path, heads)
+    own = model.state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in state.items())
+    assert {k: v for k, v in config.items() if k not in unsaid and v != model.config[k]} == {}
+    return {name.split(".")[0] for name in own.keys() - state.keys()}
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("kind", OURS)
+@torch.no_grad()
+def test_to_timm_and_back_is_bit_for_bit(timm, tmp_path, capsys, kind, suffix):
+    path, back = tmp_path / f"timm.{suffix}", tmp_path / "back.pt"
+    ours, line, dropped = written(kind, tmp_path, path.name, "timm", capsys)
+    place = {}
+    exec(line, place)  # noqa: S102 (what users are told to type; it loads strictly)
+    theirs, pictures = place["model"].eval(), random_images(ours)
+    if isinstance(ours, Classifier):
+        close(theirs(pictures), ours(pictures))
+    else:
+        close(theirs.forward_features(pictures), ViT.forward(as_vit(ours), pictures))
+    assert bool(dropped) == (kind in ("MAE", "TwoTowers"))
+    unsaid = ("norm_eps", "class_names", "image_size")  # tensors alone do not tell them
+    if kind != "wide ViT":
+        assert lost(path, ours, 4, unsaid[:2]) == dropped
+        models.main(["convert", str(path), str(back), "--format", "own", "--heads", "4"])
+        assert lost(back, ours, unsaid=unsaid) == dropped
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OURS if kind != "mean Classifier"])
+@torch.no_grad()
+def test_to_hugging_face_and_back_is_bit_for_bit(transformers, tmp_path, capsys, kind):
+    ours, line, dropped = written(kind, tmp_path, "hf", "hf", capsys)
+    assert bool(dropped) == (kind == "TwoTowers")
+    imports, load = line.split("; model = ")
+    theirs, info = eval(load[:-1] + ", output_loading_info=True)", {"transformers": transformers})
+    assert not any(info.values())
+    pictures = random_images(ours)
+    if kind == "MAE":
+        noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(2))
+        close(theirs(pictures, noise=noise).loss, ours(pictures, noise.argsort(dim=1)).mean())
+    elif kind == "Classifier":
+        close(theirs(pictures).logits, ours(pictures))
+        assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"}
+    else:
+        close(theirs(pictures).last_hidden_state, ViT.forward(ours, pictures))
+    assert lost(tmp_path / "hf", ours) == dropped
+    back = tmp_path / "back.pt"
+    models.main(["convert", str(tmp_path / "hf"), str(back), "--format", "own"])
+    assert lost(back, ours) == dropped
+
+
+def as_vit(model):
+    vit = ViT(**models.encoder_config(model.config))
+    models.load_weights(vit, model.state_dict())
+    return vit
+
+
+def random_images(model):
+    shape = (2, model.config["channels"], *model.config["image_size"])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_released_pair_becomes_our_own(tmp_path):
+    ours = randomize(
+        TwoTowers(**{**OURS["TwoTowers"][1], "text": {"size": "toy", "vocabulary": 9}})
+    )
+    torch.save(ours.state_dict(), tmp_path / "bare.pt")  # without our config
+    models.convert(tmp_path / "bare.pt", tmp_path / "pair.pt", "own", heads=4)
+    assert lost(tmp_path / "pair.pt", ours) == set()
+
+
+def test_a_pair_s_picture_tower_and_a_trunk_s_pair(tmp_path):
+    pair, trunk = (randomize(OURS[kind][0](**OURS[kind][1])) for kind in ("TwoTowers", "ViT"))
+    for name, model in (("pair.pt", pair), ("trunk.pt", trunk)):
+        models.save_weights(tmp_path / name, models.full_state(model), model.config)
+    projections = {"image_projection", "logit_scale", "text", "text_projection"}
+    for kind in (ViT, MAE, Classifier):
+        model, line = load(kind, tmp_path / "pair.pt")
+        assert f"dropped: {', '.join(sorted(projections))}" in line
+        assert all(torch.equal(model.state_dict()[n], pair.state_dict()[n]) for n in ViT_NAMES)
+    initial = TwoTowers(**OURS["TwoTowers"][1])
+    model, line = load(TwoTowers, tmp_path / "trunk.pt", text=OURS["TwoTowers"][1]["text"])
+    assert f"newly initialised: {', '.join(sorted(projections))}" in line
+    for name, tensor in model.state_dict().items():
+        source = trunk if name in ViT_NAMES else initial
+        assert torch.equal(tensor, source.state_dict()[name])
+
+
+ViT_NAMES = [*ViT(**SMALL).state_dict()]
+STRANGE = {
+    "registers": {"reg_tokens": 4},
+    "layer scale": {"init_values": 1e-5},
+    "normalised queries": {"qk_norm": True},
+    "a norm before": {"pre_norm": True},
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_other_vits_are_refused_by_the_names_that_nothing_explains(timm, tmp_path, case):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    model = timm.models.VisionTransformer(num_classes=0, **sizes, **STRANGE[case])
+    torch.save(model.state_dict(), tmp_path / "vit.pt")
+    words = {"registers": "reg_token", "layer scale": "ls1.gamma", "normalised queries": "k_norm"}
+    with pytest.raises(ValueError, match=words.get(case, "norm_pre")) as error:
+        models.read_weights(tmp_path / "vit.pt", 4)
+    assert "\n" not in str(error.value)
+
+
+def test_swiglu_is_refused(timm, tmp_path):
+    from timm.layers import SwiGLUPacked
+
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    model = timm.models.VisionTransformer(num_classes=0, mlp_layer=SwiGLUPacked, **sizes)
+    torch.save(model.state_dict(), tmp_path / "vit.pt")
+    with pytest.raises(ValueError, match="mlp.fc2.weight is|have how many"):
+        load(ViT, tmp_path / "vit.pt", 4)
+
+
+def refused(capsys, *arguments):
+    """The line, and the only one, with which convert gives up."""
+    with pytest.raises(SystemExit) as error:
+        models.main(["convert", *map(str, arguments)])
+    assert error.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("model.py: ") and said.count("\n") == 1
+    return said
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A file with the tensors of a ViT by our names, without a config."""
+    safetensors.save_file(ViT(**SMALL).state_dict(), tmp_path / "vit.safetensors")
+    return tmp_path / "vit.safetensors"
+
+
+def test_heads_that_no_shape_tells_must_be_given(small, capsys):
+    out = small.with_name("own.pt")
+    assert "Give --heads" in refused(capsys, small, out, "--format", "own")
+    assert "multiple of 4 x heads" in refused(capsys, small, out, "--format", "own", "--heads", "5")
+    models.main(["convert", str(small), str(out), "--format", "own", "--heads", "2"])
+    assert models.read_weights(out)[1]["size"] == "32x2x2"
+    with pytest.raises(ValueError, match="has 2 heads"):
+        models.read_weights(out, 4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_of_safetensors_is_one_line(small, capsys, share):
+    content = small.read_bytes()
+    small.write_bytes(content[: int(share * len(content))])
+    said = refused(capsys, small, small.with_name("own.pt"), "--format", "own", "--heads", 4)
+    assert "cannot read weights" in said and not small.with_name("own.pt").exists()
+
+
+def test_without_the_safetensors_package_the_pip_line_is_said(small, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    own = small.with_name("own.pt")
+    models.save_weights(own, (model := ViT(**SMALL)).state_dict(), model.config)
+    for source, out, format in (
+        (small, "o.pt", "own"),
+        (own, "hf", "hf"),
+        (own, "o.safetensors", "timm"),
+    ):
+        said = refused(capsys, source, small.with_name(out), "--format", format, "--heads", 4)
+        assert "pip install safetensors" in said and not small.with_name(out).exists()
+
+
+def test_what_a_format_cannot_say_is_refused(small, tmp_path, capsys):
+    classifier = Classifier(**SMALL, **NAMED, pool="mean")
+    models.save_weights(tmp_path / "mean.pt", classifier.state_dict(), classifier.config)
+    said = refused(capsys, tmp_path / "mean.pt", tmp_path / "hf", "--format", "hf")
+    assert "reads the class token" in said
+    wide = MAE(**{**SMALL, "image_size": (16, 32)}, decoder=(16, 1, 2))
+    models.save_weights(tmp_path / "wide.pt", wide.state_dict(), wide.config)
+    assert "square" in refused(capsys, tmp_path / "wide.pt", tmp_path / "hf", "--format", "hf")
+    heads = "--heads", 4
+    assert "must end" in refused(capsys, small, tmp_path / "vit.bin", "--format", "timm", *heads)
+    assert "exists" in refused(capsys, small, small, "--format", "timm", *heads)
+    assert "exists" in refused(capsys, small, tmp_path, "--format", "hf", *heads)
+    assert "exists" in refused(capsys, small, tmp_path / "no" / "x.pt", "--format", "timm", *heads)
+    state = ViT(**SMALL).state_dict()
+    del state["blocks.1.mlp.fc2.bias"]
+    torch.save(state, tmp_path / "part.pt")
+    said = refused(capsys, tmp_path / "part.pt", tmp_path / "o.pt", "--format", "timm", *heads)
+    assert "blocks.1.mlp.fc2.bias is missing" in said
+    assert "invalid choice" in refused(capsys, small, tmp_path / "o.pt", "--format", "onnx")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "mean.pt",
+        "wide.pt",
+        "part.pt",
+        small.name,
+    }
+
+
+CONFIGS = {
+    "no JSON": "{",
+    "is of none of": '{"model_type": "bert"}',
+    "not gelu": '{"model_type": "vit", "hidden_act": "quick_gelu"}',
+    "not of the weights": '{"model_type": "vit", "hidden_size": 64}',
+}
+
+
+@pytest.mark.parametrize("words", CONFIGS)
+def test_a_config_that_is_not_of_the_weights_beside_it_is_refused(tmp_path, words):
+    model = ViT(**SMALL)
+    models.save_weights(tmp_path / "model.pt", model.state_dict(), model.config)
+    models.convert(tmp_path / "model.pt", tmp_path / "hf", "hf")
+    (tmp_path / "hf" / "config.json").write_text(CONFIGS[words])
+    with pytest.raises(ValueError, match=words):
+        models.read_weights(tmp_path / "hf")
