@@ -1022,7 +1022,10 @@ def depth_of(state):
 
 def recognise(state):
     """(format, tensors by our names, those of no use, those that nothing explains) of a file's."""
-    state = {re.sub(f"^{PREFIXES}", "", name): tensor for name, tensor in state.items()}
+    bare = {re.sub(f"^{PREFIXES}", "", name): tensor for name, tensor in state.items()}
+    if len(bare) < len(state):
+        raise RuntimeError("some have the same name but for a prefix")
+    state = bare
     style, found = None, []
     for other, table in FORMATS:
         known = tensor_names(table, depth_of(state))
@@ -1148,6 +1151,7 @@ def read_weights(path, heads=None):
     kernel = state.get("patch_embed.proj.weight")
     if kernel is None or kernel.ndim != 4:
         raise ValueError(f"{path} is a text tower alone: no (D, C, P, P) patch_embed.proj.weight")
+    source = "config" if style == "our own" else "set of weights"
     try:
         if style != "our own":
             eps = 1e-12 if style == "Hugging Face" else 1e-6
@@ -1155,9 +1159,9 @@ def read_weights(path, heads=None):
         with torch.device("meta"):  # shapes without memory
             model = ViT(**encoder_config(config))
     except KeyError as error:
-        raise ValueError(f"the config in {path} lacks {error}") from None
+        raise ValueError(f"the {source} in {path} lacks {error}") from None
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"the config in {path} cannot be used: {error}") from None
+        raise ValueError(f"the {source} in {path} cannot be used: {error}") from None
     if model.patch_embed["proj"].weight.shape != kernel.shape:
         raise ValueError(f"the config in {path} is not that of its weights")
     if heads not in (None, model.heads):
@@ -1382,7 +1386,7 @@ def convert(source, out, format, heads=None):
     state = {name: state[name] for name in model.state_dict()}
     if format == "own":
         save_weights(out, state, model.config)
-        return f"read_weights({str(out)!r})"
+        return f"import model; state, config = model.read_weights({str(out)!r})"
     return {"timm": write_timm, "hf": write_hugging_face}[format](out, state, model)
 
 
@@ -1392,8 +1396,9 @@ def translate(state, table):
     for ours, theirs in tensor_names(table, depth_of(state)):
         if ours in state:
             parts = state[ours].chunk(len(theirs))
-            # Their files hold each tensor by itself.
-            renamed |= {name: part.clone().contiguous() for name, part in zip(theirs, parts)}
+            # A file holds each tensor by itself, and a part would bring the whole.
+            parts = [p.clone() for p in parts] if len(parts) > 1 else [state[ours].contiguous()]
+            renamed |= dict(zip(theirs, parts))
             dropped.remove(ours)
     if dropped:
         print(f"dropped: {', '.join(sorted({name.split('.')[0] for name in dropped}))}")

@@ -1071,6 +1071,16 @@ def test_instead_of_a_damaged_checkpoint_the_one_before_is_used(saved, capsys, n
     assert one_line(error)
 
 
+def test_a_run_from_before_there_was_a_norm_eps_goes_on(tmp_path):
+    run, config = train(new_run(), 0, 1), {"size": "16x2x2"}
+    record = {"identity": {"model": config}}
+    models.save_checkpoint(tmp_path / "checkpoints", 1, *run, record)
+    found = partial(models.find_checkpoint, tmp_path, None)
+    assert found({"model": config | {"norm_eps": 1e-6}}) == latest(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="norm_eps was 1e-06, is 1e-12"):
+        found({"model": config | {"norm_eps": 1e-12}})
+
+
 def test_a_checkpoint_is_never_removed_for_being_older_than_those_of_another_run(saved):
     """A run that went on from an early checkpoint finds later ones of its former life."""
     run, folder = saved

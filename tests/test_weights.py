@@ -357,7 +357,7 @@ def test_to_timm_and_back_is_bit_for_bit(timm, tmp_path, capsys, kind, suffix):
 def test_to_hugging_face_and_back_is_bit_for_bit(transformers, tmp_path, capsys, kind):
     ours, line, dropped = written(kind, tmp_path, "hf", "hf", capsys)
     assert bool(dropped) == (kind == "TwoTowers")
-    imports, load = line.split("; model = ")
+    load = line.partition("model = ")[2]
     theirs, info = eval(load[:-1] + ", output_loading_info=True)", {"transformers": transformers})
     assert not any(info.values())
     pictures = random_images(ours)
@@ -386,11 +386,10 @@ def random_images(model):
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def test_a_released_pair_becomes_our_own(tmp_path):
-    ours = randomize(
-        TwoTowers(**{**OURS["TwoTowers"][1], "text": {"size": "toy", "vocabulary": 9}})
-    )
-    torch.save(ours.state_dict(), tmp_path / "bare.pt")  # without our config
+def test_a_pair_without_a_config_becomes_our_own(tmp_path):
+    text = {"size": "toy", "vocabulary": 9, "positions": 514, "norm_eps": 1e-5, "context": 100}
+    ours = randomize(TwoTowers(**SMALL, text=text))
+    torch.save(ours.state_dict(), tmp_path / "bare.pt")
     models.convert(tmp_path / "bare.pt", tmp_path / "pair.pt", "own", heads=4)
     assert lost(tmp_path / "pair.pt", ours) == set()
 
@@ -457,6 +456,26 @@ def small(tmp_path):
     """A file with the tensors of a ViT by our names, without a config."""
     safetensors.save_file(ViT(**SMALL).state_dict(), tmp_path / "vit.safetensors")
     return tmp_path / "vit.safetensors"
+
+
+def test_a_stage_inherits_norm_eps_and_heads(small, tmp_path):
+    names = ("size", "norm_eps")
+    assert models.inherit(small, {}, names, 4)[1] == {"size": "32x2x4", "norm_eps": 1e-6}
+    model = ViT(**SMALL, norm_eps=0.1)
+    models.save_weights(tmp_path / "model.pt", model.state_dict(), model.config)
+    assert models.inherit(tmp_path / "model.pt", {}, names)[1]["norm_eps"] == 0.1
+    del model.config["norm_eps"]  # as it was before there was one
+    models.save_weights(tmp_path / "model.pt", model.state_dict(), model.config)
+    assert load(ViT, tmp_path / "model.pt")[0].config["norm_eps"] == 1e-6
+    with pytest.raises(ValueError, match="--heads is for"):
+        models.inherit(None, {}, names, 4)
+
+
+def test_names_that_differ_by_a_prefix_alone_are_refused(tmp_path):
+    state = ViT(**SMALL).state_dict()
+    torch.save(state | {"module.cls_token": state["cls_token"]}, tmp_path / "vit.pt")
+    with pytest.raises(ValueError, match="same name but for a prefix"):
+        models.read_weights(tmp_path / "vit.pt", 4)
 
 
 def test_heads_that_no_shape_tells_must_be_given(small, capsys):
