@@ -958,45 +958,50 @@ PROJECTIONS = "image_projection text_projection logit_scale"
 BLOCK = "attn.qkv attn.proj norm1 norm2 mlp.fc1 mlp.fc2"
 PLACES = "blocks.{i}.", "decoder_blocks.{i}.", "text.blocks.{i}."
 
-# The same in the order of BLOCK, as others call it. A plus joins three tensors that are one of
-# ours; in_proj_ is written without a dot before weight and bias.
+# What others call these, in the same order. A plus joins three tensors that are one of ours;
+# in_proj_ has no dot before weight and bias. transformers 5 has other names in memory than in files.
+HF_VIT = "embeddings.cls_token embeddings.position_embeddings "
+HF_VIT += "embeddings.patch_embeddings.projection layernorm classifier"
 HF_BLOCK = "attention.attention.query+key+value attention.output.dense "
 HF_BLOCK += "layernorm_before layernorm_after intermediate.dense output.dense"
 HF_BLOCK_5 = "attention.q_proj+k_proj+v_proj attention.o_proj layernorm_before layernorm_after "
 HF_BLOCK_5 += "mlp.fc1 mlp.fc2"
+XLMR_TEXT = "word_embeddings position_embeddings LayerNorm token_type_embeddings"
 XLMR_BLOCK = "attention.self.query+key+value attention.output.dense "
 XLMR_BLOCK += "attention.output.LayerNorm output.LayerNorm intermediate.dense output.dense"
+TORCHTEXT_TEXT = "token_embedding positional_embedding.embedding embedding_layer_norm"
 TORCHTEXT_BLOCK = "self_attn.in_proj_ self_attn.out_proj norm1 norm2 linear1 linear2"
 TORCHTEXT_OLD_BLOCK = "attention.input_projection attention.output_projection "
 TORCHTEXT_OLD_BLOCK += "attention_layer_norm final_layer_norm residual_mlp.mlp.0 residual_mlp.mlp.3"
+MAWS_PROJECTIONS = "vision_projection text_projection logit_scale"
 
-TIMM = columns(VIT) | columns(DECODER) | columns(TEXT, at="text.") | columns(PROJECTIONS)
-for place in PLACES:
-    TIMM |= columns(BLOCK, at=place)
-HF = "cls_token position_embeddings patch_embeddings.projection"
-HF = columns(VIT, HF, there="embeddings.") | columns("norm head", "layernorm classifier")
-HF |= columns(DECODER, there="decoder.")
+TIMM_VIT = columns(VIT) | columns(BLOCK, at=PLACES[0])
+TIMM = TIMM_VIT | columns(DECODER) | columns(BLOCK, at=PLACES[1]) | columns(TEXT, at="text.")
+TIMM |= columns(BLOCK, at=PLACES[2]) | columns(PROJECTIONS)
 HF_FILE, HF_FILE_5, HF_MEMORY_5 = (
-    HF | columns(BLOCK, block, PLACES[0], encoder) | columns(BLOCK, block, PLACES[1], decoder)
+    columns(VIT, HF_VIT)
+    | columns(BLOCK, block, PLACES[0], encoder)
+    | columns(DECODER, there="decoder.")
+    | columns(BLOCK, block, PLACES[1], decoder)
     for block, encoder, decoder in (
         (HF_BLOCK, "encoder.layer.{i}.", "decoder.decoder_layers.{i}."),
         (HF_BLOCK, "encoder.layer.{i}.", "decoder.decoder_encoder.layer.{i}."),
         (HF_BLOCK_5, "layers.{i}.", "decoder.decoder_layers.{i}."),
     )
 )
-XLMR = "word_embeddings position_embeddings LayerNorm token_type_embeddings"
-XLMR = columns(TEXT, XLMR, "text.", "embeddings.")
+XLMR = columns(TEXT, XLMR_TEXT, "text.", "embeddings.")
 XLMR |= columns(BLOCK, XLMR_BLOCK, PLACES[2], "encoder.layer.{i}.")
-MAWS = columns(VIT, there="vision_encoder.")
-MAWS |= columns(BLOCK, at=PLACES[0], there="vision_encoder.blocks.{i}.")
-MAWS |= columns(PROJECTIONS, "vision_projection text_projection logit_scale")
-TORCHTEXT = "token_embedding positional_embedding.embedding embedding_layer_norm"
-TORCHTEXT = MAWS | columns(TEXT, TORCHTEXT, "text.", "encoder.transformer.")
-TORCHTEXT_OLD = TORCHTEXT | columns(
-    BLOCK, TORCHTEXT_OLD_BLOCK, PLACES[2], "encoder.transformer.layers.{i}."
+TORCHTEXT, TORCHTEXT_OLD = (
+    {ours: f"vision_encoder.{theirs}" for ours, theirs in TIMM_VIT.items()}
+    | columns(TEXT, TORCHTEXT_TEXT, "text.", "encoder.transformer.")
+    | columns(BLOCK, block, PLACES[2], f"encoder.transformer.{layers}")
+    | columns(PROJECTIONS, MAWS_PROJECTIONS)
+    for block, layers in (
+        (TORCHTEXT_BLOCK, "layers.layers.{i}."),
+        (TORCHTEXT_OLD_BLOCK, "layers.{i}."),
+    )
 )
-TORCHTEXT |= columns(BLOCK, TORCHTEXT_BLOCK, PLACES[2], "encoder.transformer.layers.layers.{i}.")
-# What a file is said to be: its table of names. transformers 5 writes other names than it uses.
+# What a file is said to be, and its table of names.
 FORMATS = [("timm-named", TIMM), ("Hugging Face", HF_FILE), ("Hugging Face", HF_FILE_5)]
 FORMATS += [("Hugging Face", HF_MEMORY_5), ("Hugging Face", XLMR)]
 FORMATS += [("torchtext-named", TORCHTEXT), ("torchtext-named", TORCHTEXT_OLD)]
@@ -1096,7 +1101,7 @@ def read_file(path):
     state = {n: t for n, t in state.items() if isinstance(t, torch.Tensor)}
     try:
         style, named, unused, strange = recognise(state)
-    except RuntimeError as error:
+    except (RuntimeError, KeyError) as error:
         raise ValueError(f"the tensors in {path} cannot be used: {last_line(error)}") from None
     shapes = {4: "patch_embed.proj.weight", 2: "text.token_embedding.weight"}
     if not any(name in named and named[name].ndim == n for n, name in shapes.items()):
@@ -1407,7 +1412,7 @@ def translate(state, table):
 
 def write_timm(out, state, model):
     config = model.config
-    state = translate(state, columns(VIT) | columns(BLOCK, at=PLACES[0]))
+    state = translate(state, TIMM_VIT)
     arguments = {"img_size": tuple(config["image_size"]), "patch_size": model.patch_size}
     arguments |= {"in_chans": config["channels"], "num_classes": getattr(model, "classes", 0)}
     arguments |= {"embed_dim": model.width, "depth": model.layers, "num_heads": model.heads}

@@ -553,3 +553,13 @@ def test_a_config_that_is_not_of_the_weights_beside_it_is_refused(tmp_path, word
     (tmp_path / "hf" / "config.json").write_text(CONFIGS[words])
     with pytest.raises(ValueError, match=words):
         models.read_weights(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("size", models.PAIRS)
+def test_released_pairs_are_told_by_their_shapes(size):
+    text, shared = models.PAIRS[size]
+    with torch.device("meta"):
+        pair = TwoTowers(size, text={"size": text, "vocabulary": 250_002}, shared_width=shared)
+    config = models.infer_config(pair.state_dict())
+    assert config["text"].items() >= pair.config["text"].items()
+    assert {**config, "text": pair.config["text"]} == pair.config
