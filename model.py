@@ -1101,7 +1101,7 @@ def read_file(path):
     state = {n: t for n, t in state.items() if isinstance(t, torch.Tensor)}
     try:
         style, named, unused, strange = recognise(state)
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, LookupError) as error:
         raise ValueError(f"the tensors in {path} cannot be used: {last_line(error)}") from None
     shapes = {4: "patch_embed.proj.weight", 2: "text.token_embedding.weight"}
     if not any(name in named and named[name].ndim == n for n, name in shapes.items()):
@@ -1139,8 +1139,8 @@ def published_config(path, state):
     if config.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"{path}: hidden_act {config['hidden_act']!r} is not gelu, which we have")
     widths = [len(t) for name, t in state.items() if name.endswith("blocks.0.norm1.weight")]
-    if config.get("hidden_size", widths[0]) not in widths:
-        raise ValueError(f"{path} is not of the weights beside it: they have width {widths[0]}")
+    if config.get("hidden_size") not in (None, *widths):
+        raise ValueError(f"{path} is not of the weights beside it: its hidden_size is not theirs")
     return config if "model_type" in config else {}
 
 
@@ -1165,7 +1165,7 @@ def read_weights(path, heads=None):
             model = ViT(**encoder_config(config))
     except KeyError as error:
         raise ValueError(f"the {source} in {path} lacks {error}") from None
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
         raise ValueError(f"the {source} in {path} cannot be used: {error}") from None
     if model.patch_embed["proj"].weight.shape != kernel.shape:
         raise ValueError(f"the config in {path} is not that of its weights")
@@ -1193,7 +1193,7 @@ def read_text_weights(path, heads=None):
             wanted = TextTower(**config).state_dict()
         if misfits := [n for n in wanted if n not in state or state[n].shape != wanted[n].shape]:
             raise ValueError(f"{', '.join(misfits[:3])} are missing or of another shape")
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise ValueError(f"the weights in {path} cannot be used: {error}") from None
     return state, config
 
@@ -1246,11 +1246,13 @@ def infer_config(state, heads=None, published=None, norm_eps=1e-6):
         config["mask_ratio"] = published.get("mask_ratio", 0.75)
         config["normalize_targets"] = published.get("norm_pix_loss", True)
     if "head.weight" in state:
-        labels = published.get("id2label", {"0": "LABEL_0"})  # which is no name
-        labels = [labels[number] for number in sorted(labels, key=int)]
         config["classes"] = len(state["head.weight"])
         config["pool"] = "mean" if "fc_norm.weight" in state else "cls"
-        config["class_names"] = None if labels[0] == "LABEL_0" else labels
+        labels = published.get("id2label") or {}
+        labels = [labels[number] for number in sorted(labels, key=int)]
+        if len(labels) not in (0, config["classes"]):
+            raise ValueError(f"id2label has {len(labels)} of {config['classes']} classes")
+        config["class_names"] = None if labels[:1] in ([], ["LABEL_0"]) else labels
     if "text.token_embedding.weight" in state:
         text = {n.removeprefix("text."): t for n, t in state.items() if n.startswith("text.")}
         config["text"] = infer_text_config(text) | {"context": 100}  # maws repository
@@ -1379,8 +1381,9 @@ def convert(source, out, format, heads=None):
     out = Path(out)
     if os.path.lexists(out) or not out.absolute().parent.is_dir():
         raise ValueError(f"{out} exists, or the folder that it should be in does not: see to it")
-    if format == "timm" and out.suffix not in (".pt", ".pth", ".safetensors"):
-        raise ValueError(f"{out} must end in .pt, .pth or .safetensors")
+    suffixes = {"own": (".pt", ".pth"), "timm": (".pt", ".pth", ".safetensors")}
+    if out.suffix not in suffixes.get(format, out.suffix):
+        raise ValueError(f"{out} must end in {' or '.join(suffixes[format])}")
     if format == "hf" or out.suffix == ".safetensors":
         import_safetensors()  # now, not when all is read
     state, config = read_weights(source, heads)
@@ -1400,9 +1403,7 @@ def translate(state, table):
     renamed, dropped = {}, set(state)
     for ours, theirs in tensor_names(table, depth_of(state)):
         if ours in state:
-            parts = state[ours].chunk(len(theirs))
-            # A file holds each tensor by itself, and a part would bring the whole.
-            parts = [p.clone() for p in parts] if len(parts) > 1 else [state[ours].contiguous()]
+            parts = state[ours].contiguous().chunk(len(theirs))
             renamed |= dict(zip(theirs, parts))
             dropped.remove(ours)
     if dropped:
@@ -1411,8 +1412,11 @@ def translate(state, table):
 
 
 def write_timm(out, state, model):
+    """A file for timm's VisionTransformer; the line of Python that builds and loads it."""
     config = model.config
     state = translate(state, TIMM_VIT)
+    if config.get("class_names"):
+        print("dropped: class_names")
     arguments = {"img_size": tuple(config["image_size"]), "patch_size": model.patch_size}
     arguments |= {"in_chans": config["channels"], "num_classes": getattr(model, "classes", 0)}
     arguments |= {"embed_dim": model.width, "depth": model.layers, "num_heads": model.heads}
@@ -1435,6 +1439,7 @@ def write_timm(out, state, model):
 
 
 def write_hugging_face(out, state, model):
+    """A folder with the names that all versions of transformers read; the line that loads it."""
     config, options = model.config, ""
     H, W = config["image_size"]
     published = {

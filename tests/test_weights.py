@@ -319,7 +319,8 @@ def written(kind, tmp_path, out, format, capsys):
     said = capsys.readouterr().out
     assert "our own" in said
     dropped = [line.removeprefix("dropped: ") for line in said.splitlines() if "dropped: " in line]
-    return model, said.splitlines()[-1], set(", ".join(dropped).split(", ")) - {""}
+    dropped = set(", ".join(dropped).split(", ")) - {""}
+    return model, said.splitlines()[-1], dropped
 
 
 def lost(path, model, heads=None, unsaid=()):
@@ -344,7 +345,9 @@ def test_to_timm_and_back_is_bit_for_bit(timm, tmp_path, capsys, kind, suffix):
         close(theirs(pictures), ours(pictures))
     else:
         close(theirs.forward_features(pictures), ViT.forward(as_vit(ours), pictures))
-    assert bool(dropped) == (kind in ("MAE", "TwoTowers"))
+    named = {"class_names"} if "Classifier" in kind else set()
+    assert dropped >= named and bool(dropped - named) == (kind in ("MAE", "TwoTowers"))
+    dropped -= named
     unsaid = ("norm_eps", "class_names", "image_size")  # tensors alone do not tell them
     if kind != "wide ViT":
         assert lost(path, ours, 4, unsaid[:2]) == dropped
@@ -402,16 +405,16 @@ def test_a_pair_s_picture_tower_and_a_trunk_s_pair(tmp_path):
     for kind in (ViT, MAE, Classifier):
         model, line = load(kind, tmp_path / "pair.pt")
         assert f"dropped: {', '.join(sorted(projections))}" in line
-        assert all(torch.equal(model.state_dict()[n], pair.state_dict()[n]) for n in ViT_NAMES)
+        assert all(torch.equal(model.state_dict()[n], pair.state_dict()[n]) for n in VIT_NAMES)
     initial = TwoTowers(**OURS["TwoTowers"][1])
     model, line = load(TwoTowers, tmp_path / "trunk.pt", text=OURS["TwoTowers"][1]["text"])
     assert f"newly initialised: {', '.join(sorted(projections))}" in line
     for name, tensor in model.state_dict().items():
-        source = trunk if name in ViT_NAMES else initial
+        source = trunk if name in VIT_NAMES else initial
         assert torch.equal(tensor, source.state_dict()[name])
 
 
-ViT_NAMES = [*ViT(**SMALL).state_dict()]
+VIT_NAMES = [*ViT(**SMALL).state_dict()]
 STRANGE = {
     "registers": {"reg_tokens": 4},
     "layer scale": {"init_values": 1e-5},
@@ -520,6 +523,7 @@ def test_what_a_format_cannot_say_is_refused(small, tmp_path, capsys):
     assert "square" in refused(capsys, tmp_path / "wide.pt", tmp_path / "hf", "--format", "hf")
     heads = "--heads", 4
     assert "must end" in refused(capsys, small, tmp_path / "vit.bin", "--format", "timm", *heads)
+    assert "must end" in refused(capsys, small, tmp_path / "own", "--format", "own", *heads)
     assert "exists" in refused(capsys, small, small, "--format", "timm", *heads)
     assert "exists" in refused(capsys, small, tmp_path, "--format", "hf", *heads)
     assert "exists" in refused(capsys, small, tmp_path / "no" / "x.pt", "--format", "timm", *heads)
@@ -537,17 +541,31 @@ def test_what_a_format_cannot_say_is_refused(small, tmp_path, capsys):
     }
 
 
+LOOKED_AT = ("patch_embed.proj.weight", "pos_embed", "mask_token", "blocks.0.norm1.weight")
+
+
+@pytest.mark.parametrize("name", [*LOOKED_AT, "head.weight"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2, 2)])
+def test_a_tensor_of_any_other_shape_is_one_line(tmp_path, name, shape):
+    model = MAE(**SMALL, decoder=(16, 1, 2))
+    torch.save(model.state_dict() | {name: torch.zeros(shape)}, tmp_path / "vit.pt")
+    with pytest.raises(ValueError) as error:
+        models.convert(tmp_path / "vit.pt", tmp_path / "own.pt", "own", 4)
+    assert "\n" not in str(error.value)
+
+
 CONFIGS = {
     "no JSON": "{",
     "is of none of": '{"model_type": "bert"}',
     "not gelu": '{"model_type": "vit", "hidden_act": "quick_gelu"}',
+    "id2label has 1 of 3": '{"model_type": "vit", "num_attention_heads": 4, "id2label": {"0": ""}}',
     "not of the weights": '{"model_type": "vit", "hidden_size": 64}',
 }
 
 
 @pytest.mark.parametrize("words", CONFIGS)
 def test_a_config_that_is_not_of_the_weights_beside_it_is_refused(tmp_path, words):
-    model = ViT(**SMALL)
+    model = Classifier(**SMALL, **NAMED)
     models.save_weights(tmp_path / "model.pt", model.state_dict(), model.config)
     models.convert(tmp_path / "model.pt", tmp_path / "hf", "hf")
     (tmp_path / "hf" / "config.json").write_text(CONFIGS[words])
