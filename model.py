@@ -959,7 +959,7 @@ BLOCK = "attn.qkv attn.proj norm1 norm2 mlp.fc1 mlp.fc2"
 PLACES = "blocks.{i}.", "decoder_blocks.{i}.", "text.blocks.{i}."
 
 # What others call these, in the same order. A plus joins three tensors that are one of ours;
-# in_proj_ has no dot before weight and bias. transformers 5 has other names in memory than in files.
+# in_proj_ has no dot before weight and bias. transformers 5 has others in memory than in files.
 HF_VIT = "embeddings.cls_token embeddings.position_embeddings "
 HF_VIT += "embeddings.patch_embeddings.projection layernorm classifier"
 HF_BLOCK = "attention.attention.query+key+value attention.output.dense "

@@ -50,7 +50,7 @@ def transformers():
 
 
 def randomize(model, seed=0):
-    """Every parameter random, norms' scales around 1: a bias of 0 or a scale of 1 hides mistakes."""
+    """Every parameter random, scales of norms around 1: a bias of 0 or a scale of 1 hides much."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -296,7 +296,7 @@ def test_a_released_pair_computes_the_same_here(timm, tmp_path, capsys, old):
     close(tower(tokens), text(tokens))
 
 
-# ------------------------------------------------------------------------------------- python model.py
+# ---------------------------------------------------------------------------------- python model.py
 
 SMALL = {"size": "32x2x4", "image_size": 32, "patch_size": 8}
 NAMED = {"classes": 3, "class_names": ["a", "b", "c"], "head_std": 0.1}
