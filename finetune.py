@@ -255,7 +255,11 @@ def prepare(run):
         batch_size, epochs, warmup = min(batch_size, 128), 100, 0.1
     elif run.task == "lit":
         batch_size, run.lr, weight_decay, warmup, run.clip = LIT[0], run.lr or LIT[1], *LIT[2:]
-        batch_size, epochs = 256 if toy_recipe else batch_size, 1
+        # Of less data, a smaller one: a pair must not meet itself in a batch.
+        pairs, epochs = int(run.train.sizes.sum()), 1
+        batch_size = 256 if toy_recipe else min(batch_size, 2 ** max(1, (pairs // 8).bit_length()))
+        if (run.batch_size or 0) > pairs:
+            raise ValueError(f"--batch-size {run.batch_size}: the data has {pairs} pairs")
     if toy_recipe:
         epochs, warmup = TOY_EPOCHS[run.task], max(warmup, 0.05)
     run.batch_size = run.batch_size or batch_size
@@ -1103,6 +1107,13 @@ def lit(run, say):
         return evaluate.retrieval(model, run.val, tokenizer, centre=run.val_crop, **options)
 
     run.measure = measure
+    # What a text's blocks keep for its backward, as a picture's do: see models.training_memory.
+    length, share = run.context + 2, run.batch_size // run.processes
+    each = 16 * (2 if run.precision == "bf16" else 4) * len(model.text.blocks) * model.text.width
+    room = models.memory_budget(model, run) - models.training_memory(model, run, 0, False)["peak"]
+    most = min(models.fitting_batch(model, share, run), room / (each * length))
+    fitting = (n for n in range(2, share + 1, 2) if share % n == 0 and n <= most)
+    run.micro_batch = run.micro_batch or max(fitting, default=2)
     some = data.Part(run.train, range(min(256, int(run.train.sizes.sum()))))
     some = tokenizer([captions[0] for captions in data.all_captions(some) if captions], run.context)
     length = (some != models.PADDING).sum().item() / max(1, len(some))

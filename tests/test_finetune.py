@@ -713,6 +713,7 @@ def lit(captions, out, *arguments, **options):
     weights = weights_of(captions.parent, "16x2x2")
     asked = ["--task", "lit", "--init", weights, "--data", captions, *TINY[6:], "--out", out]
     asked += ["--text-size", "16x1x2", "--shared-width", 8, "--steps", 6, "--save-every", 3]
+    asked += ["--lanes", 2]
     return fine(*asked, *arguments, **options)
 
 
@@ -774,10 +775,19 @@ def test_colours_are_found_by_their_names(captions, pair, tmp_path, capsys):
 
 def test_unusable_pairs_are_refused_in_one_line(captions, pair, pets, tmp_path, capsys):
     init = ["--init", weights_of(captions.parent, "16x2x2")]
-    common = ["--task", "lit", "--out", tmp_path / "run", "--data"]
+    common = [
+        "--task",
+        "lit",
+        "--text-size",
+        "16x1x2",
+        *TINY[8:],
+        "--out",
+        tmp_path / "run",
+        "--data",
+    ]
     assert "wants --init" in refused(capsys, *common, captions)
     assert "no captions in" in refused(capsys, *common, pets, *init)
-    assert "no captions in" in refused(capsys, *common, captions, *init, "--caption-key", "title")
+    assert "has 72 pairs" in refused(capsys, *common, captions, *init, "--batch-size", 74)
     assert "--context 600 is over 510" in refused(
         capsys, *common, captions, *init, "--context", 600
     )
