@@ -794,8 +794,10 @@ def load_model(path, task, device, heads=None):
             raise ValueError(f"{path} has no head: --task classify needs one, finetune.py makes it")
         pool = config.get("pool", "mean" if "fc_norm.weight" in state else "cls")
         names = config.get("class_names")
+        squashed = {"val_crop": config["val_crop"]} if "val_crop" in config else {}
         config = {**models.encoder_config(config), "pool": pool, "class_names": names}
         model = models.Classifier(classes=len(state["head.weight"]), **config)
+        model.config |= squashed
     else:
         model = models.ViT(**models.encoder_config(config))
     line = models.load_weights(model, state, keep_head=task == "classify")
@@ -907,7 +909,10 @@ def main(argv=None):
         print(line)
         size = models.pair(model.config["image_size"])
         if run.val_crop is None:  # pairs see the whole centre (maws repository)
-            run.val_crop = 1.0 if hasattr(model, "text") else usual_crop(size)
+            usual = 1.0 if hasattr(model, "text") else usual_crop(size)
+            run.val_crop = model.config.get("val_crop", usual)
+            if not run.val_crop:
+                print("pictures are squashed, as for the released weights of this size: --val-crop")
         labels = run.labels, run.val_labels
         cache = run.cache_dir, run.cache_size
         opened = run.data, run.val_data, size, *labels, cache, run.caption_key

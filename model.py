@@ -1253,6 +1253,8 @@ def infer_config(state, heads=None, published=None, norm_eps=1e-6):
         if len(labels) not in (0, config["classes"]):
             raise ValueError(f"id2label has {len(labels)} of {config['classes']} classes")
         config["class_names"] = None if labels[:1] in ([], ["LABEL_0"]) else labels
+        if not published and config["pool"] == "cls" and image_size[0] in (512, 518):
+            config["val_crop"] = 0.0  # the MAWS repository's finetuned ones: pictures are squashed
     if "text.token_embedding.weight" in state:
         text = {n.removeprefix("text."): t for n, t in state.items() if n.startswith("text.")}
         config["text"] = infer_text_config(text) | {"context": 100}  # maws repository

@@ -1071,3 +1071,17 @@ def test_a_template_without_a_place_for_the_name_is_refused(tmp_path):
     with pytest.raises(ValueError, match="line 2 has no {}"):
         evaluate.read_templates(tmp_path / "templates.txt")
     assert all("{}" in template for template in evaluate.read_templates(None))
+
+
+@pytest.mark.parametrize(("pool", "squashed"), [("cls", True), ("mean", False)])
+def test_released_finetuned_weights_see_squashed_pictures(pool, squashed, tmp_path, capsys):
+    """As their repository evaluates them: 512 pixels, timm's names, a head on the class token."""
+    kind = models.Classifier("24x1x2", 3, pool, image_size=512, patch_size=256)
+    torch.save(kind.state_dict(), tmp_path / "vit_512.pt")
+    colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
+    for number, colour in enumerate(colours):
+        (tmp_path / "val" / f"n{number}").mkdir(parents=True)
+        Image.new("RGB", (30, 10), colour).save(tmp_path / "val" / f"n{number}" / "a.png")
+    asked = ["--checkpoint", tmp_path / "vit_512.pt", "--data", tmp_path / "val", "--heads", 2]
+    evaluate.main(["--task", "classify", "--workers", "0", *map(str, asked)])
+    assert ("pictures are squashed" in capsys.readouterr().out) is squashed
