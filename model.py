@@ -542,9 +542,8 @@ class TwoTowers(ViT):
     def forward(self, features=None, tokens=None):
         """Embeddings of unit length and the scale of the logits: (B, shared_width) of features
         (B, D), the same of texts, (B, T) int64 tokens, and (1,). What is not given stays None."""
-        if features is not None:  # cached ones are fp32, the projection may be bf16 by now
-            projection = self.image_projection
-            features = F.normalize(features.to(projection.dtype) @ projection, dim=1)
+        if features is not None:
+            features = F.normalize(features @ self.image_projection, dim=1)
         if tokens is not None:
             tokens = F.normalize(self.text(tokens) @ self.text_projection, dim=1)
         return features, tokens, self.logit_scale.exp()
