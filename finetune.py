@@ -645,8 +645,7 @@ def learn_labels(run, model, pieces):
         losses, weights = label_loss(logits, labels, share, smoothing, run.weights_of_classes)
         loss = losses.sum() / run.batch_size
         (loss * run.processes).backward()  # FSDP averages over the processes
-        unknown = (readable > 0).sum() - (labels >= 0).sum()
-        sums += torch.stack([loss.detach(), weights.sum(), unknown])
+        sums += torch.stack([loss.detach(), weights.sum(), (labels < 0).sum()])
     return sums
 
 
@@ -658,8 +657,6 @@ def learn_pairs(run, model, pieces):
     arXiv 2101.06983). Pictures are seen once: their tower is frozen.
     """
     kept = []
-    with torch.no_grad():
-        model.logit_scale.clamp_(max=math.log(100))  # as CLIP's
     for batch in pieces:
         weight = batch["weight"]
         if run.features is None:
@@ -697,7 +694,7 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
     have an initial_lr and may have an lr_scale. run.measure(model) is logged with every save.
     flops: of a training step, for an image. drawn: what else data.Batches shall draw or make.
     learn(run, model, pieces): backward through a step's batches, which come one by one, already on
-    the device; returns the sums [loss, weight, unlabelled samples]; see learn_labels.
+    the device; returns the sums [loss, weight, samples of no use]; see learn_labels.
     """
     # --------------------------------------------------------------------------------------- data
     device, classify = run.device, run.task == "classify"
@@ -782,6 +779,7 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
 
         sums, unreadable = torch.zeros(5, device=device), []
         sums[:3] = learn(run, model, pieces_of_step(unreadable))
+        sums[2] -= len(unreadable)  # which are counted on their own
 
         # The one host read of a step, after backward and before the optimizer.
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -799,8 +797,10 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
             tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
         done, bad, unlabelled = step + 1, bad + int(new_bad), unlabelled + int(unknown)
         if order.too_many(bad + unlabelled, done * run.batch_size, run.max_bad):
-            what = f"of {done * run.batch_size} pictures {bad} cannot be read and {unlabelled} have"
-            what += f" no label from 0 to {run.classes - 1}"
+            what = (
+                f"of {done * run.batch_size} pictures {bad} cannot be read and {unlabelled} have "
+            )
+            what += f"no label from 0 to {run.classes - 1}" if run.classes else "no caption"
             fail(f"{what}: all, or over --max-bad {run.max_bad}; mend or remove them", 1)
         if not math.isfinite(loss + norm):
             lr = optimizer.param_groups[-1]["lr"]
@@ -1100,7 +1100,14 @@ def lit(run, say):
             torch.distributed.fsdp.register_fsdp_forward_method(model, "features")
         groups = models.parameter_groups(model, run.weight_decay)
         groups = [group | {"initial_lr": run.lr} for group in groups]
-        return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=run.device.type != "mps")
+        adam = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=run.device.type != "mps")
+
+        @torch.no_grad()
+        def clamp(*_):  # as CLIP's; right after a step FSDP's weights are the ones that stay
+            model.logit_scale.clamp_(max=math.log(100))
+
+        adam.register_step_post_hook(clamp)
+        return adam
 
     def measure(model):
         options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
@@ -1115,7 +1122,8 @@ def lit(run, say):
     fitting = (n for n in range(2, share + 1, 2) if share % n == 0 and n <= most)
     run.micro_batch = run.micro_batch or max(fitting, default=2)
     some = data.Part(run.train, range(min(256, int(run.train.sizes.sum()))))
-    some = tokenizer([captions[0] for captions in data.all_captions(some) if captions], run.context)
+    some = [captions[0] if captions else "" for captions in data.all_captions(some)]
+    some = tokenizer(some, run.context)
     length = (some != models.PADDING).sum().item() / max(1, len(some))
     flops = 3 * len(model.text.blocks) * models.block_flops(model.text.width, length)
     flops += 0 if run.cache_features else models.flops_per_image(model)
@@ -1132,7 +1140,8 @@ def lit(run, say):
 
 def cached_features(run, model, say):
     """(n, D) features of the centres of train's pictures, nan where unreadable: a file in --out."""
-    facts = run.train.identity, run.origin, run.image_size, run.val_crop, run.pool
+    encoder = models.encoder_config(run.config)  # --heads change it, and no tensor
+    facts = run.train.identity, run.origin, encoder, run.val_crop, run.pool
     path = run.out / f"features-{data.stable_hash(str(facts)).hex()}.npy"
     found = path.exists()
     models.barrier()  # all have looked before the first one writes

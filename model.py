@@ -541,12 +541,14 @@ class TwoTowers(ViT):
 
     def forward(self, features=None, tokens=None):
         """Embeddings of unit length and the scale of the logits: (B, shared_width) of features
-        (B, D), the same of texts, (B, T) int64 tokens, and (1,). What is not given stays None."""
-        if features is not None:
-            features = F.normalize(features @ self.image_projection, dim=1)
+        (B, D), the same of texts, (B, T) int64 tokens, and (1,): fp32. What is not given stays None.
+        """
+        if features is not None:  # cached ones are fp32 wherever the weights compute in bf16
+            features = features.to(self.image_projection.dtype) @ self.image_projection
+            features = F.normalize(features.float(), dim=1)
         if tokens is not None:
-            tokens = F.normalize(self.text(tokens) @ self.text_projection, dim=1)
-        return features, tokens, self.logit_scale.exp()
+            tokens = F.normalize((self.text(tokens) @ self.text_projection).float(), dim=1)
+        return features, tokens, self.logit_scale.float().exp()
 
 
 class Contrastive(torch.autograd.Function):
@@ -1395,7 +1397,8 @@ def convert(source, out, format, heads=None):
         raise ValueError(f"{source} lacks {', '.join(sorted(missing)[:3])}")
     state = {name: state[name] for name in model.state_dict()}
     if format == "own":
-        save_weights(out, state, model.config)
+        kept = {"val_crop": config["val_crop"]} if "val_crop" in config else {}
+        save_weights(out, state, model.config | kept)
         return f"import model; state, config = model.read_weights({str(out)!r})"
     return {"timm": write_timm, "hf": write_hugging_face}[format](out, state, model)
 

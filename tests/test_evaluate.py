@@ -1085,3 +1085,7 @@ def test_released_finetuned_weights_see_squashed_pictures(pool, squashed, tmp_pa
     asked = ["--checkpoint", tmp_path / "vit_512.pt", "--data", tmp_path / "val", "--heads", 2]
     evaluate.main(["--task", "classify", "--workers", "0", *map(str, asked)])
     assert ("pictures are squashed" in capsys.readouterr().out) is squashed
+    models.convert(tmp_path / "vit_512.pt", tmp_path / "own.pt", "own", 2)  # which keeps that
+    asked[1] = tmp_path / "own.pt"
+    evaluate.main(["--task", "classify", "--workers", "0", *map(str, asked)])
+    assert ("pictures are squashed" in capsys.readouterr().out) is squashed

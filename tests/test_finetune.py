@@ -773,6 +773,32 @@ def test_colours_are_found_by_their_names(captions, pair, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == 1.0
 
 
+def test_the_scale_of_the_logits_is_at_most_100_after_each_step(captions, pair, tmp_path):
+    state, config = models.read_weights(pair / "model.pt")
+    state["logit_scale"] = torch.tensor([9.0])
+    models.save_weights(tmp_path / "large.pt", state, config)
+    again = ["--init", tmp_path / "large.pt", "--steps", 1, "--save-every", 1]
+    last_json(lit(captions, tmp_path / "run", *again))
+    (scale,) = models.read_weights(tmp_path / "run" / "model.pt")[0]["logit_scale"].exp()
+    assert scale == pytest.approx(100, rel=1e-6)
+
+
+def test_a_pair_that_is_of_no_use_is_counted_once(captions, pair, tmp_path):
+    """One picture without a caption, one that is damaged, of 72: so each is met every 9 steps."""
+    path = tmp_path / "0.tar"
+    with tarfile.open(captions) as old, tarfile.open(path, "w") as tar:
+        for member in old:
+            content = old.extractfile(member).read()
+            content = {"003.txt": b" # ", "005.png": content[:40]}.get(member.name, content)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    last_json(lit(path, tmp_path / "run", "--steps", 9, "--save-every", 9, "--max-bad", 1))
+    last = read_metrics(tmp_path / "run")[-1]
+    assert (last["bad"], last["unlabelled"]) == (1, 1)
+    ran = lit(path, tmp_path / "none", "--caption-key", "other", "--max-bad", 0.01, "--steps", 99)
+    assert ran.returncode == 1 and "have no caption: all, or over --max-bad" in ran.stderr
+
+
 def test_unusable_pairs_are_refused_in_one_line(captions, pair, pets, tmp_path, capsys):
     init = ["--init", weights_of(captions.parent, "16x2x2")]
     common = [

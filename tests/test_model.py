@@ -32,10 +32,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as models
-from model import MAE, ViT
+from model import MAE, TwoTowers, ViT
 
 SMALL = {"size": "32x3x4", "image_size": (16, 24), "patch_size": 8}  # 2 x 3 patches
 SMALL_MAE = {**SMALL, "decoder": (16, 2, 2), "mask_ratio": 0.5}
+TINY_TEXT = {"size": "16x2x2", "vocabulary": 30}
 CPU = torch.device("cpu")
 
 
@@ -1258,6 +1259,20 @@ def test_bf16_computes_in_bf16_from_fp32_masters(group):
         assert parameter.grad is None or parameter.grad.dtype == torch.float32
 
 
+def test_bf16_embeds_kept_features_and_the_loss_is_in_fp32(group):
+    pairs = [TwoTowers("16x2x2", TINY_TEXT, 8, image_size=16, patch_size=4) for _ in range(2)]
+    models.parallelize(pairs[1], CPU, 1, "bf16")
+    tokens = torch.randint(4, 30, (6, 9), generator=torch.Generator().manual_seed(0))
+    features = torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
+    plain, found = (pair(features, tokens) for pair in pairs)
+    for ours, expected in zip(found, plain):
+        assert ours.dtype == torch.float32 and not torch.equal(ours, expected)
+        torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(found[1].norm(dim=1), torch.ones(6))
+    models.contrastive_loss(*found, torch.ones(6)).backward()
+    assert all(pairs[1].get_parameter(n).grad.abs().sum() > 0 for n in models.PROJECTIONS.split())
+
+
 SHARDED = """
 import sys
 import torch
@@ -1475,9 +1490,7 @@ def test_the_contrastive_loss_is_that_of_the_whole_matrix(processes):
 
 
 def test_a_text_is_embedded_alike_alone_and_among_longer_ones():
-    pair = models.TwoTowers(
-        "16x2x2", {"size": "16x2x2", "vocabulary": 30}, 8, image_size=16, patch_size=4
-    )
+    pair = TwoTowers("16x2x2", TINY_TEXT, 8, image_size=16, patch_size=4)
     tokens = torch.randint(4, 30, (3, 9), generator=torch.Generator().manual_seed(0))
     tokens[1, 4:] = tokens[2, 1:] = models.PADDING
     found = pair(tokens=tokens)[1]
