@@ -306,7 +306,8 @@ def retrieval(model, source, tokenizer, **options):
         for caption in filter(None, map(data.clean, captions[number])):
             pairs.append((row, texts.setdefault(caption, len(texts))))
     if not pairs:
-        raise ValueError(f"no captions in {source.identity}")
+        want = "want .txt or .json (--caption-key) in shards, or --labels (path,caption)"
+        raise ValueError(f"no captions in {source.identity}: {want}")
     rows, answers = torch.tensor(pairs).unbind(dim=1)
     kept, rows = rows.unique(return_inverse=True)
     images = images[""][kept]
@@ -341,10 +342,8 @@ def class_embeddings(model, names, templates, tokenizer, device):
 
     names: a list of synonyms for each class (maws repository, eval_zeroshot.py).
     """
-    prompts = [
-        (i, t.replace("{}", n)) for i, some in enumerate(names) for n in some for t in templates
-    ]
-    classes, texts = zip(*prompts)
+    prompts = ((i, t, name) for i, some in enumerate(names) for name in some for t in templates)
+    classes, texts = zip(*((i, template.replace("{}", name)) for i, template, name in prompts))
     found = embed_texts(model, texts, tokenizer, device)
     sums = torch.zeros(len(names), found.shape[1]).index_add_(0, torch.tensor(classes), found)
     return F.normalize(sums, dim=1)
@@ -682,14 +681,9 @@ def right_answers(model, source, labels, numbers, run):
 def task_zeroshot(model, sources, run):
     source, device = sources[-1], run.options["device"]
     tokenizer = open_tokenizer(run.tokenizer, model.config["text"])
-    names, templates = (
-        read_class_names(run.classnames, source.classes),
-        read_templates(run.templates),
-    )
-    several = sum(map(len, names))
-    print(
-        f"{len(names)} classes, {several} names, {len(templates)} templates, {tokenizer.identity}"
-    )
+    names = read_class_names(run.classnames, source.classes)
+    templates, count = read_templates(run.templates), sum(map(len, names))
+    print(f"{len(names)} classes, {count} names, {len(templates)} templates, {tokenizer.identity}")
     classes = class_embeddings(model, names, templates, tokenizer, device).to(device)
     function = lambda images: best_five(model(model.features(images))[0] @ classes.T)
     run.options["centre"] = run.val_crop
@@ -703,10 +697,8 @@ def task_zeroshot(model, sources, run):
         print(f"{int((~known).sum())} pictures without a label are left out")
     hits = found[""][known][:, :-1].long() == labels[known, None]
     top1, top5 = hits[:, 0].double().mean().item(), hits.any(dim=1).double().mean().item()
-    chance = 1 / len(names)
-    print(
-        f"zero-shot top-1 {top1:.2%}, top-5 {top5:.2%} on {len(hits)} pictures (chance {chance:.2%})"
-    )
+    measured, chance = f"top-1 {top1:.2%}, top-5 {top5:.2%}", f"(chance {1 / len(names):.2%})"
+    print(f"zero-shot {measured} on {len(hits)} pictures {chance}")
     return {"top1": top1, "top5": top5, "pictures": len(hits), "classes": len(names)}
 
 
@@ -720,17 +712,16 @@ def task_retrieval(model, sources, run):
 def recall_table(found):
     """What retrieval found, in lines to read."""
     images, texts = found["images"], found["texts"]
-    lines = [f"{images} pictures, {texts} different captions     recall at 1       5      10"]
-    for what, title in (("text", "a caption of a picture"), ("image", "a picture of a caption")):
-        cells = (f"{found[f'{what}_recall_at_{k}']:7.2%}" for k in (1, 5, 10))
-        lines.append(f"  {title:42} {' '.join(cells)}")
-    return "\n".join(
-        [
-            *lines,
-            f"  {'(chance, about)':42} "
-            + " ".join(f"{min(1, k / max(images, texts)):7.2%}" for k in (1, 5, 10)),
-        ]
-    )
+    table = f"{images} pictures, {texts} different captions".ljust(45)
+    table += "recall at 1       5      10"
+    rows = {
+        "a caption of a picture": [found[f"text_recall_at_{k}"] for k in (1, 5, 10)],
+        "a picture of a caption": [found[f"image_recall_at_{k}"] for k in (1, 5, 10)],
+        "(chance, about)": [min(1, k / max(images, texts)) for k in (1, 5, 10)],
+    }
+    for title, shares in rows.items():
+        table += f"\n  {title:47}" + " ".join(f"{share:7.2%}" for share in shares)
+    return table
 
 
 def task_features(model, sources, run):
@@ -811,7 +802,7 @@ TASKS_OF_FLAGS = {
     **dict.fromkeys(("border", "real_labels", "label_map"), "classify"),
     "val_crop": "classify zeroshot retrieval",
     **dict.fromkeys(("classnames", "templates"), "zeroshot"),
-    **dict.fromkeys(("tokenizer",), "zeroshot retrieval"),
+    "tokenizer": "zeroshot retrieval",
     "caption_key": "retrieval",
     **dict.fromkeys(("confusion", "mistakes"), "classify"),
     "out": "features reconstruct attention",

@@ -1290,8 +1290,8 @@ def inherit(init, given, names, heads=None):
     names: the entries of the config that the model to be built knows; the others are left out.
     Without a file: (None, given, None). Another size, patch or number of channels is a ValueError.
     heads: see read_weights.
-    The weights are (state, grid of its position table), as load_weights takes them; the origin is
-    the file's name and a digest of some numbers of each tensor: training changes them all.
+    The weights are (state, grid of its position table), as load_weights takes them; for the origin,
+    see origin_of.
     """
     if not init:
         if heads:
@@ -1302,10 +1302,14 @@ def inherit(init, given, names, heads=None):
         if given.get(name, config[name]) != config[name]:
             raise ValueError(f"{init} has {name} {config[name]}: it cannot be changed")
     grid = [side // config["patch_size"] for side in config["image_size"]]
-    some = [(name, tensor.flatten()[:8].tolist()) for name, tensor in sorted(state.items())]
-    origin = f"weights {hashlib.sha256(repr(some).encode()).hexdigest()[:8]}"
     config = {name: config[name] for name in names if name in config} | given
-    return (state, grid), config, origin
+    return (state, grid), config, origin_of(state)
+
+
+def origin_of(state):
+    """Says which weights these are, by some numbers of each tensor: training changes them all."""
+    some = [(name, tensor.flatten()[:8].tolist()) for name, tensor in sorted(state.items())]
+    return f"weights {hashlib.sha256(repr(some).encode()).hexdigest()[:8]}"
 
 
 def load_weights(model, state, old_grid=None, keep_head=False):
