@@ -1195,7 +1195,7 @@ class Batches(torch.utils.data.Dataset):
     tokens     (b, T) int64, see Tokenizer (only with a tokenizer): of a sample's cleaned captions
                one at random or, without an order, the first one; of an empty text if there is none
     weight     (b,) float32: 1, or 0 for a sample that could not be read, or without a known tag or
-               a caption that one was looked for
+               a caption, if these are asked for
     positions  (b,) int64 in the global stream
     samples    (b,) int64, their numbers in the source; -1 past the last one
     numbers    (b, draws) float32 uniform in [0, 1), for what happens on the device

@@ -976,6 +976,8 @@ def finish(run, weights, config, result):
         if run.val_crop != (1.0 if pairs else evaluate.usual_crop(run.image_size)):
             flags += ["--val-crop", str(run.val_crop)]
         task = "classify" if not pairs else "zeroshot" if run.val.classes else "retrieval"
+        if task == "retrieval" and run.caption_key != "caption":
+            flags += ["--caption-key", run.caption_key]
         print(f"next: python evaluate.py --task {task} {shlex.join(flags)}")
         print(json.dumps({"task": run.task, **result}))
 

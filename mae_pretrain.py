@@ -70,6 +70,7 @@ def parse_arguments(argv):
     add("--mask-ratio", type=float, help="share of the patches that is hidden (0.75)")
     add("--raw-pixels", action="store_true", help="predict raw pixels, not normalised patches")
     add("--init", help="weights to start from: a model.pt or a public MAE checkpoint")
+    add("--heads", type=int, help="of an --init whose size is unknown")
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=int, help="global, over all processes (4096; toy size: 32)")
     add("--micro-batch", type=int, help="images at once on a process (what should fit)")
@@ -143,7 +144,7 @@ def prepare(run):
     if not run.init:
         given = {"size": "toy", "image_size": recipe(run.size or "toy")[2], **given}
     names += ("positions", "norm_eps", "normalize_targets")
-    run.weights, run.config, origin = models.inherit(run.init, given, names)
+    run.weights, run.config, origin = models.inherit(run.init, given, names, run.heads)
     size, channels = models.pair(run.config["image_size"]), run.config.get("channels", 3)
     cache = run.cache_dir, run.cache_size
     train, run.val = data.open_sources(run.data or "toy", run.val_data, size, cache=cache)

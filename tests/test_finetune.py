@@ -724,7 +724,10 @@ def pair(captions, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize(("processes", "extra"), [(None, ["--micro-batch", "2"]), (2, [])])
+PIECES = ["--micro-batch", "2"]
+
+
+@pytest.mark.parametrize(("processes", "extra"), [(None, PIECES), (2, []), (2, PIECES)])
 def test_lit_is_the_same_in_pieces_and_on_two_processes(processes, extra, captions, pair, tmp_path):
     last_json(lit(captions, tmp_path / "run", *extra, processes=processes))
     for ours, theirs in zip(read_metrics(tmp_path / "run"), read_metrics(pair), strict=True):
