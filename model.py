@@ -1384,11 +1384,13 @@ def convert(source, out, format, heads=None):
 
     format  "timm": tensors for VisionTransformer, .pt, .pth or .safetensors; "hf": a folder for
             from_pretrained; "own": model.pt
-    Raises ValueError when `out` exists, or when the format cannot express the model.
+    Raises ValueError when `out` exists, its folder does not, or the format cannot express the model.
     """
     out = Path(out)
-    if os.path.lexists(out) or not out.absolute().parent.is_dir():
-        raise ValueError(f"{out} exists, or the folder that it should be in does not: see to it")
+    if os.path.lexists(out):
+        raise ValueError(f"{out} exists: give another name, or remove it")
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"{out.parent} is no folder that exists: make it first")
     suffixes = {"own": (".pt", ".pth"), "timm": (".pt", ".pth", ".safetensors")}
     if out.suffix not in suffixes.get(format, out.suffix):
         raise ValueError(f"{out} must end in {' or '.join(suffixes[format])}")
