@@ -70,6 +70,7 @@ LINEAR_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 LOWSHOT_RATES = (1e-3, 4e-3, 1.6e-2)  # of AdamW (ours: the paper's optimizer is unknown)
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # L2 of logistic regression (ours)
 SEEDS = range(5)  # draws of the low-shot pictures (paper, section 4.4)
+LIT_CROP = 0.9  # least area: captions speak of the whole picture (borrowed of open_clip)
 # Of lit, batch size (recalled of the paper, unsure), then what is borrowed of big_vision's LiT, as
 # the paper's is unknown: lr (not scaled with the batch), weight decay, warm-up, gradient clipping.
 LIT = (32_768, 1e-3, 0.01, 0.03, 1.0)
@@ -105,7 +106,7 @@ def parse_arguments(argv):
     add("--cache-dir", help="folder for remote shards (of yours, among the temporary files)")
     add("--cache-size", default="20G", help="the most that it holds, like 500G (20G)")
     add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (that of --init)")
-    add("--min-crop", type=float, help="least area of a crop, 1: none (0.08; toy: 0.5)")
+    add("--min-crop", type=float, help="least area of a crop, 1: none (0.08; toy: 0.5; lit: 0.9)")
     add("--val-crop", type=float, help="of val's pictures: share of the centre, 0: all, squashed")
     add("--lanes", type=int, help="streams that the order is dealt to (48, or the shards if fewer)")
     add("--workers", type=int, help="loader processes per training process (the cores left)")
@@ -234,6 +235,8 @@ def prepare(run):
         prepare_pairs(run, pool)
     else:
         prepare_labels(run, classes_of_head, pool)
+    if run.task == "lit" and run.min_crop is None:
+        run.min_crop = LIT_CROP
     for name, value in (TOY_AUGMENTATION if toy_recipe else AUGMENTATION).items():
         if getattr(run, name) is None:
             setattr(run, name, value)
