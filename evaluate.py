@@ -773,9 +773,11 @@ def load_model(path, task, device, heads=None):
     if task in ("zeroshot", "retrieval"):
         if "text" not in config:
             raise ValueError(f"{path} has no text tower: finetune.py --task lit makes one")
-        names = ("text", "shared_width", "pool")
+        names = [name for name in ("text", "shared_width", "pool") if name in config]
         pair = {**models.encoder_config(config), **{name: config[name] for name in names}}
         model = models.TwoTowers(**pair)
+        if missing := model.state_dict().keys() - state.keys():
+            raise ValueError(f"{path} lacks {', '.join(sorted(missing)[:3])}: half a pair")
     elif task == "reconstruct":
         if "decoder" not in config:
             raise ValueError(f"{path} has no decoder: --task reconstruct needs stage 1's model.pt")

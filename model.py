@@ -29,6 +29,7 @@ import pickle
 import re
 import shutil
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -1051,6 +1052,8 @@ def recognise(state):
         merged[name] = merged[name].float() + types[:1].float()
     if "logit_scale" in merged:
         merged["logit_scale"] = merged["logit_scale"].reshape(1)
+    if lone := [name for name, tensor in merged.items() if not tensor.ndim]:
+        raise RuntimeError(f"{lone[0]} is one number")
     return style, merged, unused, left - unused
 
 
@@ -1061,6 +1064,16 @@ def import_safetensors():
         why = ".safetensors needs the safetensors package: pip install safetensors"
         raise ValueError(why) from None
     return safetensors.torch
+
+
+def save_safetensors(state, path):
+    save = import_safetensors().save_file
+    from safetensors import SafetensorError
+
+    try:
+        save(state, path, {"format": "pt"})
+    except SafetensorError as error:  # which is no OSError, also where the disk is full
+        raise OSError(f"cannot write {path}: {last_line(error)}") from None
 
 
 def open_weights(path):
@@ -1100,13 +1113,16 @@ def read_file(path):
         if isinstance(content.get(key), dict):
             state, config = content[key], content.get("config", {})
     state = state if isinstance(state, dict) else {}
-    state = {n: t for n, t in state.items() if isinstance(t, torch.Tensor)}
+    state = {str(n): t for n, t in state.items() if isinstance(t, torch.Tensor)}
+    if odd := [n for n, t in state.items() if t.layout != torch.strided or t.is_meta]:
+        raise ValueError(f"{path} cannot be used: {odd[0]} is sparse, or a shape without numbers")
     try:
         style, named, unused, strange = recognise(state)
     except (RuntimeError, LookupError) as error:
         raise ValueError(f"the tensors in {path} cannot be used: {last_line(error)}") from None
     shapes = {4: "patch_embed.proj.weight", 2: "text.token_embedding.weight"}
-    if not any(name in named and named[name].ndim == n for n, name in shapes.items()):
+    found = {name: t.ndim for name, t in named.items() if t.numel()}
+    if not any(found.get(name) == n for n, name in shapes.items()):
         there = ", ".join([*(state or content)][:3]) if isinstance(content, dict) else content
         why = f"no (D, C, P, P) patches' and no tokens' embedding among {there!s:.120}"
         raise ValueError(f"{path} holds no ViT or text tower that is known here: {why}")
@@ -1163,8 +1179,7 @@ def read_weights(path, heads=None):
         if style != "our own":
             eps = 1e-12 if style == "Hugging Face" else 1e-6
             config = infer_config(state, heads, config, eps)
-        with torch.device("meta"):  # shapes without memory
-            model = ViT(**encoder_config(config))
+        model = network(state, config)
     except KeyError as error:
         raise ValueError(f"the {source} in {path} lacks {error}") from None
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
@@ -1238,7 +1253,7 @@ def infer_config(state, heads=None, published=None, norm_eps=1e-6):
         "patch_size": P,
         "channels": channels,
         "positions": "sincos",
-        "norm_eps": published.get("layer_norm_eps", norm_eps),
+        "norm_eps": float(published.get("layer_norm_eps", norm_eps)),
     }
     if "mask_token" in state:
         known = [DEFAULT_DECODER, *DECODERS.values()]
@@ -1251,7 +1266,7 @@ def infer_config(state, heads=None, published=None, norm_eps=1e-6):
         config["classes"] = len(state["head.weight"])
         config["pool"] = "mean" if "fc_norm.weight" in state else "cls"
         labels = published.get("id2label") or {}
-        labels = [labels[number] for number in sorted(labels, key=int)]
+        labels = [str(labels[number]) for number in sorted(labels, key=int)]
         if len(labels) not in (0, config["classes"]):
             raise ValueError(f"id2label has {len(labels)} of {config['classes']} classes")
         config["class_names"] = None if labels[:1] in ([], ["LABEL_0"]) else labels
@@ -1274,7 +1289,7 @@ def infer_text_config(state, heads=None, published=None):
         "size": name_of(shape, TEXT_SIZES),
         "vocabulary": vocabulary,
         "positions": len(state["position_embedding.weight"]),
-        "norm_eps": published.get("layer_norm_eps", 1e-5),
+        "norm_eps": float(published.get("layer_norm_eps", 1e-5)),
     }
 
 
@@ -1331,7 +1346,8 @@ def load_weights(model, state, old_grid=None, keep_head=False):
     for name, tensor in state.items():
         if name not in own or name not in kept:
             continue
-        if name.endswith("pos_embed") and tensor.shape[1] != own[name].shape[1]:
+        table = name.endswith("pos_embed") and tensor.ndim == 3
+        if table and tensor.shape[1] != own[name].shape[1]:
             grid = old_grid or (math.isqrt(tensor.shape[1] - 1),) * 2
             if math.prod(grid) != tensor.shape[1] - 1:
                 problems.append(f"{name} does not have {grid[0]}x{grid[1]} positions")
@@ -1402,11 +1418,17 @@ def convert(source, out, format, heads=None):
     if missing := model.state_dict().keys() - state.keys():
         raise ValueError(f"{source} lacks {', '.join(sorted(missing)[:3])}")
     state = {name: state[name] for name in model.state_dict()}
-    if format == "own":
-        kept = {"val_crop": config["val_crop"]} if "val_crop" in config else {}
-        save_weights(out, state, model.config | kept)
-        return f"import model; state, config = model.read_weights({str(out)!r})"
-    return {"timm": write_timm, "hf": write_hugging_face}[format](out, state, model)
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f"{out.name}.") as folder:
+        path = Path(folder, out.name)  # moved when it is whole, gone whatever happens
+        if format == "own":
+            kept = {"val_crop": config["val_crop"]} if "val_crop" in config else {}
+            save_weights(path, state, model.config | kept)
+            line = f"import model; state, config = model.read_weights({str(out)!r})"
+        else:
+            write = write_timm if format == "timm" else write_hugging_face
+            line = write(path, out, state, model)
+        os.replace(path, out)
+    return line
 
 
 def translate(state, table):
@@ -1422,8 +1444,8 @@ def translate(state, table):
     return renamed
 
 
-def write_timm(out, state, model):
-    """A file for timm's VisionTransformer; the line of Python that builds and loads it."""
+def write_timm(path, out, state, model):
+    """A file for timm's VisionTransformer; the line of Python that builds it and loads `out`."""
     config = model.config
     state = translate(state, TIMM_VIT)
     if config.get("class_names"):
@@ -1440,17 +1462,16 @@ def write_timm(out, state, model):
     load = "torch.load"
     if out.suffix == ".safetensors":
         load = "safetensors.torch.load_file"
-        import_safetensors().save_file(state, f"{out}.tmp")
-        os.replace(f"{out}.tmp", out)
+        save_safetensors(state, path)
     else:
-        write_file(out, state)
+        write_file(path, state)
     imports = "import functools, timm, torch" + (", safetensors.torch" if "safe" in load else "")
     build = f"model = timm.models.VisionTransformer({arguments})"
     return f"{imports}; {build}; model.load_state_dict({load}({str(out)!r}))"
 
 
-def write_hugging_face(out, state, model):
-    """A folder with the names that all versions of transformers read; the line that loads it."""
+def write_hugging_face(path, out, state, model):
+    """A folder with the names that all versions of transformers read; the line to load `out`."""
     config, options = model.config, ""
     H, W = config["image_size"]
     published = {
@@ -1491,12 +1512,9 @@ def write_hugging_face(out, state, model):
     if kind != "ViTModel":
         bare = ("classifier.", "decoder.")
         state = {n if n.startswith(bare) else f"vit.{n}": tensor for n, tensor in state.items()}
-    temporary = Path(f"{out}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    write_file(temporary / "config.json", json.dumps(published, indent=1))
-    import_safetensors().save_file(state, temporary / "model.safetensors", {"format": "pt"})
-    os.replace(temporary, out)
+    path.mkdir()
+    write_file(path / "config.json", json.dumps(published, indent=1))
+    save_safetensors(state, path / "model.safetensors")
     load = f"model = transformers.{kind}.from_pretrained({str(out)!r}{options})"
     return f"import transformers; {load}"
 
@@ -1795,7 +1813,10 @@ def write_file(path, content):
     """Replace a file by a text, or by tensors: whole or not at all, whatever happens meanwhile."""
     path, temporary = Path(path), Path(f"{path}.tmp")
     with open(temporary, "wb") as file:
-        file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+        try:
+            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+        except RuntimeError as error:  # as torch.save calls a full disk
+            raise OSError(f"cannot write {path}: {last_line(error)}") from None
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -1875,6 +1896,8 @@ def main(argv=None):
         line = convert(run.source, run.out, run.format, run.heads)
     except (ValueError, OSError) as error:
         fail(error, 2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        fail("stopped", 130)
     print(f"wrote {run.out}. To load it:\n{line}")
 
 

@@ -5,13 +5,16 @@ written by them and read here, and the other way round.
 """
 
 import json
+import re
 import sys
 from functools import partial
 
 import pytest
 import torch
+from conftest import stage
 from torch import nn
 
+import evaluate
 import model as models
 from model import MAE, Classifier, TextTower, TwoTowers, ViT
 
@@ -554,11 +557,59 @@ def test_a_tensor_of_any_other_shape_is_one_line(tmp_path, name, shape):
     assert "\n" not in str(error.value)
 
 
+def odd(**changes):
+    """A file's content: a pair's tensors and config, with some of the former changed or left out."""
+    model = TwoTowers(**SMALL, text={"size": "16x1x2", "vocabulary": 20}, shared_width=8)
+    state = {n: t for n, t in (model.state_dict() | changes).items() if t is not None}
+    return {"model": state, "config": model.config}
+
+
+ODD = {
+    "norm.weight is sparse": odd(**{"norm.weight": torch.ones(32).to_sparse()}),
+    "norm.bias is sparse, or a shape": odd(**{"norm.bias": torch.ones(32, device="meta")}),
+    "head.weight is one number": odd(**{"head.weight": torch.ones(())}),
+    "pos_embed is (5,)": odd(pos_embed=torch.ones(5)),
+    "no ViT": {1: torch.ones(2), "pos_embed": torch.ones(2)},
+    "no (D, C, P, P)": {"patch_embed.proj.weight": torch.ones(8, 3, 0, 0)},
+    "lacks text.blocks.0.norm1.weight": odd(**{"text.blocks.0.norm1.weight": None}),
+    "not a mapping": odd() | {"config": {**odd()["config"], "text": "abc"}},
+    "wanted (32, 768)": odd() | {"config": {**odd()["config"], "shared_width": 768}},
+}
+
+
+@pytest.mark.parametrize("words", ODD)
+def test_odd_tensors_and_configs_are_one_line_and_half_a_pair_is_none(tmp_path, words):
+    torch.save(ODD[words], tmp_path / "odd.pt")
+    for use in (
+        lambda: models.convert(tmp_path / "odd.pt", tmp_path / "own.pt", "own", 4),
+        lambda: evaluate.load_model(tmp_path / "odd.pt", "zeroshot", "cpu"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)) as error:
+            use()
+        assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["odd.pt"]
+
+
+@pytest.mark.parametrize(
+    ("out", "format"), [("o.pt", "own"), ("o.pt", "timm"), ("o.safetensors", "timm"), ("o", "hf")]
+)
+def test_where_the_disk_is_full_nothing_is_left(tmp_path, out, format):
+    model = ViT(**{**SMALL, "size": "64x2x4"})
+    models.save_weights(tmp_path / "in.pt", model.state_dict(), model.config)
+    (tmp_path / f"{out}.tmp").mkdir()  # of somebody else
+    arguments = "convert", tmp_path / "in.pt", tmp_path / out, "--format", format
+    failed = stage(*arguments, program="model.py", file_size=100_000)
+    assert failed.returncode == 1 and failed.stderr.count("\n") == 1, failed.stderr
+    assert "cannot write" in failed.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"in.pt", f"{out}.tmp"}
+
+
 CONFIGS = {
     "no JSON": "{",
     "is of none of": '{"model_type": "bert"}',
     "not gelu": '{"model_type": "vit", "hidden_act": "quick_gelu"}',
     "id2label has 1 of 3": '{"model_type": "vit", "num_attention_heads": 4, "id2label": {"0": ""}}',
+    "float": '{"model_type": "vit", "num_attention_heads": 4, "layer_norm_eps": "small"}',
     "not of the weights": '{"model_type": "vit", "hidden_size": 64}',
 }
 
