@@ -339,7 +339,7 @@ def prepare_pairs(run, pool):
     run.train, run.val = data.hold_out(run.train, run.val, 1000, share=0.1)
     if not run.val.sizes.any():
         raise ValueError(f"{run.train.identity} is too small: a tenth of it is held out")
-    if not any(data.all_captions(run.val)):
+    if not any(map(data.clean, itertools.chain(*data.all_captions(run.val)))):
         want = f"want .txt or .json with {run.caption_key!r} in shards, or --labels (path,caption)"
         raise ValueError(f"no captions in {run.val.identity}: {want}")
     known = run.config.get("text", {})  # where --init is a pair of towers already
@@ -801,10 +801,9 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
             tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
         done, bad, unlabelled = step + 1, bad + int(new_bad), unlabelled + int(unknown)
         if order.too_many(bad + unlabelled, done * run.batch_size, run.max_bad):
-            what = (
-                f"of {done * run.batch_size} pictures {bad} cannot be read and {unlabelled} have "
-            )
-            what += f"no label from 0 to {run.classes - 1}" if run.classes else "no caption"
+            lacking = f"label from 0 to {run.classes - 1}" if run.task != "lit" else "caption"
+            what = f"of {done * run.batch_size} pictures {bad} cannot be read and {unlabelled} have"
+            what += f" no {lacking}"
             fail(f"{what}: all, or over --max-bad {run.max_bad}; mend or remove them", 1)
         if not math.isfinite(loss + norm):
             lr = optimizer.param_groups[-1]["lr"]
@@ -1097,8 +1096,10 @@ def lit(run, say):
     config, tokenizer = model.config, run.tokenizer
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(("text", "image_projection", "logit_scale")))
+    steps = run.steps or math.ceil(run.epochs * int(run.train.sizes.sum()) / run.batch_size)
     run.features = None
-    if run.cache_features:
+    if run.cache_features:  # for a run that will not be refused
+        models.find_checkpoint(run.out, run.resume, run.identity | {"steps": steps})
         run.features = cached_features(run, model.to(run.device), say)
 
     def optimizer(model):
@@ -1133,7 +1134,6 @@ def lit(run, say):
     length = (some != models.PADDING).sum().item() / max(1, len(some))
     flops = 3 * len(model.text.blocks) * models.block_flops(model.text.width, length)
     flops += 0 if run.cache_features else models.flops_per_image(model)
-    steps = run.steps or math.ceil(run.epochs * int(run.train.sizes.sum()) / run.batch_size)
     drawn = {"tokenizer": tokenizer, "context": run.context, "pictures": run.features is None}
     if not train(
         run, model, optimizer, run.train, run.out, steps, say, flops, learn_pairs, **drawn

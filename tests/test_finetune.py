@@ -758,6 +758,42 @@ def test_cached_features_are_those_of_the_pictures(captions, pair, tmp_path):
     assert "features of" not in lit(captions, tmp_path / "run", "--cache-features").stdout
 
 
+def shard_of(path, samples):
+    """A shard of (content of the .png, of the .txt) of each sample."""
+    with tarfile.open(path, "w") as tar:
+        for i, contents in enumerate(samples):
+            for kind, content in zip(("png", "txt"), contents):
+                member = tarfile.TarInfo(f"{i:03}.{kind}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_what_lacks_a_picture_or_a_caption_counts_once(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 24)).save(buffer, "PNG")
+    good, text = buffer.getvalue(), b"a wall"
+    samples = [(good, text), (b"none", text), (good, b" # "), *[(good, text)] * 17]
+    path = shard_of(tmp_path / "0.tar", samples)
+    last_json(lit(path, tmp_path / "run", "--steps", 9, "--batch-size", 2))
+    assert [(e["bad"], e["unlabelled"]) for e in read_metrics(tmp_path / "run")][-1] == (1, 1)
+
+
+def test_captions_of_no_word_are_refused_before_anything_is_made(tmp_path, capsys):
+    path = shard_of(tmp_path / "0.tar", [(b"", b" # ")] * 30)
+    init = weights_of(tmp_path, "16x2x2")
+    asked = ["--task", "lit", "--init", init, "--data", path, "--out", tmp_path / "run"]
+    assert "no captions in" in refused(capsys, *asked)
+    assert not (tmp_path / "run").exists()
+
+
+def test_features_are_not_computed_for_a_run_that_is_refused(captions, pair, tmp_path):
+    shutil.copytree(pair, tmp_path / "run")
+    failed = lit(captions, tmp_path / "run", "--cache-features")
+    assert failed.returncode == 2 and "cache_features was False" in failed.stderr
+    assert not list((tmp_path / "run").glob("features*"))
+
+
 def test_colours_are_found_by_their_names(captions, pair, tmp_path, capsys):
     """Trained a little longer, they are, though no label was seen; in pictures it has not seen."""
     out = tmp_path / "run"
