@@ -120,7 +120,7 @@ def parse_arguments(argv):
     add("--text-size", help=f"lit: {' '.join(models.TEXT_SIZES)}, or WIDTHxLAYERSxHEADS (by size)")
     add("--text-init", help="lit: XLM-R's weights for the text tower to start from")
     add("--tokenizer", help="lit: XLM-R's sentencepiece file (without: bytes)")
-    add("--context", type=int, help="lit: tokens that a caption may have (100)")
+    add("--context", type=int, help="lit: tokens that a caption may have (100; toy: 40)")
     add("--shared-width", type=int, help="lit: of the space for both (by size)")
     add("--keep-head", action="store_true", help="start from the head in --init, too")
     add("--drop-path", type=float, help="of the last block, rising from 0 (B 0.1, L 0.2, H 0.3)")
@@ -354,7 +354,8 @@ def prepare_pairs(run, pool):
     run.tokenizer_file = run.tokenizer
     run.tokenizer = evaluate.open_tokenizer(run.tokenizer_file, known)
     size, shared_width = models.PAIRS.get(run.config["size"], models.PAIRS["L"])
-    text = {"size": run.text_size or size, "vocabulary": run.tokenizer.vocabulary, "context": 100}
+    text = {"size": run.text_size or size, "vocabulary": run.tokenizer.vocabulary}
+    text["context"] = 40 if text["size"] == "toy" else 100  # toy: the first object of a caption
     text |= known | {"tokenizer": run.tokenizer.identity}
     text["context"] = run.context = run.context or text["context"]
     if run.context > text.get("positions", 514) - 4:  # begin, end, and positions start at 2
