@@ -1572,15 +1572,17 @@ def toy_hashtags(scene, number):
 
 
 def toy_sample(number, size=64):
-    """One sample: a source's, and {"boxes", "masks": functions that give them, see toy_render}.
-    Object 0 is the largest and gives the class."""
+    """One sample: a source's, {"boxes", "masks": functions that give them, see toy_render}, and
+    "labels", the class of each object. Object 0 is the largest and gives the picture's class."""
     scene = toy_scene(number)
     *things, ground = toy_phrases(scene)
+    labels = [TOY_CLASSES.index(thing["shape"]) for thing in scene["objects"]]
     return {
         "image": lambda: toy_render(scene, size)[0],
         "boxes": lambda: toy_render(scene, size)[1],
         "masks": lambda: toy_render(scene, size, masks=True)[2],
-        "class": TOY_CLASSES.index(scene["objects"][0]["shape"]),
+        "class": labels[0],
+        "labels": labels,
         "hashtags": toy_hashtags(scene, number),
         "captions": [f"a {' and a '.join(things)} on {ground}"],
     }

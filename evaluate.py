@@ -8,6 +8,7 @@
     python evaluate.py --task attention   --checkpoint ... --data DIR    # where a class token looks
     python evaluate.py --task zeroshot    --checkpoint runs/lit/model.pt --data DIR  # by their names
     python evaluate.py --task retrieval   --checkpoint runs/lit/model.pt --data 'captions/*.tar'
+    python evaluate.py --task detect      --checkpoint runs/detect/model.pt --data COCO_DIR
 
 DIR holds train/ and val/, each with a folder for every class. For shards: --data and --val-data.
 Each task prints a small table and, as the last line on stdout, one JSON object.
@@ -35,6 +36,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import data
+import detection
 import model as models
 
 RIDGE = 10.0  # L2 on standardised features: fixed, not tuned
@@ -724,6 +726,46 @@ def recall_table(found):
     return table
 
 
+def task_detect(model, sources, run):
+    """COCO's or LVIS's average precision of a detector, or of its results in COCO's format."""
+    scenes = sources[-1]
+    if model is None:
+        found = detection.read_results(run.checkpoint, scenes)
+    else:
+        found = detection.detect_in(model, scenes, **run.options)
+    if distributed()[0] == 0:
+        path = run.out or Path(run.checkpoint).with_name("detections.png")
+        print_detection(scenes, found, path, run.count)
+        if run.results:
+            detection.write_results(run.results, scenes, found)
+            print(f"wrote {run.results}")
+    return detection_numbers(scenes, found)
+
+
+def detection_numbers(scenes, found):
+    """{"bbox_AP": ..., "segm_AP": ...} of detections: see detection.average_precision."""
+    numbers = {}
+    for kind in ("bbox", "segm") if scenes.has_masks else ("bbox",):
+        if kind == "bbox" or all(one["masks"] is not None for one in found.values()):
+            results = detection.average_precision(scenes, found, kind)
+            numbers |= {f"{kind}_{name}": value for name, value in results.items()}
+    return numbers
+
+
+def print_detection(scenes, found, path, count=8):
+    """The table of detection_numbers, and a PNG of the first pictures with what was found."""
+    numbers = detection_numbers(scenes, found)
+    kinds = dict.fromkeys(name.split("_")[0] for name in numbers)
+    detection.print_table(
+        {
+            kind: {n.split("_")[1]: v for n, v in numbers.items() if n.startswith(kind)}
+            for kind in kinds
+        }
+    )
+    detection.draw_detections(path, scenes, found, range(count))
+    print(f"wrote {path}")
+
+
 def task_features(model, sources, run):
     out = Path(run.out or "features.npz")
     if out.exists():
@@ -764,11 +806,16 @@ TASKS = {
     "attention": task_attention,
     "zeroshot": task_zeroshot,
     "retrieval": task_retrieval,
+    "detect": task_detect,
 }
 
 
 def load_model(path, task, device, heads=None):
     """(model in inference mode, one line on what became of the weights) of a checkpoint."""
+    if task == "detect":
+        state, config = detection.read_detector(path)
+        model = detection.Detector(**config)
+        return model.to(device).eval(), detection.load_trunk(model, state)
     state, config = models.read_weights(path, heads)
     if task in ("zeroshot", "retrieval"):
         if "text" not in config:
@@ -807,8 +854,9 @@ TASKS_OF_FLAGS = {
     "tokenizer": "zeroshot retrieval",
     "caption_key": "retrieval",
     **dict.fromkeys(("confusion", "mistakes"), "classify"),
-    "out": "features reconstruct attention",
-    "count": "reconstruct attention classify",
+    "out": "features reconstruct attention detect",
+    "count": "reconstruct attention classify detect",
+    "results": "detect",
     "seed": "reconstruct",
 }
 RANGES = [("val_crop", 0, 1), ("max_bad", 0, 1), ("border", 0, 2**20), ("seed", 0, 2**62)]
@@ -840,6 +888,7 @@ def parse_arguments(argv):
     add("--label-map", help="classify: JSON, class of the data: class of the model, or a list")
     add("--confusion", help="classify: write the confusion matrix as this PNG")
     add("--mistakes", help="classify: write the most confident mistakes as this PNG")
+    add("--results", help="detect: write what is found as this .json, in COCO's format")
     add("--out", help="the file that is written (features.npz; pictures: beside the checkpoint)")
     add("--count", type=int, default=8, help="rows of a picture (8)")
     add("--seed", type=int, default=0, help="of the masks in a picture (0)")
@@ -898,18 +947,24 @@ def main(argv=None):
         workers = data.loader_workers(run.workers, here)
         run.options = {"batch_size": run.batch_size, "workers": workers, "device": device}
         run.options["max_bad"] = run.max_bad
-        model, line = load_model(run.checkpoint, run.task, device, run.heads)
+        measured = run.task == "detect" and run.checkpoint.endswith(".json")  # results
+        model, line = None, f"results of {run.checkpoint}"
+        if not measured:
+            model, line = load_model(run.checkpoint, run.task, device, run.heads)
         print(line)
-        size = models.pair(model.config["image_size"])
+        size = models.pair(model.config["image_size"] if model else 128)
         if run.val_crop is None:  # pairs see the whole centre (maws repository)
             usual = 1.0 if hasattr(model, "text") else usual_crop(size)
-            run.val_crop = model.config.get("val_crop", usual)
+            run.val_crop = model.config.get("val_crop", usual) if model else usual
             if not run.val_crop:
                 print("pictures are squashed, as for the released weights of this size: --val-crop")
         labels = run.labels, run.val_labels
         cache = run.cache_dir, run.cache_size
         opened = run.data, run.val_data, size, *labels, cache, run.caption_key
-        train, val = data.open_sources(*opened)
+        if run.task == "detect":
+            train, val = detection.open_scenes(run.data, run.val_data, size[0])
+        else:
+            train, val = data.open_sources(*opened)
         if val is None and run.task in ("knn", "fewshot"):
             raise ValueError(f"{run.data} has no train/ and val/: give the latter as --val-data")
         result = TASKS[run.task](model, [train, val] if val else [train], run)

@@ -4,6 +4,7 @@ Laptop       python finetune.py --task classify --init runs/weak/model.pt       
              python finetune.py --task linear   --init runs/weak/model.pt --data DIR
              python finetune.py --task lowshot  --init runs/weak/model.pt --data DIR --shots 1,5,10
              python finetune.py --task lit      --init runs/weak/model.pt        # toy captions
+             python finetune.py --task detect   --init runs/mae/model.pt --data COCO_DIR
 One node     torchrun --nproc-per-node 8 finetune.py --task classify --init maws.pt --data DIR
 Many nodes   torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500
                  finetune.py --task classify --init maws.pt --data 'train/*.tar' --val-data ...
@@ -13,6 +14,7 @@ classify  every weight is trained, by the public MAE code's recipe (FINETUNE.md 
 linear    a linear head on the frozen encoder: many learning rates in one pass, the best one chosen
 lowshot   K pictures of a class, five draws: prompts in the frozen encoder (VPT, arXiv 2203.12119),
           and logistic regression on its features
+detect    boxes and masks: ViTDet's Cascade Mask R-CNN on the same encoder, see detection.py
 lit       a text tower learns to meet the frozen encoder on pairs of picture and caption (LiT, arXiv
           2111.07991): then classes are recognised by their names, see evaluate.py --task zeroshot
 What is chosen (a learning rate, a penalty) is chosen on a slice of train, never on val.
@@ -47,6 +49,7 @@ from torch.distributed.elastic.multiprocessing import errors
 from tqdm import tqdm
 
 import data
+import detection
 import evaluate
 import kernels
 import model as models
@@ -61,7 +64,7 @@ RECIPES = {
 RECIPES |= {"2B": RECIPES["H"], "6.5B": RECIPES["H"]}
 RECIPES["toy"] = (64, 4e-3, 100, 0.75, 0.0)  # ours
 # Of the toy world: of its 65,536 pictures, of 15,564, and of the few that lowshot draws (ours).
-TOY_EPOCHS = {"classify": 0.4, "linear": 2, "lowshot": 10, "lit": 1}
+TOY_EPOCHS = {"classify": 0.4, "linear": 2, "lowshot": 10, "lit": 1, "detect": 0.15}
 # Augmentation of the same recipe; a toy run is too short for most of it (ours).
 AUGMENTATION = {"min_crop": 0.08, "mixup": 0.8, "cutmix": 1.0, "rand_augment": 9.0, "erase": 0.25}
 TOY_AUGMENTATION = dict.fromkeys(AUGMENTATION, 0.0) | {"min_crop": 0.5}
@@ -74,14 +77,28 @@ LIT_CROP = 0.9  # least area: captions speak of the whole picture (borrowed of o
 # Of lit, batch size (recalled of the paper, unsure), then what is borrowed of big_vision's LiT, as
 # the paper's is unknown: lr (not scaled with the batch), weight decay, warm-up, gradient clipping.
 LIT = (32_768, 1e-3, 0.01, 0.03, 1.0)
+# size: lr at batch 64 (COCO, LVIS), layer decay, drop path (COCO, LVIS), epochs (COCO, LVIS) of
+# detect: detectron2's projects/ViTDet, which the paper starts from. 2B is H with L's layer decay
+# (recalled); 6.5B is ours to guess; toy and others are ours.
+VITDET = {
+    "B": ((1e-4, 2e-4), 0.7, (0.1, 0.1), (100, 100)),
+    "L": ((1e-4, 2e-4), 0.8, (0.4, 0.4), (100, 100)),
+    "H": ((1e-4, 1e-4), 0.9, (0.5, 0.4), (75, 100)),
+    "2B": ((1e-4, 1e-4), 0.8, (0.5, 0.4), (75, 100)),
+    "6.5B": ((1e-4, 1e-4), 0.8, (0.5, 0.4), (75, 100)),
+    "toy": ((2e-3, 2e-3), 0.8, (0.0, 0.0), (20, 20)),
+}
 # Flags of some tasks: the others refuse them.
 TASKS_OF_FLAGS = {
-    **dict.fromkeys(("keep_head", "drop_path", "layer_decay", "smoothing", "mixup"), "classify"),
+    **dict.fromkeys(("keep_head", "smoothing", "mixup"), "classify"),
+    **dict.fromkeys(("drop_path", "layer_decay"), "classify detect"),
     **dict.fromkeys(("cutmix", "rand_augment", "erase", "ema", "plan"), "classify"),
-    **dict.fromkeys(("lr", "weight_decay"), "classify lit"),
+    **dict.fromkeys(("lr", "weight_decay"), "classify lit detect"),
+    **dict.fromkeys(("min_jitter", "max_jitter", "decay_floor"), "detect"),
+    **dict.fromkeys(("min_crop", "val_crop", "pool"), "classify linear lowshot lit"),
     **dict.fromkeys(("labels", "val_labels"), "classify linear lowshot lit"),
     **dict.fromkeys(("class_weights", "classes"), "classify linear lowshot"),
-    **dict.fromkeys(("resume", "save_every"), "classify linear lit"),
+    **dict.fromkeys(("resume", "save_every"), "classify linear lit detect"),
     **dict.fromkeys(("text_size", "text_init", "tokenizer", "context", "caption_key"), "lit"),
     **dict.fromkeys(("shared_width", "cache_features"), "lit"),
     "batch_norm": "linear",
@@ -94,12 +111,16 @@ TASKS_OF_FLAGS = {
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser("finetune.py", allow_abbrev=False, description="Stage 3.")
-    parser.add_argument("--task", required=True, choices=("classify", "linear", "lowshot", "lit"))
+    parser.add_argument(
+        "--task", required=True, choices=("classify", "linear", "lowshot", "lit", "detect")
+    )
     add = parser.add_argument_group("data").add_argument
-    add("--data", help="a folder with train/ and val/, tar shards, or toy (toy)")
+    add("--data", help="a folder with train/ and val/, tar shards, or toy (toy); detect: COCO's")
     add("--val-data", help="the val pictures, where --data holds only those to train on")
     add("--labels", help="of the folder --data: .csv (path,class), .jsonl, or iNaturalist's .json")
     add("--val-labels", help="the same for val (paths in --val-data or, without it, --data)")
+    add("--min-jitter", type=float, help="detect: least scale of a picture (0.1; toy: 0.8)")
+    add("--max-jitter", type=float, help="detect: largest (2.0; toy: 1.25)")
     add("--caption-key", default="caption", help="lit: of the captions in .json (caption)")
     add("--cache-features", action="store_true", help="lit: of pictures' centres, computed once")
     add("--classes", type=int, help="how many, where the data does not name them")
@@ -129,6 +150,7 @@ def parse_arguments(argv):
     add("--micro-batch", type=int, help="images at once on a process (what should fit)")
     add("--lr", type=float, help="peak of classify (the recipe's) or lit (1e-3)")
     add("--layer-decay", type=float, help="of the lr, from block to block (B 0.65, L and H 0.75)")
+    add("--decay-floor", type=float, help="detect: least share of the lr (0.1 after hashtags)")
     add("--warmup", type=float, help="share of the steps (5 epochs of MAE's recipe)")
     add("--weight-decay", type=float, help="of classify (0.05) or lit (0.01)")
     add("--smoothing", type=float, default=0.1, help="of labels (0.1)")
@@ -215,7 +237,7 @@ def prepare(run):
     run.workers = data.loader_workers(run.workers, here)
 
     # --------------------------------------------------------------------------------------- data
-    names = ("size", "patch_size", "image_size")
+    names, asked = ("size", "patch_size", "image_size"), run.image_size
     given = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
     if not run.init:
         side = 48 if run.size in (None, "toy") else 224
@@ -227,13 +249,16 @@ def prepare(run):
     run.image_size = models.pair(run.config["image_size"])
     labels = run.labels, run.val_labels
     cache = run.cache_dir, run.cache_size
-    opened = run.data or "toy", run.val_data, run.image_size, *labels, cache, run.caption_key
-    run.train, run.val = data.open_sources(*opened)
-    toy = isinstance(run.train, data.Toy)
+    if run.task == "detect":
+        prepare_scenes(run, asked)
+    else:
+        opened = run.data or "toy", run.val_data, run.image_size, *labels, cache, run.caption_key
+        run.train, run.val = data.open_sources(*opened)
+    toy, run.weighting, run.schedule = isinstance(run.train, data.Toy), {}, schedule
     toy_recipe = toy and run.config["size"] == "toy"
     if run.task == "lit":
         prepare_pairs(run, pool)
-    else:
+    elif run.task != "detect":
         prepare_labels(run, classes_of_head, pool)
     if run.task == "lit" and run.min_crop is None:
         run.min_crop = LIT_CROP
@@ -263,6 +288,16 @@ def prepare(run):
         batch_size = 256 if toy_recipe else min(batch_size, 2 ** max(1, (pairs // 8).bit_length()))
         if (run.batch_size or 0) > pairs:
             raise ValueError(f"--batch-size {run.batch_size}: the data has {pairs} pairs")
+    elif run.task == "detect":
+        lvis, run.schedule = run.train.frequencies is not None, vitdet_schedule
+        rates, layer_decay, drop_paths, lengths = VITDET.get(run.config["size"], VITDET["B"])
+        epochs, drop_path, weight_decay = lengths[lvis], drop_paths[lvis], 0.1
+        batch_size = 16 if run.config["size"] == "toy" else 64
+        run.lr = run.lr or rates[lvis] * (run.batch_size or batch_size) / batch_size
+        run.weighting = detection.repeat_factors(run.train) if lvis else {}
+        if run.decay_floor is None:  # of encoders that have learned hashtags (recalled)
+            run.decay_floor = 0.1 if run.weights and "head.weight" in run.weights[0] else 0.0
+        warmup = 0.0  # see vitdet_schedule
     if toy_recipe:
         epochs, warmup = TOY_EPOCHS[run.task], max(warmup, 0.05)
     run.batch_size = run.batch_size or batch_size
@@ -280,6 +315,7 @@ def prepare(run):
     same += ("weight_decay", "smoothing", "mixup", "cutmix", "rand_augment", "erase", "ema")
     same += ("drop_path", "pool", "class_weights", "batch_norm", "min_crop", "seed", "precision")
     same += ("val_crop", "keep_head", "cache_features", "caption_key")
+    same += ("min_jitter", "max_jitter", "decay_floor")
     run.identity = {"stage": "finetune", "data": run.train.identity, "val": run.val.identity}
     run.identity |= {"model": run.config, "init": run.origin}
     run.identity |= {name: getattr(run, name) for name in same}
@@ -329,6 +365,25 @@ def prepare_labels(run, classes_of_head, pool):
             raise ValueError(f"no labels in {run.val.identity}")
         if (labels >= run.classes).any():
             raise ValueError(f"labels of val are over {run.classes - 1}, the last class")
+
+
+def prepare_scenes(run, side):
+    """The scenes of detect, whose pictures become squares of a side."""
+    toy = run.data in (None, "toy")
+    height, width = side or (128 if run.config["size"] == "toy" else 1024,) * 2
+    if height != width:
+        raise ValueError(f"--image-size {height}x{width}: detect fills pictures up to a square")
+    run.image_size, run.config["image_size"] = (height, width), height
+    run.train, run.val = detection.open_scenes(run.data or "toy", run.val_data, height)
+    run.val = detection.ToyScenes("val", height, 256) if toy else run.val
+    run.classes = len(run.train.classes)
+    low, high = (0.8, 1.25) if toy else (0.1, 2.0)  # ViTDet's; toy is ours
+    run.jitter = (
+        low if run.min_jitter is None else run.min_jitter,
+        high if run.max_jitter is None else run.max_jitter,
+    )
+    if run.jitter[0] > run.jitter[1]:
+        raise ValueError(f"--min-jitter {run.jitter[0]} is over --max-jitter {run.jitter[1]}")
 
 
 def prepare_pairs(run, pool):
@@ -592,22 +647,24 @@ class Prompted(nn.Module):
         return self.head(self.trunk.pooled(x))[:, None]
 
 
-def layer_groups(model, weight_decay, layer_decay):
-    """Parameter groups with lr_scale = layer_decay ^ (layers + 1 - layer), as the public MAE code:
+def layer_groups(model, weight_decay, layer_decay, floor=0.0):
+    """Parameter groups with lr_scale = layer_decay ^ (layers + 1 - layer), as the public MAE code,
+
+    but no less than `floor`:
 
     layer 0 is the patch embedding, the class token and the positions, block i is layer i + 1, the
     last norm and the head are layers + 1. 1-D parameters, tokens and positions are not decayed.
     """
     groups = {}
     for name, parameter in model.named_parameters():
-        layer = model.layers + 1
+        layer, name = model.layers + 1, name.removeprefix("trunk.")
         if name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
         elif name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
             layer = 0
         decay = weight_decay if parameter.ndim > 1 and name not in ("cls_token", "pos_embed") else 0
         group = {"params": [], "weight_decay": decay}
-        group["lr_scale"] = layer_decay ** (model.layers + 1 - layer)
+        group["lr_scale"] = max(floor, layer_decay ** (model.layers + 1 - layer))
         if parameter.requires_grad:
             groups.setdefault((layer, decay), group)["params"].append(parameter)
     return list(groups.values())
@@ -692,18 +749,40 @@ def learn_pairs(run, model, pieces):
     return torch.stack([loss.detach() / run.processes, loss.new_tensor(share), (weight == 0).sum()])
 
 
-def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_labels, **drawn):
+def learn_scenes(run, model, pieces):
+    """A step on scenes: see train. What a detector's loss is made of, see detection.py."""
+    sums = torch.zeros(3, device=run.device)
+    for batch in pieces:
+        losses, _ = model(data.normalize(batch["images"]), batch["targets"])
+        loss = (losses * batch["weight"]).sum() / run.batch_size
+        (loss * run.processes).backward()  # FSDP averages over the processes
+        sums += torch.stack([loss.detach(), batch["weight"].sum(), loss.new_zeros(())])
+    return sums
+
+
+def moved(part, device):
+    """Tensors, however deep in lists and dicts, on a device."""
+    if isinstance(part, dict):
+        return {name: moved(one, device) for name, one in part.items()}
+    if isinstance(part, list):
+        return [moved(one, device) for one in part]
+    return part.to(device, non_blocking=True) if isinstance(part, torch.Tensor) else part
+
+
+def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_labels,
+          batches_of=data.Batches, **drawn):  # fmt: skip
     """Train a model on a source; True when it came to its end, False when a signal stopped it.
 
     Checkpoints and metrics.jsonl are in `out`, where the same call goes on. The optimizer's groups
     have an initial_lr and may have an lr_scale. run.measure(model) is logged with every save.
-    flops: of a training step, for an image. drawn: what else data.Batches shall draw or make.
+    flops: of a training step, for an image. batches_of: data.Batches, or one like it, and what
+    else it shall draw or make.
     learn(run, model, pieces): backward through a step's batches, which come one by one, already on
     the device; returns the sums [loss, weight, samples of no use]; see learn_labels.
     """
     # --------------------------------------------------------------------------------------- data
     device, classify = run.device, run.task == "classify"
-    order = data.Order(source.sizes, run.seed, run.lanes)
+    order = data.Order(source.sizes, run.seed, run.lanes, **run.weighting)
     share = run.batch_size // run.processes
     trunk = getattr(model, "trunk", model)
     # Batch statistics are those of the whole batch: it must not come in pieces.
@@ -711,9 +790,9 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
     micro_batch = run.micro_batch or whole
     pieces = share // micro_batch
     dealt = {"process": run.process, "processes": run.processes, "pieces": pieces}
-    drawn |= {"order": order, "seed": run.seed, "min_crop": run.min_crop}
+    drawn = {"min_crop": run.min_crop, **drawn, "order": order, "seed": run.seed}
     shape = run.image_size, run.config["channels"], run.batch_size
-    batches = data.Batches(source, *shape, **dealt, **drawn)
+    batches = batches_of(source, *shape, **dealt, **drawn)
     if pieces * micro_batch != share or micro_batch % 2 or (run.batch_norm and pieces > 1):
         wanted = "all of it with --batch-norm" if run.batch_norm else "an even divisor"
         raise ValueError(f"--micro-batch {micro_batch} of a process's {share}: want {wanted}")
@@ -747,7 +826,7 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
     say(f"model    {run.config['size']}, {millions:.2f} M weights to train, "
         f"{flops / 1e9:.2f} GFLOP an image")  # fmt: skip
     say(f"batch    {run.batch_size}: {run.processes} processes x {pieces} x {micro_batch}")
-    if run.task != "lowshot":  # whose prompts make other shapes: PyTorch's
+    if run.task not in ("lowshot", "detect"):  # prompts make other shapes, detect has biases
         attention = models.choose_attention(trunk, micro_batch, device, run.precision)
         say(f"attention {attention}")
     say(f"run      {steps} steps, {run.precision} on {chip}")
@@ -771,12 +850,12 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
             unreadable += batch.pop("bad")
             if run.sharded:  # gradients are reduced once, with the last piece
                 model.set_requires_gradient_sync(piece == pieces - 1)
-            yield {name: part.to(device, non_blocking=True) for name, part in batch.items()}
+            yield moved(batch, device)
 
     model.train()
     gc.disable()  # it would stop each process at another moment, and all would wait for each
     for step in range(first_step, steps):
-        scale = schedule(step, steps, run.warmup)
+        scale = run.schedule(step, steps, run.warmup)
         floor = 1e-6 if classify and step >= run.warmup * steps else 0.0  # where MAE's recipe ends
         for group in optimizer.param_groups:
             lr = floor + scale * (group["initial_lr"] - floor)
@@ -872,8 +951,18 @@ def schedule(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step / steps - warmup) / (1 - warmup)))
 
 
+def vitdet_schedule(step, steps, warmup):
+    """detectron2's for ViTDet: 250 steps of warm-up from a thousandth (of a short run at most a
+    twentieth), and after eight ninths and 26 of 27 parts drops to a tenth. A share."""
+    rise = min(250, steps // 20)
+    if step < rise:
+        return 0.001 + 0.999 * step / rise
+    return 0.1 ** ((9 * step >= 8 * steps) + (27 * step >= 26 * steps))
+
+
 # What is measured with a save, as the step line calls it.
 SHOWN = {"top1": "top-1", "top5": "top-5"}
+SHOWN |= {"bbox_AP": "box AP", "bbox_AP50": "box AP50", "segm_AP50": "mask AP50"}
 SHOWN |= {"text_recall_at_1": "text recall@1", "image_recall_at_1": "picture recall@1"}
 
 
@@ -976,9 +1065,11 @@ def finish(run, weights, config, result):
         for name in ("val_data", "labels", "val_labels", *(["tokenizer_file"] if pairs else [])):
             given = getattr(run, name)
             flags += [f"--{name.removesuffix('_file').replace('_', '-')}", given] if given else []
-        if run.val_crop != (1.0 if pairs else evaluate.usual_crop(run.image_size)):
+        usual = 1.0 if pairs else evaluate.usual_crop(run.image_size)
+        if run.val_crop != usual and run.task != "detect":
             flags += ["--val-crop", str(run.val_crop)]
         task = "classify" if not pairs else "zeroshot" if run.val.classes else "retrieval"
+        task = "detect" if run.task == "detect" else task
         if task == "retrieval" and run.caption_key != "caption":
             flags += ["--caption-key", run.caption_key]
         print(f"next: python evaluate.py --task {task} {shlex.join(flags)}")
@@ -1145,6 +1236,45 @@ def lit(run, say):
     finish(run, weights, config, result)
 
 
+def detect(run, say):
+    config = run.config | {"class_names": run.train.classes, "drop_path": run.drop_path}
+    config["masks"] = run.train.has_masks
+    if run.train.frequencies:  # LVIS (detectron2's settings)
+        config |= {"federated": 50, "score_threshold": 0.02, "detections": 300}
+        config["class_counts"] = run.train.class_counts()
+    model = detection.Detector(classes=run.classes, **config)
+    models.initialize(model, run.seed)
+    if run.weights:
+        say(detection.load_trunk(model, *run.weights))
+    config = model.config
+    # One picture of 1024 pixels fills a GPU, and so do the biases of attention: see tests/bench.
+    run.micro_batch = run.micro_batch or (
+        run.batch_size // run.processes if run.image_size[0] <= 256 else 2
+    )
+
+    def optimizer(model):
+        if run.sharded:  # a method that is called from outside
+            torch.distributed.fsdp.register_fsdp_forward_method(model, "detect")
+        groups = layer_groups(model, run.weight_decay, run.layer_decay, run.decay_floor)
+        groups = [group | {"initial_lr": run.lr} for group in groups]
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=run.device.type != "mps")
+
+    def found(model):
+        options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
+        return detection.detect_in(model, run.val, **options)
+
+    run.measure = lambda model: evaluate.detection_numbers(run.val, found(model))
+    steps = run.steps or math.ceil(run.epochs * int(run.train.sizes.sum()) / run.batch_size)
+    flops, drawn = 3 * detection.flops_per_image(model), {"jitter": run.jitter}
+    how = learn_scenes, detection.SceneBatches
+    if not train(run, model, optimizer, run.train, run.out, steps, say, flops, *how, **drawn):
+        return
+    detections, weights = found(model), models.full_state(model)  # every process takes part
+    if run.process == 0:
+        evaluate.print_detection(run.val, detections, run.out / "detections.png")
+    finish(run, weights, config, evaluate.detection_numbers(run.val, detections))
+
+
 def cached_features(run, model, say):
     """(n, D) features of the centres of train's pictures, nan where unreadable: a file in --out."""
     encoder = models.encoder_config(run.config)  # --heads change it, and no tensor
@@ -1205,7 +1335,8 @@ def main(argv=None):
             known = torch.from_numpy(labels[(labels >= 0) & (labels < run.classes)])
             counts = torch.bincount(known, minlength=run.classes).clamp(min=1).float()
         run.weights_of_classes, run.measure = (counts.mean() / counts).to(run.device), None
-        task = {"classify": classify, "linear": linear, "lowshot": lowshot, "lit": lit}[run.task]
+        tasks = {"classify": classify, "linear": linear, "lowshot": lowshot, "lit": lit}
+        task = (tasks | {"detect": detect})[run.task]
         task(run, tqdm.write if run.process == 0 else lambda _: None)
         if dist.is_initialized():
             dist.barrier()  # without it, a process may abort at exit

@@ -655,6 +655,8 @@ def fill(parameter, value):
 def initial_value(model, name, parameter, generator):
     """The CPU tensor that `initialize` gives to the parameter of this name."""
     shape = parameter.shape
+    if name in getattr(model, "init_std", ()):  # a detector's heads
+        return torch.randn(shape, generator=generator) * model.init_std[name]
     if name.endswith("pos_embed") and not parameter.requires_grad:
         return sincos_positions(shape[-1], model.grid)
     if name.endswith(("pos_embed", "_token", "embedding.weight")):

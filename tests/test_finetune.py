@@ -866,3 +866,82 @@ def test_unusable_pairs_are_refused_in_one_line(captions, pair, pets, tmp_path, 
     line = refused(capsys, *common, captions, *init, "--tokenizer", tmp_path / "spm.model")
     assert "is no tokenizer" in line or "pip install sentencepiece" in line
     assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------- scenes
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A folder of COCO's layout: one square in each picture, of two categories by its colour."""
+    folder = tmp_path_factory.mktemp("scenes")
+    (folder / "annotations").mkdir()
+    for split, count in (("train", 12), ("val", 6)):
+        (folder / split).mkdir()
+        images, annotations = [], []
+        for i in range(count):
+            x, y, side = i % 4 * 4 + 2, i % 3 * 5 + 1, 14
+            pixels = np.full((32, 40, 3), 200, dtype=np.uint8)
+            pixels[y : y + side, x : x + side] = (250, 0, 0) if i % 2 else (0, 0, 250)
+            Image.fromarray(pixels).save(folder / split / f"{i}.png")
+            images.append({"id": 7 * i, "file_name": f"{i}.png", "height": 32, "width": 40})
+            corners = [x, y, x + side, y, x + side, y + side, x, y + side]
+            box = {"bbox": [x, y, side, side], "area": side**2, "segmentation": [corners]}
+            named = {"id": i + 1, "image_id": 7 * i, "category_id": 3 + 2 * (i % 2), "iscrowd": 0}
+            annotations.append(box | named)
+        content = {"images": images, "annotations": annotations}
+        content["categories"] = [{"id": 5, "name": "red"}, {"id": 3, "name": "blue"}]
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+DETECT = ["--task", "detect", "--size", "toy", "--image-size", 32, "--batch-size", 4]
+DETECT += ["--steps", 4, "--save-every", 2, "--log-every", 1, "--workers", 0, "--min-jitter", 0.9]
+
+
+@pytest.fixture(scope="module")
+def detector(scenes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("detect") / "run"
+    return out, last_json(fine(*DETECT, "--data", scenes, "--out", out))
+
+
+@pytest.mark.parametrize(("processes", "extra"), [(None, ["--micro-batch", 2]), (2, [])])
+def test_detection_is_the_same_in_pieces_and_on_two_processes(
+    processes, extra, scenes, detector, tmp_path
+):
+    last_json(fine(*DETECT, "--data", scenes, "--out", tmp_path, *extra, processes=processes))
+    for ours, theirs in zip(read_metrics(tmp_path), read_metrics(detector[0]), strict=True):
+        for name in ("loss", "lr", "grad_norm"):
+            assert ours[name] == pytest.approx(
+                theirs[name], rel=1e-4
+            )  # chosen regions are discrete
+
+
+def test_detection_resumes_and_is_measured_alike_by_evaluate(scenes, detector, tmp_path, capsys):
+    out, found = detector
+    assert {"bbox_AP", "segm_AP", "bbox_AR100"} <= found.keys() and (
+        out / "detections.png"
+    ).exists()
+    rewound(out, tmp_path / "run", 2)
+    assert "going on from" in fine(*DETECT, "--data", scenes, "--out", tmp_path / "run").stdout
+    assert read_metrics(tmp_path / "run") == read_metrics(out)
+    measured = []
+    for checkpoint in (out / "model.pt", tmp_path / "results.json"):
+        asked = ["--task", "detect", "--checkpoint", checkpoint, "--data", scenes, "--workers", 0]
+        asked += ["--out", tmp_path / "a.png"]
+        asked += ["--results", tmp_path / "results.json"] if checkpoint.suffix == ".pt" else []
+        evaluate.main(list(map(str, asked)))
+        measured.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    for name in found.keys() - {"task"}:
+        assert measured[0][name] == pytest.approx(found[name], rel=1e-6)
+        assert measured[1][name] == pytest.approx(measured[0][name], rel=1e-6)
+
+
+def test_unusable_scenes_are_refused_in_one_line(scenes, pets, tmp_path, capsys):
+    common = ["--task", "detect", "--size", "toy", "--out", tmp_path / "run", "--data"]
+    assert "there must be one" in refused(capsys, *common, pets)
+    assert "a square" in refused(capsys, *common, scenes, "--image-size", "32x48")
+    jitter = ["--min-jitter", 2, "--max-jitter", 1]
+    assert "is over --max-jitter" in refused(capsys, *common, scenes, *jitter)
+    assert "is for --task" in refused(capsys, *common, scenes, "--mixup", 1)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,396 @@
+"""detection.py against independent formulations: plain loops, dense matrices, hand-made boxes."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import detection
+import kernels
+import model as models
+from detection import Detector
+
+# Four blocks, of which each is the last of its quarter, would all be global: eight.
+TINY = {"size": "16x8x2", "image_size": 64, "patch_size": 8, "window": 3, "scales": (2, 1)}
+TINY |= {"anchor_sizes": (8, 16, 32), "features": 16, "convolutions": 1, "hidden": 16}
+TINY |= {"anchors": 16, "rois": 8, "before_nms": (50, 50), "after_nms": 50}
+
+
+def random_boxes(number, side, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    low = torch.rand(number, 2, generator=generator) * side * 0.7
+    size = 4 + torch.rand(number, 2, generator=generator) * side * 0.3
+    return torch.cat([low, low + size], dim=1)
+
+
+def scramble(model, std=0.3):
+    """Every parameter random: what starts at zero hides mistakes."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, std)
+    return model
+
+
+def scene(side, seed):
+    """Two filled rectangles of two classes on noise, and their target."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(3, side, side, generator=generator) * 0.1
+    boxes = torch.tensor([[6.0, 10, 30, 28], [34, 30, 50, 60]]).roll(seed, 0)
+    boxes[:, 0::2] += 3 * seed
+    masks = torch.zeros(2, side, side, dtype=torch.bool)
+    for number, (x0, y0, x1, y1) in enumerate(boxes.int().tolist()):
+        masks[number, y0:y1, x0:x1] = True
+        image[number, y0:y1, x0:x1] += 2
+    return image, {"boxes": boxes, "labels": torch.arange(2), "masks": masks, "seed": seed}
+
+
+# ---------------------------------------------------------------------------------------- the trunk
+
+
+@pytest.mark.parametrize("grid, window", [((4, 4), 3), ((4, 6), 2), ((3, 5), 0)])
+def test_attention_in_windows_is_full_attention_under_a_mask(grid, window):
+    """On a grid filled up with zeros, with the bias as a sum over each pair of tokens."""
+    attention = scramble(detection.WindowAttention(8, 2, grid, window)).double()
+    x = torch.randn(2, grid[0] * grid[1], 8, dtype=torch.float64)
+    rows, columns = (math.ceil(n / (window or n)) * (window or n) for n in grid)
+    padded = torch.zeros(2, rows, columns, 8, dtype=torch.float64)
+    padded[:, : grid[0], : grid[1]] = x.unflatten(1, grid)
+    q, k, v = kernels.split_heads(attention.qkv(padded.flatten(1, 2)), 2)
+    scores = q @ k.transpose(2, 3) / math.sqrt(4)
+    w = (window, window) if window else grid
+    for i in range(rows * columns):
+        for j in range(rows * columns):
+            (y, x_), (y2, x2) = divmod(i, columns), divmod(j, columns)
+            if (y // w[0], x_ // w[1]) != (y2 // w[0], x2 // w[1]):
+                scores[:, :, i, j] = -math.inf
+                continue
+            relative = (
+                attention.rel_pos_h[y - y2 + w[0] - 1] + attention.rel_pos_w[x_ - x2 + w[1] - 1]
+            )
+            scores[:, :, i, j] += q[:, :, i] @ relative
+    expected = (scores.softmax(dim=3) @ v).transpose(1, 2).unflatten(1, (rows, columns)).flatten(3)
+    expected = attention.proj(expected[:, : grid[0], : grid[1]].flatten(1, 2))
+    torch.testing.assert_close(attention(x), expected)
+
+
+def test_only_the_last_block_of_each_quarter_is_global():
+    with torch.device("meta"):
+        for size, wanted in ("B", [2, 5, 8, 11]), ("L", [5, 11, 17, 23]), ("H", [7, 15, 23, 31]):
+            trunk = detection.Trunk(size, 1024, 14)
+            assert [i for i, block in enumerate(trunk.blocks) if not block.attn.window] == wanted
+            assert trunk.grid == (64, 64)  # H has patches of 14 pixels: resized
+
+
+def test_trunk_with_zero_tables_is_the_vit_without_class_token():
+    trunk = detection.Detector(**TINY | {"window": 0}).trunk
+    images = torch.randn(2, 3, 64, 64)
+    x = trunk.embed(models.patchify(images, 8)) + trunk.pos_embed[:, 1:]
+    for block in trunk.blocks:
+        x = x + block.attn.proj(kernels.reference(block.attn.qkv(block.norm1(x)), 2))
+        x = x + block.mlp(block.norm2(x))
+    expected = x.transpose(1, 2).reshape(2, 16, 8, 8)
+    torch.testing.assert_close(trunk(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_other_models_and_of_a_detector_load():
+    vit = models.MAE("16x8x2", (16, 1, 2), image_size=32, patch_size=8)
+    model = Detector(**TINY)
+    said = detection.load_trunk(model, vit.state_dict(), (4, 4))
+    assert "pos_embed from 4x4 to 8x8" in said and "dropped: class token" in said
+    for name in "patch_embed.proj.weight", "blocks.7.attn.qkv.weight", "blocks.0.mlp.fc1.weight":
+        assert torch.equal(model.trunk.state_dict()[name], vit.state_dict()[name])
+    # A larger image: tables of global blocks grow, those of windows are as they were.
+    scramble(model)
+    large = Detector(**TINY | {"image_size": 96, "classes": 7})
+    said = detection.load_trunk(large, model.state_dict(), (8, 8))
+    assert "blocks.1.attn.rel_pos_h resampled from 15 to 23" in said and "blocks.0." not in said
+    own, theirs = large.state_dict(), model.state_dict()
+    assert torch.equal(own["boxes.0.fc.weight"], theirs["boxes.0.fc.weight"])
+    assert own["boxes.0.class_predictor.weight"].shape[0] == 8
+    table = theirs["trunk.blocks.1.attn.rel_pos_h"]
+    torch.testing.assert_close(own["trunk.blocks.1.attn.rel_pos_h"][11], table[7])  # the middle
+    with pytest.raises(ValueError, match="blocks.8"):
+        detection.load_trunk(model, models.ViT("16x9x2", 32, 8).state_dict())
+
+
+def test_patch_of_14_pixels_is_resized_to_16():
+    vit = models.ViT("16x4x2", 28, 14)
+    model = Detector(**TINY | {"size": "16x4x2", "patch_size": 14})
+    assert model.patch_size == 16
+    assert "14x14 to 16x16" in detection.load_trunk(model, vit.state_dict())
+    expected = F.interpolate(vit.patch_embed["proj"].weight, (16, 16), mode="bicubic")
+    assert torch.equal(model.trunk.patch_embed["proj"].weight, expected)
+
+
+# --------------------------------------------------------------------------------- boxes and regions
+
+
+def test_encode_and_decode_are_inverse():
+    boxes, truth = random_boxes(20, 64), random_boxes(20, 64, seed=1)
+    deltas = detection.encode(boxes, truth, (10.0, 5.0))
+    torch.testing.assert_close(detection.decode(deltas, boxes, (10.0, 5.0)), truth)
+    # Worked by hand: moved by half a width, twice as high.
+    deltas = detection.encode(torch.tensor([[0.0, 0, 4, 4]]), torch.tensor([[2.0, -2, 6, 6]]))
+    torch.testing.assert_close(deltas, torch.tensor([[0.5, 0, 0, math.log(2)]]))
+
+
+def test_anchors_by_level_cell_and_ratio():
+    anchors, levels = detection.anchors_of([(2, 3), (1, 1)], [4, 8], [8, 32])
+    assert anchors.shape == (21, 4) and levels.tolist() == [0] * 18 + [1] * 3
+    sides = anchors[:, 2:] - anchors[:, :2]
+    torch.testing.assert_close(sides.prod(dim=1), torch.tensor([64.0] * 18 + [1024.0] * 3))
+    torch.testing.assert_close(sides[:3, 1] / sides[:3, 0], torch.tensor([0.5, 1, 2]))
+    assert anchors[3 * 5 + 1].tolist() == [8 - 4, 4 - 4, 8 + 4, 4 + 4]  # row 1, column 2, square
+
+
+def test_anchors_are_labelled_by_the_rules():
+    truth = torch.tensor([[0.0, 0, 10, 10], [100, 100, 110, 110]])
+    anchors = [[0, 0, 10, 8], [0, 0, 10, 5], [0, 0, 10, 2], [100, 100, 104, 110], [50, 50, 60, 60]]
+    anchors = torch.tensor(anchors, dtype=torch.float32)
+    label, index = detection.label_anchors(anchors, truth)
+    assert label.tolist() == [
+        1,
+        -1,
+        0,
+        1,
+        0,
+    ]  # the fourth: no other is as near to the second object
+    assert index[[0, 3]].tolist() == [0, 1]
+    assert detection.label_anchors(anchors, torch.zeros(1, 4))[0].tolist() == [0] * 5
+
+
+def test_samples_are_capped_and_the_same_for_a_seed():
+    label = torch.tensor([1] * 30 + [0] * 50 + [-1] * 10)
+
+    def draw(seed):
+        return detection.sample(label, 40, 20, torch.Generator().manual_seed(seed))
+
+    ids, positives = draw(0)
+    assert positives == 20 and len(ids.unique()) == 40
+    assert (label[ids[:20]] == 1).all() and (label[ids[20:]] == 0).all()
+    assert torch.equal(ids, draw(0)[0]) and not torch.equal(ids, draw(1)[0])
+
+
+@pytest.mark.parametrize("block, limit", [(7, 1000), (1024, 1000), (16, 20)])
+def test_nms_is_the_greedy_one(block, limit):
+    boxes = random_boxes(300, 100).round()
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randint(0, 20, (300,), generator=generator) / 20  # with many ties
+    groups = torch.randint(0, 3, (300,), generator=generator)
+    kept = []
+    for i in sorted(range(300), key=lambda i: (-scores[i], i)):
+        same = [j for j in kept if groups[j] == groups[i]]
+        if not same or detection.overlaps(boxes[same], boxes[i : i + 1]).max() <= 0.4:
+            kept.append(i)
+    found = detection.nms(boxes, scores, groups, 0.4, limit, block)
+    assert found.tolist() == kept[:limit] and len(kept) > 20
+    assert len(detection.nms(boxes[:0], scores[:0], groups[:0], 0.4, 10)) == 0
+
+
+def bilinear(x, image):
+    """torchvision's published rule: image (C, H, W) at (y, x)."""
+    y, x = x
+    _, height, width = image.shape
+    if y < -1 or y > height or x < -1 or x > width:
+        return torch.zeros(len(image))
+    y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
+    low, left = int(y), int(x)
+    below, right = min(low + 1, height - 1), min(left + 1, width - 1)
+    fy, fx = y - low, x - left
+    top = image[:, low, left] * (1 - fx) + image[:, low, right] * fx
+    return top * (1 - fy) + (image[:, below, left] * (1 - fx) + image[:, below, right] * fx) * fy
+
+
+def align(image, box, scale, size):
+    x0, y0, x1, y1 = (value * scale - 0.5 for value in box)
+    high, wide = (y1 - y0) / size, (x1 - x0) / size
+    down, across = math.ceil(high), math.ceil(wide)
+    out = torch.zeros(len(image), size, size)
+    for i in range(size):
+        for j in range(size):
+            for a in range(down):
+                for b in range(across):
+                    y = y0 + (i + (a + 0.5) / down) * high
+                    x = x0 + (j + (b + 0.5) / across) * wide
+                    out[:, i, j] += bilinear((y, x), image) / (down * across)
+    return out
+
+
+BOXES = [[3, 5, 40, 61], [0, 0, 64, 64], [-9, 30, 20, 90], [60, 60, 70, 66], [10, 10, 12, 11]]
+
+
+def test_roi_align_is_the_published_definition():
+    torch.manual_seed(0)
+    maps = [torch.randn(3, 16, 12), torch.randn(3, 8, 6)]
+    table = torch.cat([x.flatten(1).T for x in maps]).requires_grad_()
+    boxes = torch.tensor(BOXES, dtype=torch.float32)
+    grids, strides = [(16, 12), (8, 6)], [4, 8]
+    found = detection.roi_align(table, grids, strides, boxes, 3)
+    levels = [int(math.sqrt((b[2] - b[0]) * (b[3] - b[1])) >= 112) for b in BOXES]
+    expected = [align(maps[l], b, 1 / strides[l], 3) for b, l in zip(BOXES, levels)]
+    torch.testing.assert_close(found, torch.stack(expected))
+    # A region of 112 pixels and more is read from the second level.
+    large = torch.tensor([[-30.0, -30, 82, 82], [-30, -30, 81, 81]])
+    found = detection.roi_align(table, grids, strides, large, 3)
+    torch.testing.assert_close(found[0], align(maps[1], large[0].tolist(), 1 / 8, 3))
+    torch.testing.assert_close(found[1], align(maps[0], large[1].tolist(), 1 / 4, 3))
+    # It is linear: the gradient is what a difference says, exactly.
+    weight, step = torch.randn_like(found), torch.randn_like(table)
+    (found * weight).sum().backward()
+    moved = detection.roi_align(table.detach() + step, grids, strides, large, 3)
+    torch.testing.assert_close((table.grad * step).sum(), ((moved - found) * weight).sum().detach())
+    assert detection.roi_align(table, grids, strides, boxes[:0], 3).shape == (0, 3, 3, 3)
+
+
+def test_roi_align_is_torchvisions():
+    try:
+        from torchvision import ops
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
+        pytest.skip(f"torchvision does not load: {error}")
+    torch.manual_seed(0)
+    x, boxes = torch.randn(1, 8, 40, 50), random_boxes(60, 170) - 10
+    x.requires_grad_()
+    expected = ops.roi_align(x, [boxes], 7, spatial_scale=0.25, aligned=True)
+    gradient = torch.randn_like(expected)
+    (wanted,) = torch.autograd.grad(expected, x, gradient)
+    found = detection.roi_align(x[0].flatten(1).T, [(40, 50)], [4], boxes, 7)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, x, gradient)[0], wanted)
+
+
+def test_mask_targets_are_roi_align_over_one_half_and_pasting_undoes_them():
+    y, x = torch.meshgrid(torch.arange(60), torch.arange(70), indexing="ij")
+    masks = torch.stack([(x - 30) ** 2 + (y - 25) ** 2 < 400, x + y > 50])
+    boxes = torch.tensor([[10.0, 5, 51, 46], [20, 10, 64.5, 50.2], [3, 3, 9, 9]])
+    which = torch.tensor([0, 1, 0])
+    found = detection.mask_targets(masks, boxes, which, 10)
+    for target, box, i in zip(found, boxes.tolist(), which):
+        assert torch.equal(target, align(masks[i, None].float(), box, 1, 10)[0] >= 0.5)
+    pasted = detection.paste_masks(found[:1].float(), boxes[:1], (60, 70))[0]
+    assert (pasted & masks[0]).sum() / (pasted | masks[0]).sum() > 0.9
+    whole = detection.paste_masks(
+        torch.ones(1, 28, 28), torch.tensor([[10.0, 5, 20, 15]]), (60, 70)
+    )
+    assert torch.equal(whole[0], (x >= 10) & (x < 20) & (y >= 5) & (y < 15))
+
+
+# ------------------------------------------------------------------------------------- the detector
+
+
+def test_rpn_learns_from_its_samples_as_from_the_dense_maps():
+    """Values and gradients at some anchors, corners and the pooled level included."""
+    model = scramble(Detector(**TINY | {"image_size": (48, 64)}), 0.2)
+    images = torch.randn(1, 3, 48, 64)
+    table, scores, deltas = (x[0] for x in model.predict(images))
+    ids = torch.tensor([0, 1, 46, 47, 300, 575, 576, len(scores) - 1, len(scores) - 20])
+    score, delta = model.rpn_again(table, ids)
+    torch.testing.assert_close(score, scores[ids])
+    torch.testing.assert_close(delta, deltas[ids])
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(score, delta):
+        loss = score.sum() + delta.square().sum()
+        return torch.autograd.grad(loss, trained, materialize_grads=True)
+
+    again = gradients(score, delta)
+    maps = model.pyramid(model.trunk(images))
+    found = [model.rpn(x)[0].flatten(1).T for x in maps]  # (cells, 3 + 12)
+    score = torch.cat([x[:, :3].flatten() for x in found])[ids]
+    delta = torch.cat([x[:, 3:].reshape(-1, 4) for x in found])[ids]
+    for a, b in zip(again, gradients(score, delta)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item() + 1e-7)
+
+
+def test_an_images_loss_depends_on_it_alone():
+    model = Detector(**TINY | {"classes": 2, "drop_path": 0.5}).train()
+    images, targets = zip(*(scene(64, seed) for seed in range(2)))
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+    targets = [*targets, nothing | {"masks": torch.zeros(0, 64, 64, dtype=torch.bool), "seed": 5}]
+    targets = [*targets, targets[0] | {"masks": None}]
+    images = torch.stack([*images, images[0], images[0]])
+    together, parts = model(images, targets)
+    torch.testing.assert_close(together, sum(parts.values()))
+    for i, target in enumerate(targets):
+        alone, _ = model(images[i : i + 1], [target])
+        torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-5)
+    assert parts["mask"][2] == 0 == parts["mask"][3] and parts["box_0"][2] == 0
+    # Every parameter has a gradient, with or without objects: sharded, all processes must agree.
+    together[2].backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+
+
+def test_each_stage_of_the_cascade_gives_a_third_of_its_gradient():
+    model, rois = scramble(Detector(**TINY), 0.2), random_boxes(5, 60)
+    table = torch.randn(16 * 16 + 8 * 8 + 4 * 4, 16, requires_grad=True)
+    whole = model.boxes[1](detection.roi_align(table, [(16, 16), (8, 8)], [4, 8], rois, 7))
+    scaled = model.judge(1, table, rois)
+    torch.testing.assert_close(scaled, whole)
+    whole, scaled = (torch.autograd.grad(out[1].sum(), table)[0] for out in (whole, scaled))
+    torch.testing.assert_close(3 * scaled, whole)
+
+
+def test_federated_loss_judges_the_classes_present_and_some_others():
+    model = Detector(**TINY | {"classes": 40, "federated": 10, "class_counts": [1] * 20 + [0] * 20})
+    judged = model.judged(torch.tensor([3, 3, 30]), torch.Generator().manual_seed(0))
+    assert {3, 30} <= set(judged.tolist()) and len(judged.unique()) == len(judged) == 10
+    assert (judged < 20).sum() == 9  # of the others none that has no image
+    image, target = scene(64, 0)
+    loss, parts = model(image[None], [target])
+    # Ten sigmoids of nearly 0 on each of 8 regions or fewer.
+    assert 0 < parts["class_0"] <= 10.2 * math.log(2)
+    loss.sum().backward()
+
+
+def test_two_scenes_are_learned_by_heart_and_found():
+    """Five seconds: with fewer steps, the last stage has not seen enough regions of IoU 0.7."""
+    torch.manual_seed(0)
+    changes = {"size": "32x2x2", "classes": 2, "features": 32, "hidden": 64, "rois": 16}
+    model = Detector(**TINY | changes)
+    images, targets = zip(*(scene(64, seed) for seed in range(2)))
+    images = torch.stack(images)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for step in range(60):
+        loss = model(images, [t | {"seed": 2 * step + i} for i, t in enumerate(targets)])[0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    model.eval()
+    for found, target in zip(model.detect(images, [(64, 64)] * 2), targets):
+        for label, box, mask in zip(target["labels"], target["boxes"], target["masks"]):
+            best = (found["labels"] == label).nonzero()[0, 0].item()  # the surest of its class
+            assert found["scores"][best] > 0.5
+            assert detection.overlaps(found["boxes"][[best]], box[None]) > 0.6
+            one = detection.paste_masks(found["masks"][[best]], found["boxes"][[best]], (64, 64))[0]
+            assert (one & mask).sum() / (one | mask).sum() > 0.6
+    clipped = model.detect(images, [(40, 50)] * 2)[0]["boxes"]
+    assert (clipped <= torch.tensor([50, 40, 50, 40])).all()
+    # The config makes it again.
+    twin = Detector(**model.config).eval()
+    twin.load_state_dict(model.state_dict())
+    again, once = (m.detect(images, [(64, 64)] * 2)[0]["boxes"] for m in (twin, model))
+    assert torch.equal(again, once)
+
+
+def test_flops_are_what_the_layers_cost():
+    """The trunk's by hand: 8 blocks of width 16 on 64 tokens, windows on 81 of them."""
+    model = Detector(**TINY | {"masks": False})
+    D, N, padded, window = 16, 64, 81, 9
+    linear = 8 * 18 * D * D * N + 4 * 6 * D * D * (N + padded)
+    attention = 4 * 4 * D * (N * N + padded * window)
+    relative = 4 * 2 * D * (N * 16 + padded * 6)  # a product with each row, each column
+    trunk = 2 * 3 * 64 * D * N + linear + attention + relative
+    C = model.settings["features"]
+    cells = [16 * 16, 8 * 8, 4 * 4]
+    pyramid = (
+        2 * D * D // 2 * 4 * 64 + 2 * (D // 2 * C * 256 + D * C * 64) + 18 * C * C * (256 + 64)
+    )
+    rpn = sum(cells) * (2 * 18 * C * C + 2 * C * 15)
+    box = 3 * 8 * (49 * 18 * C * C + 2 * 49 * C * 16 + 2 * 16 * (81 + 4))
+    assert detection.flops_per_image(model) == trunk + pyramid + rpn + box

@@ -1,0 +1,563 @@
+"""Scenes, run lengths and average precision: against pycocotools and lvis where they are installed,
+against values worked out by hand, and against what must hold."""
+
+import contextlib
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import detection
+
+
+def blob(random, height, width, corners=7, reach=0.3):
+    """A polygon as in COCO's files, partly outside now and then."""
+    angles = np.sort(random.uniform(0, 2 * np.pi, corners))
+    radius = random.uniform(0.3, 1, corners) * random.uniform(0.05, reach) * width
+    centre = random.uniform(0, 1, 2) * [width, height]
+    points = centre + np.stack([np.cos(angles), np.sin(angles)], axis=1) * radius[:, None]
+    return points.round(2).ravel().tolist()
+
+
+def annotation(number, image, category, polygons, crowd=0):
+    height, width = image["height"], image["width"]
+    rle = detection.as_rle(polygons, height, width)
+    points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])
+    low, high = points.min(axis=0), points.max(axis=0)
+    segment = {**rle, "counts": rle["counts"].tolist()} if crowd else polygons
+    return {
+        "id": number, "image_id": image["id"], "category_id": category, "iscrowd": crowd,
+        "bbox": [*low.tolist(), *(high - low).tolist()], "area": detection.rle_area(rle),
+        "segmentation": segment,
+    }  # fmt: skip
+
+
+def make_scenes(folder, pictures=24, seed=0, lvis=False, categories=(2, 3, 7, 11, 90), **options):
+    """Write a COCO folder (categories with gaps, crowds, empty pictures) and open it."""
+    random, number = np.random.RandomState(seed), 0
+    content = {"images": [], "annotations": [], "categories": []}
+    for place, category in enumerate(categories):
+        entry = {"id": category, "name": f"thing {category}"}
+        content["categories"].append(entry | ({"frequency": "rcf"[place % 3]} if lvis else {}))
+    for image in random.permutation(pictures).tolist():
+        # from small to large, so that all ranges of areas have objects
+        height, width = (int(side) for side in random.randint(30, 400, 2))
+        image = {"id": 5 + 3 * image, "height": height, "width": width}
+        image |= {"file_name": f"{image['id']}.jpg"}
+        present = random.choice(categories, random.randint(1, 4)).tolist()
+        for _ in range(random.choice([0, 1, 4, 9])):
+            number += 1
+            polygons = [blob(random, height, width) for _ in range(random.choice([1, 1, 2]))]
+            crowd = int(not lvis and random.rand() < 0.15)
+            category = random.choice(present).item()
+            content["annotations"].append(annotation(number, image, category, polygons, crowd))
+        if lvis:
+            there = {
+                a["category_id"] for a in content["annotations"] if a["image_id"] == image["id"]
+            }
+            absent = [category for category in categories if category not in there]
+            image["neg_category_ids"] = absent[: random.randint(0, 3)]
+            image["not_exhaustive_category_ids"] = [c for c in sorted(there) if random.rand() < 0.4]
+        content["images"].append(image)
+    path = folder / "annotations" / ("lvis_v1_val.json" if lvis else "instances_val.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return detection.Scenes(str(path), str(folder), **options)
+
+
+def make_detections(scenes, seed=0, least=0, most=12, jitter=0.15, levels=20):
+    """Shifted objects and random ones, some with other classes; few scores, so that many tie."""
+    random, detections = np.random.RandomState(seed), {}
+    for number in range(len(scenes.sizes)):
+        sample = scenes.read(number)
+        height, width = sample["size"]
+        if random.rand() < 0.1:
+            continue  # no entry for this picture
+        boxes, labels, masks = [], [], []
+        for i in range(random.randint(least, most)):
+            label = random.randint(len(scenes.classes))
+            rle = detection.as_rle([blob(random, height, width)], height, width)
+            if len(sample["boxes"]) and random.rand() < 0.8:
+                i = random.randint(len(sample["boxes"]))
+                label = sample["labels"][i] if random.rand() < 0.9 else label
+                mask = detection.decode_mask(detection.as_rle(sample["segments"][i], height, width))
+                shift = random.randint(-3, 4, 2) if random.rand() < 0.7 else (0, 0)
+                rle = detection.encode_mask(np.roll(mask, shift, axis=(0, 1)))
+                box = sample["boxes"][i]
+                box = (
+                    box
+                    + random.normal(0, jitter, 4) * np.tile(box[2:] - box[:2], 2) * random.rand()
+                )
+            else:
+                box = np.array(detection.rle_box(rle))
+            low, high = np.minimum(box[:2], box[2:]), np.maximum(box[:2], box[2:])
+            boxes.append([*low, *high])
+            labels.append(label)
+            masks.append(rle)
+        detections[sample["image_id"]] = {
+            "boxes": np.array(boxes, dtype=np.float64).reshape(-1, 4),
+            "scores": random.randint(1, levels + 1, len(boxes)) / levels,
+            "labels": np.array(labels, dtype=np.int64),
+            "masks": masks,
+        }
+    return detections
+
+
+def reference(scenes, detections, kind, folder):
+    """The same numbers from pycocotools or lvis, through the results file."""
+    detection.write_results(folder / "results.json", scenes, detections)
+    results = json.loads((folder / "results.json").read_text())
+    for result in results:  # with a box, the references take the box's area for masks
+        result.pop("bbox" if kind == "segm" else "segmentation", None)
+    if scenes.frequencies is None:
+        coco = pytest.importorskip("pycocotools.coco", reason="pycocotools is not installed")
+        from pycocotools.cocoeval import COCOeval
+
+        with contextlib.redirect_stdout(None):
+            truth = coco.COCO(scenes.path)
+            evaluation = COCOeval(truth, truth.loadRes(results), kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        return evaluation.stats.tolist()
+    pytest.importorskip("pycocotools", reason="pycocotools is not installed")
+    for name in (
+        "cv2",
+        "matplotlib",
+        "matplotlib.pyplot",
+        "matplotlib.patches",
+        "matplotlib.lines",
+    ):
+        sys.modules.setdefault(name, types.ModuleType(name))  # only lvis's drawings need them
+    for name, what in (("patches", "Polygon"), ("lines", "Line2D")):
+        vars(sys.modules[f"matplotlib.{name}"]).setdefault(what, None)
+    np.float = float  # lvis 0.5.3 is older than numpy 1.24, which took this name away
+    lvis = pytest.importorskip("lvis", reason="lvis is not installed")
+    evaluation = lvis.LVISEval(scenes.path, results, kind)
+    evaluation.run()
+    return list(evaluation.get_results().values())
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+@pytest.mark.parametrize("lvis", [False, True])
+def test_average_precision_equals_the_references(tmp_path, kind, lvis):
+    for seed in range(2):
+        scenes = make_scenes(tmp_path / str(seed), seed=seed, lvis=lvis)
+        detections = make_detections(scenes, seed, jitter=0.05 * 4**seed)
+        ours = detection.average_precision(scenes, detections, kind)
+        assert len(ours) == (13 if lvis else 12)
+        assert list(ours.values()) == pytest.approx(
+            reference(scenes, detections, kind, tmp_path), abs=1e-6
+        )
+        assert 0 < ours["AP"] < 1 and len(set(ours.values())) > 8
+
+
+def test_more_detections_than_count(tmp_path):
+    """100 of a picture and class (COCO), 300 of a picture (LVIS): the best ones, ties in order."""
+    for lvis in (False, True):
+        scenes = make_scenes(tmp_path / str(lvis), 3, lvis=lvis, categories=(4, 9))
+        detections = make_detections(scenes, least=400, most=401, levels=3, jitter=0.5)
+        assert max(len(found["scores"]) for found in detections.values()) == 400
+        ours = detection.average_precision(scenes, detections)
+        assert list(ours.values()) == pytest.approx(
+            reference(scenes, detections, "bbox", tmp_path), abs=1e-6
+        )
+
+
+def one_scene(folder, boxes, crowd=None, area=None):
+    """A picture of 100 x 100 with objects of one class (x y width height)."""
+    folder.mkdir(exist_ok=True)
+    content = {"images": [{"id": 1, "height": 100, "width": 100, "file_name": "1.png"}]}
+    content["categories"] = [{"id": 1, "name": "thing"}]
+    content["annotations"] = [
+        {"id": i + 1, "image_id": 1, "category_id": 1, "bbox": box, "area": box[2] * box[3]}
+        | {"iscrowd": int(i == crowd)}
+        for i, box in enumerate(boxes)
+    ]
+    Image.new("RGB", (100, 100)).save(folder / "1.png")
+    (folder / "scenes.json").write_text(json.dumps(content))
+    return detection.Scenes(str(folder / "scenes.json"))
+
+
+def found(boxes, scores):
+    boxes = np.array(boxes, dtype=np.float64)
+    boxes[:, 2:] += boxes[:, :2]
+    return {1: {"boxes": boxes, "scores": np.array(scores), "labels": np.zeros(len(scores), int)}}
+
+
+def test_average_precision_by_hand(tmp_path):
+    """Found, wrong, found: the precision is 1 at recalls up to 1/2, and then 2/3."""
+    here, there, nowhere = [10, 10, 20, 20], [60, 60, 20, 20], [10, 60, 20, 20]
+    scenes = one_scene(tmp_path, [here, there])
+    result = detection.average_precision(scenes, found([here, nowhere, there], [0.9, 0.8, 0.7]))
+    assert result["AP"] == pytest.approx((51 + 50 * 2 / 3) / 101)
+    assert (result["AR1"], result["AR10"], result["APs"]) == (0.5, 1, result["AP"])
+    assert result["APm"] == result["ARl"] == -1  # there are no such objects
+    # An IoU of 16 / 24: counted for the four thresholds up to 0.65 of ten.
+    shifted = [here, [64, 60, 20, 20]]
+    result = detection.average_precision(scenes, found(shifted, [0.5, 0.4]))
+    assert result["AP"] == pytest.approx((4 + 6 * 51 / 101) / 10)
+    # Between two, as near to each: it takes the last one, and the next can have the first one.
+    two = one_scene(tmp_path / "two", [here, [14, 10, 20, 20]])
+    result = detection.average_precision(two, found([[12, 10, 20, 20], here], [0.5, 0.4]))
+    assert result["AP"] == pytest.approx((7 + 3 * 51 / 101 / 2) / 10)  # 18 / 22 is above 0.8
+    # A crowd is not looked for, and what lies in it is neither right nor wrong, as often as it is.
+    crowded = one_scene(tmp_path / "crowded", [here, [50, 50, 50, 50]], crowd=1)
+    several = found([there, [52, 52, 5, 5], here, nowhere], [0.9, 0.8, 0.7, 0.6])
+    assert detection.average_precision(crowded, several)["AP"] == pytest.approx(1)
+    assert detection.average_precision(crowded, {})["AP"] == 0
+    with pytest.raises(ValueError, match="no masks"):
+        detection.average_precision(crowded, several, "segm")
+
+
+def outlines(random, count):
+    """Polygons of all kinds, partly or wholly outside: (n, 2) points, height, width."""
+    for number in range(count):
+        height, width = random.randint(1, 40, 2).tolist()
+        points = random.uniform(-0.4, 1.4, (random.randint(3, 12), 2)) * [width, height]
+        yield (
+            (
+                points,
+                np.rint(points),
+                np.rint(2 * points) / 2,
+                np.repeat(points[:2], 3, axis=0),  # a line, there and back
+                points * 0 + points[0],  # a point
+                points - [width, 0],
+            )[number % 6],
+            height,
+            width,
+        )
+
+
+def test_run_lengths_equal_pycocotools():
+    mask = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed")
+    random = np.random.RandomState(0)
+    for points, height, width in outlines(random, 120):
+        ours, (theirs,) = (
+            detection.polygon_to_rle(points, height, width),
+            mask.frPyObjects([points.ravel().tolist()], height, width),
+        )
+        assert detection.text_of_counts(ours["counts"]).encode() == theirs["counts"]
+        assert (detection.counts_of_text(theirs["counts"]) == ours["counts"]).all()
+        several = [points.ravel().tolist(), blob(random, height, width), [1, 1, 5, 9, 0, 0]]
+        ours = detection.as_rle(several, height, width)
+        theirs = mask.merge(mask.frPyObjects(several, height, width))
+        assert detection.text_of_counts(ours["counts"]).encode() == theirs["counts"]
+        pixels = random.rand(5, height, width) < random.rand()
+        ours = [detection.encode_mask(one) for one in pixels]
+        theirs = [mask.encode(np.asfortranarray(one, np.uint8)) for one in pixels]
+        x, y, right, bottom = np.array([detection.rle_box(rle) for rle in ours]).T
+        assert [detection.text_of_counts(r["counts"]).encode() for r in ours] == [
+            r["counts"] for r in theirs
+        ]
+        assert [detection.rle_area(rle) for rle in ours] == mask.area(theirs).tolist()
+        assert (np.stack([x, y, right - x, bottom - y], axis=1) == mask.toBbox(theirs)).all()
+        crowd = random.rand(2) < 0.5
+        iou = detection.mask_iou(ours[:3], ours[3:], crowd, np.ones((3, 2), dtype=bool))
+        assert (iou == mask.iou(theirs[:3], theirs[3:], crowd.astype(int).tolist())).all()
+
+
+def test_run_lengths():
+    random = np.random.RandomState(0)
+    for height, width in ((1, 1), (1, 7), (7, 1), (5, 9), (40, 30)):
+        for share in (0, 0.1, 0.7, 1):
+            masks = random.rand(3, height, width) < share
+            rles = [detection.encode_mask(mask) for mask in masks]
+            union = detection.merge_rles(rles, height, width)
+            assert (detection.decode_mask(union) == masks.any(axis=0)).all()
+            for mask, rle in zip(masks, rles):
+                assert (detection.decode_mask(rle) == mask).all()
+                assert detection.rle_area(rle) == mask.sum()
+                assert detection.rle_box(rle) == detection.tight_box(mask)
+                text = detection.text_of_counts(rle["counts"])
+                assert (detection.counts_of_text(text) == rle["counts"]).all()
+    # Down the columns; 2 x 3 pixels at (1, 2) of 6 x 5.
+    square = detection.as_rle([[1, 2, 4, 2, 4, 4, 1, 4]], 6, 5)
+    assert square["counts"].tolist() == [8, 2, 4, 2, 4, 2, 8]
+    # From the fourth on the difference from the one before the last: 8 2 4, 2 - 2, 4 - 4, ...
+    assert detection.text_of_counts(square["counts"]) == "8240004"
+    with pytest.raises(ValueError, match="run lengths of another picture"):
+        detection.as_rle({"size": [6, 5], "counts": [8, 2]}, 6, 5)
+
+
+def pictures_for(scenes, folder):
+    for name, (height, width) in zip(scenes.files, scenes.sides):
+        random = np.random.RandomState(height)
+        small = random.randint(0, 256, (height // 8 + 1, width // 8 + 1, 3)).astype(np.uint8)
+        Image.fromarray(small).resize((width, height)).save(folder / name)
+
+
+def batches(scenes, side=64, **options):
+    options = {"batch_size": 8, "channels": 3} | options
+    return detection.SceneBatches(scenes, (side, side), **options)
+
+
+def test_bad_annotations_are_counted_and_left_out(tmp_path, capsys):
+    make_scenes(tmp_path)
+    path = tmp_path / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    content["images"].append({"id": 999, "height": 50, "width": 60, "file_name": "999.jpg"})
+    good = {"image_id": 999, "category_id": 90, "bbox": [1, 2, 30, 20], "area": 600}
+    good |= {"segmentation": [[1, 2, 31, 2, 31, 22, 1, 22]]}
+    outside = {"bbox": [70, 70, 20, 20], "segmentation": [[70, 70, 90, 70, 90, 90]]}
+    bad = [
+        {"image_id": 12345, "id": 501},
+        {"category_id": 5, "id": 502},  # ids have gaps: 5 is in one
+        {"bbox": [3, 3, 0, 9], "id": 503},
+        {"segmentation": None, "id": 504},
+    ]
+    content["annotations"] += [good | one for one in (*bad, {"id": 505}, {"id": 506} | outside)]
+    path.write_text(json.dumps(content))
+    scenes = detection.Scenes(str(path), str(tmp_path))
+    printed = capsys.readouterr().err
+    assert "image that is not listed, left out: 1 (the first has id 501)" in printed
+    assert "category that is not listed, left out: 1 (the first has id 502)" in printed
+    # To measure on, all pictures stay, and boxes of no area, as the reference has it.
+    assert len(scenes.sizes) == 25 and len(scenes.read(24)["boxes"]) == 4
+    assert scenes.ids == sorted(scenes.ids) and scenes.read(24)["image_id"] == 999
+    assert (
+        scenes.category_ids == [2, 3, 7, 11, 90] and scenes.read(24)["labels"].tolist() == [4] * 4
+    )
+    train = detection.Scenes(str(path), str(tmp_path), train=True)
+    printed = capsys.readouterr().err
+    assert "box of no area, left out: 1 (the first has id 503)" in printed
+    assert "without a mask, left out: 1 (the first has id 504)" in printed
+    empty = [i for i in range(25) if scenes.read(i)["crowd"].all()]
+    assert 0 < len(empty) == 25 - len(train.sizes)
+    assert len(detection.Scenes(str(path), str(tmp_path), train=True, keep_empty=True).sizes) == 25
+    # The polygon outside the picture gives no object.
+    pictures_for(train, tmp_path)
+    last = batches(train)[(len(train.sizes) - 1) // 8]["targets"][(len(train.sizes) - 1) % 8]
+    assert len(train.read(len(train.sizes) - 1)["boxes"]) == 2 and len(last["boxes"]) == 1
+    for text in ("{", "[]", '{"images": [], "annotations": []}', '{"images": [{}]}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="cannot read annotations from") as error:
+            detection.Scenes(str(path), str(tmp_path))
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="cannot read annotations from"):
+        detection.Scenes(str(tmp_path / "none.json"))
+
+
+def test_folders_of_coco_and_lvis(tmp_path):
+    scenes = make_scenes(tmp_path, lvis=True)
+    with pytest.raises(ValueError, match="the pictures of .* are not at"):
+        detection.Scenes(scenes.path)
+    content = json.loads((tmp_path / "annotations" / "lvis_v1_val.json").read_text())
+    for image in content["images"]:
+        image["coco_url"] = f"http://somewhere/train2017/{image.pop('file_name')}"
+    (tmp_path / "train2017").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "annotations" / f"lvis_v1_{split}.json").write_text(json.dumps(content))
+    pictures_for(scenes, tmp_path / "train2017")
+    train, val = detection.open_scenes(str(tmp_path))
+    assert len(val.sizes) == 24 > len(train.sizes) and val.root == str(tmp_path)
+    assert train.read(0)["image"]().size == train.read(0)["size"][::-1]
+    assert val.frequencies == ["r", "c", "f", "r", "c"] and {"negative"} < set(val.read(0))
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="there must be one .*, not 2"):
+        detection.open_scenes(str(tmp_path))
+    content["categories"][0]["name"] = "another"
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="other categories"):
+        detection.open_scenes(scenes.path, str(tmp_path / "other.json"))
+    # The third layout: pictures in a folder named as the split.
+    (tmp_path / "val").mkdir()
+    mine = make_scenes(tmp_path)
+    pictures_for(mine, tmp_path / "val")
+    assert detection.Scenes(mine.path).root == str(tmp_path / "val")
+    toys = detection.open_scenes("toy")
+    assert [len(toy.sizes) for toy in toys] == [65536, 4096] and len(toys[0].classes) == 10
+
+
+def test_repeat_factors(tmp_path):
+    """A category in one of 4 pictures, with a threshold of 1: its pictures come twice."""
+    scenes = make_scenes(tmp_path, pictures=30, train=True)
+    sampling = detection.repeat_factors(scenes, threshold=0.9)
+    labels = [set(scenes.read(i)["labels"].tolist()) for i in range(len(scenes.sizes))]
+    share = [np.mean([k in there for there in labels]) for k in range(5)]
+    wanted = [max(1, *(np.sqrt(0.9 / share[k]) for k in there)) for there in labels]
+    assert sampling["totals"] / data.WEIGHT == pytest.approx(np.array(wanted), abs=1e-4)
+    order = data.Order(scenes.sizes, **sampling)
+    drawn = np.bincount([order(p) for p in range(order.length)], minlength=len(wanted))
+    assert order.length == int(sum(wanted)) and (np.abs(drawn - wanted) < 1).all()
+    assert (detection.repeat_factors(scenes)["totals"] == data.WEIGHT).all()  # 0.001: none is rare
+
+
+def test_boxes_and_masks_move_with_the_picture():
+    scenes = detection.ToyScenes("train", 96, 400)
+    order = data.Order(scenes.sizes)
+    made = batches(scenes, 96, order=order, batch_size=32, jitter=(0.5, 2.0))
+    seen, cut = 0, 0
+    for step in range(2):
+        batch = made[step]
+        assert batch["images"].shape == (32, 3, 96, 96) and batch["images"].dtype == torch.uint8
+        for image, target, number in zip(batch["images"], batch["targets"], batch["samples"]):
+            masks, boxes = target["masks"].numpy(), target["boxes"].numpy()
+            assert len(masks) == len(boxes) == len(target["labels"]) and masks.any((1, 2)).all()
+            for mask, box in zip(masks, boxes):
+                assert np.abs(box - detection.tight_box(mask)).max() <= 1.001
+                assert (image.numpy()[:, mask].max(axis=0) > 0).all()  # nothing in the padding
+            objects = len(scenes.read(int(number))["boxes"])
+            seen, cut = seen + len(boxes), cut + objects - len(boxes)
+    assert seen > 80 and cut > 2
+
+
+def test_pixels_polygons_and_whole_masks_move_alike(tmp_path):
+    """The picture is its object's mask: where it is white, polygons and masks must be, too."""
+    random = np.random.RandomState(0)
+    for number in range(40):
+        height, width = random.randint(40, 200, 2).tolist()
+        polygon = [blob(random, height, width, reach=0.8)]
+        mask = detection.decode_mask(detection.as_rle(polygon, height, width))
+        draws = random.rand(4) if number else None
+        view = detection.random_view((height, width), 64, draws, (0.5, 2.0))
+        image = Image.fromarray(np.uint8(255 * mask))
+        white = detection.view_pixels(image, view, 64, 1)[0].numpy() > 127
+        drawn = detection.view_mask(polygon, (height, width), view, 64)
+        taken = detection.view_mask(mask, (height, width), view, 64)
+        edge = 2 + 4 * (white.any(axis=0).sum() + white.any(axis=1).sum())
+        assert (drawn ^ white).sum() < edge / 4 and (taken ^ white).sum() < edge / 4
+        assert not (drawn[view.cut[1] :].any() or drawn[:, view.cut[0] :].any())
+
+
+def test_a_batch_is_a_pure_function_of_its_positions(tmp_path):
+    """Whatever the number of processes, and whatever was made before."""
+    scenes = make_scenes(tmp_path, train=True)
+    pictures_for(scenes, tmp_path)
+
+    def by_position(processes, steps):
+        found = {}
+        for process in range(processes):
+            order = data.Order(scenes.sizes, lanes=4)
+            made = batches(scenes, order=order, process=process, processes=processes)
+            for step in steps:
+                batch = made[step]
+                for i, position in enumerate(batch["positions"].tolist()):
+                    found[position] = (batch["images"][i], batch["targets"][i])
+        return found
+
+    one, two = by_position(1, [0, 1, 2, 3]), by_position(2, [3, 1, 0, 2])
+    assert sorted(one) == sorted(two) == list(range(32))
+    for position, (image, target) in one.items():
+        other = two[position][1]
+        assert torch.equal(image, two[position][0]) and target["seed"] == other["seed"]
+        for key in ("boxes", "labels", "masks", "ignored"):
+            assert torch.equal(target[key], other[key])
+    assert len({target["seed"] for _, target in one.values()}) == 32
+    assert any(len(target["ignored"]) for _, target in one.values())  # crowds
+
+
+def test_to_measure_pictures_are_whole_and_boxes_go_back(tmp_path):
+    scenes = make_scenes(tmp_path)
+    pictures_for(scenes, tmp_path)
+    made = batches(scenes, batch_size=10)
+    assert len(made) == 3
+    for step in range(3):
+        batch = made[step]
+        for i, number in enumerate(batch["samples"].tolist()):
+            if number < 0:
+                assert step == 2 and batch["weight"][i] == 0 and not batch["images"][i].any()
+                continue
+            sample = scenes.read(number)
+            height, width = batch["sizes"][i].tolist()
+            assert (height, width) == sample["size"] and batch["weight"][i] == 1
+            assert batch["images"][i].any(dim=0).sum() > 0.9 * 64 * 64 * min(height, width) / max(
+                height, width
+            )
+            back = batch["targets"][i]["boxes"].double() / batch["scales"][i].repeat(2)
+            whole = (sample["boxes"] == sample["boxes"].clip(0, [width, height] * 2)).all(axis=1)
+            for box in sample["boxes"][whole & ~sample["crowd"]]:
+                assert np.abs(back.numpy() - box).max(axis=1).min() < 1e-3
+
+
+def test_pictures_that_are_turned_grey_damaged_or_missing(tmp_path):
+    """They are turned as their EXIF says if the annotations fit that; the rest is bad, not fatal."""
+    content = {"images": [], "categories": [{"id": 1, "name": "thing"}], "annotations": []}
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter to the right
+    pixels = np.zeros((40, 60), dtype=np.uint8)
+    pixels[:10, :10] = 255
+    white = {0: (0, 0), 1: (0, -1), 2: (0, 0), 3: (0, 0)}  # which corner is
+    for number, (mode, exif, size) in enumerate(
+        [("RGB", None, (40, 60)), ("L", turned, (60, 40)), ("CMYK", turned, (40, 60)),
+         ("L", None, (40, 60)), ("RGB", None, (40, 61)), ("RGB", None, (40, 60))]
+    ):  # fmt: skip
+        name = f"{number}.jpg"
+        image = {"id": number, "file_name": name, "height": size[0], "width": size[1]}
+        content["images"].append(image)
+        one = {"id": number, "image_id": number, "category_id": 1, "bbox": [0, 0, 10, 10]}
+        content["annotations"].append(one)
+        picture = Image.fromarray(pixels).convert("RGB").convert(mode)
+        if number < 5:
+            picture.save(tmp_path / name, quality=95, **({"exif": exif} if exif else {}))
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    batch = batches(detection.Scenes(str(tmp_path / "x.json")), 60, batch_size=6)[0]
+    assert batch["weight"].tolist() == [1, 1, 1, 1, 0, 0] and len(batch["bad"]) == 2
+    assert "40 pixels, annotated as 61 x 40" in batch["bad"][0] and "5.jpg" in batch["bad"][1]
+    assert batch["targets"][0]["masks"] is None and not batch["images"][4:].any()
+    assert [len(target["boxes"]) for target in batch["targets"]] == [1, 1, 1, 1, 0, 0]
+    for number, (row, column) in white.items():
+        height, width = content["images"][number]["height"], content["images"][number]["width"]
+        shown = batch["images"][number, :, :height, :width]
+        assert shown[:, row, column].min() > 200 and shown[:, height // 2, width // 2].max() < 60
+
+
+def test_results_are_written_and_read(tmp_path):
+    scenes = make_scenes(tmp_path)
+    detections, path = make_detections(scenes), str(tmp_path / "results.json")
+    detection.write_results(path, scenes, detections)
+    entry = json.loads((tmp_path / "results.json").read_text())[0]
+    assert sorted(entry) == ["bbox", "category_id", "image_id", "score", "segmentation"]
+    assert entry["category_id"] in scenes.category_ids and entry["image_id"] in scenes.ids
+    back = detection.read_results(path, scenes)
+    for kind in ("bbox", "segm"):
+        one, two = (detection.average_precision(scenes, d, kind) for d in (detections, back))
+        assert one == pytest.approx(two, abs=1e-9)
+    for text, why in (("{", "JSON"), ('[{"image_id": 4}]', "no picture 4"), ("[3]", "TypeError")):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(ValueError, match=f"cannot read results from .*{why}"):
+            detection.read_results(path, scenes)
+
+
+def test_detections_are_drawn(tmp_path):
+    scenes, path = make_scenes(tmp_path), str(tmp_path / "drawn.png")
+    pictures_for(scenes, tmp_path)
+    (tmp_path / scenes.files[1]).unlink()  # a grey tile
+    detections = make_detections(scenes)
+    detection.draw_detections(path, scenes, {}, range(6), side=200)
+    plain = np.array(Image.open(path))
+    detection.draw_detections(path, scenes, detections, range(6), side=200)
+    drawn = np.array(Image.open(path))
+    assert drawn.shape == (400, 800, 3) and (drawn != plain).any()
+    detection.draw_detections(path, scenes, detections, range(6), side=200, least=1.1)
+    assert (np.array(Image.open(path)) == plain).all()
+
+
+def test_the_table(capsys):
+    detection.print_table({"bbox": {"AP": 0.5, "APs": -1.0}, "segm": {"AP": 0.25, "APs": 1.0}})
+    head, boxes, masks = capsys.readouterr().out.splitlines()
+    assert (head.split(), boxes.split()) == (["AP", "APs"], ["bbox", "50.00", "-"])
+    assert masks.split() == ["segm", "25.00", "100.00"]
+
+
+def test_toy_scenes(monkeypatch):
+    """Labels are the shapes, boxes are around the visible pixels, what is hidden is left out."""
+    scenes = detection.ToyScenes("val", 48)
+    for number in range(20):
+        sample, scene = scenes.read(number), data.toy_scene(data.TOY_VAL + number)
+        shapes = [data.TOY_CLASSES.index(thing["shape"]) for thing in scene["objects"]]
+        assert sample["labels"].tolist() == shapes and sample["image"]().size == (64, 64)
+        assert sample["image_id"] == scenes.ids[number] and sample["segments"][0].shape == (64, 64)
+        full = data.toy_sample(data.TOY_VAL + number, 64)["boxes"]()
+        assert np.abs(sample["boxes"][-1] - full[-1]).max() < 3  # the last one lies in front
+        assert sample["areas"].tolist() == [mask.sum() for mask in sample["segments"]]
+    hidden = {"image": None, "masks": lambda: np.stack([np.eye(64) > 2, np.eye(64) > 0])}
+    scenes = detection.ToyScenes("train", 48, 1)
+    monkeypatch.setattr(data, "toy_sample", lambda *_: hidden | {"labels": [3, 8]})
+    sample = scenes.read(0)
+    assert sample["labels"].tolist() == [8] and sample["boxes"].tolist() == [[0, 0, 64, 64]]
