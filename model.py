@@ -3,6 +3,7 @@
     ViT               plain encoder: patches, a class token, pre-norm blocks, a final norm
     MAE               the same encoder plus a small decoder that predicts the hidden patches
     Classifier        the same encoder plus a linear head; tag_loss for hashtags
+    VideoClassifier   the same for clips: tubelets, positions in time, relative positions
     TwoTowers         the same encoder beside XLM-R's for texts; contrastive loss for their pairs
     initialize        every parameter from a generator keyed by its own name
     flops_per_image   forward FLOPs, counted from the architecture
@@ -167,6 +168,43 @@ class Attention(nn.Module):
         return self.proj(x)
 
 
+class RelativeAttention(Attention):
+    """Attention with MViT's decomposed relative positions (arXiv 2112.01526, equation 5).
+
+    grid: the tokens after the first one are the cells of (time, rows, columns), in this order. A
+    query q meets a key with q . (R_t + R_h + R_w) added to their score: a row of each table, for
+    how far apart they are along that axis. As in MViT's code, q is not scaled there by sqrt(d), and
+    the tables begin as zeros. The class token has no place, and so no relative position.
+    """
+
+    def __init__(self, width, heads, grid):
+        super().__init__(width, heads)
+        self.grid = grid
+        for axis, length in zip("thw", grid):
+            table = nn.Parameter(torch.zeros(2 * length - 1, width // heads))
+            self.register_parameter(f"rel_pos_{axis}", table)
+
+    def forward(self, x, first_query=0):
+        q, k, v = kernels.split_heads(self.qkv(x), self.heads)  # (B, heads, 1 + N, d)
+        bias = F.pad(self.bias(q[:, :, 1:]), (1, 0, 1, 0))[:, :, first_query:]
+        # The mask is one of numbers, with a gradient: PyTorch alone can do that, see kernels.py.
+        x = F.scaled_dot_product_attention(q[:, :, first_query:], k, v, attn_mask=bias)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+    def bias(self, q):
+        """q (B, heads, N, d) -> (B, heads, N, N). An axis first, for all keys along it: so nothing
+        of the size (N, N, d) is made."""
+        q, bias = q.unflatten(2, self.grid), 0  # (B, heads, T, H, W, d)
+        for axis, length in enumerate(self.grid):
+            letter, steps = "thw"[axis], torch.arange(length, device=q.device)
+            table = self.get_parameter(f"rel_pos_{letter}")
+            table = table[steps[:, None] - steps + length - 1]  # (query, key, d), along this axis
+            scores = torch.einsum(f"bnthwd,{letter}kd->bnthwk", q, table)
+            shape = [length if other == axis else 1 for other in range(3)]
+            bias = bias + scores.unflatten(5, shape)  # (B, heads, T, H, W, T, H, W)
+        return bias.flatten(5).flatten(2, 4)
+
+
 class Mlp(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -242,6 +280,7 @@ class ViT(nn.Module):
         self.width, self.layers, self.heads, self.patch_size = width, layers, heads, P
         self.grid = (H // P, W // P)
         self.num_patches = N = self.grid[0] * self.grid[1]
+        self.input_shape = (channels, H, W)
 
         # A convolution only in name: the name and the kernel's shape are timm's, see embed().
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(channels, width, P, stride=P)})
@@ -255,18 +294,18 @@ class ViT(nn.Module):
             initialize(self)
 
     def check(self, images):
-        wanted = (self.config["channels"], *self.config["image_size"])
-        if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
+        if tuple(images.shape[1:]) != self.input_shape:
+            wanted = ", ".join(map(str, self.input_shape))
             raise ValueError(
-                f"images have shape {tuple(images.shape)}, the model wants (B, {wanted[0]}, "
-                f"{wanted[1]}, {wanted[2]}): build it with that image_size and channels"
+                f"images have shape {tuple(images.shape)}, the model wants (B, {wanted}): "
+                "build it with that image_size and channels"
             )
 
     def embed(self, patches):
         """(B, N, P*P*C) pixels, flattened as patchify does, -> (B, N, D)."""
         proj = self.patch_embed["proj"]
         # patchify flattens a patch as (P, P, C) but the kernel is stored as (C, P, P).
-        weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P*P*C)
+        weight = proj.weight.movedim(1, -1).flatten(1)  # (D, P*P*C)
         return F.linear(patches.to(weight.dtype), weight, proj.bias)
 
     def tokens(self, images):
@@ -457,6 +496,42 @@ class Classifier(ViT):
         return self.fc_norm(x[:, 1:].mean(dim=1))
 
 
+class VideoClassifier(Classifier):
+    """A Classifier of clips (B, C, T, H, W), whose tokens are tubelets of 2 x P x P pixels.
+
+    frames              T, an even number
+    relative_positions  RelativeAttention in every block (the paper's choice)
+    other arguments: see Classifier
+
+    Positions are separable: pos_embed says where, time_embed when. That and the relative ones begin
+    as zeros, and a picture's kernel as half of it for each of two frames (see load_weights): so two
+    equal frames have at first the features of the picture that they are.
+    """
+
+    def __init__(self, size="B", frames=16, relative_positions=True, **arguments):
+        super().__init__(size, **arguments)
+        if frames < 2 or frames % 2:
+            raise ValueError(f"{frames} frames: want an even number, as two of them share a token")
+        self.config |= {"frames": frames, "relative_positions": relative_positions}
+        (channels, H, W), P, grid = self.input_shape, self.patch_size, (frames // 2, *self.grid)
+        self.input_shape, self.num_patches = (channels, frames, H, W), math.prod(grid)
+        self.patch_embed["proj"] = nn.Conv3d(channels, self.width, (2, P, P), stride=(2, P, P))
+        self.time_embed = nn.Parameter(torch.empty(1, frames // 2, self.width))
+        for block in self.blocks if relative_positions else ():
+            block.attn = RelativeAttention(self.width, self.heads, grid)
+        initialize(self)
+
+    def tokens(self, clips):
+        """(B, C, T, H, W) float -> (B, 1 + T/2 * N, D), the class token first."""
+        self.check(clips)
+        patches = patchify(clips.transpose(1, 2).flatten(0, 1), self.patch_size)  # (B*T, N, P*P*C)
+        patches = patches.unflatten(0, (len(clips), -1, 2)).transpose(2, 3).flatten(3)
+        x = self.embed(patches) + self.pos_embed[:, None, 1:]  # (B, T/2, N, D)
+        x = (x + self.time_embed[:, :, None]).flatten(1, 2)
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        return torch.cat([first, x], dim=1)
+
+
 def tag_loss(logits, tags):
     """Softmax cross-entropy against 1/K on each of a sample's K tags: (B,) float32.
 
@@ -632,7 +707,8 @@ def initialize(model, seed=0):
     are the public MAE code's (but for the patch embedding's bias, which it leaves at PyTorch's
     default): Linear and the patch embedding, as a Linear, Xavier-uniform with bias 0, tokens and
     learned positions N(0, 0.02), norms 1 and 0, fixed positions sine-cosine. Heads: see Classifier.
-    Projections N(0, 1 / width), the logits' scale 1 / 0.07 (maws repository), embeddings as tokens.
+    Projections N(0, 1 / width), the logits' scale 1 / 0.07 (maws repository), embeddings as tokens;
+    positions in time and relative ones 0.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -659,6 +735,8 @@ def initial_value(model, name, parameter, generator):
         return torch.randn(shape, generator=generator) * model.init_std[name]
     if name.endswith("pos_embed") and not parameter.requires_grad:
         return sincos_positions(shape[-1], model.grid)
+    if name.endswith("time_embed") or ".rel_pos_" in name:
+        return torch.zeros(shape)
     if name.endswith(("pos_embed", "_token", "embedding.weight")):
         return torch.randn(shape, generator=generator) * 0.02
     if name.endswith("_projection"):
@@ -711,7 +789,8 @@ def block_flops(width, tokens, queries=None):
 
 def flops_per_image(model):
     """Forward FLOPs of any of the models on one image. A training step is three times that."""
-    D, N, pixels = model.width, model.num_patches, model.patch_size**2 * model.config["channels"]
+    D, N = model.width, model.num_patches
+    pixels = model.patch_embed["proj"].weight[0].numel()  # of a token
     if not isinstance(model, MAE):
         head = 2 * D * getattr(model, "classes", 0)
         return 2 * pixels * D * N + model.layers * block_flops(D, 1 + N) + head
@@ -739,7 +818,8 @@ def training_memory(model, run, micro_batch, recompute):
     each = 4 if accumulated else 4 / group
     gradients = coming = each * trained
 
-    D, N, pixels = model.width, model.num_patches, model.patch_size**2 * model.config["channels"]
+    D, N = model.width, model.num_patches
+    pixels = model.patch_embed["proj"].weight[0].numel()  # of a token
     K, decoder, kept = N, [], 0
     if isinstance(model, MAE):
         K, (width, layers, _) = model.num_visible, model.config["decoder"]
@@ -752,9 +832,13 @@ def training_memory(model, run, micro_batch, recompute):
         # GELU. Its backward is largest at GELU: + 4 and 4 for two gradients, - 4 for the output,
         # which is done with, + 1 for the gradient that goes round.
         block = width * (5 * tokens + 11 * queries) * one
+        # With relative positions the softmax is there whole, or else its bias (derived).
+        square = tokens**2 * model.heads * one * bool(model.config.get("relative_positions"))
+        block += square
         stays = width * tokens * one if recompute else block
         # FSDP2 holds the later block's gradients, whole and in fp32, until all have their share.
         within = block - stays + 5 * width * queries * one + (4 * size if shared else 0)
+        within += 2 * square  # its gradient, and a sum
         coming -= 0 if accumulated else each * size  # those of later blocks are there by now
         kept, extra = kept + stays, max(extra, within)
         backward = max(backward, kept + within + coming)
@@ -871,6 +955,8 @@ def not_finite(model, step, batch_size, loss, norm, lr):
 
 def choose_attention(model, batch, device, precision):
     """Settle which kernels compute a model's attention in training; what to print: see kernels."""
+    if model.config.get("relative_positions"):
+        return "PyTorch (relative positions are a bias: the kernels take none)"
     N, heads = model.num_patches, model.heads
     shapes = [(1 + N, 0, heads, model.width // heads)]
     if isinstance(model, MAE):
@@ -982,7 +1068,8 @@ MAWS_PROJECTIONS = "vision_projection text_projection logit_scale"
 
 TIMM_VIT = columns(VIT) | columns(BLOCK, at=PLACES[0])
 TIMM = TIMM_VIT | columns(DECODER) | columns(BLOCK, at=PLACES[1]) | columns(TEXT, at="text.")
-TIMM |= columns(BLOCK, at=PLACES[2]) | columns(PROJECTIONS)
+TIMM |= columns(BLOCK, at=PLACES[2]) | columns(PROJECTIONS) | columns("time_embed")
+TIMM |= columns("attn.rel_pos_t attn.rel_pos_h attn.rel_pos_w", at=PLACES[0])
 HF_FILE, HF_FILE_5, HF_MEMORY_5 = (
     columns(VIT, HF_VIT)
     | columns(BLOCK, block, PLACES[0], encoder)
@@ -1122,7 +1209,8 @@ def read_file(path):
         style, named, unused, strange = recognise(state)
     except (RuntimeError, LookupError) as error:
         raise ValueError(f"the tensors in {path} cannot be used: {last_line(error)}") from None
-    shapes = {4: "patch_embed.proj.weight", 2: "text.token_embedding.weight"}
+    patches = 5 if "frames" in config else 4  # (D, C, 2, P, P) is a VideoClassifier's
+    shapes = {patches: "patch_embed.proj.weight", 2: "text.token_embedding.weight"}
     found = {name: t.ndim for name, t in named.items() if t.numel()}
     if not any(found.get(name) == n for n, name in shapes.items()):
         there = ", ".join([*(state or content)][:3]) if isinstance(content, dict) else content
@@ -1136,7 +1224,7 @@ def read_file(path):
     if style == "Hugging Face":
         config = published_config(path, named)
     if os.environ.get("RANK", "0") == "0":
-        kind = "ViT" if shapes[4] in named else "XLM-R"
+        kind = "ViT" if shapes[patches] in named else "XLM-R"
         kind = "ViTMAE" if "mask_token" in named else kind
         kind = "CLIP pair" if named.keys() >= {*shapes.values()} else kind
         families = ", ".join(sorted({name.split(".")[0] for name in unused}))
@@ -1174,7 +1262,7 @@ def read_weights(path, heads=None):
     """
     path, style, state, config = read_file(path)
     kernel = state.get("patch_embed.proj.weight")
-    if kernel is None or kernel.ndim != 4:
+    if kernel is None or kernel.ndim != (5 if "frames" in config else 4):
         raise ValueError(f"{path} is a text tower alone: no (D, C, P, P) patch_embed.proj.weight")
     source = "config" if style == "our own" else "set of weights"
     try:
@@ -1186,7 +1274,8 @@ def read_weights(path, heads=None):
         raise ValueError(f"the {source} in {path} lacks {error}") from None
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
         raise ValueError(f"the {source} in {path} cannot be used: {error}") from None
-    if model.patch_embed["proj"].weight.shape != kernel.shape:
+    of_frame = kernel[:, :, 0] if "frames" in config else kernel
+    if model.patch_embed["proj"].weight.shape != of_frame.shape:
         raise ValueError(f"the config in {path} is not that of its weights")
     if heads not in (None, model.heads):
         raise ValueError(f"{path} has {model.heads} heads: leave --heads {heads} out")
@@ -1332,10 +1421,11 @@ def origin_of(state):
 def load_weights(model, state, old_grid=None, keep_head=False):
     """Load tensors by our names into any of the models; return one line on the outcome.
 
-    Position tables of another grid are resampled (old_grid: theirs, square if not given). A
-    decoder, a head or what texts need that the file has and the model lacks is dropped, and so is
-    any head unless keep_head; what the model has of these and the file lacks keeps its initial
-    values. Anything else that does not fit is a ValueError.
+    Position tables of another grid are resampled (old_grid: theirs, square if not given), and a
+    picture's patch embedding is inflated to tubelets: half of it for each of two frames. A decoder, a
+    head or what texts need that the file has and the model lacks is dropped, and so is any head
+    unless keep_head; what the model has of these, or of positions in time and relative ones, and
+    the file lacks keeps its initial values. Anything else that does not fit is a ValueError.
     """
     own = model.state_dict()
     renamed = "fc_norm.weight" in state and "fc_norm.weight" not in own and "norm.weight" in own
@@ -1343,6 +1433,7 @@ def load_weights(model, state, old_grid=None, keep_head=False):
         state = {name.replace("fc_norm.", "norm."): tensor for name, tensor in state.items()}
     optional = ("decoder_", "mask_token", "head.", "fc_norm.", "text.", *PROJECTIONS.split())
     optional += ("norm.",) if "fc_norm.weight" in own else ()  # which stands for it
+    of_video, inflated = ("time_embed", *(name for name in own if ".rel_pos_" in name)), False
     kept = {name for name in state if keep_head or not name.startswith("head.")}
     loaded, resampled, problems = {}, [], []
     for name, tensor in state.items():
@@ -1356,13 +1447,15 @@ def load_weights(model, state, old_grid=None, keep_head=False):
                 continue
             tensor = resample_positions(tensor, tuple(grid), model.grid)
             resampled.append(f"{name} from {grid[0]}x{grid[1]} to {model.grid[0]}x{model.grid[1]}")
+        if tensor.ndim == 4 and own[name].ndim == 5:
+            tensor, inflated = tensor[:, :, None].expand(-1, -1, 2, -1, -1) / 2, True
         if tensor.shape == own[name].shape:
             loaded[name] = tensor
         else:
             problems.append(f"{name} is {tuple(tensor.shape)}, wanted {tuple(own[name].shape)}")
     new = [name for name in own if name not in kept]
     dropped = [name for name in state if name not in own or name not in kept]
-    problems += [f"{name} is missing" for name in new if not name.startswith(optional)]
+    problems += [f"{name} is missing" for name in new if not name.startswith(optional + of_video)]
     problems += [f"{name} is unknown" for name in dropped if not name.startswith(optional)]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -1371,12 +1464,14 @@ def load_weights(model, state, old_grid=None, keep_head=False):
         fill(own[name], tensor)
 
     def families(names):
+        names = (re.sub(r"^blocks\.\d+\.attn\.(?=rel_pos_)", "", name) for name in names)
         return ", ".join(sorted({name.split(".")[0] for name in names}))
 
     return (
         f"weights: {len(loaded)} tensors loaded"
         + ("" if resampled or "pos_embed" not in loaded else ", positions as they were")
         + (f"; resampled: {', '.join(resampled)}" if resampled else "")
+        + ("; patch_embed.proj inflated from one frame to two" if inflated else "")
         + (f"; newly initialised: {families(new)}" if new else "")
         + (f"; dropped: {families(dropped)}" if dropped else "")
         + ("; norm from fc_norm" if renamed else "")
@@ -1415,6 +1510,8 @@ def convert(source, out, format, heads=None):
     if format == "hf" or out.suffix == ".safetensors":
         import_safetensors()  # now, not when all is read
     state, config = read_weights(source, heads)
+    if "frames" in config:
+        raise ValueError(f"{source} is of videos: no other library's ViT has such weights")
     model = network(state, config)
     print(load_weights(model, state, keep_head=True))  # onto nothing: it is only compared
     if missing := model.state_dict().keys() - state.keys():
