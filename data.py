@@ -1,11 +1,12 @@
 """Where samples come from, in what order, and how they become tensors.
 
     open_sources      one --data string: "toy", a folder of pictures, or tar shards from anywhere
+    Clips             a video -> the frames of a clip, the same crop of each
     Order             position -> sample: a pure function of (seed, epoch, position), in lanes
     open_tokenizer    captions -> ids: of bytes, or XLM-R's
     Batches, loader   samples -> uint8 tensors, made in worker processes
     normalize         uint8 -> float, on the device
-    toy_sample        the procedural picture world behind --data toy
+    toy_sample        the procedural picture world behind --data toy; toy_clip, of videos
 
     python data.py pack FOLDER OUT-%05d.tar [--short-side 256]     pictures -> shards
     python data.py index 'SHARDS-*.tar'                            shards -> their index
@@ -15,7 +16,7 @@ Every random draw is keyed by (seed, epoch, position, purpose): nothing depends 
 workers, processes or nodes, nor on what was drawn before. A sample that cannot be read keeps its
 position as a zero image of weight 0; nothing shifts.
 This file needs torch, numpy, pillow and tqdm, and stands alone when copied. (XLM-R's tokenizer
-needs sentencepiece, too.)
+needs sentencepiece, too; video files the ffmpeg program.)
 """
 
 import argparse
@@ -30,6 +31,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +49,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -203,7 +206,8 @@ class Order:
 # {"image": a function that opens the PIL image, "class": int, -1 if unknown, "hashtags": a list of
 # tags, or a text with #tags in it, "captions": a list of texts}. (None for tags or captions: what
 # should hold them is damaged.) So who wants labels, tags or captions reads the same, and opens no
-# picture. Numbers run through the shards. Remote shards have a cache, too.
+# picture. Numbers run through the shards. Remote shards have a cache, too. Sources of videos have
+# "video" instead, shards have both: see "videos".
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -216,6 +220,7 @@ def open_sources(
     val_labels=None,
     cache=(None, "20G"),
     caption_key="caption",
+    videos=False,
 ):
     """(source to train on, source to measure on or None) behind --data and --val-data.
 
@@ -225,10 +230,16 @@ def open_sources(
     labels       a file that lists the pictures of a folder: see read_labels
     cache        (folder or None, size like "500G") for what comes from elsewhere
     caption_key  what captions are called in shards' .json, and in labels
+    videos       of these instead: a folder has folders of frames and video files in it, or is that
+                 of a list of them, data itself: see read_video_labels
 
     Without val_data, toy has its own, and so has a folder with train/ and val/ in it (unless labels
     list its pictures). Raises ValueError with one line that says what to do.
     """
+    if videos and data.endswith(LISTS) and os.path.isfile(data):
+        data, labels = os.path.dirname(data) or ".", labels or data
+    if videos and val_data and val_data.endswith(LISTS) and os.path.isfile(val_data):
+        val_data, val_labels = os.path.dirname(val_data) or ".", val_labels or val_data
     if labels and not os.path.isdir(data) or val_labels and not os.path.isdir(val_data or data):
         raise ValueError("--labels and --val-labels want a folder that their paths lie in")
     folders = [os.path.join(data, name) for name in ("train", "val")]
@@ -238,20 +249,21 @@ def open_sources(
         data, val_data = folders[0], val_data or folders[1]
     elif val_labels:
         val_data = val_data or data
-    how = cache, caption_key
+    how = cache, caption_key, videos
     train = open_source(data, size, None, "train", labels, *how)
     val = val_data and open_source(val_data, size, train.classes, "val", val_labels, *how)
     return train, val or None
 
 
-def open_source(data, size, classes, split, labels, cache, caption_key):
+def open_source(data, size, classes, split, labels, cache, caption_key, videos):
     """One source. classes: the names that are known, when it must have no others."""
     if data == "toy":
-        if classes not in (None, list(TOY_CLASSES)):
+        toy = ToyMotion(split, size) if videos else Toy(split, size)
+        if classes not in (None, toy.classes):
             raise ValueError("the toy world has other classes than train: give other --val-data")
-        return Toy(split, size)
+        return toy
     if os.path.isdir(data):
-        return Folder(data, classes, labels, caption_key)
+        return (VideoFolder if videos else Folder)(data, classes, labels, caption_key)
     remote = re.match(r"pipe:|\w+://", data)
     if not remote and not data.endswith(".tar") and not re.search(r"[*?\[{]", data):
         state = "is not a folder or a .tar" if os.path.exists(data) else "does not exist"
@@ -283,6 +295,18 @@ class Toy:
     where = name
 
 
+class ToyMotion(Toy):
+    """The same of toy_clip."""
+
+    def __init__(self, split, size):
+        super().__init__(split, size)
+        self.classes = list(TOY_MOTIONS)
+        self.identity = f"toy motion, {len(self.sizes)} videos an epoch"
+
+    def read(self, number):
+        return toy_clip(self.first + number, self.size)
+
+
 class Folder:
     """Pictures below a folder. If all lie in subfolders, the first level's names are the classes.
 
@@ -293,8 +317,10 @@ class Folder:
     lane, a packed shard.
     """
 
+    what = "pictures"
+
     def __init__(self, root, classes=None, labels=None, caption_key="caption"):
-        entries = read_labels(labels, caption_key) if labels else pictures_below(root)
+        entries = self.entries(root, labels, caption_key)
         self.root = root
         self.paths = sorted(entries, key=lambda path: (stable_hash(path), path))
         self.sizes = np.ones(len(self.paths), dtype=np.int64)
@@ -306,7 +332,8 @@ class Folder:
                 raise ValueError(f"{root} has classes that train has not: {', '.join(unknown[:5])}")
             self.classes = classes or sorted(found)
         elif found != {None}:
-            print(f"{root}: no classes (they would be the folders, two or more, of all pictures)")
+            why = f"they would be the folders, two or more, of all {self.what}"
+            print(f"{root}: no classes ({why})")
         numbers = {name: number for number, name in enumerate(self.classes or [])}
         self.labels = np.array([numbers.get(name, -1) for name in names])
         self.tags, self.captions = (
@@ -315,7 +342,10 @@ class Folder:
         # A data set without captions is what it was before there were any.
         facts = json.dumps([self.paths, self.tags, names, *filter(any, [self.captions])])
         digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
-        self.identity = f"{len(self.paths)} pictures, {digest}"
+        self.identity = f"{len(self.paths)} {self.what}, {digest}"
+
+    def entries(self, root, labels, caption_key):
+        return read_labels(labels, caption_key) if labels else pictures_below(root)
 
     def read(self, number):
         return {
@@ -333,20 +363,30 @@ class Folder:
 
 def pictures_below(root):
     """{path of a picture, relative to root: {"class": first folder of the path, if any}}."""
+    files = walk(root)
+    paths = [f"{folder}{name}" for folder, names in files for name in names if is_picture(name)]
+    if not paths:
+        raise ValueError(f"no pictures in {root} (looked for {' '.join(PICTURES)})")
+    return {path: class_of(path) for path in paths}
+
+
+def class_of(path):
+    return {"class": path.split("/")[0]} if "/" in path else {}
+
+
+def walk(root):
+    """(path relative to root with a last "/", or "", names of its files) of each folder below."""
 
     def fail(error):
         raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}")
 
-    paths, seen = [], {os.path.realpath(root)}
+    seen = {os.path.realpath(root)}
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
         places = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
         folders[:] = [n for n in folders if not n.startswith(".") and places[n] not in seen]
         seen.update(map(places.get, folders))  # links may lead in circles
-        paths += [os.path.join(folder, name) for name in files if is_picture(name)]
-    if not paths:
-        raise ValueError(f"no pictures in {root} (looked for {' '.join(PICTURES)})")
-    paths = [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
-    return {path: {"class": path.split("/")[0]} if "/" in path else {} for path in paths}
+        below = os.path.relpath(folder, root).replace(os.sep, "/")
+        yield "" if below == "." else f"{below}/", files
 
 
 def read_labels(path, caption_key="caption"):
@@ -542,10 +582,12 @@ class Shards:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
             files = [(kind, member) for _, kind, member in sample_files(tar)]
         members = {kind: content[m.offset_data : m.offset_data + m.size] for kind, m in files}
-        picture = next(members[kind] for kind in members if is_picture(f"x.{kind}"))
+        kinds = [kind for kind in members if is_picture(f"x.{kind}")]
+        frames = [io.BytesIO(members[kind]) for kind in sorted(kinds, key=by_number)]
         label = members.get("cls", b"").strip()
         return {
-            "image": lambda: Image.open(io.BytesIO(picture)),
+            "image": lambda: Image.open(io.BytesIO(members[kinds[0]])),
+            "video": lambda short_side=None: video_of_pictures(frames),
             "class": int(label) if label.isdigit() else -1,
             "hashtags": hashtags_in(members),
             "captions": captions_in(members, self.caption_key),
@@ -668,7 +710,8 @@ def scan_tar(path):
     if len(kept) < len(samples):
         warn(f"{path}: {len(samples) - len(kept)} samples without a picture are left out")
     if several:
-        warn(f"{path}: {several} names, up to the first dot, have several pictures: one is used")
+        why = "frames of a video, or else one is used"
+        warn(f"{path}: {several} names, up to the first dot, have several pictures: {why}")
     return [sample[1:3] for sample in kept]
 
 
@@ -681,6 +724,230 @@ def sample_files(tar):
         # No hidden files, none without a type. A link gives no bytes: it is counted as unreadable.
         if not member.isdir() and stem and extension:
             yield folder + slash + stem, extension, member
+
+
+# ------------------------------------------------------------------------------------------- videos
+#
+# A source's "video" is a function that opens a Video. It may be a folder of frames, a GIF or WebP,
+# the pictures of a sample in a shard (KEY.000.jpg, KEY.001.jpg ...), or a file that the ffmpeg
+# program decodes. Only the last have a clock. A clip's frames are numbers.
+
+VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+ANIMATIONS = (".gif", ".webp")
+LISTS = (".csv", ".txt", ".json")
+NO_FFMPEG = "there is no ffmpeg program on the PATH: install it (apt install ffmpeg, brew install "
+NO_FFMPEG += "ffmpeg, or the binary of pip install imageio-ffmpeg), or give folders of frames"
+
+
+class Video(NamedTuple):
+    count: int  # of frames: at least 1
+    rate: float | None  # frames per second, if there is a clock
+    read: object  # function of a rising list of numbers -> as many PIL images
+
+
+class VideoFolder(Folder):
+    """Videos below a folder, with the first level's names as classes; or those of a list in
+    `labels`: see read_video_labels."""
+
+    what = "videos"
+
+    def entries(self, root, labels, caption_key):
+        entries = read_video_labels(labels, root) if labels else videos_below(root)
+        if not shutil.which("ffmpeg") and any(path.lower().endswith(VIDEOS) for path in entries):
+            raise ValueError(f"{labels or root} has video files, and {NO_FFMPEG}")
+        return entries
+
+    def read(self, number):
+        video = partial(open_video, self.name(number))
+        return {"video": video, "class": int(self.labels[number])}
+
+
+def videos_below(root):
+    """{path, relative to root, of a video file or a folder that holds frames: {"class": first
+    folder of the path, if any}}. (A .gif or .webp is a video, others are frames.)"""
+    found = set()
+    for folder, names in walk(root):
+        files = [n for n in names if n.lower().endswith(VIDEOS + ANIMATIONS) and n[0] != "."]
+        found.update(f"{folder}{name}" for name in files)
+        if folder and any(is_picture(name) for name in set(names) - set(files)):
+            found.add(folder[:-1])
+    if not found:
+        wanted = " ".join(VIDEOS + ANIMATIONS)
+        raise ValueError(f"no videos in {root} (looked for {wanted} and folders of frames)")
+    return {path: class_of(path) for path in found}
+
+
+def read_video_labels(path, root):
+    """{path, relative to root, of a video file or a folder of frames: {"class": name}} of a list.
+
+    .csv, .txt: lines of path,class or, without a comma, of path and class after a space (Kinetics,
+    as PySlowFast lists it); perhaps under a head line. .json: Something-Something's [{"id",
+    "template"}], of id.webm, another file or a folder of this name; the class is the template
+    without its brackets. Lines that are damaged or contradict an earlier one are counted and left
+    out. Raises ValueError, one line, when the file is none of these.
+    """
+    found, bad = {}, 0
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            if path.endswith(".json"):
+                files = {os.path.splitext(name)[0]: name for name in os.listdir(root)}
+                rows = [(str(entry["id"]), entry["template"]) for entry in json.load(file)]
+                rows = [(files.get(i, f"{i}.webm"), re.sub(r"[][]", "", t)) for i, t in rows]
+            else:
+                lines = filter(None, map(str.strip, file))
+                rows = [next(csv.reader([x])) if "," in x else x.rsplit(None, 1) for x in lines]
+                head = rows[0][0] if rows else ""
+                if not head.lower().endswith(VIDEOS) and not os.path.exists(f"{root}/{head}"):
+                    rows = rows[1:]
+    except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+        raise ValueError(f"cannot read a list of videos from {path}: {one_line(error)}") from None
+    for row in rows:
+        entry = {"class": row[-1].strip()}
+        known = len(row) == 2 and found.setdefault(os.path.normpath(row[0].strip()), entry)
+        bad += known != entry
+    if bad:
+        why = "damaged, or against an earlier one"
+        print(f"{path}: lines that are left out ({why}): {bad}", file=sys.stderr)
+    if not found:
+        raise ValueError(f"{path} lists no videos: see read_video_labels in data.py")
+    return found
+
+
+def by_number(name):
+    """A key to sort by: 2.jpg comes before 10.jpg."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def open_video(path, short_side=None):
+    """A Video of a file or a folder of frames. short_side: what ffmpeg scales larger ones down to.
+    Raises OSError or ValueError where it is damaged."""
+    if path.lower().endswith(VIDEOS):
+        count, rate = probe(path)
+        return Video(count, rate, partial(decode, path, rate, short_side))
+    if not os.path.isdir(path):
+        return video_of_pictures([path])
+    names = sorted(filter(is_picture, os.listdir(path)), key=by_number)
+    return video_of_pictures([os.path.join(path, name) for name in names])
+
+
+def video_of_pictures(files):
+    """A Video of paths or open files: a picture each, or a single animation."""
+    if not files:
+        raise ValueError("there is no frame in it")
+    image = Image.open(files[0])
+    if len(files) == 1 and image.format in ("GIF", "WEBP", "PNG"):
+
+        def read(numbers):
+            for number in numbers:
+                image.seek(number)
+                yield image.copy()
+
+        return Video(image.n_frames, None, lambda numbers: list(read(numbers)))
+    return Video(len(files), None, lambda numbers: [Image.open(files[n]) for n in numbers])
+
+
+def ffmpeg(path, *arguments, seek=0.0):
+    """The ended process, with its stdout and stderr. It opens no other file, and no address."""
+    command = ["ffmpeg", "-hide_banner", "-nostdin", "-threads", "1", "-ss", f"{seek:.6f}"]
+    command += ["-protocol_whitelist", "file", "-i", f"file:{path}", *arguments]
+    how = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 300}
+    return subprocess.run(command, check=False, **how)
+
+
+@lru_cache(1 << 16)
+def probe(path):
+    """(number of frames, frames per second) of a video file, as ffmpeg says of its input."""
+    said = ffmpeg(path).stderr.decode(errors="replace")  # it fails, as no output is asked for
+    length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", said)
+    rate = re.search(r"Video: .*?([\d.]+)(k?) (fps|tbr)", said)
+    if not length or not rate:
+        raise ValueError(f"ffmpeg finds no video of known length in it: {last_line(said)}")
+    hours, minutes, seconds = map(float, length.groups())
+    rate = float(rate[1]) * (1000 if rate[2] else 1)
+    return max(1, round((3600 * hours + 60 * minutes + seconds) * rate)), rate
+
+
+def decode(path, rate, short_side, numbers):
+    """The frames of a video file with these rising numbers, as PIL images.
+
+    ffmpeg seeks to the first one, and writes no other frames into the pipe. (Of a file that ends
+    before its length was to, the last frame is repeated.) Frames come as PPM, whose header says
+    their size: a film may be turned by its metadata.
+    """
+    chosen = "+".join(f"eq(n\\,{number - numbers[0]})" for number in numbers)
+    # Constant frame rate, so that numbers are times; then numbered anew, so that no gap is filled.
+    steps = [f"fps={rate}:start_time=0", f"select={chosen}", f"setpts=N/{rate}/TB"]
+    if short_side:
+        sides = f"'if(gt(iw,ih),-1,min(iw,{short_side}))':'if(gt(iw,ih),min(ih,{short_side}),-1)'"
+        steps.append(f"scale={sides}:flags=bicubic")  # which is antialiased there
+    wanted = ["-map", "0:v:0", "-vf", ",".join(steps), "-r", str(rate)]
+    wanted += ["-frames:v", str(len(numbers)), "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt"]
+    # A quarter of a frame early: times in files are rounded.
+    done = ffmpeg(path, *wanted, "rgb24", "pipe:1", seek=max(0, numbers[0] - 0.25) / rate)
+    if done.returncode:
+        said = last_line(done.stderr.decode(errors="replace"))
+        raise ValueError(f"ffmpeg: exit status {done.returncode}: {said}")
+    images, at, head = [], 0, re.compile(rb"P6\s(\d+) (\d+)\s255\s")
+    while found := head.match(done.stdout, at):
+        width, height = map(int, found.groups())
+        at = found.end() + 3 * width * height
+        images.append(Image.frombytes("RGB", (width, height), done.stdout[found.end() : at]))
+    if not images:
+        raise ValueError(f"ffmpeg finds no frame from {numbers[0]} on")
+    return images + images[-1:] * (len(numbers) - len(images))
+
+
+def last_line(text):
+    return text.strip().rpartition("\n")[2]
+
+
+@dataclass
+class Clips:
+    """Video -> the frames of a clip, or of several views of it, all cropped alike.
+
+    Numbers of frames are whole: from a start, every step-th, rounded down. What lies behind the
+    end is the last frame. One clip starts at random if there are draws for it, else in the middle.
+    """
+
+    frames: int
+    span: float = 2.7  # seconds that a clip's frames are spread over, where there is a clock
+    stride: float = 4.0  # where there is none: frames from one to the next. 0 of either: no motion
+    clips: int = 1  # without draws: so many, spread evenly from the first to the last
+    crops: int = 1  # and of each, so many crops along the longer side, 1: the centre
+    flip: bool = True  # at random; not where classes have a direction
+    short_side: int | None = None
+
+    @property
+    def total(self):
+        return self.clips * self.crops * self.frames
+
+    def numbers(self, video, bits=None):
+        """(clips, frames) int64 numbers of frames; bits: 24 uint64 draws, the last one decides."""
+        step = self.stride if video.rate is None else self.span * video.rate / self.frames
+        offsets = np.floor(step * np.arange(self.frames)).astype(np.int64)
+        room = max(0, video.count - 1 - int(offsets[-1]))  # the last start
+        starts = np.array([room // 2])
+        if bits is not None:
+            starts = np.array([int(uniform(bits[23]) * (room + 1))])
+        elif self.clips > 1:
+            starts = np.rint(np.linspace(0, room, self.clips)).astype(np.int64)
+        return np.minimum(starts[:, None] + offsets, video.count - 1)
+
+    def __call__(self, video, size, channels, bits, min_crop, centre):
+        """A list of (C, H, W) uint8, for each clip and each crop its frames. See crop_and_resize."""
+        pixels = []
+        if bits is not None and not self.flip:
+            bits = np.concatenate([bits[:22], [0], bits[23:]]).astype(np.uint64)
+        for numbers in self.numbers(video, bits).tolist():
+            shown = sorted(set(numbers))
+            images = dict(zip(shown, video.read(shown)))
+            for image in images.values() if self.crops > 1 else ():
+                image.load()  # whole: see draft() in crop_and_resize
+            for along in np.linspace(0, 1, self.crops) if self.crops > 1 else [0.5]:
+                how = size, channels, bits, min_crop, centre, along
+                cut = {number: crop_and_resize(image, *how) for number, image in images.items()}
+                pixels += [cut[number] for number in numbers]
+        return pixels
 
 
 # ---------------------------------------------------------------------------- shards from elsewhere
@@ -1024,18 +1291,23 @@ def random_box(width, height, bits, min_crop, aspect):
     return centre_box(width, height, aspect)
 
 
-def centre_box(width, height, aspect, share=1.0):
-    """`share` of the largest centred box of width / height = aspect: (left, top, width, height)."""
+def centre_box(width, height, aspect, share=1.0, along=0.5):
+    """`share` of the largest centred box of width / height = aspect: (left, top, width, height).
+
+    along: where on the longer side, from 0 to 1, if it is not to be the centre.
+    """
+    x, y = (along, 0.5) if width > height * aspect else (0.5, along)
     w, h = min(width, height * aspect), min(height, width / aspect)
     w, h = round(share * w), round(share * h)
-    return (width - w) // 2, (height - h) // 2, max(1, w), max(1, h)
+    return int(x * (width - w)), int(y * (height - h)), max(1, w), max(1, h)
 
 
-def crop_and_resize(image, size, channels, bits=None, min_crop=0.2, centre=1.0):
+def crop_and_resize(image, size, channels, bits=None, min_crop=0.2, centre=1.0, along=0.5):
     """A PIL image, not decoded yet -> (C, H, W) uint8 tensor (in channels-last memory).
 
     bits: 23 uint64 draws for a random crop and flip; None for the centre, not flipped: `centre`
-    times the largest box of the target's shape or, with 0, the whole picture, squashed.
+    times the largest box of the target's shape or, with 0, the whole picture, squashed. along: see
+    centre_box.
     The fastest exact route measured: Pillow decodes, the box is cut out, and torch resizes uint8 in
     channels-last memory, bicubic with antialiasing; normalisation waits for the device.
     """
@@ -1049,7 +1321,7 @@ def crop_and_resize(image, size, channels, bits=None, min_crop=0.2, centre=1.0):
     if bits is None and not centre:
         box = 0, 0, *original
     elif bits is None or min_crop >= 1:
-        box = centre_box(*original, aspect, 1.0 if bits is not None else centre)
+        box = centre_box(*original, aspect, 1.0 if bits is not None else centre, along)
     else:
         box = random_box(*original, bits, min_crop, aspect)
     # JPEG can decode at 1/2, 1/4 or 1/8 for less work. Only when the crop stays at least twice as
@@ -1088,20 +1360,20 @@ def to_mode(image, channels):
 
 
 def normalize(images):
-    """uint8 (B, C, H, W) -> float32: ImageNet's mean and deviation for three channels (MAE code).
+    """uint8 (B, C, [T,] H, W) -> float32: ImageNet's mean and deviation of three channels (MAE code).
 
     Any other number of channels: RGB's values for the first three of four or more, and the average
     of the three for what is left. Call it on the device: a batch travels as bytes.
     """
-    _, channels, _, width = images.shape
+    _, channels, *_, width = images.shape
     # The channels lie within a row of pixels: with factors of a whole row the CPU's loops are long
     # (three times as fast). On a batch of Batches, rows are a view.
-    rows = images.permute(0, 2, 3, 1).flatten(2)  # (B, H, W*C)
+    rows = images.movedim(1, -1).flatten(-2)  # (B, [T,] H, W*C)
     statistics = torch.tensor(channel_statistics(channels))
     statistics = statistics.to(images.device, non_blocking=True)  # the GPU is not waited for
     mean, deviation = statistics.repeat(1, width)  # (W*C,) each
     rows = rows.to(torch.float32).mul_(1 / (255 * deviation)).sub_(mean / deviation)
-    return rows.unflatten(2, (width, channels)).permute(0, 3, 1, 2)
+    return rows.unflatten(-1, (width, channels)).movedim(-1, 1)
 
 
 def channel_statistics(channels):
@@ -1188,7 +1460,8 @@ class Batches(torch.utils.data.Dataset):
     """step * pieces + piece -> that piece of this process's part of that step's batch, a dict:
 
     images     (b, C, H, W) uint8, b = batch size / processes / pieces; zero where unreadable
-               (none of them is opened, and H and W are 0, if `pictures` is false)
+               (none of them is opened, and H and W are 0, if `pictures` is false); or, with Clips,
+               (b, C, T, H, W), T = clips.total frames
     ids        (b, N) int64, each sample's random order of patches (only with num_patches)
     labels     (b,) int64 class numbers, -1 where unknown
     tags       (b, T) int64 ids of hashtags, filled up with -1 (only with a vocabulary)
@@ -1220,6 +1493,7 @@ class Batches(torch.utils.data.Dataset):
     tokenizer: object = None
     context: int = 77  # most tokens of a caption, but for BOS and EOS
     pictures: bool = True
+    clips: object = None  # a Clips, for videos
 
     def __post_init__(self):
         if self.channels not in (1, 3, 4):
@@ -1268,8 +1542,9 @@ class Batches(torch.utils.data.Dataset):
             self.cache.ask(self.places(np.concatenate([positions, positions + later])))
         height, width = self.size if self.pictures else (0, 0)
         # Channels-last memory, because the pictures arrive in it and patchify reads it that way.
-        shape = len(positions), height, width, self.channels
-        images = torch.zeros(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+        frames = [self.clips.total] if self.clips else []
+        shape = len(positions), *frames, height, width, self.channels
+        images = torch.zeros(shape, dtype=torch.uint8).movedim(-1, 1)
         labels = torch.full((len(positions),), -1)
         weight = torch.zeros(len(positions))
         ids = torch.zeros(len(positions), self.num_patches, dtype=torch.int64)
@@ -1288,14 +1563,11 @@ class Batches(torch.utils.data.Dataset):
             if number >= self.total:
                 continue
             samples[i] = number
-            bits = random_bits(23, self.seed, epoch, position, VIEW) if self.order else None
+            bits = random_bits(24, self.seed, epoch, position, VIEW) if self.order else None
             try:
-                sample, crop = self.source.read(number), (bits, self.min_crop, self.centre)
+                sample = self.source.read(number)
                 if self.pictures:
-                    pixels = crop_and_resize(sample["image"](), self.size, self.channels, *crop)
-                    if self.augment:
-                        pixels = self.augment(pixels, (self.seed, epoch, position))
-                    images[i] = pixels
+                    images[i] = self.pixels(sample, bits, (self.seed, epoch, position))
                 known = True
                 if self.vocabulary is not None:
                     tags[i] = self.vocabulary.ids(sample["hashtags"])
@@ -1316,6 +1588,17 @@ class Batches(torch.utils.data.Dataset):
             batch["tokens"] = self.tokenizer(texts, self.context)
         batch |= {"positions": torch.from_numpy(positions), "samples": samples}
         return batch | {"numbers": numbers, "bad": bad}
+
+    def pixels(self, sample, bits, key):
+        """(C, H, W) uint8 of a sample or, of a video, (C, T, H, W), augmented alike."""
+        how = self.size, self.channels, bits, self.min_crop, self.centre
+        if self.clips:
+            frames = self.clips(sample["video"](self.clips.short_side), *how)
+        else:
+            frames = [crop_and_resize(sample["image"](), *how)]
+        if self.augment:
+            frames = [self.augment(frame, key) for frame in frames]
+        return torch.stack(frames, dim=1) if self.clips else frames[0]
 
     def caption(self, sample, epoch, position):
         """One of a sample's captions, cleaned; "" if all are empty."""
@@ -1586,6 +1869,47 @@ def toy_sample(number, size=64):
         "hashtags": toy_hashtags(scene, number),
         "captions": [f"a {' and a '.join(things)} on {ground}"],
     }
+
+
+# Directions of motion, at steps of 45 degrees, and two more: the classes of videos.
+TOY_MOTIONS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")
+TOY_MOTIONS += ("growing", "shrinking")
+TOY_FRAMES = 25  # of a video
+
+
+def toy_motion(number, frame):
+    """(class, centre (x, y), radius) of the object of a toy video at one of its frames.
+
+    No frame tells the class. At the first one, the place is uniform and so is the logarithm of the
+    radius; all motions are even and wrap around, which keeps both so, whatever the class is.
+    """
+    which, x, y, size = uniform(random_bits(4, 0, 2, number, TOY)).tolist()
+    label = int(which * len(TOY_MOTIONS))
+    angle, growth = math.pi / 4 * label, {8: 1, 9: -1}.get(label, 0)
+    if not growth:
+        x, y = x + 0.025 * frame * math.cos(angle), y + 0.025 * frame * math.sin(angle)
+    size = (size + 0.04 * frame * growth) % 1
+    return label, (x % 1, y % 1), 0.12 * 2.5**size
+
+
+def toy_clip(number, size=64):
+    """A source's sample of a video: the first object of toy_scene(number), alone, in motion.
+
+    What leaves the picture on one side comes in on the other.
+    """
+    scene = toy_scene(number)
+
+    def draw(frame):
+        _, (x, y), radius = toy_motion(number, frame)
+        thing = scene["objects"][0]
+        thing = thing | {"radius": radius, "wave": thing["wave"] * radius / thing["radius"]}
+        copies = [(x + i, y + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+        seen = [c for c in copies if all(-radius < side < 1 + radius for side in c)]
+        objects = [thing | {"centre": centre} for centre in seen]
+        return toy_render(scene | {"objects": objects}, size)[0]
+
+    video = Video(TOY_FRAMES, None, lambda numbers: [draw(frame) for frame in numbers])
+    return {"video": lambda short_side=None: video, "class": toy_motion(number, 0)[0]}
 
 
 # ----------------------------------------------------------------------------------------- hashtags
