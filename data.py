@@ -300,6 +300,7 @@ class ToyMotion(Toy):
 
     def __init__(self, split, size):
         super().__init__(split, size)
+        self.size = max(size)  # crops would hide where things go
         self.classes = list(TOY_MOTIONS)
         self.identity = f"toy motion, {len(self.sizes)} videos an epoch"
 
@@ -1895,9 +1896,12 @@ def toy_motion(number, frame):
 def toy_clip(number, size=64):
     """A source's sample of a video: the first object of toy_scene(number), alone, in motion.
 
-    What leaves the picture on one side comes in on the other.
+    What leaves the picture on one side comes in on the other. The background is darkened, so that
+    the object is easily found: what is to be learned is where it goes.
     """
     scene = toy_scene(number)
+    dark = {name: [0.35 * c for c in scene["background"][name]] for name in ("one", "two")}
+    scene["background"] |= dark
 
     def draw(frame):
         _, (x, y), radius = toy_motion(number, frame)

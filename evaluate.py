@@ -3,6 +3,7 @@
     python evaluate.py --task knn         --checkpoint runs/mae/model.pt --data DIR
     python evaluate.py --task fewshot     --checkpoint ... --data DIR --shots 1,5,10,all
     python evaluate.py --task classify    --checkpoint runs/classify/model.pt --data DIR
+    python evaluate.py --task video       --checkpoint runs/video/model.pt --data DIR --clips 5
     python evaluate.py --task features    --checkpoint ... --data DIR --out features.npz
     python evaluate.py --task reconstruct --checkpoint ... --data DIR    # what MAE sees, and paints
     python evaluate.py --task attention   --checkpoint ... --data DIR    # where a class token looks
@@ -57,13 +58,22 @@ TEMPLATES = (
 
 @torch.inference_mode()
 def extract(
-    functions, source, config, batch_size=64, workers=0, device="cpu", max_bad=0.01, centre=1.0
+    functions,
+    source,
+    config,
+    batch_size=64,
+    workers=0,
+    device="cpu",
+    max_bad=0.01,
+    centre=1.0,
+    clips=None,
 ):
     """Features of a source's samples, by several functions in one pass over the pictures.
 
     functions   {name: function of normalised images (b, C, H, W) that gives (b, D)}
     config      a model's: says image_size and channels
     centre      share of the pictures' centre that is seen: see data.crop_and_resize
+    clips       a data.Clips, for a source of videos: functions get (b, C, T, H, W)
     Returns {name: (n, D) float32}, labels (n,) and numbers (n,) int64 of the samples that could be
     read. Under torchrun each process computes its share, and all get the whole. Raises ValueError
     when more than the share max_bad cannot be read (one alone always may), or all.
@@ -71,7 +81,7 @@ def extract(
     process, processes = distributed()
     size, channels = models.pair(config["image_size"]), config["channels"]
     batch_size = 2 * processes * max(1, batch_size // 2)  # batches are dealt in pairs
-    share = {"process": process, "processes": processes, "centre": centre}
+    share = {"process": process, "processes": processes, "centre": centre, "clips": clips}
     batches = data.Batches(source, size, channels, batch_size, **share)
     total, features = int(source.sizes.sum()), {}
     labels, read = torch.zeros(total, dtype=torch.int64), torch.zeros(total)
@@ -578,7 +588,8 @@ def task_fewshot(model, sources, run):
 def task_classify(model, sources, run):
     """Top-1 and top-5 of a classifier's head. A picture may have several right classes."""
     source = Bordered(sources[-1], run.border) if run.border else sources[-1]
-    options, functions = run.options, {"": lambda images: best_five(model(images))}
+    scores = over_views(model) if run.task == "video" else model
+    options, functions = run.options, {"": lambda images: best_five(scores(images))}
     options["centre"] = run.val_crop
     found, labels, numbers = extract(functions, source, model.config, **options)
     found = found[""]  # (n, 6): five classes, the probability of the first
@@ -609,6 +620,17 @@ def task_classify(model, sources, run):
         lines = [line(*what) for what in shown[: run.count]]
         draw_mistakes(pictures, lines, model.config, run.mistakes)
     return {"top1": top1, "top5": top5, "pictures": len(counted)}
+
+
+def over_views(model):
+    """A function of several views of videos, (b, C, views * T, H, W): the logarithm of the mean of
+    a models.VideoClassifier's probabilities, (b, classes)."""
+
+    def scores(clips):
+        views = clips.split(model.config["frames"], dim=2)  # one after the other: memory
+        return (sum(model(view).float().softmax(dim=1) for view in views) / len(views)).log()
+
+    return scores
 
 
 def best_five(logits):
@@ -799,6 +821,7 @@ def task_attention(model, sources, run):
 
 TASKS = {
     "classify": task_classify,
+    "video": task_classify,
     "knn": task_knn,
     "fewshot": task_fewshot,
     "features": task_features,
@@ -829,18 +852,23 @@ def load_model(path, task, device, heads=None):
         if "decoder" not in config:
             raise ValueError(f"{path} has no decoder: --task reconstruct needs stage 1's model.pt")
         model = models.MAE(**config)
-    elif task == "classify":
+    elif task in ("classify", "video"):
         if "head.weight" not in state:
-            raise ValueError(f"{path} has no head: --task classify needs one, finetune.py makes it")
+            raise ValueError(f"{path} has no head: --task {task} needs one, finetune.py makes it")
+        if (task == "video") != ("frames" in config):
+            raise ValueError(f"{path} is of {'pictures' if task == 'video' else 'videos'}")
+        names = ("frames", "relative_positions") if task == "video" else ()
+        video = {name: config[name] for name in names}
         pool = config.get("pool", "mean" if "fc_norm.weight" in state else "cls")
         names = config.get("class_names")
         squashed = {"val_crop": config["val_crop"]} if "val_crop" in config else {}
-        config = {**models.encoder_config(config), "pool": pool, "class_names": names}
-        model = models.Classifier(classes=len(state["head.weight"]), **config)
+        config = {**models.encoder_config(config), "pool": pool, "class_names": names, **video}
+        kind = models.VideoClassifier if video else models.Classifier
+        model = kind(classes=len(state["head.weight"]), **config)
         model.config |= squashed
     else:
         model = models.ViT(**models.encoder_config(config))
-    line = models.load_weights(model, state, keep_head=task == "classify")
+    line = models.load_weights(model, state, keep_head=task in ("classify", "video"))
     return model.to(device).eval(), line
 
 
@@ -848,19 +876,21 @@ TASKS_OF_FLAGS = {
     "pool": "knn fewshot features",
     "shots": "fewshot",
     "split": "features",
-    **dict.fromkeys(("border", "real_labels", "label_map"), "classify"),
-    "val_crop": "classify zeroshot retrieval",
+    **dict.fromkeys(("border", "real_labels", "mistakes"), "classify"),
+    **dict.fromkeys(("label_map", "confusion"), "classify video"),
+    **dict.fromkeys(("clips", "crops", "span", "stride", "short_side"), "video"),
+    "val_crop": "classify zeroshot retrieval video",
     **dict.fromkeys(("classnames", "templates"), "zeroshot"),
     "tokenizer": "zeroshot retrieval",
     "caption_key": "retrieval",
-    **dict.fromkeys(("confusion", "mistakes"), "classify"),
     "out": "features reconstruct attention detect",
     "count": "reconstruct attention classify detect",
     "results": "detect",
     "seed": "reconstruct",
 }
 RANGES = [("val_crop", 0, 1), ("max_bad", 0, 1), ("border", 0, 2**20), ("seed", 0, 2**62)]
-RANGES += [("count", 1, 1000), ("batch_size", 1, 2**20)]
+RANGES += [("count", 1, 1000), ("batch_size", 1, 2**20), ("clips", 1, 1000), ("span", 0, 1e6)]
+RANGES += [("stride", 0, 1e6), ("short_side", 8, 2**16)]
 
 
 def parse_arguments(argv):
@@ -879,6 +909,11 @@ def parse_arguments(argv):
     add("--shots", type=shots, default=shots("1,5,10,all"), help="per class (1,5,10,all)")
     add("--split", choices=("train", "val"), default="val", help="for features (val)")
     add("--val-crop", type=float, help="share of the centre, 0: all, squashed")
+    add("--clips", type=int, default=5, help="video: of each, spread evenly over it (5)")
+    add("--crops", type=int, choices=(1, 3), default=3, help="video: along the longer side (3)")
+    add("--span", type=float, default=2.7, help="video: as in training (2.7)")
+    add("--stride", type=float, default=4.0, help="video: as in training (4)")
+    add("--short-side", type=int, help="video: as in training")
     add("--classnames", help="zeroshot: file of names, a line for each class (the data's names)")
     add("--templates", help="zeroshot: file of sentences with {} for a name (a few of ours)")
     add("--tokenizer", help="XLM-R's sentencepiece file, if that is what the texts were cut by")
@@ -904,6 +939,8 @@ def parse_arguments(argv):
         value = getattr(run, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} {value} is out of range")
+    if run.crops > 1 and run.val_crop == 0:
+        parser.error("--val-crop 0 is the whole picture: give --crops 1, too")
     if run.real_labels and run.label_map:
         parser.error("--real-labels says which classes are right: leave --label-map out")
     for path in filter(None, (run.confusion, run.mistakes)):
@@ -952,19 +989,23 @@ def main(argv=None):
         if not measured:
             model, line = load_model(run.checkpoint, run.task, device, run.heads)
         print(line)
-        size = models.pair(model.config["image_size"] if model else 128)
-        if run.val_crop is None:  # pairs see the whole centre (maws repository)
-            usual = 1.0 if hasattr(model, "text") else usual_crop(size)
+        size, video = models.pair(model.config["image_size"] if model else 128), run.task == "video"
+        if run.val_crop is None:  # pairs see the whole centre (maws repository), and so do clips
+            usual = 1.0 if video or hasattr(model, "text") else usual_crop(size)
             run.val_crop = model.config.get("val_crop", usual) if model else usual
             if not run.val_crop:
                 print("pictures are squashed, as for the released weights of this size: --val-crop")
+        if video:
+            how = run.span, run.stride, run.clips, run.crops, False, run.short_side
+            run.options["clips"] = data.Clips(model.config["frames"], *how)
+            run.options["batch_size"] = max(1, run.batch_size // (run.clips * run.crops))
         labels = run.labels, run.val_labels
         cache = run.cache_dir, run.cache_size
         opened = run.data, run.val_data, size, *labels, cache, run.caption_key
         if run.task == "detect":
             train, val = detection.open_scenes(run.data, run.val_data, size[0])
         else:
-            train, val = data.open_sources(*opened)
+            train, val = data.open_sources(*opened, videos=video)
         if val is None and run.task in ("knn", "fewshot"):
             raise ValueError(f"{run.data} has no train/ and val/: give the latter as --val-data")
         result = TASKS[run.task](model, [train, val] if val else [train], run)

@@ -5,6 +5,7 @@ Laptop       python finetune.py --task classify --init runs/weak/model.pt       
              python finetune.py --task lowshot  --init runs/weak/model.pt --data DIR --shots 1,5,10
              python finetune.py --task lit      --init runs/weak/model.pt        # toy captions
              python finetune.py --task detect   --init runs/mae/model.pt --data COCO_DIR
+             python finetune.py --task video    --init runs/weak/model.pt        # toy motion
 One node     torchrun --nproc-per-node 8 finetune.py --task classify --init maws.pt --data DIR
 Many nodes   torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500
                  finetune.py --task classify --init maws.pt --data 'train/*.tar' --val-data ...
@@ -17,6 +18,7 @@ lowshot   K pictures of a class, five draws: prompts in the frozen encoder (VPT,
 detect    boxes and masks: ViTDet's Cascade Mask R-CNN on the same encoder, see detection.py
 lit       a text tower learns to meet the frozen encoder on pairs of picture and caption (LiT, arXiv
           2111.07991): then classes are recognised by their names, see evaluate.py --task zeroshot
+video     as classify, of clips: two frames share a token, and positions are relative, too
 What is chosen (a learning rate, a penalty) is chosen on a slice of train, never on val.
 """
 
@@ -63,10 +65,22 @@ RECIPES = {
 }
 RECIPES |= {"2B": RECIPES["H"], "6.5B": RECIPES["H"]}
 RECIPES["toy"] = (64, 4e-3, 100, 0.75, 0.0)  # ours
+# The same of video. The paper's are unknown. B: OmniMAE's on Something-Something, of the same group.
+# L, H: what PySlowFast's MAE has on Kinetics, and for the lr (its unit is not clear) half of B's, as
+# there. The augmentation is OmniMAE's; 2B and 6.5B get H's.
+VIDEO_RECIPES = {
+    "B": (256, 1e-3, 100, 0.75, 0.1),
+    "L": (256, 5e-4, 50, 0.75, 0.2),
+    "H": (256, 5e-4, 75, 0.8, 0.2),
+}
+VIDEO_RECIPES |= {"2B": VIDEO_RECIPES["H"], "6.5B": VIDEO_RECIPES["H"]}
+VIDEO_RECIPES["toy"] = (64, 4e-3, 100, 0.75, 0.0)  # ours
 # Of the toy world: of its 65,536 pictures, of 15,564, and of the few that lowshot draws (ours).
-TOY_EPOCHS = {"classify": 0.4, "linear": 2, "lowshot": 10, "lit": 1, "detect": 0.15}
+TOY_EPOCHS = {"classify": 0.4, "linear": 2, "lowshot": 10}
+TOY_EPOCHS |= {"lit": 1, "video": 0.3, "detect": 0.15}
 # Augmentation of the same recipe; a toy run is too short for most of it (ours).
 AUGMENTATION = {"min_crop": 0.08, "mixup": 0.8, "cutmix": 1.0, "rand_augment": 9.0, "erase": 0.25}
+OPERATIONS_DONE = {"classify": 2, "video": 4}  # of RandAugment
 TOY_AUGMENTATION = dict.fromkeys(AUGMENTATION, 0.0) | {"min_crop": 0.5}
 # Heads that linear trains side by side, by lr per 256 images (ours; SWAG's lies among them).
 LINEAR_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -90,17 +104,20 @@ VITDET = {
 }
 # Flags of some tasks: the others refuse them.
 TASKS_OF_FLAGS = {
-    **dict.fromkeys(("keep_head", "smoothing", "mixup"), "classify"),
-    **dict.fromkeys(("drop_path", "layer_decay"), "classify detect"),
-    **dict.fromkeys(("cutmix", "rand_augment", "erase", "ema", "plan"), "classify"),
-    **dict.fromkeys(("lr", "weight_decay"), "classify lit detect"),
+    **dict.fromkeys(("keep_head", "plan"), "classify"),
+    **dict.fromkeys(("smoothing", "mixup"), "classify video"),
+    **dict.fromkeys(("drop_path", "layer_decay"), "classify video detect"),
+    **dict.fromkeys(("cutmix", "rand_augment", "erase", "ema"), "classify video"),
+    **dict.fromkeys(("lr", "weight_decay"), "classify lit video detect"),
     **dict.fromkeys(("min_jitter", "max_jitter", "decay_floor"), "detect"),
-    **dict.fromkeys(("min_crop", "val_crop", "pool"), "classify linear lowshot lit"),
-    **dict.fromkeys(("labels", "val_labels"), "classify linear lowshot lit"),
-    **dict.fromkeys(("class_weights", "classes"), "classify linear lowshot"),
-    **dict.fromkeys(("resume", "save_every"), "classify linear lit detect"),
+    **dict.fromkeys(("min_crop", "val_crop", "pool"), "classify linear lowshot lit video"),
+    **dict.fromkeys(("labels", "val_labels"), "classify linear lowshot lit video"),
+    **dict.fromkeys(("class_weights", "classes"), "classify linear lowshot video"),
+    **dict.fromkeys(("resume", "save_every"), "classify linear lit video detect"),
     **dict.fromkeys(("text_size", "text_init", "tokenizer", "context", "caption_key"), "lit"),
     **dict.fromkeys(("shared_width", "cache_features"), "lit"),
+    **dict.fromkeys(("frames", "relative_positions", "span", "stride", "flip"), "video"),
+    **dict.fromkeys(("short_side",), "video"),
     "batch_norm": "linear",
     "shots": "lowshot",
 }
@@ -111,9 +128,7 @@ TASKS_OF_FLAGS = {
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser("finetune.py", allow_abbrev=False, description="Stage 3.")
-    parser.add_argument(
-        "--task", required=True, choices=("classify", "linear", "lowshot", "lit", "detect")
-    )
+    parser.add_argument("--task", required=True, choices=TASKS)
     add = parser.add_argument_group("data").add_argument
     add("--data", help="a folder with train/ and val/, tar shards, or toy (toy); detect: COCO's")
     add("--val-data", help="the val pictures, where --data holds only those to train on")
@@ -129,6 +144,10 @@ def parse_arguments(argv):
     add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (that of --init)")
     add("--min-crop", type=float, help="least area of a crop, 1: none (0.08; toy: 0.5; lit: 0.9)")
     add("--val-crop", type=float, help="of val's pictures: share of the centre, 0: all, squashed")
+    add("--span", type=float, default=2.7, help="video: seconds of a clip of a video file (2.7)")
+    add("--stride", type=float, default=4.0, help="video: frames to the next, without a clock (4)")
+    add("--short-side", type=int, help="video: what files are scaled down to as they are decoded")
+    add("--no-flip", dest="flip", action="store_false", help="video: classes have a direction")
     add("--lanes", type=int, help="streams that the order is dealt to (48, or the shards if fewer)")
     add("--workers", type=int, help="loader processes per training process (the cores left)")
     add("--max-bad", type=float, default=0.01, help="unreadable share to stop at (0.01)")
@@ -138,6 +157,9 @@ def parse_arguments(argv):
     add("--size", help=f"without --init: {' '.join(models.SIZES)}, or WIDTHxLAYERSxHEADS")
     add("--patch-size", type=int, help="side of a patch (the size's own)")
     add("--pool", choices=("cls", "mean"), help="what the head reads (classify: mean; else cls)")
+    add("--frames", type=int, help="video: of a clip, an even number (16; toy: 4)")
+    option = argparse.BooleanOptionalAction
+    add("--relative-positions", action=option, default=True, help="video: in every block (yes)")
     add("--text-size", help=f"lit: {' '.join(models.TEXT_SIZES)}, or WIDTHxLAYERSxHEADS (by size)")
     add("--text-init", help="lit: XLM-R's weights for the text tower to start from")
     add("--tokenizer", help="lit: XLM-R's sentencepiece file (without: bytes)")
@@ -191,7 +213,7 @@ def parse_arguments(argv):
     shares = ("min_crop", "val_crop", "max_bad", "warmup", "drop_path", "layer_decay", "smoothing")
     shares += ("mixup", "cutmix", "erase", "ema", "mfu")
     for name, value in vars(run).items():
-        zeros = (*shares[:-1], "seed", "workers", "weight_decay", "rand_augment")
+        zeros = (*shares[:-1], "seed", "workers", "weight_decay", "rand_augment", "span", "stride")
         least = 0 if name in zeros else 1e-30
         if type(value) in (int, float) and not least <= value <= (1 if name in shares else 2**62):
             parser.error(f"--{name.replace('_', '-')} {value} is out of range")
@@ -244,6 +266,7 @@ def prepare(run):
         given = {"size": "toy", "image_size": side, "channels": 3, **given}
     names += ("channels", "positions", "norm_eps", "class_names", "pool")
     names += ("text", "shared_width") if run.task == "lit" else ()
+    names += ("frames", "relative_positions") if run.task == "video" else ()
     run.weights, run.config, run.origin = models.inherit(run.init, given, names, run.heads)
     classes_of_head, pool = run.config.pop("class_names", None), run.config.pop("pool", None)
     run.image_size = models.pair(run.config["image_size"])
@@ -253,30 +276,44 @@ def prepare(run):
         prepare_scenes(run, asked)
     else:
         opened = run.data or "toy", run.val_data, run.image_size, *labels, cache, run.caption_key
-        run.train, run.val = data.open_sources(*opened)
+        run.train, run.val = data.open_sources(*opened, videos=run.task == "video")
     toy, run.weighting, run.schedule = isinstance(run.train, data.Toy), {}, schedule
     toy_recipe = toy and run.config["size"] == "toy"
+    if run.task == "video":
+        run.frames = run.frames or run.config.get("frames", 4 if toy_recipe else 16)
+        run.flip = run.flip and not toy  # whose classes have a direction
+        run.config |= {"frames": run.frames, "relative_positions": run.relative_positions}
+    run.finetunes = run.task in ("classify", "video")
+    how = run.span, run.stride, 1, 1, run.flip, run.short_side
+    run.clips = data.Clips(run.frames, *how) if run.task == "video" else None
     if run.task == "lit":
         prepare_pairs(run, pool)
     elif run.task != "detect":
         prepare_labels(run, classes_of_head, pool)
     if run.task == "lit" and run.min_crop is None:
         run.min_crop = LIT_CROP
-    for name, value in (TOY_AUGMENTATION if toy_recipe else AUGMENTATION).items():
+    augmentation = TOY_AUGMENTATION if toy_recipe else AUGMENTATION
+    if run.task == "video":
+        augmentation = augmentation | ({"min_crop": 1.0} if toy_recipe else {"rand_augment": 7.0})
+    for name, value in augmentation.items():
         if getattr(run, name) is None:
             setattr(run, name, value)
-    if run.rand_augment and run.task == "classify" and run.config["channels"] == 4:
+    if run.rand_augment and run.finetunes and run.config["channels"] == 4:
         raise ValueError("RandAugment is for grey and RGB pictures: give --rand-augment 0")
     if run.val_crop is None:
-        run.val_crop = 1.0 if run.task == "lit" else evaluate.usual_crop(run.image_size)
+        whole = run.task in ("lit", "video")
+        run.val_crop = 1.0 if whole else evaluate.usual_crop(run.image_size)
     if run.task == "lowshot" and ((run.out / "config.json").exists() or run.out.is_file()):
         raise ValueError(f"--out {run.out} is a file, or another run's: use another --out")
 
     # -------------------------------------------------------------------------------- the recipe
-    found = RECIPES.get(run.config["size"], RECIPES["B"])  # others: B's, unsure
+    recipes = VIDEO_RECIPES if run.task == "video" else RECIPES
+    found = recipes.get(run.config["size"], recipes["B"])  # others: B's, unsure
     batch_size, base_lr, epochs, layer_decay, drop_path = found
     warmup, weight_decay, run.clip = 5 / epochs, 0.05, None
-    if run.task == "linear":
+    if run.task == "video":
+        warmup = 0.125
+    elif run.task == "linear":
         # SWAG's linear head (torchvision's pull request 5793): 28 epochs, warm-up not known
         epochs, warmup = 28, 0.0
     elif run.task == "lowshot":  # VPT's code: 100 epochs, of which 10 warm up
@@ -310,12 +347,13 @@ def prepare(run):
     run.lr = run.lr or base_lr * run.batch_size / 256
     run.layer_decay = layer_decay if run.layer_decay is None else run.layer_decay
     run.drop_path = drop_path if run.drop_path is None else run.drop_path
-    run.pool = run.pool or ("mean" if run.task == "classify" else "cls")
+    run.pool = run.pool or ("mean" if run.finetunes else "cls")
     same = ("task", "classes", "batch_size", "epochs", "steps", "lr", "layer_decay", "warmup")
     same += ("weight_decay", "smoothing", "mixup", "cutmix", "rand_augment", "erase", "ema")
     same += ("drop_path", "pool", "class_weights", "batch_norm", "min_crop", "seed", "precision")
     same += ("val_crop", "keep_head", "cache_features", "caption_key")
     same += ("min_jitter", "max_jitter", "decay_floor")
+    same += ("span", "stride", "flip", "short_side") if run.task == "video" else ()
     run.identity = {"stage": "finetune", "data": run.train.identity, "val": run.val.identity}
     run.identity |= {"model": run.config, "init": run.origin}
     run.identity |= {name: getattr(run, name) for name in same}
@@ -354,8 +392,8 @@ def prepare_labels(run, classes_of_head, pool):
         run.pool = pool
     if isinstance(run.val, data.Toy):  # it has no end
         run.val = data.Part(run.val, range(1024))
-        run.train = run.train if run.task == "classify" else data.Part(run.train, range(16_384))
-    if run.task != "classify":  # what is chosen is chosen on a slice of train
+        run.train = run.train if run.finetunes else data.Part(run.train, range(16_384))
+    if not run.finetunes:  # what is chosen is chosen on a slice of train
         run.train, run.slice = data.hold_out(run.train, None, 10_000)
         if not run.slice.sizes.any():
             raise ValueError("train is too small: a twentieth of it is needed to choose on")
@@ -464,30 +502,32 @@ def normal(draws):
     return np.sqrt(-2 * np.log1p(-draws[..., 0])) * np.cos(2 * math.pi * draws[..., 1])
 
 
-def augment(pixels, key, magnitude, erasing):
+def augment(pixels, key, magnitude, erasing, operations=2):
     """RandAugment and random erasing of (C, H, W) uint8. key: (seed, epoch, position).
 
-    RandAugment: two of the operations, the same perhaps twice, each done with probability 0.5, at
-    a level of a tenth of N(magnitude, 0.5). Erasing, with this probability: a box of 2 % to a third
+    RandAugment: so many operations, the same perhaps twice, each done with probability 0.5, at a
+    level of a tenth of N(magnitude, 0.5). Erasing, with this probability: a box of 2 % to a third
     of the picture, with sides of 0.3 to 1 / 0.3, is filled with noise N(0, 1) in normalised units
     (cut to what a byte holds: values beyond some 2.1 deviations).
     """
-    draws = data.uniform(data.random_bits(34, *key, data.AUGMENT))
+    count = 5 * operations + 24
+    draws = data.uniform(data.random_bits(count, *key, data.AUGMENT))
+    chosen, draws = draws[: 5 * operations].reshape(operations, 5), draws[5 * operations :]
     if magnitude:
         image = Image.fromarray(pixels.permute(1, 2, 0).numpy().squeeze())
-        for which, done, *noise, direction in draws[:10].reshape(2, 5):
+        for which, done, *noise, direction in chosen:
             if done < 0.5:
                 level = float(np.clip((magnitude + 0.5 * normal(np.array(noise))) / 10, 0, 1))
                 operation = list(OPERATIONS.values())[int(which * len(OPERATIONS))]
                 image = operation(image, level, level if direction < 0.5 else -level)
         pixels = torch.from_numpy(np.array(image)).reshape(*image.size[::-1], -1).permute(2, 0, 1)
     C, H, W = pixels.shape
-    for area, ratio in draws[11:31].reshape(10, 2) if draws[10] < erasing else ():
+    for area, ratio in draws[1:21].reshape(10, 2) if draws[0] < erasing else ():
         area, ratio = H * W * (0.02 + (1 / 3 - 0.02) * area), 0.3 ** (1 - 2 * ratio)
         h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if h < H and w < W:
-            top, left = int(draws[31] * (H - h + 1)), int(draws[32] * (W - w + 1))
-            bits = data.random_bits(34 + 2 * h * w * C, *key, data.AUGMENT)[34:]
+            top, left = int(draws[21] * (H - h + 1)), int(draws[22] * (W - w + 1))
+            bits = data.random_bits(count + 2 * h * w * C, *key, data.AUGMENT)[count:]
             mean, deviation = np.array(data.channel_statistics(C))[:, :, None, None]
             noise = normal(data.uniform(bits).reshape(C, h, w, 2)) * deviation + mean
             noise = (255 * noise).round().clip(0, 255).astype(np.uint8)
@@ -502,7 +542,7 @@ MIX_DRAWS = 4  # numbers of a sample for mix(); drop path's come after them
 def mix(images, weight, numbers, mixup, cutmix):
     """Mixup (arXiv 1710.09412) or CutMix (1905.04899), half and half, of positions 2i and 2i + 1.
 
-    images (B, C, H, W); weight (B,), 0 for an unreadable one, which is not mixed in; numbers
+    images (B, C, [T,] H, W), all T alike; weight (B,), 0 for an unreadable one, which is not mixed in; numbers
     (B, MIX_DRAWS) uniform, of which the pair's first are used; mixup, cutmix: alphas of Beta(alpha,
     alpha), at most 1, 0 for none. Returns the images and (B,) the share of each one's own label;
     its neighbour's has the rest. (timm draws one share for a batch; here a pair has its own, so
@@ -510,6 +550,7 @@ def mix(images, weight, numbers, mixup, cutmix):
     """
     if not mixup and not cutmix:
         return images, torch.ones_like(weight)
+    frames, images = images.shape[1:-2], images.flatten(1, -3)  # of clips: (B, C*T, H, W)
     H, W = images.shape[2:]
     numbers = numbers[::2].repeat_interleave(2, dim=0)  # (B, MIX_DRAWS), the same for both
     which, u, *centre = numbers.unbind(dim=1)  # (B,) each
@@ -526,7 +567,8 @@ def mix(images, weight, numbers, mixup, cutmix):
     alone = weight.unflatten(0, (-1, 2)).amin(dim=1).repeat_interleave(2) == 0
     own = torch.where(alone[:, None, None, None], 1.0, own)
     neighbour = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    return own * images + (1 - own) * neighbour, torch.where(alone, 1.0, share)
+    images = (own * images + (1 - own) * neighbour).unflatten(1, frames)
+    return images, torch.where(alone, 1.0, share)
 
 
 def beta(u, alpha):
@@ -653,16 +695,18 @@ def layer_groups(model, weight_decay, layer_decay, floor=0.0):
     but no less than `floor`:
 
     layer 0 is the patch embedding, the class token and the positions, block i is layer i + 1, the
-    last norm and the head are layers + 1. 1-D parameters, tokens and positions are not decayed.
+    last norm and the head are layers + 1. 1-D parameters, tokens and positions are not decayed
+    (nor are relative ones in MViT's code).
     """
-    groups = {}
+    groups, first = {}, ("cls_token", "pos_embed", "time_embed")
     for name, parameter in model.named_parameters():
         layer, name = model.layers + 1, name.removeprefix("trunk.")
         if name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
-        elif name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
+        elif name in first or name.startswith("patch_embed."):
             layer = 0
-        decay = weight_decay if parameter.ndim > 1 and name not in ("cls_token", "pos_embed") else 0
+        decayed = parameter.ndim > 1 and name not in first and ".rel_pos_" not in name
+        decay = weight_decay if decayed else 0
         group = {"params": [], "weight_decay": decay}
         group["lr_scale"] = max(floor, layer_decay ** (model.layers + 1 - layer))
         if parameter.requires_grad:
@@ -672,11 +716,12 @@ def layer_groups(model, weight_decay, layer_decay, floor=0.0):
 
 def classifier(run):
     """The models.Classifier of a run on the meta device: shapes without memory."""
-    names = {"classes": run.classes, "class_names": run.train.classes}
+    kind, head_std = models.Classifier, 2e-5
+    if run.task == "video":
+        kind, head_std = models.VideoClassifier, 0.01  # OmniMAE's
+    names = {"classes": run.classes, "class_names": run.train.classes, "head_std": head_std}
     with torch.device("meta"):
-        return models.Classifier(
-            pool=run.pool, head_std=2e-5, drop_path=run.drop_path, **names, **run.config
-        )
+        return kind(pool=run.pool, drop_path=run.drop_path, **names, **run.config)
 
 
 def build_trunk(run, say):
@@ -693,17 +738,17 @@ def build_trunk(run, say):
 
 def learn_labels(run, model, pieces):
     """A step on labels: see train. Losses are sums over the batch, to be divided by the weights'."""
-    sums, classify = torch.zeros(3, device=run.device), run.task == "classify"
+    sums = torch.zeros(3, device=run.device)
     for batch in pieces:
         readable, labels, numbers = batch["weight"], batch["labels"], batch["numbers"]
         labels = torch.where((readable > 0) & (labels < run.classes), labels, -1)
         images, share, noise = data.normalize(batch["images"]), torch.ones_like(readable), None
-        if classify:
+        if run.finetunes:
             images, share = mix(images, readable, numbers, run.mixup, run.cutmix)
             noise = numbers[:, MIX_DRAWS:].unflatten(1, (-1, 2))  # (b, L, 2)
         logits = model(images, noise)
         logits = logits[:, None] if logits.ndim == 2 else logits  # (b, heads, classes)
-        smoothing = run.smoothing if classify else 0.0
+        smoothing = run.smoothing if run.finetunes else 0.0
         losses, weights = label_loss(logits, labels, share, smoothing, run.weights_of_classes)
         loss = losses.sum() / run.batch_size
         (loss * run.processes).backward()  # FSDP averages over the processes
@@ -781,7 +826,7 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
     the device; returns the sums [loss, weight, samples of no use]; see learn_labels.
     """
     # --------------------------------------------------------------------------------------- data
-    device, classify = run.device, run.task == "classify"
+    device = run.device
     order = data.Order(source.sizes, run.seed, run.lanes, **run.weighting)
     share = run.batch_size // run.processes
     trunk = getattr(model, "trunk", model)
@@ -790,7 +835,8 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
     micro_batch = run.micro_batch or whole
     pieces = share // micro_batch
     dealt = {"process": run.process, "processes": run.processes, "pieces": pieces}
-    drawn = {"min_crop": run.min_crop, **drawn, "order": order, "seed": run.seed}
+    drawn = {"min_crop": run.min_crop, "clips": run.clips, **drawn}
+    drawn |= {"order": order, "seed": run.seed}
     shape = run.image_size, run.config["channels"], run.batch_size
     batches = batches_of(source, *shape, **dealt, **drawn)
     if pieces * micro_batch != share or micro_batch % 2 or (run.batch_norm and pieces > 1):
@@ -856,7 +902,7 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
     gc.disable()  # it would stop each process at another moment, and all would wait for each
     for step in range(first_step, steps):
         scale = run.schedule(step, steps, run.warmup)
-        floor = 1e-6 if classify and step >= run.warmup * steps else 0.0  # where MAE's recipe ends
+        floor = 1e-6 if run.finetunes and step >= run.warmup * steps else 0.0  # MAE's recipe
         for group in optimizer.param_groups:
             lr = floor + scale * (group["initial_lr"] - floor)
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -984,9 +1030,9 @@ def step_line(entry, steps):
 
 def measured(run, model, source):
     """([(top-1, top-5)] of each of a model's heads, pictures that count): exact, see evaluate.py"""
-    pairs = 2 * run.processes * 32
+    pairs = 2 * run.processes * (4 if run.clips else 32)
     shape = run.image_size, run.config["channels"], pairs, run.process, run.processes
-    batches = data.Batches(source, *shape, centre=run.val_crop)
+    batches = data.Batches(source, *shape, centre=run.val_crop, clips=run.clips)
     options = run.device, "labels", run.workers, run.max_bad
     rates, count = evaluate.hit_rates(model, batches, *options)
     if not count:
@@ -1014,13 +1060,15 @@ def classify(run, say):
 
     drawn, flops = {"draws": MIX_DRAWS + 2 * model.layers}, 3 * models.flops_per_image(model)
     if run.rand_augment or run.erase:
-        drawn["augment"] = partial(augment, magnitude=run.rand_augment, erasing=run.erase)
+        how = {"magnitude": run.rand_augment, "erasing": run.erase}
+        drawn["augment"] = partial(augment, **how, operations=OPERATIONS_DONE[run.task])
     if not train(run, model, optimizer, run.train, run.out, steps, say, flops, **drawn):
         return
     ((top1, top5), *_), count = measured(run, model, run.val)
     weights = models.full_state(model)  # every process takes part
     averaged = " (averaged weights)" if run.ema else ""
-    say(f"top-1 {top1:.2%}, top-5 {top5:.2%} on {count} pictures{averaged}")
+    what = "videos, a clip of each" if run.clips else "pictures"
+    say(f"top-1 {top1:.2%}, top-5 {top5:.2%} on {count} {what}{averaged}")
     finish(run, weights, config, {"top1": top1, "top5": top5})
 
 
@@ -1062,14 +1110,17 @@ def finish(run, weights, config, result):
         print(f"wrote {run.out / 'model.pt'}")
         flags = ["--checkpoint", str(run.out / "model.pt"), "--data", run.data or "toy"]
         pairs = run.task == "lit"
-        for name in ("val_data", "labels", "val_labels", *(["tokenizer_file"] if pairs else [])):
+        names = ["val_data", "labels", "val_labels", *(["tokenizer_file"] if pairs else [])]
+        names += ["span", "stride", "short_side"] if run.clips else []
+        for name in names:
             given = getattr(run, name)
-            flags += [f"--{name.removesuffix('_file').replace('_', '-')}", given] if given else []
-        usual = 1.0 if pairs else evaluate.usual_crop(run.image_size)
+            flag = f"--{name.removesuffix('_file').replace('_', '-')}"
+            flags += [flag, str(given)] if given is not None else []
+        usual = 1.0 if pairs or run.clips else evaluate.usual_crop(run.image_size)
         if run.val_crop != usual and run.task != "detect":
             flags += ["--val-crop", str(run.val_crop)]
-        task = "classify" if not pairs else "zeroshot" if run.val.classes else "retrieval"
-        task = "detect" if run.task == "detect" else task
+        task = run.task if run.task in ("video", "detect") else "classify"
+        task = task if not pairs else "zeroshot" if run.val.classes else "retrieval"
         if task == "retrieval" and run.caption_key != "caption":
             flags += ["--caption-key", run.caption_key]
         print(f"next: python evaluate.py --task {task} {shlex.join(flags)}")
@@ -1297,6 +1348,10 @@ def cached_features(run, model, say):
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
+TASKS = {"classify": classify, "linear": linear, "lowshot": lowshot, "lit": lit}
+TASKS |= {"video": classify, "detect": detect}
+
+
 def average_weights(optimizer):
     """EMA: a group's "ema" is the decay. Averages live in the optimizer's state: that is saved."""
     for group in optimizer.param_groups:
@@ -1335,9 +1390,7 @@ def main(argv=None):
             known = torch.from_numpy(labels[(labels >= 0) & (labels < run.classes)])
             counts = torch.bincount(known, minlength=run.classes).clamp(min=1).float()
         run.weights_of_classes, run.measure = (counts.mean() / counts).to(run.device), None
-        tasks = {"classify": classify, "linear": linear, "lowshot": lowshot, "lit": lit}
-        task = (tasks | {"detect": detect})[run.task]
-        task(run, tqdm.write if run.process == 0 else lambda _: None)
+        TASKS[run.task](run, tqdm.write if run.process == 0 else lambda _: None)
         if dist.is_initialized():
             dist.barrier()  # without it, a process may abort at exit
             dist.destroy_process_group()
