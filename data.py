@@ -872,7 +872,7 @@ def decode(path, rate, short_side, numbers):
     """The frames of a video file with these rising numbers, as PIL images.
 
     ffmpeg seeks to the first one, and writes no other frames into the pipe. (Of a file that ends
-    before its length was to, the last frame is repeated.) Frames come as PPM, whose header says
+    before its length says, the last one found is repeated.) Frames come as PPM, whose header says
     their size: a film may be turned by its metadata.
     """
     chosen = "+".join(f"eq(n\\,{number - numbers[0]})" for number in numbers)

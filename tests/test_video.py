@@ -1,0 +1,572 @@
+"""Video: tubelets and relative positions, sources and sampling of clips, and runs of --task video."""
+
+import io
+import json
+import math
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import picture, read_metrics, stage
+from PIL import Image
+
+import data
+import evaluate
+import finetune
+import kernels
+import model as models
+
+SMALL = {"size": "16x2x2", "image_size": (8, 12), "patch_size": 4, "classes": 5}
+has_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="no ffmpeg program on the PATH")
+
+
+def randomize(model, seed=0):
+    """Random values everywhere, also in what begins as zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.double()
+
+
+# ------------------------------------------------------------------------------------------- model
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("relative", [True, False])
+def test_two_equal_frames_are_the_picture_that_they_are(pool, relative):
+    of_pictures = randomize(models.Classifier(pool=pool, **SMALL))
+    of_clips = models.VideoClassifier(frames=2, relative_positions=relative, pool=pool, **SMALL)
+    line = models.load_weights(of_clips.double(), of_pictures.state_dict(), (2, 3), keep_head=True)
+    assert "patch_embed.proj inflated from one frame to two" in line
+    new = "rel_pos_h, rel_pos_t, rel_pos_w, time_embed" if relative else "time_embed"
+    assert f"newly initialised: {new}" in line
+    images = torch.randn(3, 3, 8, 12, dtype=torch.float64)
+    clips = images[:, :, None].expand(-1, -1, 2, -1, -1)
+    torch.testing.assert_close(of_clips.features(clips), of_pictures.features(images))
+    torch.testing.assert_close(of_clips(clips), of_pictures(images))
+
+
+def test_tokens_are_those_of_a_3d_convolution_and_separable_positions():
+    model = randomize(models.VideoClassifier(frames=6, **SMALL))
+    clips = torch.randn(2, 3, 6, 8, 12, dtype=torch.float64)
+    proj = model.patch_embed["proj"]
+    found = F.conv3d(clips, proj.weight, proj.bias, stride=(2, 4, 4))  # (B, D, 3, 2, 3)
+    space = model.pos_embed[0, 1:].T.reshape(1, 16, 1, 2, 3)
+    time = model.time_embed[0].T.reshape(1, 16, 3, 1, 1)
+    tokens = (found + space + time).flatten(2).transpose(1, 2)  # time first, then row by row
+    torch.testing.assert_close(model.tokens(clips)[:, 1:], tokens)
+    first = model.cls_token[0, 0] + model.pos_embed[0, 0]
+    torch.testing.assert_close(model.tokens(clips)[:, 0], first.expand(2, -1))
+    with pytest.raises(ValueError, match=r"the model wants \(B, 3, 6, 8, 12\)"):
+        model(clips[:, :, :4])
+
+
+def test_relative_positions_are_the_direct_sum():
+    grid, width, heads = (2, 3, 2), 8, 2
+    attention = randomize(models.RelativeAttention(width, heads, grid))
+    x = torch.randn(2, 13, width, dtype=torch.float64)
+    q, k, v = kernels.split_heads(attention.qkv(x), heads)  # (B, heads, 13, 4)
+    scores = q @ k.transpose(2, 3) / 2
+    places = [np.unravel_index(i, grid) for i in range(12)]
+    tables = attention.rel_pos_t, attention.rel_pos_h, attention.rel_pos_w
+    for i, here in enumerate(places):
+        for j, there in enumerate(places):
+            steps = [a - b + n - 1 for a, b, n in zip(here, there, grid)]
+            row = sum(table[step] for table, step in zip(tables, steps))
+            scores[:, :, 1 + i, 1 + j] += q[:, :, 1 + i] @ row
+    expected = attention.proj((scores.softmax(dim=3) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x), expected)
+    torch.testing.assert_close(attention(x, first_query=4), expected[:, 4:])
+
+
+def test_tables_of_zeros_change_nothing_and_learn():
+    plain, relative = models.Attention(8, 2), models.RelativeAttention(8, 2, (2, 2, 3))
+    relative.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(2, 13, 8)
+    torch.testing.assert_close(relative(x), plain(x))
+    relative(x).square().sum().backward()
+    for axis in "thw":
+        assert getattr(relative, f"rel_pos_{axis}").grad.abs().max() > 0
+
+
+def test_a_video_model_is_read_again_and_is_no_picture_model(tmp_path):
+    model = randomize(models.VideoClassifier(frames=4, **SMALL))
+    models.save_weights(tmp_path / "model.pt", model.state_dict(), model.config)
+    again, line = evaluate.load_model(tmp_path / "model.pt", "video", "cpu")
+    assert "newly" not in line and "dropped" not in line and "inflated" not in line
+    clips = torch.randn(2, 3, 4, 8, 12)
+    torch.testing.assert_close(again(clips), model.float()(clips))
+    with pytest.raises(ValueError, match="is of videos"):
+        evaluate.load_model(tmp_path / "model.pt", "classify", "cpu")
+    with pytest.raises(ValueError, match="the weights do not fit the model"):
+        evaluate.load_model(tmp_path / "model.pt", "knn", "cpu")
+
+
+@pytest.mark.parametrize("frames", [1, 5, 0])
+def test_frames_come_in_twos(frames):
+    with pytest.raises(ValueError, match=f"{frames} frames: want an even number"):
+        models.VideoClassifier(frames=frames, **SMALL)
+
+
+def test_decay_and_layers_of_what_is_new():
+    model = models.VideoClassifier(frames=4, **SMALL)
+    groups = finetune.layer_groups(model, 0.05, 0.5)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: (g["weight_decay"], g["lr_scale"]) for g in groups for p in g["params"]}
+    assert found["time_embed"] == (0, 0.125)  # beside the patch embedding
+    assert found["blocks.0.attn.rel_pos_t"] == (0, 0.25)
+    assert found["patch_embed.proj.weight"] == (0.05, 0.125)
+
+
+# ------------------------------------------------------------------------------------- frames, clips
+
+
+def numbers(count, rate=None, bits=None, **how):
+    return data.Clips(4, **how).numbers(data.Video(count, rate, None), bits).tolist()
+
+
+def test_numbers_of_frames_by_hand():
+    assert numbers(20, stride=2.5) == [[6, 8, 11, 13]]  # 0 2 5 7, with 12 places to start
+    assert numbers(20, stride=2.5, clips=3) == [[0, 2, 5, 7], [6, 8, 11, 13], [12, 14, 17, 19]]
+    assert numbers(3, stride=2) == [[0, 2, 2, 2]]  # what is short repeats its last frame
+    assert numbers(1, stride=2, clips=2) == [[0, 0, 0, 0]] * 2
+    assert numbers(9, stride=0) == [[4, 4, 4, 4]]  # no motion
+    # 2 seconds of 10 frames each: one every half second
+    assert numbers(31, 10.0, span=2, clips=2) == [[0, 5, 10, 15], [15, 20, 25, 30]]
+    bits = np.zeros(24, dtype=np.uint64)
+    assert numbers(20, bits=bits, stride=2, clips=5) == [[0, 2, 4, 6]]
+    bits[23] = 2**64 - 1
+    assert numbers(20, bits=bits, stride=2) == [[13, 15, 17, 19]]
+
+
+def test_random_starts_are_all_equally_likely():
+    starts = [
+        numbers(13, bits=data.random_bits(24, 0, 0, position, data.VIEW), stride=3)[0][0]
+        for position in range(2000)
+    ]
+    shares = np.bincount(starts, minlength=4) / 2000
+    assert shares == pytest.approx([0.25] * 4, abs=0.04)  # four standard errors
+
+
+class Source:
+    """Videos that are lists of pictures; classes are 0."""
+
+    def __init__(self, *videos):
+        self.videos, self.sizes, self.classes = videos, np.ones(len(videos), int), ["a", "b"]
+
+    def read(self, number):
+        images = self.videos[number]
+        video = data.Video(len(images), None, lambda numbers: [images[n].copy() for n in numbers])
+        return {"video": lambda short_side: video, "class": 0}
+
+    def name(self, number):
+        return str(number)
+
+    where = name
+
+
+def test_all_frames_of_a_clip_are_cropped_flipped_and_augmented_alike():
+    source, order = Source(*[[picture(i, 40, 60)] * 6 for i in range(8)]), data.Order([1] * 8)
+    how = {"order": order, "min_crop": 0.2, "clips": data.Clips(4, stride=1)}
+    changed = lambda *key: finetune.augment(*key, magnitude=7, erasing=0.9, operations=4)
+    for augment in (None, changed):
+        images = data.Batches(source, (16, 16), 3, 8, augment=augment, **how)[0]["images"]
+        assert images.shape == (8, 3, 4, 16, 16)
+        assert (images == images[:, :, :1]).all()  # equal frames stay equal
+        assert (images[0] != images[1]).any()
+    # And pictures are cropped like clips with the same draws.
+    frames = data.Batches(source, (16, 16), 3, 8, **how)[0]["images"][:, :, 0]
+    source.read = lambda number: {"image": lambda: source.videos[number][0], "class": 0}
+    how.pop("clips")
+    assert (data.Batches(source, (16, 16), 3, 8, **how)[0]["images"] == frames).all()
+
+
+def test_flips_only_where_classes_have_no_direction():
+    ramp = Image.fromarray(np.tile(np.arange(0, 160, 10, dtype=np.uint8), (16, 1)))
+    flipped = []
+    for flip in (True, False):
+        how = {"order": data.Order([1]), "min_crop": 1.0}
+        clips = data.Clips(2, stride=1, flip=flip)
+        batches = data.Batches(Source([ramp]), (16, 16), 1, 64, clips=clips, **how)
+        images = batches[0]["images"]
+        flipped.append((images[..., 0] > images[..., -1]).float().mean())
+    assert 0.3 < flipped[0] < 0.7 and flipped[1] == 0
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_three_crops_along_the_longer_side(upright):
+    pixels = np.tile(np.arange(20, dtype=np.uint8), (8, 1))
+    pixels = pixels.T.copy() if upright else pixels
+    clips = data.Clips(2, stride=1, clips=2, crops=3)
+    batches = data.Batches(Source([Image.fromarray(pixels)] * 3), (8, 8), 1, 2, clips=clips)
+    images = batches[0]["images"][0, 0].unflatten(0, (2, 3, 2))  # clips, crops, frames
+    for crop, start in enumerate((0, 6, 12)):
+        part = pixels[start : start + 8] if upright else pixels[:, start : start + 8]
+        assert (images[:, :, :, :, :][:, crop] == torch.from_numpy(part)).all()
+
+
+def test_normalising_and_mixing_clips_is_that_of_their_frames():
+    clips = torch.randint(0, 256, (4, 3, 6, 8, 10), dtype=torch.uint8)
+    normal = data.normalize(clips)
+    weight, draws = torch.tensor([1.0, 1, 1, 0]), torch.rand(4, finetune.MIX_DRAWS)
+    mixed, share = finetune.mix(normal, weight, draws, 0.8, 1.0)
+    for t in range(6):
+        assert torch.equal(normal[:, :, t], data.normalize(clips[:, :, t]))
+        one, shares = finetune.mix(normal[:, :, t], weight, draws, 0.8, 1.0)
+        assert torch.equal(mixed[:, :, t], one) and torch.equal(share, shares)
+
+
+# ----------------------------------------------------------------------------------------- sources
+
+
+def grey(value, size=(24, 16)):
+    return Image.new("RGB", size, (value,) * 3)
+
+
+def level(image):
+    return round(np.asarray(image.convert("L")).mean())
+
+
+def frames_of(path, count, first=0):
+    """A folder of frames of grey 10, 20, ... of which names are not padded with zeros."""
+    path.mkdir(parents=True)
+    for i in range(count):
+        grey(first + 10 * i).save(path / f"frame{i}.png")
+
+
+def test_folders_of_frames_and_animations(tmp_path):
+    frames_of(tmp_path / "a" / "clip", 12)
+    for name in ("a/anim.gif", "b/anim.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        how = {"save_all": True, "append_images": [grey(10 * i) for i in range(1, 12)]}
+        grey(0).save(tmp_path / name, **how, **({"lossless": True} if "webp" in name else {}))
+    source = data.open_source(str(tmp_path), (8, 8), None, "train", None, None, "", videos=True)
+    assert sorted(source.paths) == ["a/anim.gif", "a/clip", "b/anim.webp"]
+    assert source.classes == ["a", "b"] and source.identity.startswith("3 videos, ")
+    for number in range(3):
+        video = source.read(number)["video"]()
+        assert (video.count, video.rate) == (12, None)
+        assert list(map(level, video.read([0, 2, 10, 11]))) == [0, 20, 100, 110]
+    with pytest.raises(ValueError, match="no videos in"):
+        (tmp_path / "empty").mkdir()
+        data.VideoFolder(str(tmp_path / "empty"))
+
+
+def test_shards_with_several_frames_or_an_animation(tmp_path, capsys):
+    stream = io.BytesIO()
+    grey(50).save(stream, "GIF", save_all=True, append_images=[grey(60), grey(70)])
+    members = {"y.gif": stream.getvalue(), "y.cls": b"1", "x.cls": b"0"}
+    for i in range(11):
+        stream = io.BytesIO()
+        grey(10 * i).save(stream, "PNG")
+        members[f"x.{i}.png"] = stream.getvalue()
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in sorted(members.items()):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    source, _ = data.open_sources(str(tmp_path / "a.tar"), videos=True)
+    assert "1 names, up to the first dot, have several pictures: frames" in capsys.readouterr().err
+    found = [source.read(number) for number in range(2)]
+    assert [sample["class"] for sample in found] == [0, 1]
+    long, short = (sample["video"]() for sample in found)
+    assert long.count == 11 and list(map(level, long.read([1, 9, 10]))) == [10, 90, 100]
+    assert short.count == 3 and list(map(level, short.read([0, 2]))) == [50, 70]
+
+
+LISTINGS = {
+    "commas.csv": "path,label\na/x,jump rope\nb/y,skiing\na/x,jump rope\nb/y,contradiction\n",
+    "spaces.csv": "a/x 3\nb/y 11\na b c/z 11",
+    "ids.json": json.dumps(
+        [
+            {"id": "7", "label": "holding potato", "template": "Holding [something]"},
+            {"id": 8, "template": "Moving [something] up"},
+            {"id": "9", "template": "Holding [something]"},
+        ]
+    ),
+}
+LISTED = {
+    "commas.csv": {"a/x": "jump rope", "b/y": "skiing"},
+    "spaces.csv": {"a/x": "3", "b/y": "11", "a b c/z": "11"},
+    "ids.json": {"7": "Holding something", "8.mp4": "Moving something up"}
+    | {"9.webm": "Holding something"},
+}
+
+
+@pytest.mark.parametrize("name", LISTINGS)
+def test_lists_of_videos(tmp_path, name, capsys):
+    for folder in ("a/x", "7"):
+        frames_of(tmp_path / folder, 2)
+    (tmp_path / "8.mp4").touch()
+    (tmp_path / name).write_text(LISTINGS[name])
+    found = data.read_video_labels(str(tmp_path / name), str(tmp_path))
+    assert {path: entry["class"] for path, entry in found.items()} == LISTED[name]
+    left_out = "lines that are left out (damaged, or against an earlier one): 1"
+    assert (left_out in capsys.readouterr().err) == (name == "commas.csv")
+
+
+def test_a_list_is_all_of_data_or_beside_a_folder(tmp_path):
+    for folder in ("x", "y", "z"):
+        frames_of(tmp_path / folder, 2)
+    (tmp_path / "train.csv").write_text("x,one\ny,two\n")
+    (tmp_path / "val.csv").write_text("z,two\n")
+    lists = str(tmp_path / "train.csv"), str(tmp_path / "val.csv")
+    for opened in (lists, (str(tmp_path), None, (8, 8), *lists)):
+        train, val = data.open_sources(*opened, videos=True)
+        assert train.classes == val.classes == ["one", "two"]
+        assert data.all_labels(val).tolist() == [1] and val.paths == ["z"]
+    with pytest.raises(ValueError, match="cannot read a list of videos"):
+        data.read_video_labels(str(tmp_path / "none.csv"), ".")
+    (tmp_path / "bad.json").write_text('[{"id": 1}]')
+    with pytest.raises(ValueError, match="cannot read a list of videos"):
+        data.read_video_labels(str(tmp_path / "bad.json"), str(tmp_path))
+
+
+def test_without_ffmpeg_one_line_says_what_to_install(tmp_path, monkeypatch):
+    frames_of(tmp_path / "a" / "x", 2)
+    (tmp_path / "b").mkdir()
+    monkeypatch.setenv("PATH", "")
+    assert len(data.VideoFolder(str(tmp_path)).paths) == 1  # frames do not need it
+    (tmp_path / "b" / "y.mp4").touch()
+    with pytest.raises(ValueError, match="there is no ffmpeg program on the PATH: install it"):
+        data.VideoFolder(str(tmp_path))
+
+
+@pytest.fixture
+def film(tmp_path):
+    """film(name, size, how): 20 frames of grey 0, 10, ... 190 at 10 a second, without loss."""
+
+    def make(name="film.mkv", size=(24, 16), *how):
+        frames = tmp_path / f"{name} frames"
+        frames.mkdir()
+        for i in range(20):
+            grey(10 * i, size).save(frames / f"{i:02}.png")
+        (tmp_path / "films").mkdir(exist_ok=True)
+        path = tmp_path / "films" / name
+        how = [*(how or ("-c:v", "ffv1")), "-pix_fmt", "bgr0" if not how else "yuv420p"]
+        import subprocess
+
+        given = ["-v", "error", "-framerate", "10", "-i", f"{frames}/%02d.png"]
+        subprocess.run(["ffmpeg", *given, *how, str(path)], check=True)
+        return str(path)
+
+    return make
+
+
+@has_ffmpeg
+def test_ffmpeg_gives_the_frames_that_are_asked_for(film, monkeypatch):
+    path = film()
+    video = data.open_video(path)
+    assert (video.count, video.rate) == (20, 10.0)
+    piped, run = [], data.subprocess.run
+
+    def counted(*arguments, **how):
+        piped.append(run(*arguments, **how))
+        return piped[-1]
+
+    monkeypatch.setattr(data.subprocess, "run", counted)
+    for wanted in ([0], [0, 1, 2], [3, 7, 8, 19], [19], list(range(20))):
+        images = video.read(wanted)
+        assert list(map(level, images)) == [10 * n for n in wanted]
+        assert images[0].size == (24, 16)
+        # And no other frame goes through the pipe: 13 bytes of a head, three for each pixel.
+        assert len(piped[-1].stdout) == len(wanted) * (13 + 3 * 24 * 16)
+
+
+@has_ffmpeg
+def test_ffmpeg_scales_turns_and_repeats(film):
+    path = film("big.mkv", (90, 60))
+    sizes = [data.open_video(path, side).read([4])[0].size for side in (None, 30, 200)]
+    assert sizes == [(90, 60), (45, 30), (90, 60)]
+    assert data.open_video(film("high.mkv", (60, 90)), 30).read([4])[0].size == (30, 45)
+    # The header may promise more than there is.
+    assert list(map(level, data.decode(path, 10.0, None, [18, 19, 25]))) == [180, 190, 190]
+    with pytest.raises(ValueError, match="ffmpeg finds no frame from 40 on"):
+        data.decode(path, 10.0, None, [40, 41])
+
+
+@has_ffmpeg
+def test_a_damaged_film_is_named_and_weighs_nothing(film, tmp_path):
+    good = film("good.mkv")
+    folder = tmp_path / "films"
+    content = (folder / "good.mkv").read_bytes()
+    (folder / "cut.mkv").write_bytes(content[:300])
+    (folder / "text.mp4").write_text("no film")
+    (folder / "empty.webm").touch()
+    source = data.VideoFolder(str(folder))
+    batch = data.Batches(source, (8, 8), 3, 4, clips=data.Clips(2, span=1))[0]
+    readable = [source.name(int(n)) for n in batch["samples"][batch["weight"] > 0]]
+    assert readable == [good] and len(batch["bad"]) == 3
+    assert all(not images.any() for images in batch["images"][batch["weight"] == 0])
+    assert any("text.mp4: ValueError: ffmpeg finds no video" in line for line in batch["bad"])
+
+
+# --------------------------------------------------------------------------------------- toy motion
+
+
+def test_no_frame_of_the_toy_tells_its_motion():
+    """At any frame, place and size have the same distribution, whatever the class is: uniform."""
+    found = [data.toy_motion(number, 18) for number in range(6000)]
+    for label in range(10):
+        some = [
+            (*centre, math.log(radius / 0.12, 2.5)) for k, centre, radius in found if k == label
+        ]
+        assert len(some) == pytest.approx(600, abs=94)  # four deviations
+        for values in np.array(some).T:
+            gaps = np.sort(values) - (np.arange(len(some)) + 0.5) / len(some)
+            assert abs(gaps).max() < 2.0 / math.sqrt(len(some))  # Kolmogorov-Smirnov, p = 0.0007
+
+
+def test_the_motion_is_what_the_class_says():
+    for number in range(40):
+        label, (x, y), radius = data.toy_motion(number, 5)
+        _, (x2, y2), radius2 = data.toy_motion(number, 6)
+        step = np.array([(x2 - x + 0.5) % 1 - 0.5, (y2 - y + 0.5) % 1 - 0.5])
+        name = data.TOY_MOTIONS[label]
+        if name in ("growing", "shrinking"):
+            assert np.allclose(step, 0) and radius != radius2
+            rises = radius2 > radius
+            assert rises == (name == "growing") or max(radius, radius2) / min(radius, radius2) > 2
+        else:
+            assert radius == pytest.approx(radius2)
+            words = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
+            wanted = sum(np.array(words[word]) for word in name.split("-"))
+            assert np.allclose(step, 0.025 * wanted / np.linalg.norm(wanted))
+
+
+def test_a_linear_probe_of_single_frames_stays_at_chance_and_of_two_does_not():
+    source = data.ToyMotion("train", (24, 24))
+    clips = data.Clips(2, stride=8)
+    batch = data.Batches(source, (24, 24), 3, 900, clips=clips)[0]
+    frames = batch["images"].double().mean(dim=1).flatten(2) / 255  # (n, 2, pixels), grey
+    labels = batch["labels"]
+    x, x2 = frames[:, 0], torch.cat([frames[:, 0], frames[:, 1]], dim=1)
+    scores = []
+    for features in (x, x2):
+        scaled = evaluate.standardize(features[:600], features[600:])
+        found = evaluate.ridge(scaled[0], labels[:600], scaled[1], 10)
+        scores.append(evaluate.accuracy(found, labels[600:], 1))
+    assert scores[0] < 0.1 + 4 * math.sqrt(0.09 / 300)
+
+
+# -------------------------------------------------------------------------------------------- runs
+
+TINY = [
+    *("--task", "video", "--size", "16x2x2", "--image-size", "16", "--patch-size", "8"),
+    *("--frames", "4", "--stride", "2", "--batch-size", "8", "--workers", "1", "--log-every", "1"),
+    *("--steps", "4", "--save-every", "2", "--lr", "1e-2", "--drop-path", "0.3", "--erase", "0.9"),
+    *("--layer-decay", "0.9", "--seed", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Two classes of videos of several lengths and sizes: folders of frames; one has one frame."""
+    root = tmp_path_factory.mktemp("videos")
+    for i in range(16):
+        folder = root / ("train" if i < 12 else "val") / "ab"[i % 2] / f"clip{i}"
+        folder.mkdir(parents=True)
+        for frame in range(1 if i == 3 else 3 + i):
+            picture(100 * i + frame, 20 + 4 * (i % 3), 36).save(folder / f"{frame:05}.jpg")
+    return root
+
+
+def trained(out, *arguments, processes=None):
+    done = stage(
+        *TINY, "--out", out, *map(str, arguments), processes=processes, program="finetune.py"
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def run(videos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "run"
+    return out, trained(out, "--data", videos)
+
+
+def test_processes_and_pieces_change_nothing(run, videos, tmp_path):
+    out, printed = run
+    assert "attention PyTorch (relative positions are a bias" in printed
+    for name, how in (("pieces", {}), ("two", {"processes": 2})):
+        other = "--micro-batch", 2 if name == "pieces" else 4
+        # 12 shards, so 12 lanes: they can be dealt to two processes.
+        trained(tmp_path / name, "--data", videos, *other, **how)
+        for a, b in zip(read_metrics(out), read_metrics(tmp_path / name), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+            assert a.get("top1") == b.get("top1") and b["bad"] == 0
+        ours, theirs = (
+            models.read_weights(folder / "model.pt")[0] for folder in (out, tmp_path / name)
+        )
+        for key in ours:
+            torch.testing.assert_close(ours[key], theirs[key], atol=1e-4, rtol=1e-3)
+
+
+def test_a_run_goes_on_as_if_nothing_had_happened(run, videos, tmp_path):
+    out, _ = run
+    shutil.copytree(out, tmp_path / "run")
+    for name in ("checkpoints/step-00000004", "model.pt"):
+        path = tmp_path / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (tmp_path / "run/checkpoints/LATEST").write_text("step-00000002")
+    assert "going on from" in trained(tmp_path / "run", "--data", videos)
+    assert read_metrics(tmp_path / "run") == read_metrics(out)
+    ours, theirs = (torch.load(p / "model.pt")["model"] for p in (out, tmp_path / "run"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def evaluated(out, *arguments, processes=None):
+    how = {"processes": processes, "program": "evaluate.py"}
+    arguments = "--task", "video", "--checkpoint", out / "model.pt", *map(str, arguments)
+    done = stage(*arguments, **how)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_evaluation_is_the_mean_over_all_views_in_any_batch(run, videos):
+    out, _ = run
+    how = "--data", videos, "--clips", 2, "--crops", 3, "--stride", 2
+    found = evaluated(out, *how)
+    assert found == evaluated(out, *how, "--batch-size", 7, processes=2)
+    assert found["pictures"] == 4
+    # By hand: view after view, each with the plain classifier.
+    model, _ = evaluate.load_model(out / "model.pt", "video", "cpu")
+    source = data.open_sources(str(videos), videos=True)[1]
+    clips = data.Clips(4, stride=2, clips=2, crops=3)
+    batch = data.Batches(source, (16, 16), 3, 4, clips=clips)[0]
+    views = data.normalize(batch["images"]).unflatten(2, (6, 4)).unbind(dim=2)
+    with torch.no_grad():
+        mean = torch.stack([model(view).softmax(dim=1) for view in views]).mean(dim=0)
+        torch.testing.assert_close(
+            evaluate.over_views(model)(data.normalize(batch["images"])), mean.log()
+        )
+    assert found["top1"] == (mean.argmax(dim=1) == batch["labels"]).float().mean().item()
+
+
+def test_what_is_wrong_is_said_in_one_line(videos, tmp_path):
+    wrong = {
+        ("--frames", "5"): "5 frames: want an even number",
+        ("--task", "classify"): "--frames is for --task video",
+        ("--data", "nowhere"): "nowhere does not exist",
+    }
+    for arguments, message in wrong.items():
+        how = [*TINY, "--data", videos, "--out", tmp_path / "out", *arguments]
+        done = stage(*how, program="finetune.py")
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_unreadable_frames_are_named_and_capped(videos, tmp_path):
+    shutil.copytree(videos, tmp_path / "videos")
+    for i in range(12):
+        for path in (tmp_path / "videos/train" / "ab"[i % 2] / f"clip{i}").iterdir():
+            path.write_text("no picture")
+    how = [*TINY, "--data", tmp_path / "videos", "--out", tmp_path / "out"]
+    done = stage(*how, program="finetune.py")
+    assert done.returncode == 1 and "unreadable, weight 0" in done.stderr
+    assert "mend or remove them" in done.stderr
