@@ -835,16 +835,17 @@ def video_of_pictures(files):
     """A Video of paths or open files: a picture each, or a single animation."""
     if not files:
         raise ValueError("there is no frame in it")
+    if len(files) > 1:
+        return Video(len(files), None, lambda numbers: [Image.open(files[n]) for n in numbers])
     image = Image.open(files[0])
-    if len(files) == 1 and image.format in ("GIF", "WEBP", "PNG"):
 
-        def read(numbers):
-            for number in numbers:
-                image.seek(number)
-                yield image.copy()
+    def frame(number):
+        image.seek(number)
+        return image.copy()
 
-        return Video(image.n_frames, None, lambda numbers: list(read(numbers)))
-    return Video(len(files), None, lambda numbers: [Image.open(files[n]) for n in numbers])
+    # An MPO's pictures, say, are views of one moment.
+    count = image.n_frames if image.format in ("GIF", "WEBP", "PNG") else 1
+    return Video(count, None, lambda numbers: list(map(frame, numbers)))
 
 
 def ffmpeg(path, *arguments, seek=0.0):

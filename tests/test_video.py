@@ -1,10 +1,15 @@
 """Video: tubelets and relative positions, sources and sampling of clips, and runs of --task video."""
 
+import contextlib
 import io
 import json
 import math
+import os
 import shutil
+import subprocess
 import tarfile
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +25,13 @@ import kernels
 import model as models
 
 SMALL = {"size": "16x2x2", "image_size": (8, 12), "patch_size": 4, "classes": 5}
+if not shutil.which("ffmpeg"):  # there may be the wheel's, whose file has another name
+    with contextlib.suppress(ImportError):
+        import imageio_ffmpeg
+
+        FOLDER = tempfile.TemporaryDirectory()
+        Path(FOLDER.name, "ffmpeg").symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
+        os.environ["PATH"] = f"{FOLDER.name}{os.pathsep}{os.environ['PATH']}"
 has_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="no ffmpeg program on the PATH")
 
 
@@ -338,19 +350,17 @@ def test_without_ffmpeg_one_line_says_what_to_install(tmp_path, monkeypatch):
 
 @pytest.fixture
 def film(tmp_path):
-    """film(name, size, how): 20 frames of grey 0, 10, ... 190 at 10 a second, without loss."""
+    """film(name, size): path of 20 frames of grey 0, 10, ... 190 at 10 a second, without loss."""
 
-    def make(name="film.mkv", size=(24, 16), *how):
+    def make(name="film.mkv", size=(24, 16)):
         frames = tmp_path / f"{name} frames"
         frames.mkdir()
         for i in range(20):
             grey(10 * i, size).save(frames / f"{i:02}.png")
         (tmp_path / "films").mkdir(exist_ok=True)
         path = tmp_path / "films" / name
-        how = [*(how or ("-c:v", "ffv1")), "-pix_fmt", "bgr0" if not how else "yuv420p"]
-        import subprocess
-
         given = ["-v", "error", "-framerate", "10", "-i", f"{frames}/%02d.png"]
+        how = ["-c:v", "ffv1", "-pix_fmt", "bgr0"]
         subprocess.run(["ffmpeg", *given, *how, str(path)], check=True)
         return str(path)
 
