@@ -936,7 +936,7 @@ class Clips:
         return np.minimum(starts[:, None] + offsets, video.count - 1)
 
     def __call__(self, video, size, channels, bits, min_crop, centre):
-        """A list of (C, H, W) uint8, for each clip and each crop its frames. See crop_and_resize."""
+        """[(C, H, W) uint8], for each clip and each crop its frames. See crop_and_resize."""
         pixels = []
         if bits is not None and not self.flip:
             bits = np.concatenate([bits[:22], [0], bits[23:]]).astype(np.uint64)
@@ -1362,7 +1362,7 @@ def to_mode(image, channels):
 
 
 def normalize(images):
-    """uint8 (B, C, [T,] H, W) -> float32: ImageNet's mean and deviation of three channels (MAE code).
+    """uint8 (B, C, [T,] H, W) -> float32: ImageNet's mean and deviation of RGB (MAE code).
 
     Any other number of channels: RGB's values for the first three of four or more, and the average
     of the three for what is left. Call it on the device: a batch travels as bytes.

@@ -3,7 +3,7 @@
     python evaluate.py --task knn         --checkpoint runs/mae/model.pt --data DIR
     python evaluate.py --task fewshot     --checkpoint ... --data DIR --shots 1,5,10,all
     python evaluate.py --task classify    --checkpoint runs/classify/model.pt --data DIR
-    python evaluate.py --task video       --checkpoint runs/video/model.pt --data DIR --clips 5
+    python evaluate.py --task video       --checkpoint runs/video/model.pt --data DIR
     python evaluate.py --task features    --checkpoint ... --data DIR --out features.npz
     python evaluate.py --task reconstruct --checkpoint ... --data DIR    # what MAE sees, and paints
     python evaluate.py --task attention   --checkpoint ... --data DIR    # where a class token looks
@@ -856,7 +856,8 @@ def load_model(path, task, device, heads=None):
         if "head.weight" not in state:
             raise ValueError(f"{path} has no head: --task {task} needs one, finetune.py makes it")
         if (task == "video") != ("frames" in config):
-            raise ValueError(f"{path} is of {'pictures' if task == 'video' else 'videos'}")
+            wanted = "video" if "frames" in config else "classify"
+            raise ValueError(f"{path} has a head for --task {wanted}, not {task}")
         names = ("frames", "relative_positions") if task == "video" else ()
         video = {name: config[name] for name in names}
         pool = config.get("pool", "mean" if "fc_norm.weight" in state else "cls")

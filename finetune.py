@@ -65,9 +65,9 @@ RECIPES = {
 }
 RECIPES |= {"2B": RECIPES["H"], "6.5B": RECIPES["H"]}
 RECIPES["toy"] = (64, 4e-3, 100, 0.75, 0.0)  # ours
-# The same of video. The paper's are unknown. B: OmniMAE's on Something-Something, of the same group.
-# L, H: what PySlowFast's MAE has on Kinetics, and for the lr (its unit is not clear) half of B's, as
-# there. The augmentation is OmniMAE's; 2B and 6.5B get H's.
+# The same of video, borrowed: the paper's are unknown. B: OmniMAE's on Something-Something, of the
+# same group. L, H: PySlowFast's of MAE on Kinetics, but for the lr, whose unit is not clear there:
+# half of B's, as there. The augmentation is OmniMAE's; 2B and 6.5B get H's.
 VIDEO_RECIPES = {
     "B": (256, 1e-3, 100, 0.75, 0.1),
     "L": (256, 5e-4, 50, 0.75, 0.2),
@@ -546,11 +546,11 @@ MIX_DRAWS = 4  # numbers of a sample for mix(); drop path's come after them
 def mix(images, weight, numbers, mixup, cutmix):
     """Mixup (arXiv 1710.09412) or CutMix (1905.04899), half and half, of positions 2i and 2i + 1.
 
-    images (B, C, [T,] H, W), all T alike; weight (B,), 0 for an unreadable one, which is not mixed in; numbers
-    (B, MIX_DRAWS) uniform, of which the pair's first are used; mixup, cutmix: alphas of Beta(alpha,
-    alpha), at most 1, 0 for none. Returns the images and (B,) the share of each one's own label;
-    its neighbour's has the rest. (timm draws one share for a batch; here a pair has its own, so
-    that nothing depends on how a batch is dealt.)
+    images (B, C, [T,] H, W), all T alike; weight (B,), 0 for an unreadable one, which is not mixed
+    in; numbers (B, MIX_DRAWS) uniform, of which the pair's first are used; mixup, cutmix: alphas of
+    Beta(alpha, alpha), at most 1, 0 for none. Returns the images and (B,) the share of each one's
+    own label; its neighbour's has the rest. (timm draws one share for a batch; here a pair has its
+    own, so that nothing depends on how a batch is dealt.)
     """
     if not mixup and not cutmix:
         return images, torch.ones_like(weight)

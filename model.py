@@ -1422,10 +1422,11 @@ def load_weights(model, state, old_grid=None, keep_head=False):
     """Load tensors by our names into any of the models; return one line on the outcome.
 
     Position tables of another grid are resampled (old_grid: theirs, square if not given), and a
-    picture's patch embedding is inflated to tubelets: half of it for each of two frames. A decoder, a
-    head or what texts need that the file has and the model lacks is dropped, and so is any head
-    unless keep_head; what the model has of these, or of positions in time and relative ones, and
-    the file lacks keeps its initial values. Anything else that does not fit is a ValueError.
+    picture's patch embedding is inflated to tubelets: half of it for each of two frames. A
+    decoder, a head or what texts need that the file has and the model lacks is dropped, and so is
+    any head unless keep_head; what the model has of these, or of positions in time and relative
+    ones, and the file lacks keeps its initial values. Anything else that does not fit is a
+    ValueError.
     """
     own = model.state_dict()
     renamed = "fc_norm.weight" in state and "fc_norm.weight" not in own and "norm.weight" in own
