@@ -588,7 +588,8 @@ def task_fewshot(model, sources, run):
 def task_classify(model, sources, run):
     """Top-1 and top-5 of a classifier's head. A picture may have several right classes."""
     source = Bordered(sources[-1], run.border) if run.border else sources[-1]
-    scores = over_views(model) if run.task == "video" else model
+    video = run.task == "video"
+    scores, what = (over_views(model), "videos") if video else (model, "pictures")
     options, functions = run.options, {"": lambda images: best_five(scores(images))}
     options["centre"] = run.val_crop
     found, labels, numbers = extract(functions, source, model.config, **options)
@@ -598,11 +599,11 @@ def task_classify(model, sources, run):
     if not counted:
         raise ValueError(f"no labels in {source.identity}: want class folders or .cls files")
     if len(counted) < len(answers):
-        print(f"{len(answers) - len(counted)} pictures without a right answer are left out")
+        print(f"{len(answers) - len(counted)} {what} without a right answer are left out")
     best = found[:, :-1].long().tolist()
     top1 = sum(best[i][0] in answers[i] for i in counted) / len(counted)
     top5 = sum(not answers[i].isdisjoint(best[i]) for i in counted) / len(counted)
-    print(f"top-1 {top1:.2%}, top-5 {top5:.2%} on {len(counted)} pictures")
+    print(f"top-1 {top1:.2%}, top-5 {top5:.2%} on {len(counted)} {what}")
     names = model.config.get("class_names") or [str(i) for i in range(model.classes)]
     speaks = distributed()[0] == 0
     if run.confusion and speaks:
@@ -619,7 +620,7 @@ def task_classify(model, sources, run):
         shown = [(names[best[i][0]], found[i, -1], names[min(answers[i])]) for i in wrong]
         lines = [line(*what) for what in shown[: run.count]]
         draw_mistakes(pictures, lines, model.config, run.mistakes)
-    return {"top1": top1, "top5": top5, "pictures": len(counted)}
+    return {"top1": top1, "top5": top5, what: len(counted)}
 
 
 def over_views(model):

@@ -537,7 +537,7 @@ def test_evaluation_is_the_mean_over_all_views_in_any_batch(run, videos):
     how = "--data", videos, "--clips", 2, "--crops", 3, "--stride", 2
     found = evaluated(out, *how)
     assert found == evaluated(out, *how, "--batch-size", 7, processes=2)
-    assert found["pictures"] == 4
+    assert found["videos"] == 4
     # By hand: view after view, each with the plain classifier.
     model, _ = evaluate.load_model(out / "model.pt", "video", "cpu")
     source = data.open_sources(str(videos), videos=True)[1]
