@@ -10,6 +10,7 @@
     polygon_to_rle ...  masks as run lengths, pixel for pixel as the reference makes them
     average_precision   COCO's 12 numbers, or LVIS's 13
     write_results, read_results, draw_detections
+    detect_in           what a Detector finds in scenes, on all processes together
 
 What is not the paper's is detectron2's, in its ViTDet project (Cascade Mask R-CNN). It differs in
 that an image's loss depends on that image alone, so that the optimisation is the same on any number
@@ -919,12 +920,17 @@ def repeat_factors(scenes, threshold=0.001):
     with its rarest category in them: the LVIS paper's (arXiv 1908.03195, appendix B), whose
     threshold is 0.001.
     """
-    present = [np.unique(scenes.labels[a:b]) for a, b in zip(scenes.first, scenes.stop)]
-    counts = np.bincount(np.concatenate(present), minlength=len(scenes.classes))
+    present, counts = classes_present(scenes)
     factors = np.sqrt(threshold * len(present) / counts.clip(1)).clip(1)
     weights = [factors[labels].max(initial=1) for labels in present]
     weights = np.rint(np.array(weights) * data.WEIGHT).astype(np.int64)
     return {"totals": weights, "weights": partial(weights_between, weights), "most": weights.max()}
+
+
+def classes_present(scenes):
+    """The classes of each picture, and in how many pictures each class is, (classes,) int64."""
+    present = [np.unique(scenes.labels[a:b]) for a, b in zip(scenes.first, scenes.stop)]
+    return present, np.bincount(np.concatenate(present), minlength=len(scenes.classes))
 
 
 def weights_between(weights, first, stop):
@@ -970,13 +976,15 @@ def view_boxes(boxes, view):
 
 
 def view_pixels(image, view, side, channels):
-    """A PIL image -> (C, S, S) uint8 tensor, zero where it is padding; bilinear, as detectron2."""
+    """A PIL image -> (C, S, S) uint8 tensor; bilinear and padded with what normalises to 0, as
+    detectron2 (to rounding)."""
     image = data.to_mode(image, channels)
     image = ImageOps.mirror(image) if view.flip else image
     (x, y), (w, h), (sx, sy) = view.corner, view.cut, view.scale
     box = x / sx, y / sy, min(image.width, (x + w) / sx), min(image.height, (y + h) / sy)
     image = image.resize(view.cut, Image.Resampling.BILINEAR, box=box)
-    pixels = torch.zeros(side, side, channels, dtype=torch.uint8)
+    mean = (255 * torch.tensor(data.channel_statistics(channels)[0])).round().to(torch.uint8)
+    pixels = mean.repeat(side, side, 1)
     pixels[:h, :w] = torch.from_numpy(np.array(image).reshape(h, w, channels))
     return pixels.permute(2, 0, 1)
 
@@ -1035,7 +1043,7 @@ def view_target(sample, view, side, with_masks):
 class SceneBatches(data.Batches):
     """step * pieces + piece -> that piece of this process's part of that step's batch, a dict:
 
-    images     (b, C, S, S) uint8, S = size[0] = size[1]; zero where padded or unreadable
+    images     (b, C, S, S) uint8, S = size[0] = size[1]; of the mean colour where padded
     targets    b dicts of {"boxes": (n, 4) float32 x1 y1 x2 y2 in the square, "labels": (n,) int64,
                "masks": (n, S, S) bool or None, "ignored": (m, 4) float32, the crowds' boxes,
                "seed": an int for what is drawn on the device}; nothing in them where unreadable

@@ -1296,7 +1296,7 @@ def detect(run, say):
     config["masks"] = run.train.has_masks
     if run.train.frequencies:  # LVIS (detectron2's settings)
         config |= {"federated": 50, "score_threshold": 0.02, "detections": 300}
-        config["class_counts"] = run.train.class_counts()
+        config["class_counts"] = detection.classes_present(run.train)[1].tolist()
     model = detection.Detector(classes=run.classes, **config)
     models.initialize(model, run.seed)
     if run.weights:

@@ -937,6 +937,23 @@ def test_detection_resumes_and_is_measured_alike_by_evaluate(scenes, detector, t
         assert measured[1][name] == pytest.approx(measured[0][name], rel=1e-6)
 
 
+def test_lvis_is_learned_with_its_own_loss_sampling_and_metric(scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "lvis")
+    for split in ("train", "val"):
+        path = tmp_path / "lvis" / "annotations" / f"instances_{split}.json"
+        content = json.loads(path.read_text())
+        for category, frequency in zip(content["categories"], "rf"):
+            category["frequency"] = frequency
+        for image in content["images"]:
+            image |= {"neg_category_ids": [5], "not_exhaustive_category_ids": []}
+        path.with_name(f"lvis_v1_{split}.json").write_text(json.dumps(content))
+        path.unlink()
+    found = last_json(fine(*DETECT, "--data", tmp_path / "lvis", "--out", tmp_path / "run"))
+    assert {"bbox_APr", "bbox_APf", "segm_APr", "bbox_AR300"} <= found.keys()
+    config = torch.load(tmp_path / "run" / "model.pt", weights_only=True)["config"]
+    assert config["class_counts"] == [6, 6] and config["detections"] == 300
+
+
 def test_unusable_scenes_are_refused_in_one_line(scenes, pets, tmp_path, capsys):
     common = ["--task", "detect", "--size", "toy", "--out", tmp_path / "run", "--data"]
     assert "there must be one" in refused(capsys, *common, pets)
