@@ -941,7 +941,7 @@ def parse_arguments(argv):
         value = getattr(run, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} {value} is out of range")
-    if run.crops > 1 and run.val_crop == 0:
+    if run.task == "video" and run.crops > 1 and run.val_crop == 0:
         parser.error("--val-crop 0 is the whole picture: give --crops 1, too")
     if run.real_labels and run.label_map:
         parser.error("--real-labels says which classes are right: leave --label-map out")

@@ -493,7 +493,8 @@ def test_rare_classes_can_count_as_much_as_others(pets, tmp_path, monkeypatch):
     for i in range(5, 20):
         (folder / "train" / "owls" / f"{i}.png").unlink()
     found = []
-    monkeypatch.setattr(finetune, "classify", lambda run, _: found.append(run.weights_of_classes))
+    kept = lambda run, _: found.append(run.weights_of_classes)
+    monkeypatch.setitem(finetune.TASKS, "classify", kept)
     finetune.main([*CLASSIFY[:2], *TINY, "--class-weights", "--data", str(folder)])
     # 20, 20 and 5 pictures: each class's weights add up to 15, a third of all 45
     torch.testing.assert_close(found[0], torch.tensor([0.75, 0.75, 3.0]))
