@@ -78,7 +78,7 @@ VIDEO_RECIPES |= {"2B": VIDEO_RECIPES["H"], "6.5B": VIDEO_RECIPES["H"]}
 VIDEO_RECIPES["toy"] = (32, 8e-3, 100, 1.0, 0.0)
 # Of the toy world: of its 65,536 pictures, of 15,564, and of the few that lowshot draws (ours).
 TOY_EPOCHS = {"classify": 0.4, "linear": 2, "lowshot": 10}
-TOY_EPOCHS |= {"lit": 1, "video": 0.2, "detect": 0.04}
+TOY_EPOCHS |= {"lit": 1, "video": 0.2, "detect": 0.03}
 # Augmentation of the same recipe; a toy run is too short for most of it (ours).
 AUGMENTATION = {"min_crop": 0.08, "mixup": 0.8, "cutmix": 1.0, "rand_augment": 9.0, "erase": 0.25}
 OPERATIONS_DONE = {"classify": 2, "video": 4}  # of RandAugment
