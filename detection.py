@@ -1,6 +1,6 @@
 """Object detection and instance segmentation with the same ViT: ViTDet (arXiv 2203.16527).
 
-    Trunk             the plain ViT at any image size: windows, four global blocks, relative positions
+    Trunk             the plain ViT at any size: windows, four global blocks, relative positions
     Detector          the trunk, a simple feature pyramid, RPN, Cascade R-CNN and a mask head
     load_trunk        the weights of stages 1 and 2, or those of a detector
     roi_align, nms, paste_masks
@@ -72,7 +72,7 @@ RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
 STAGES = ((0.5, (10.0, 5.0)), (0.6, (20.0, 10.0)), (0.7, (30.0, 15.0)))
 
 
-# --------------------------------------------------------------------------------------- the trunk
+# ---------------------------------------------------------------------------------------- the trunk
 
 
 class WindowAttention(models.Attention):
@@ -190,7 +190,7 @@ def load_trunk(model, state, grid=None):
     return f"{said}; heads: {len(fit)} tensors loaded, newly initialised: {families or 'none'}"
 
 
-# ------------------------------------------------------------------------------------------- boxes
+# -------------------------------------------------------------------------------------------- boxes
 
 
 def areas(boxes):
@@ -297,7 +297,7 @@ def nms(boxes, scores, groups, threshold, limit, block=1024):
     return kept[:limit]
 
 
-# ---------------------------------------------------------------------------------- regions, masks
+# ----------------------------------------------------------------------------------- regions, masks
 
 
 def first_cells(grids, device):
@@ -401,7 +401,7 @@ def paste_masks(masks, boxes, size):
     return out
 
 
-# ------------------------------------------------------------------------------------ the detector
+# ------------------------------------------------------------------------------------- the detector
 
 
 class Norm(nn.LayerNorm):
@@ -937,7 +937,7 @@ def weights_between(weights, first, stop):
     return weights[first:stop]
 
 
-# ------------------------------------------------------------------------------- scenes to tensors
+# -------------------------------------------------------------------------------- scenes to tensors
 
 # Picture -> square: points times scale (x, y), mirrored at `width` if flip, less corner (x, y), cut
 # to (width, height). What is right of it and below is padding.
@@ -1095,7 +1095,7 @@ def empty_target(side, with_masks):
     return nothing | {"masks": masks, "ignored": torch.zeros(0, 4)}
 
 
-# --------------------------------------------------------------------------------------- run lengths
+# -------------------------------------------------------------------------------------- run lengths
 #
 # A mask as run lengths (RLE) is {"size": [height, width], "counts": (m,) int64}: so many zeros,
 # ones, zeros ... down the columns, one after the other. In files, counts are a list or a text.
@@ -1264,10 +1264,10 @@ def mask_iou(found, truth, crowd, pairs):
     return iou
 
 
-# --------------------------------------------------------------------------------- average precision
+# -------------------------------------------------------------------------------- average precision
 #
 # Detections are {image_id: {"boxes": (k, 4) x1 y1 x2 y2 in the picture's pixels, "scores": (k,),
-# "labels": (k,) class numbers, "masks": a list of k RLEs, or None}}, in tensors or arrays. A picture
+# "labels": (k,) class numbers, "masks": a list of k RLEs, or None}}, in tensors or arrays. One
 # without an entry has none.
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of the IoU, COCO's
@@ -1414,7 +1414,7 @@ def print_table(results):
         print(f"{kind:6}" + "".join(row))
 
 
-# ------------------------------------------------------------------------------ results and pictures
+# ----------------------------------------------------------------------------- results and pictures
 
 
 def write_results(path, scenes, detections):
@@ -1503,7 +1503,7 @@ def draw_detections(path, scenes, detections, numbers=range(8), most=10, least=0
     grid.save(path)
 
 
-# --------------------------------------------------------------------------- a detector on scenes
+# ----------------------------------------------------------------------------- a detector on scenes
 
 
 def read_detector(path):
@@ -1519,7 +1519,7 @@ def read_detector(path):
 def detect_in(model, scenes, batch_size=8, workers=0, device="cpu", max_bad=0.01):
     """What a Detector finds in scenes: see average_precision. Exact for any number of processes.
 
-    Raises ValueError when more than the share max_bad cannot be read (one alone always may), or all.
+    Raises ValueError when more than the share max_bad cannot be read (one alone may), or all.
     """
     process, processes = 0, 1
     if dist.is_initialized():

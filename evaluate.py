@@ -7,7 +7,7 @@
     python evaluate.py --task features    --checkpoint ... --data DIR --out features.npz
     python evaluate.py --task reconstruct --checkpoint ... --data DIR    # what MAE sees, and paints
     python evaluate.py --task attention   --checkpoint ... --data DIR    # where a class token looks
-    python evaluate.py --task zeroshot    --checkpoint runs/lit/model.pt --data DIR  # by their names
+    python evaluate.py --task zeroshot    --checkpoint runs/lit/model.pt --data DIR # by names
     python evaluate.py --task retrieval   --checkpoint runs/lit/model.pt --data 'captions/*.tar'
     python evaluate.py --task detect      --checkpoint runs/detect/model.pt --data COCO_DIR
 
@@ -280,7 +280,7 @@ def show_autoencoder(weights, run):
         print(f"no more is shown: {error}")
 
 
-# --------------------------------------------------------------------------------- pictures and texts
+# ------------------------------------------------------------------------------- pictures and texts
 
 
 def open_tokenizer(path, text):

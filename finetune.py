@@ -741,7 +741,7 @@ def build_trunk(run, say):
 
 
 def learn_labels(run, model, pieces):
-    """A step on labels: see train. Losses are sums over the batch, to be divided by the weights'."""
+    """A step on labels: see train. Losses are the batch's sums, to be divided by the weights'."""
     sums = torch.zeros(3, device=run.device)
     for batch in pieces:
         readable, labels, numbers = batch["weight"], batch["labels"], batch["numbers"]

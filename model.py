@@ -448,7 +448,7 @@ def patch_statistics(patches):
     return mean, (variance + 1e-6).sqrt()
 
 
-# ---------------------------------------------------------------------------------- the classifier
+# ----------------------------------------------------------------------------------- the classifier
 
 
 class Classifier(ViT):
@@ -544,7 +544,7 @@ def tag_loss(logits, tags):
     return logits.logsumexp(dim=1) - picked.sum(dim=1) / known.sum(dim=1).clamp(min=1)
 
 
-# --------------------------------------------------------------------------------- pictures and texts
+# ------------------------------------------------------------------------------- pictures and texts
 
 
 class TextBlock(Block):
@@ -617,7 +617,7 @@ class TwoTowers(ViT):
 
     def forward(self, features=None, tokens=None):
         """Embeddings of unit length and the scale of the logits: (B, shared_width) of features
-        (B, D), the same of texts, (B, T) int64 tokens, and (1,): fp32. What is not given stays None.
+        (B, D), the same of texts, (B, T) int64 tokens, and (1,): fp32. What is not given is None.
         """
         if features is not None:  # cached ones are fp32 wherever the weights compute in bf16
             features = features.to(self.image_projection.dtype) @ self.image_projection
@@ -628,7 +628,7 @@ class TwoTowers(ViT):
 
 
 class Contrastive(torch.autograd.Function):
-    """See contrastive_loss. The gradient is computed with the loss, some rows of logits at a time."""
+    """See contrastive_loss. The gradient comes with the loss, some rows of logits at a time."""
 
     ROWS = 512  # of logits that are in memory together
 
@@ -1498,7 +1498,7 @@ def convert(source, out, format, heads=None):
 
     format  "timm": tensors for VisionTransformer, .pt, .pth or .safetensors; "hf": a folder for
             from_pretrained; "own": model.pt
-    Raises ValueError when `out` exists, its folder does not, or the format cannot express the model.
+    Raises ValueError when `out` exists, its folder does not, or the format cannot say the model.
     """
     out = Path(out)
     if os.path.lexists(out):
