@@ -1035,7 +1035,6 @@ def view_target(sample, view, side, with_masks):
         "boxes": torch.from_numpy(boxes[kept]).float(),
         "labels": torch.from_numpy(sample["labels"][kept]),
         "masks": masks,
-        "ignored": torch.from_numpy(boxes[seen & crowd]).float(),
     }
 
 
@@ -1045,8 +1044,8 @@ class SceneBatches(data.Batches):
 
     images     (b, C, S, S) uint8, S = size[0] = size[1]; of the mean colour where padded
     targets    b dicts of {"boxes": (n, 4) float32 x1 y1 x2 y2 in the square, "labels": (n,) int64,
-               "masks": (n, S, S) bool or None, "ignored": (m, 4) float32, the crowds' boxes,
-               "seed": an int for what is drawn on the device}; nothing in them where unreadable
+               "masks": (n, S, S) bool or None, "seed": an int for what is drawn on the device};
+               without crowds; nothing in them where unreadable
     sizes      (b, 2) int64, the picture's height and width
     scales     (b, 2) float64, x and y: boxes of the square / scales = boxes of the picture
                (without an order: with one, it was cut and flipped as well)
@@ -1092,7 +1091,7 @@ class SceneBatches(data.Batches):
 def empty_target(side, with_masks):
     masks = torch.zeros(0, side, side, dtype=torch.bool) if with_masks else None
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    return nothing | {"masks": masks, "ignored": torch.zeros(0, 4)}
+    return nothing | {"masks": masks}
 
 
 # -------------------------------------------------------------------------------------- run lengths

@@ -446,10 +446,14 @@ def test_a_batch_is_a_pure_function_of_its_positions(tmp_path):
     for position, (image, target) in one.items():
         other = two[position][1]
         assert torch.equal(image, two[position][0]) and target["seed"] == other["seed"]
-        for key in ("boxes", "labels", "masks", "ignored"):
+        for key in ("boxes", "labels", "masks"):
             assert torch.equal(target[key], other[key])
     assert len({target["seed"] for _, target in one.values()}) == 32
-    assert any(len(target["ignored"]) for _, target in one.values())  # crowds
+    samples = [scenes.read(number) for number in range(len(scenes.sizes))]
+    crowded = next(sample for sample in samples if sample["crowd"].any())
+    view = detection.random_view(crowded["size"], 64)
+    found = detection.view_target(crowded, view, 64, True)
+    assert len(found["labels"]) == (~crowded["crowd"]).sum()  # crowds are not to be found
 
 
 def test_to_measure_pictures_are_whole_and_boxes_go_back(tmp_path):

@@ -520,7 +520,9 @@ def test_a_run_goes_on_as_if_nothing_had_happened(run, videos, tmp_path):
     (tmp_path / "run/checkpoints/LATEST").write_text("step-00000002")
     assert "going on from" in trained(tmp_path / "run", "--data", videos)
     assert read_metrics(tmp_path / "run") == read_metrics(out)
-    ours, theirs = (torch.load(p / "model.pt", weights_only=True)["model"] for p in (out, tmp_path / "run"))
+    ours, theirs = (
+        torch.load(p / "model.pt", weights_only=True)["model"] for p in (out, tmp_path / "run")
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
