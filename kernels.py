@@ -21,7 +21,7 @@ What is computed is softmax(q k^T / sqrt(d)) v, for each head of each sample. Sp
 * q, k and v are read where the qkv layer left them, in one (B, N, 3 D) tensor, and the result is
   written as the next layer wants it, (B, N, D). Nothing is permuted or copied; backward likewise.
 * A head may be 80 wide (H and 2B): it is a tile of 64 columns beside one of 16, not a padded 128.
-* Sequences are short. Up to 128 tokens, all keys of a head are one tile: softmax is taken at once,
+* Sequences are short. Up to 64 tokens, all keys of a head are one tile: softmax is taken at once,
   and backward is one kernel. Longer ones walk over tiles of keys and correct as they go.
 * In MAE's last decoder block only the hidden tokens ask: queries before `first_query` are left out.
 * The number of tokens is a constant of the kernel, too, since a model meets only a few.
@@ -276,19 +276,20 @@ def backward_rows(
 # --------------------------------------------------------------------------- the plain functions
 
 
-def tiles(tokens, first_query, head, itemsize, backward):
-    """The constants of a launch: how the kernels cut up their work.
+def tiles(tokens, first_query, head, device, own, walked):
+    """The constants of a launch: how a kernel cuts up its work.
 
-    16 x 16 is the smallest tile that a matrix product takes. Up to 128 tokens their keys are one
-    tile, up to 64 where the head is wide. Backward holds more tiles at once, and takes more warps
-    where the head is wide, so that all stays in registers.
+    own, walked: ROWS and KEYS, or the other way round. A program's own tile has up to 64 tokens,
+    16 at least, as a matrix product wants. Where it does not hold all, the program walks over the
+    others by 32; by 16 for the 65 tokens of H's encoder, which are 80 then, and not 96. Found on an
+    H200, where few shapes gain 10 % from tiles of their own: tests/bench/attention_tiles.csv.
+    Before Hopper, wide heads need the registers of more warps.
     """
-    padded, wide = max(16, 1 << (tokens - 1).bit_length()), head * itemsize > 160
-    keys = padded if padded <= (64 if wide else 128) else 64
-    rows = min(padded, 32 if backward and keys == padded else 64)
-    warps = 8 if keys > 64 or (backward and head > 64) else 4
-    sizes = {"N": tokens, "FIRST": first_query, "HEAD": head}
-    return sizes | {"ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": 2}
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    tile = min(64, max(16, 1 << (tokens - 1).bit_length()))
+    others = tile if tokens <= tile else 16 if tokens <= 80 and head == 80 else 32
+    sizes = {"N": tokens, "FIRST": first_query, "HEAD": head, own: tile, walked: others}
+    return sizes | {"num_warps": 8 if head > 96 and not hopper else 4, "num_stages": 3}
 
 
 def launch(kernel, programs, sizes, *tensors, heads):
@@ -309,7 +310,7 @@ def empty_results(qkv, heads, first_query):
 def attention_forward(qkv: Tensor, heads: int, first_query: int) -> tuple[Tensor, Tensor]:
     """out and logsum, log2 of the softmax's denominators, of qkv (B, N, 3 * D)."""
     N, head = qkv.shape[1], qkv.shape[2] // (3 * heads)
-    sizes = tiles(N, first_query, head, qkv.itemsize, backward=False)
+    sizes = tiles(N, first_query, head, qkv.device, own="ROWS", walked="KEYS")
     results = empty_results(qkv, heads, first_query)
     of_rows = triton.cdiv(N - first_query, sizes["ROWS"])
     launch(forward_rows, of_rows, sizes, qkv.contiguous(), *results, heads=heads)  # slices: copied
@@ -321,12 +322,13 @@ def attention_backward(
 ) -> Tensor:
     """The gradient of qkv, (B, N, 3 * D), from the one of out and what forward returned."""
     N, head = qkv.shape[1], qkv.shape[2] // (3 * heads)
-    sizes = tiles(N, first_query, head, qkv.itemsize, backward=True)
     qkv, grad, delta = qkv.contiguous(), grad.contiguous(), torch.empty_like(logsum)
     tensors = grad, logsum, delta, torch.empty_like(qkv)
+    sizes = tiles(N, first_query, head, qkv.device, own="ROWS", walked="KEYS")
     if sizes["KEYS"] < N:
         of_rows = triton.cdiv(N - first_query, sizes["ROWS"])
         launch(backward_rows, of_rows, sizes, qkv, out, *tensors, heads=heads)
+    sizes = tiles(N, first_query, head, qkv.device, own="KEYS", walked="ROWS")
     launch(backward_keys, triton.cdiv(N, sizes["KEYS"]), sizes, qkv, *tensors, heads=heads)
     return tensors[-1]
 
@@ -457,16 +459,16 @@ def both_ways(function, qkv, grad, heads, first):
 
 
 def median(work):
-    """Milliseconds on a GPU."""
-    return triton.testing.do_bench(work, rep=50, return_mode="median")
+    """Milliseconds on a GPU, of a recording: without the CPU, which is ahead of it in training."""
+    return triton.testing.do_bench_cudagraph(work, rep=10, return_mode="median")
 
 
 def measure(function, qkv, grad, heads, first):
-    """Median milliseconds of (forward, forward and backward) on a GPU, and the peak MiB of both."""
-    both = both_ways(function, qkv, grad, heads, first)
+    """Median milliseconds of (forward, forward and backward) on a GPU; MiB that both take at most."""
+    both, held = both_ways(function, qkv, grad, heads, first), torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     both()
-    peak = torch.cuda.max_memory_allocated() >> 20
+    peak = (torch.cuda.max_memory_allocated() - held) >> 20
     return median(lambda: function(qkv, heads, first)), median(both), peak
 
 
@@ -504,7 +506,7 @@ SHAPES += [(197, 0, 16, 32), (197, 50, 16, 32), (257, 0, 16, 32), (257, 65, 16, 
 def speed(device):
     """Print, as CSV, the speed of every shape in bfloat16: medians of repeated runs."""
     print("tokens,first,heads,columns,way,forward TFLOP/s,backward TFLOP/s,both TFLOP/s,"
-          "both over the fastest of PyTorch,peak MiB")  # fmt: skip
+          "both over the fastest of PyTorch,peak MiB beside the inputs")  # fmt: skip
     backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
     backends |= {"memory-efficient": SDPBackend.EFFICIENT_ATTENTION}
     ways = {"Triton": triton_attention, **dict.fromkeys(backends, pytorch_attention)}

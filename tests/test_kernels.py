@@ -243,6 +243,7 @@ from triton.backends.compiler import GPUTarget
 
 driver = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
 triton.runtime.driver.set_active(driver)  # enough to trace with; nothing is launched
+torch.cuda.get_device_capability = lambda _: (9, 0)
 has_gpu, torch.cuda.is_available = torch.cuda.is_available, lambda: True
 import kernels
 torch.cuda.is_available = has_gpu
@@ -441,6 +442,7 @@ def test_the_choice_travels_with_the_checkpoint(tmp_path, monkeypatch):
 
 COMPILED = """
 import json, os, re, subprocess, sys, tempfile
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -448,9 +450,11 @@ import kernels
 
 objdump = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
 chip, found = int(sys.argv[1]), []
+torch.cuda.get_device_capability = lambda _: divmod(chip, 10)
 for tokens, first, columns in json.loads(sys.argv[2]):
     for kernel in (kernels.forward_rows, kernels.backward_rows, kernels.backward_keys):
-        sizes = kernels.tiles(tokens, first, columns, 2, kernel is not kernels.forward_rows)
+        sides = ("KEYS", "ROWS") if kernel is kernels.backward_keys else ("ROWS", "KEYS")
+        sizes = kernels.tiles(tokens, first, columns, torch.device("cuda"), *sides)
         if kernel is kernels.backward_rows and sizes["KEYS"] >= tokens:
             continue  # not needed there
         options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}

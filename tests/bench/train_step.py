@@ -1,11 +1,17 @@
 """Training images per second: normalize uint8, forward, backward, AdamW. Loading is not in it.
 
+    python tests/bench/train_step.py --sizes B,L,H --batch 256 --compile --peer ../mae   # a GPU
+
     python tests/bench/train_step.py --sizes toy,T,S,B
     python tests/bench/train_step.py --sizes B --batch 16 --peer ../mae
     python tests/bench/train_step.py --sizes 192x6x3 --patch-size 8 --image-size 64 \\
         --decoder 96x2x3 --batch 256 --peer ../mae
 
-CUDA as the stage does it (bf16, FSDP2 over one process), else fp32. --peer is a checkout of
+CUDA as the stage does it (bf16, FSDP2 over one process), else fp32. On a GPU our step is taken with
+the Triton kernels and with PyTorch's attention, in turn; mfu is the share of the chip's dense bf16
+peak; GiB, what the allocator had at most in our steps, beside what --plan says of it.
+
+--peer is a checkout of
 facebookresearch/mae: its step runs in turn with ours, with its own attention and with
 F.scaled_dot_product_attention, after both have given the same loss on the same weights, images and
 masks. Its optimizer is its own (AdamW with defaults; on a CPU that is not the fused one); each side
@@ -14,6 +20,7 @@ loader does. It needs no timm. OMP_WAIT_POLICY is the stage's unless the environ
 """
 
 import argparse
+import gc
 import os
 import statistics
 import sys
@@ -33,6 +40,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import kernels
 import model as models
 
 
@@ -113,7 +121,8 @@ def build_peer(checkout, ours):
 # ----------------------------------------------------------------------------------------- steps
 
 
-def ours_step(model, optimizer, images, ids):
+def ours_step(model, optimizer, images, ids, fused):
+    kernels.CHOSEN.update(dict.fromkeys(kernels.CHOSEN, fused))
     model(data.normalize(images), ids).mean().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -148,24 +157,34 @@ def contenders(options, size, device):
     noise = torch.rand(options.batch, ours.num_patches)
     peer = build_peer(options.peer, ours) if options.peer else None
     if peer:
-        check_same_loss(ours, peer, images, noise)
-        peer = peer.to(device)
-    sharded = device.type == "cuda"
+        check_same_loss(ours, peer, images[:8], noise[:8])
     ours = ours.to(device)
-    models.parallelize(
-        ours, device, 1 if sharded else None, "bf16" if sharded else "fp32", options.compile
-    )
+    sharded = device.type == "cuda"
+    how = {"shard_group": 1 if sharded else None, "precision": "bf16" if sharded else "fp32"}
+    run = types.SimpleNamespace(processes=1, gpus=0, batch_size=options.batch, device=device)
+    run.shard_group, run.precision = 1, how["precision"]
+    plan = models.training_memory(ours, run, options.batch, recompute=False)
+    models.parallelize(ours, device, **how, compile=options.compile)
     groups = models.parameter_groups(ours, 0.05)
     optimizer = torch.optim.AdamW(groups, 1e-4, betas=(0.9, 0.95), fused=device.type != "mps")
     images, ids = images.to(device), noise.argsort(dim=1).to(device)
     channels_last = images.contiguous(memory_format=torch.channels_last)
-    steps = {"ours": partial(ours_step, ours, optimizer, channels_last, ids)}
+    step = partial(ours_step, ours, optimizer, channels_last, ids)
+    steps = {"ours": partial(step, False)}
+    if sharded:
+        print(models.choose_attention(ours, options.batch, device, "bf16"))
+        steps = {"ours": partial(step, True), "ours, SDPA": partial(step, False)}
+        torch.cuda.reset_peak_memory_stats()
+        for step in 2 * list(steps.values()):  # the first also makes the optimizer's state
+            step()
+        peak = models.peak_memory(device)
+        print(f"{size}: {peak:.2f} GiB at most, --plan: {plan['peak'] / 2**30:.2f}")
     if peer:  # our grouping is the one that it takes from timm
-        groups = models.parameter_groups(peer, 0.05)
+        groups = models.parameter_groups(peer.to(device), 0.05)
         optimizer = torch.optim.AdamW(groups, 1e-4, betas=(0.9, 0.95))
         steps["peer"] = partial(peer_step, peer, optimizer, images, False)
         steps["peer, SDPA"] = partial(peer_step, peer, optimizer, images, True)
-    return steps
+    return steps, 3 * models.flops_per_image(ours)
 
 
 def seconds(step, device):
@@ -182,13 +201,14 @@ def main():
     if device.type == "cuda":
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("cpu:gloo,cuda:nccl", **alone)
-    policy = os.environ["OMP_WAIT_POLICY"]
-    print(f"{device.type}, {torch.get_num_threads()} threads, OMP_WAIT_POLICY={policy}, ", end="")
+    policy, (peak, chip) = os.environ["OMP_WAIT_POLICY"], models.peak_flops(device)
+    print(f"{chip}, {torch.get_num_threads()} threads, OMP_WAIT_POLICY={policy}, ", end="")
     print(f"torch {torch.__version__}, batch {options.batch}, median of {options.repeats}")
-    print(f"{'size':12}{'step':12}{'images/s':>10}{'slowest':>10}{'fastest':>10}{'ours is':>10}")
+    columns = "".join(f"{name:>10}" for name in ("images/s", "slowest", "fastest", "ours is"))
+    print(f"{'size':12}{'step':12}{columns} mfu")
     for size in options.sizes.split(","):
         torch.manual_seed(0)
-        steps = contenders(options, size, device)
+        steps, flops = contenders(options, size, device)
         times = {name: [] for name in steps}
         for repeat in range(options.repeats + 2):  # the first two warm up
             for name, step in steps.items():
@@ -197,9 +217,12 @@ def main():
         ours = statistics.median(times["ours"])
         for name, spent in times.items():
             median = statistics.median(spent)
-            rates = (options.batch / value for value in (median, max(spent), min(spent)))
+            rates = [options.batch / value for value in (median, max(spent), min(spent))]
             cells = "".join(f"{rate:10.2f}" for rate in rates)
-            print(f"{size:12}{name:12}{cells}{median / ours:9.2f}x", flush=True)
+            mfu = rates[0] * flops / peak if peak else 0
+            print(f"{size:12}{name:12}{cells}{median / ours:9.2f}x{mfu:4.0%}", flush=True)
+        steps = step = None  # the next size wants their memory
+        gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
 
