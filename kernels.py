@@ -464,7 +464,7 @@ def median(work):
 
 
 def measure(function, qkv, grad, heads, first):
-    """Median milliseconds of (forward, forward and backward) on a GPU; MiB that both take at most."""
+    """Milliseconds on a GPU (medians) of (forward, forward and backward); MiB that both take."""
     both, held = both_ways(function, qkv, grad, heads, first), torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     both()
