@@ -206,6 +206,7 @@ def main():
     print(f"torch {torch.__version__}, batch {options.batch}, median of {options.repeats}")
     columns = "".join(f"{name:>10}" for name in ("images/s", "slowest", "fastest", "ours is"))
     print(f"{'size':12}{'step':12}{columns} mfu")
+    gc.disable()  # as the stages do
     for size in options.sizes.split(","):
         torch.manual_seed(0)
         steps, flops = contenders(options, size, device)
