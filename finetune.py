@@ -417,7 +417,7 @@ def prepare_scenes(run, side):
         raise ValueError(f"--image-size {height}x{width}: detect fills pictures up to a square")
     run.image_size, run.config["image_size"] = (height, width), height
     run.train, run.val = detection.open_scenes(run.data or "toy", run.val_data, height)
-    run.val = detection.ToyScenes("val", height, 256) if toy else run.val
+    run.val = detection.ToyScenes("val", height, 128) if toy else run.val
     run.classes = len(run.train.classes)
     low, high = (0.8, 1.25) if toy else (0.1, 2.0)  # ViTDet's; toy is ours
     run.jitter = (
@@ -1318,13 +1318,18 @@ def detect(run, say):
         options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
         return detection.detect_in(model, run.val, **options)
 
-    run.measure = lambda model: evaluate.detection_numbers(run.val, found(model))
+    def measure(model):
+        last[:] = [found(model)]
+        return evaluate.detection_numbers(run.val, *last)
+
+    last, run.measure = [], measure
     steps = run.steps or math.ceil(run.epochs * int(run.train.sizes.sum()) / run.batch_size)
     flops, drawn = 3 * detection.flops_per_image(model), {"jitter": run.jitter}
     how = learn_scenes, detection.SceneBatches
     if not train(run, model, optimizer, run.train, run.out, steps, say, flops, *how, **drawn):
         return
-    detections, weights = found(model), models.full_state(model)  # every process takes part
+    # Every process takes part. A run that was at its end when it began has found nothing yet.
+    detections, weights = last[0] if last else found(model), models.full_state(model)
     if run.process == 0:
         evaluate.print_detection(run.val, detections, run.out / "detections.png")
     finish(run, weights, config, evaluate.detection_numbers(run.val, detections))
