@@ -805,7 +805,8 @@ def learn_scenes(run, model, pieces):
         losses, _ = model(data.normalize(batch["images"]), batch["targets"])
         loss = (losses * batch["weight"]).sum() / run.batch_size
         (loss * run.processes).backward()  # FSDP averages over the processes
-        sums += torch.stack([loss.detach(), batch["weight"].sum(), loss.new_zeros(())])
+        weight = batch["weight"]
+        sums += torch.stack([loss.detach(), weight.sum(), (weight == 0).sum()])
     return sums
 
 

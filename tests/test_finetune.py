@@ -955,6 +955,19 @@ def test_lvis_is_learned_with_its_own_loss_sampling_and_metric(scenes, tmp_path)
     assert config["class_counts"] == [6, 6] and config["detections"] == 300
 
 
+def test_unreadable_scenes_are_counted_and_capped(scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "scenes")
+    common = [*DETECT, "--data", tmp_path / "scenes", "--out"]
+    (tmp_path / "scenes/train/3.png").write_text("no picture")
+    last_json(fine(*common, tmp_path / "one"))
+    last = read_metrics(tmp_path / "one")[-1]
+    assert last["bad"] > 0 == last["unlabelled"]
+    for i in range(12):
+        (tmp_path / f"scenes/train/{i}.png").write_text("no picture")
+    done = fine(*common, tmp_path / "all")
+    assert done.returncode == 1 and "of 4 pictures 4 cannot be read" in done.stderr
+
+
 def test_unusable_scenes_are_refused_in_one_line(scenes, pets, tmp_path, capsys):
     common = ["--task", "detect", "--size", "toy", "--out", tmp_path / "run", "--data"]
     assert "there must be one" in refused(capsys, *common, pets)
