@@ -489,8 +489,9 @@ class Detector(nn.Module):
         self.pyramid = Pyramid(self.width, s["scales"], C, pooled=sizes > levels)
         self.strides = [self.patch_size / scale for scale in s["scales"]]
         self.strides += [2 * self.strides[-1]] * (sizes - levels)
-        image = trunk.config["image_size"]  # an odd map's half is rounded up where it is pooled
-        self.grids = [tuple(int(side // stride) for side in image) for stride in self.strides]
+        # Of an odd map, half is rounded down, but up where it is pooled.
+        self.grids = [tuple(int(side * scale) for side in trunk.grid) for scale in s["scales"]]
+        self.grids += [tuple(-(-side // 2) for side in self.grids[-1])] * (sizes - levels)
         body = [nn.Conv2d(C, C, 3, padding=1), nn.ReLU(), nn.Conv2d(C, C, 3, padding=1), nn.ReLU()]
         self.rpn = nn.Sequential(*body, nn.Conv2d(C, 5 * len(RATIOS), 1))
         number = s["convolutions"]

@@ -279,11 +279,16 @@ def test_mask_targets_are_roi_align_over_one_half_and_pasting_undoes_them():
 # ------------------------------------------------------------------------------------- the detector
 
 
-def test_rpn_learns_from_its_samples_as_from_the_dense_maps():
-    """Values and gradients at some anchors, corners and the pooled level included."""
-    model = scramble(Detector(**TINY | {"image_size": (48, 64)}), 0.2)
-    images = torch.randn(1, 3, 48, 64)
+@pytest.mark.parametrize("size, scales", [((48, 64), (2, 1)), ((72, 56), (2, 1, 0.5))])
+def test_rpn_learns_from_its_samples_as_from_the_dense_maps(size, scales):
+    """Values and gradients at some anchors, corners, odd maps and the pooled level included."""
+    sizes = TINY["anchor_sizes"] + (64,) * (len(scales) - 2)
+    changes = {"image_size": size, "scales": scales, "anchor_sizes": sizes}
+    model = scramble(Detector(**TINY | changes), 0.2)
+    images = torch.randn(1, 3, *size)
     table, scores, deltas = (x[0] for x in model.predict(images))
+    assert len(table) == sum(rows * columns for rows, columns in model.grids)
+    assert len(scores) == len(model.anchors)
     ids = torch.tensor([0, 1, 46, 47, 300, 575, 576, len(scores) - 1, len(scores) - 20])
     score, delta = model.rpn_again(table, ids)
     torch.testing.assert_close(score, scores[ids])
