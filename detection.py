@@ -717,13 +717,19 @@ def open_scenes(where, val=None, size=128):
 
     Raises ValueError, one line, when there are none, or the two differ in their classes.
     """
+    measured = scenes_to_measure(val or where, size)
     if where == "toy":
-        return ToyScenes("train", size), ToyScenes("val", size)
-    train = Scenes(find_annotations(where, "train"), train=True)
-    measured = Scenes(find_annotations(val or where, "val"))
+        train = ToyScenes("train", size)
+    else:
+        train = Scenes(find_annotations(where, "train"), train=True)
     if (train.category_ids, train.classes) != (measured.category_ids, measured.classes):
-        raise ValueError(f"{measured.path} has other categories than {train.path}")
+        raise ValueError(f"{val or where} has other categories to measure on than {where} to learn")
     return train, measured
+
+
+def scenes_to_measure(where, size=128):
+    """The second of these alone: see open_scenes."""
+    return ToyScenes("val", size) if where == "toy" else Scenes(find_annotations(where, "val"))
 
 
 def find_annotations(where, split):

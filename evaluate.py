@@ -755,6 +755,10 @@ def task_detect(model, sources, run):
     if model is None:
         found = detection.read_results(run.checkpoint, scenes)
     else:
+        names, there = model.config["class_names"], scenes.classes
+        if names not in (None, there) or model.classes != len(there):
+            why = f"{run.checkpoint} finds {model.classes} classes, which are not the data's"
+            raise ValueError(f"{why} {len(there)} ({', '.join(there[:3])} ...): give other --data")
         found = detection.detect_in(model, scenes, **run.options)
     if distributed()[0] == 0:
         path = run.out or Path(run.checkpoint).with_name("detections.png")
@@ -1005,7 +1009,7 @@ def main(argv=None):
         cache = run.cache_dir, run.cache_size
         opened = run.data, run.val_data, size, *labels, cache, run.caption_key
         if run.task == "detect":
-            train, val = detection.open_scenes(run.data, run.val_data, size[0])
+            train, val = None, detection.scenes_to_measure(run.val_data or run.data, size[0])
         else:
             train, val = data.open_sources(*opened, videos=video)
         if val is None and run.task in ("knn", "fewshot"):

@@ -936,6 +936,17 @@ def test_detection_resumes_and_is_measured_alike_by_evaluate(scenes, detector, t
     for name in found.keys() - {"task"}:
         assert measured[0][name] == pytest.approx(found[name], rel=1e-6)
         assert measured[1][name] == pytest.approx(measured[0][name], rel=1e-6)
+    # Only what is measured on is opened, and it must be of the detector's classes.
+    val = tmp_path / "instances_val.json"
+    shutil.copy(scenes / "annotations" / val.name, val)
+    shutil.copytree(scenes / "val", tmp_path / "val")
+    asked = ["--task", "detect", "--checkpoint", str(out / "model.pt"), "--workers", "0", "--data"]
+    evaluate.main([*asked, str(val)])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["bbox_AP"] == found["bbox_AP"]
+    val.write_text(val.read_text().replace("red", "pink"))
+    with pytest.raises(SystemExit):
+        evaluate.main([*asked, str(val)])
+    assert "finds 2 classes, which are not the data's 2 (blue, pink" in capsys.readouterr().err
 
 
 def test_lvis_is_learned_with_its_own_loss_sampling_and_metric(scenes, tmp_path):
