@@ -465,7 +465,7 @@ class BoxHead(nn.Module):
 
 
 class Detector(nn.Module):
-    """ViTDet. Images (B, 3, S, S) are normalised, and filled up with zeros right and below.
+    """ViTDet. Images (B, C, S, S) are normalised, and filled up with zeros right and below.
 
     size, image_size  of the trunk; its other arguments, too, may be given: see ViT
     classes           how many
@@ -1036,7 +1036,9 @@ def view_target(sample, view, side, with_masks):
         for i, mask in zip(kept, masks):
             if (boxes[i] != whole[i]).any() or not isinstance(sample["segments"][i], list):
                 tight = np.array(tight_box(mask))
-                boxes[i] = [*np.maximum(boxes[i], tight)[:2], *np.minimum(boxes[i], tight)[2:]]
+                low, high = np.maximum(boxes[i], tight)[:2], np.minimum(boxes[i], tight)[2:]
+                # A box may be annotated where its mask is not.
+                boxes[i] = [*low, *high] if (high > low).all() else tight
         masks = torch.from_numpy(masks)
     return {
         "boxes": torch.from_numpy(boxes[kept]).float(),
@@ -1532,14 +1534,15 @@ def detect_in(model, scenes, batch_size=8, workers=0, device="cpu", max_bad=0.01
         process, processes = dist.get_rank(), dist.get_world_size()
     dealt = {"process": process, "processes": processes}
     batch_size = 2 * processes * max(1, batch_size // 2)  # batches are dealt in pairs
-    batches = SceneBatches(scenes, model.config["image_size"], 3, batch_size, **dealt)
+    shape = model.config["image_size"], model.config["channels"], batch_size
+    batches = SceneBatches(scenes, *shape, **dealt)
     found, bad, total = {}, 0, int(scenes.sizes.sum())
     model.eval()
     steps = data.loader(batches, range(len(batches)), workers)
     for batch in tqdm(steps, desc="detecting", leave=False, disable=None if process == 0 else True):
         bad += len(batch["bad"])
         for name in batch["bad"]:
-            print(f"unreadable, left out: {name}", file=sys.stderr)
+            print(f"unreadable, nothing is found in it: {name}", file=sys.stderr)
         inside = (batch["sizes"] * batch["scales"].flip(1)).round()  # (height, width) in the square
         images = data.normalize(batch["images"].to(device))
         answers = model.detect(images, inside.tolist())

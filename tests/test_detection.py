@@ -383,6 +383,12 @@ def test_two_scenes_are_learned_by_heart_and_found():
     assert torch.equal(again, once)
 
 
+def test_grey_scenes_are_measured():
+    scenes = detection.ToyScenes("val", 64, 3)
+    found = detection.detect_in(Detector(**TINY | {"channels": 1, "classes": 10}), scenes)
+    assert list(found) == list(scenes.ids)
+
+
 def test_flops_are_what_the_layers_cost():
     """The trunk's by hand: 8 blocks of width 16 on 64 tokens, windows on 81 of them."""
     model = Detector(**TINY | {"masks": False})

@@ -425,6 +425,13 @@ def test_pixels_polygons_and_whole_masks_move_alike(tmp_path):
         assert not (drawn[view.cut[1] :].any() or drawn[:, view.cut[0] :].any())
 
 
+def test_a_box_elsewhere_than_its_mask_is_the_masks_where_it_is_cut():
+    sample = {"boxes": np.array([[60.0, 60, 130, 90]]), "labels": np.array([1]), "size": (100, 100)}
+    sample |= {"crowd": np.array([False]), "segments": [[[2, 2, 12, 2, 12, 12, 2, 12]]]}
+    target = detection.view_target(sample, detection.random_view((100, 100), 100), 100, True)
+    assert target["boxes"].tolist() == [[2, 2, 12, 12]]
+
+
 def test_a_batch_is_a_pure_function_of_its_positions(tmp_path):
     """Whatever the number of processes, and whatever was made before."""
     scenes = make_scenes(tmp_path, train=True)
