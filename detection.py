@@ -750,14 +750,13 @@ class Scenes:
     DIR/annotations/NAME_SPLIT.json with pictures at DIR/SPLIT/file_name or DIR/file_name; without
     file_name (LVIS) at the last two parts of coco_url; `pictures` is a folder to look in instead.
 
-    train       leave out what teaches nothing: boxes of no area, objects without a mask where
-                others have one, and, as detectron2, pictures with nothing in them but crowds
-    keep_empty  but keep those pictures
+    train  leave out what teaches nothing: boxes of no area, objects without a mask where others
+           have one, and, as detectron2, pictures with nothing in them but crowds
 
     Annotations of images or categories that are not listed are left out; what is, is counted.
     """
 
-    def __init__(self, path, pictures=None, train=False, keep_empty=False):
+    def __init__(self, path, pictures=None, train=False):
         try:
             with open(path, "rb") as file:
                 text = file.read()
@@ -774,7 +773,7 @@ class Scenes:
             labels = {category: number for number, category in enumerate(self.category_ids)}
             kept = self.describe(annotations, numbers, labels, train)
             empty = np.bincount(kept[~self.crowd], minlength=len(images)) == 0
-            used = np.flatnonzero(~empty | (not train or keep_empty)).tolist()
+            used = np.flatnonzero(~empty | (not train)).tolist()
             images = [images[number] for number in used]
             self.first = np.searchsorted(kept, used, "left")
             self.stop = np.searchsorted(kept, used, "right")
@@ -798,7 +797,7 @@ class Scenes:
             raise ValueError(f"{path} lists no pictures with objects to learn or no categories")
         self.root = pictures or self.find_pictures()
         self.sizes = np.ones(len(images), dtype=np.int64)
-        digest = hashlib.sha256(text + repr((train, keep_empty)).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(text + repr(train).encode()).hexdigest()[:16]
         self.identity = f"{len(images)} pictures, {len(self.labels)} objects, {digest}"
 
     def describe(self, annotations, numbers, labels, train):
