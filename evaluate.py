@@ -933,7 +933,7 @@ def parse_arguments(argv):
     add("--out", help="the file that is written (features.npz; pictures: beside the checkpoint)")
     add("--count", type=int, default=8, help="rows of a picture (8)")
     add("--seed", type=int, default=0, help="of the masks in a picture (0)")
-    add("--batch-size", type=int, default=64, help="pictures at once: changes no result (64)")
+    add("--batch-size", type=int, default=64, help="pictures at once: changes no result (64; detect: fewer large)")
     add("--workers", type=int, help="loader processes (the cores left)")
     add("--max-bad", type=float, default=0.01, help="unreadable share to stop at (0.01)")
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
@@ -1005,6 +1005,8 @@ def main(argv=None):
             how = run.span, run.stride, run.clips, run.crops, False, run.short_side
             run.options["clips"] = data.Clips(model.config["frames"], *how)
             run.options["batch_size"] = max(1, run.batch_size // (run.clips * run.crops))
+        if run.task == "detect":  # of larger pictures fewer: attention's biases fill the memory
+            run.options["batch_size"] = math.ceil(run.batch_size * min(1, 224**2 / math.prod(size)))
         labels = run.labels, run.val_labels
         cache = run.cache_dir, run.cache_size
         opened = run.data, run.val_data, size, *labels, cache, run.caption_key
