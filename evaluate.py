@@ -933,7 +933,7 @@ def parse_arguments(argv):
     add("--out", help="the file that is written (features.npz; pictures: beside the checkpoint)")
     add("--count", type=int, default=8, help="rows of a picture (8)")
     add("--seed", type=int, default=0, help="of the masks in a picture (0)")
-    add("--batch-size", type=int, default=64, help="pictures at once: changes no result (64; detect: fewer large)")
+    add("--batch-size", type=int, default=64, help="at once (64; detect: fewer, if large)")
     add("--workers", type=int, help="loader processes (the cores left)")
     add("--max-bad", type=float, default=0.01, help="unreadable share to stop at (0.01)")
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")

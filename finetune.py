@@ -174,7 +174,7 @@ def parse_arguments(argv):
     add("--micro-batch", type=int, help="images at once on a process (what should fit)")
     add("--lr", type=float, help="peak of classify (the recipe's) or lit (1e-3)")
     add("--layer-decay", type=float, help="of the lr, from block to block (B 0.65, L and H 0.75)")
-    add("--decay-floor", type=float, help="detect: least share of the lr (0.1 after hashtags)")
+    add("--decay-floor", type=float, help="detect: least lr_scale (0.1 if --init has a head)")
     add("--warmup", type=float, help="share of the steps (5 epochs of MAE's recipe)")
     add("--weight-decay", type=float, help="of classify (0.05) or lit (0.01)")
     add("--smoothing", type=float, default=0.1, help="of labels (0.1)")
@@ -693,14 +693,14 @@ class Prompted(nn.Module):
         return self.head(self.trunk.pooled(x))[:, None]
 
 
-def layer_groups(model, weight_decay, layer_decay, floor=0.0):
+def layer_groups(model, weight_decay, layer_decay, floor=0.0, all_decayed=False):
     """Parameter groups with lr_scale = layer_decay ^ (layers + 1 - layer), as the public MAE code,
 
     but no less than `floor`:
 
     layer 0 is the patch embedding, the class token and the positions, block i is layer i + 1, the
     last norm and the head are layers + 1. 1-D parameters, tokens and positions are not decayed
-    (nor are relative ones in MViT's code).
+    (nor are relative ones in MViT's code), unless all_decayed.
     """
     groups, first = {}, ("cls_token", "pos_embed", "time_embed")
     for name, parameter in model.named_parameters():
@@ -710,7 +710,7 @@ def layer_groups(model, weight_decay, layer_decay, floor=0.0):
         elif name in first or name.startswith("patch_embed."):
             layer = 0
         decayed = parameter.ndim > 1 and name not in first and ".rel_pos_" not in name
-        decay = weight_decay if decayed else 0
+        decay = weight_decay if decayed or all_decayed else 0
         group = {"params": [], "weight_decay": decay}
         group["lr_scale"] = max(floor, layer_decay ** (model.layers + 1 - layer))
         if parameter.requires_grad:
@@ -1302,7 +1302,8 @@ def detect(run, say):
     models.initialize(model, run.seed)
     if run.weights:
         say(detection.load_trunk(model, *run.weights))
-    config = model.config
+    model.trunk.pos_embed.requires_grad_()  # trained from here on (detectron2)
+    config = model.config | {"positions": "learned"}
     # One picture of 1024 pixels fills a GPU, and so do the biases of attention: see tests/bench.
     run.micro_batch = run.micro_batch or (
         run.batch_size // run.processes if run.image_size[0] <= 256 else 2
@@ -1311,7 +1312,10 @@ def detect(run, say):
     def optimizer(model):
         if run.sharded:  # a method that is called from outside
             torch.distributed.fsdp.register_fsdp_forward_method(model, "detect")
-        groups = layer_groups(model, run.weight_decay, run.layer_decay, run.decay_floor)
+        # Of H on, detectron2 decays norms and positions, too; of B and L, biases and relative ones.
+        all_decayed = run.config["size"] in ("H", "2B", "6.5B")
+        how = run.weight_decay, run.layer_decay, run.decay_floor, all_decayed
+        groups = layer_groups(model, *how)
         groups = [group | {"initial_lr": run.lr} for group in groups]
         return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=run.device.type != "mps")
 

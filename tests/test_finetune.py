@@ -918,6 +918,45 @@ def test_detection_is_the_same_in_pieces_and_on_two_processes(
             )  # chosen regions are discrete
 
 
+def test_the_recipe_of_detection_is_vitdets(scenes, detector, tmp_path):
+    def prepared(*arguments):
+        arguments = "--task", "detect", "--data", scenes, *arguments
+        run = finetune.parse_arguments(list(map(str, arguments)))
+        finetune.prepare(run)
+        return run
+
+    for size, expected in {
+        "B": (1e-4, 0.7, 0.1, 100),
+        "L": (1e-4, 0.8, 0.4, 100),
+        "H": (1e-4, 0.9, 0.5, 75),
+        "2B": (1e-4, 0.8, 0.5, 75),
+    }.items():
+        run = prepared("--size", size)
+        assert (run.lr, run.layer_decay, run.drop_path, run.epochs) == expected
+        assert (run.batch_size, run.weight_decay, run.image_size) == (64, 0.1, (1024, 1024))
+        assert run.jitter == (0.1, 2.0) and run.decay_floor == 0
+    # LVIS: 156,250 steps, drops at 138,889 and 150,463.
+    steps = 0, 125, 250, 138_888, 138_889, 150_462, 150_463
+    found = [finetune.vitdet_schedule(step, 156_250, 0) for step in steps]
+    assert found == pytest.approx([0.001, 0.5005, 1, 1, 0.1, 0.1, 0.01])
+    # After hashtags, of which the head tells, no layer has less than a tenth.
+    for kind, floor in ((models.ViT, 0), (models.Classifier, 0.1)):
+        model = kind("16x40x2", image_size=8, patch_size=4)
+        models.save_weights(tmp_path / "model.pt", model.state_dict(), model.config)
+        run = prepared("--init", tmp_path / "model.pt")
+        assert run.decay_floor == floor
+        groups = finetune.layer_groups(model, 0.1, 0.9, run.decay_floor)
+        assert min(group["lr_scale"] for group in groups) == (floor or pytest.approx(0.9**41))
+    groups = finetune.layer_groups(model, 0.1, 0.9, all_decayed=True)
+    assert {group["weight_decay"] for group in groups} == {0.1}
+    # Positions are trained, too.
+    content = torch.load(detector[0] / "model.pt", weights_only=True)
+    state, config = content["model"], content["config"]
+    fixed = models.sincos_positions(192, (4, 4))
+    assert config["positions"] == "learned"
+    assert 0 < (state["trunk.pos_embed"] - fixed)[:, 1:].abs().max() < 0.1
+
+
 def test_detection_resumes_and_is_measured_alike_by_evaluate(scenes, detector, tmp_path, capsys):
     out, found = detector
     assert {"bbox_AP", "segm_AP", "bbox_AR100"} <= found.keys() and (
