@@ -517,7 +517,8 @@ class Detector(nn.Module):
         """Each image's loss, (B,), and its parts, detached: {name: (B,)}.
 
         targets: of each image {"boxes": (n, 4), "labels": (n,) int64, "masks": (n, S, S) bool or
-        None, "seed": int}. All that is random is drawn with the seed, on the CPU.
+        None, "size": (height, width) within its padding, "seed": int}. All that is random is drawn
+        with the seed, on the CPU.
         """
         draws = [torch.Generator().manual_seed(target["seed"]) for target in targets]
         noise = torch.stack([torch.rand(self.layers, 2, generator=draw) for draw in draws])
@@ -596,7 +597,7 @@ class Detector(nn.Module):
         parts = {"rpn_class": loss, "rpn_box": (delta[:positives] - wanted).abs().sum()}
         parts = {name: loss / s["anchors"] for name, loss in parts.items()}
 
-        size = self.config["image_size"]
+        size = target["size"]
         with torch.no_grad():
             rois = torch.cat([self.propose(scores, deltas, size), target["boxes"]])
         iou, index = overlaps(rois, truth).max(dim=1)
@@ -1043,6 +1044,7 @@ def view_target(sample, view, side, with_masks):
         "boxes": torch.from_numpy(boxes[kept]).float(),
         "labels": torch.from_numpy(sample["labels"][kept]),
         "masks": masks,
+        "size": view.cut[::-1],
     }
 
 
@@ -1052,8 +1054,9 @@ class SceneBatches(data.Batches):
 
     images     (b, C, S, S) uint8, S = size[0] = size[1]; of the mean colour where padded
     targets    b dicts of {"boxes": (n, 4) float32 x1 y1 x2 y2 in the square, "labels": (n,) int64,
-               "masks": (n, S, S) bool or None, "seed": an int for what is drawn on the device};
-               without crowds; nothing in them where unreadable
+               "masks": (n, S, S) bool or None, "size": (height, width) that the picture has
+               there, "seed": an int for what is drawn on the device}; without crowds; nothing in
+               them where unreadable
     sizes      (b, 2) int64, the picture's height and width
     scales     (b, 2) float64, x and y: boxes of the square / scales = boxes of the picture
                (without an order: with one, it was cut and flipped as well)
@@ -1099,7 +1102,7 @@ class SceneBatches(data.Batches):
 def empty_target(side, with_masks):
     masks = torch.zeros(0, side, side, dtype=torch.bool) if with_masks else None
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    return nothing | {"masks": masks}
+    return nothing | {"masks": masks, "size": (side, side)}
 
 
 # -------------------------------------------------------------------------------------- run lengths

@@ -43,7 +43,8 @@ def scene(side, seed):
     for number, (x0, y0, x1, y1) in enumerate(boxes.int().tolist()):
         masks[number, y0:y1, x0:x1] = True
         image[number, y0:y1, x0:x1] += 2
-    return image, {"boxes": boxes, "labels": torch.arange(2), "masks": masks, "seed": seed}
+    target = {"boxes": boxes, "labels": torch.arange(2), "masks": masks}
+    return image, target | {"size": (side, side), "seed": seed}
 
 
 # ---------------------------------------------------------------------------------------- the trunk
@@ -312,7 +313,8 @@ def test_an_images_loss_depends_on_it_alone():
     model = Detector(**TINY | {"classes": 2, "drop_path": 0.5}).train()
     images, targets = zip(*(scene(64, seed) for seed in range(2)))
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
-    targets = [*targets, nothing | {"masks": torch.zeros(0, 64, 64, dtype=torch.bool), "seed": 5}]
+    nothing |= {"masks": torch.zeros(0, 64, 64, dtype=torch.bool), "size": (64, 64)}
+    targets = [*targets, nothing | {"seed": 5}]
     targets = [*targets, targets[0] | {"masks": None}]
     images = torch.stack([*images, images[0], images[0]])
     together, parts = model(images, targets)
@@ -325,6 +327,15 @@ def test_an_images_loss_depends_on_it_alone():
     together[2].backward()
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert missing == []
+
+
+def test_regions_to_learn_from_end_where_the_picture_does(monkeypatch):
+    seen, roi_align = [], detection.roi_align
+    keep = lambda *how: seen.append(how[3]) or roi_align(*how)
+    monkeypatch.setattr(detection, "roi_align", keep)
+    image, target = scene(64, 0)
+    Detector(**TINY | {"rois": 50})(image[None], [target | {"size": (60, 50)}])
+    assert len(seen) == 4 and (torch.cat(seen) <= torch.tensor([50, 60, 50, 60])).all()
 
 
 def test_each_stage_of_the_cascade_gives_a_third_of_its_gradient():

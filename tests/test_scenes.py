@@ -401,6 +401,9 @@ def test_boxes_and_masks_move_with_the_picture():
             for mask, box in zip(masks, boxes):
                 assert np.abs(box - detection.tight_box(mask)).max() <= 1.001
                 assert (image.numpy()[:, mask].max(axis=0) > 0).all()  # nothing in the padding
+            height, width = target["size"]  # behind which all is of one colour
+            assert (image[:, height:] == image[:, -1:, -1:]).all()
+            assert (image[:, :, width:] == image[:, -1:, -1:]).all()
             objects = len(scenes.read(int(number))["boxes"])
             seen, cut = seen + len(boxes), cut + objects - len(boxes)
     assert seen > 80 and cut > 2
