@@ -180,14 +180,18 @@ def load_trunk(model, state, grid=None):
     # Of other classes, or without masks: predictors and the mask head may be new or dropped.
     fit = {n for n, t in heads.items() if n in own and t.shape == own[n].shape}
     anew = {name for name in own if not name.startswith("trunk.")} - fit
-    odd = [n for n in anew ^ (heads.keys() - fit) if "predictor" not in n and n[:4] != "mask"]
+    odd = [n for n in anew | (heads.keys() - fit) if "predictor" not in n and n[:4] != "mask"]
     if heads and odd:
         raise ValueError(f"the weights do not fit the model: {', '.join(sorted(odd)[:3])}")
     said = models.load_weights(model.trunk, state, grid) + said
     for name in fit:
         models.fill(own[name], heads[name])
-    families = ", ".join(sorted({name.split(".")[0] for name in anew}))
-    return f"{said}; heads: {len(fit)} tensors loaded, newly initialised: {families or 'none'}"
+    part = r"\.\d+|\.\w+$" if heads else r"\..*"  # boxes.class_predictor, or all of boxes
+    new, gone = (
+        ", ".join(sorted({re.sub(part, "", name) for name in names})) or "none"
+        for names in (anew, heads.keys() - own.keys())
+    )
+    return f"{said}; heads: {len(fit)} tensors loaded, newly initialised: {new}, dropped: {gone}"
 
 
 # -------------------------------------------------------------------------------------------- boxes
@@ -1523,6 +1527,14 @@ def read_detector(path):
     if not isinstance(config, dict) or "anchor_sizes" not in config:
         raise ValueError(f"{path} holds no detector: finetune.py --task detect makes one")
     return content["model"], config
+
+
+def read_weights(path, heads=None):
+    """The same, or models.read_weights of what is no detector."""
+    try:
+        return read_detector(path)
+    except ValueError:
+        return models.read_weights(path, heads)
 
 
 @torch.inference_mode()

@@ -29,6 +29,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -271,13 +272,14 @@ def prepare(run):
     names += ("channels", "positions", "norm_eps", "class_names", "pool")
     names += ("text", "shared_width") if run.task == "lit" else ()
     names += ("frames", "relative_positions") if run.task == "video" else ()
-    run.weights, run.config, run.origin = models.inherit(run.init, given, names, run.heads)
+    read = detection.read_weights if run.task == "detect" else models.read_weights
+    run.weights, run.config, run.origin = models.inherit(run.init, given, names, run.heads, read)
     classes_of_head, pool = run.config.pop("class_names", None), run.config.pop("pool", None)
     run.image_size = models.pair(run.config["image_size"])
     labels = run.labels, run.val_labels
     cache = run.cache_dir, run.cache_size
     if run.task == "detect":
-        prepare_scenes(run, asked)
+        prepare_scenes(run, asked, classes_of_head)
     else:
         opened = run.data or "toy", run.val_data, run.image_size, *labels, cache, run.caption_key
         run.train, run.val = data.open_sources(*opened, videos=run.task == "video")
@@ -409,16 +411,21 @@ def prepare_labels(run, classes_of_head, pool):
             raise ValueError(f"labels of val are over {run.classes - 1}, the last class")
 
 
-def prepare_scenes(run, side):
+def prepare_scenes(run, side, classes_of_head):
     """The scenes of detect, whose pictures become squares of a side."""
-    toy = run.data in (None, "toy")
-    height, width = side or (128 if run.config["size"] == "toy" else 1024,) * 2
+    toy, state, grid = run.data in (None, "toy"), *(run.weights or ({}, None))
+    goes_on = "trunk.pos_embed" in state  # from a detector
+    usual = (128 if run.config["size"] == "toy" else 1024,) * 2
+    height, width = side or (run.image_size if goes_on else usual)
     if height != width:
         raise ValueError(f"--image-size {height}x{width}: detect fills pictures up to a square")
     run.image_size, run.config["image_size"] = (height, width), height
     run.train, run.val = detection.open_scenes(run.data or "toy", run.val_data, height)
     run.val = detection.ToyScenes("val", height, 128) if toy else run.val
     run.classes = len(run.train.classes)
+    if goes_on and classes_of_head != run.train.classes:  # what tells them apart is learned anew
+        of_classes = re.compile(r"boxes\.\d\.class_predictor\.|mask\.predictor\.")
+        run.weights = {n: t for n, t in state.items() if not of_classes.match(n)}, grid
     low, high = (0.8, 1.25) if toy else (0.1, 2.0)  # ViTDet's; toy is ours
     run.jitter = (
         low if run.min_jitter is None else run.min_jitter,

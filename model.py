@@ -1390,12 +1390,12 @@ def encoder_config(config):
     return {key: config[key] for key in keys} | {"norm_eps": config.get("norm_eps", 1e-6)}
 
 
-def inherit(init, given, names, heads=None):
+def inherit(init, given, names, heads=None, read=read_weights):
     """(weights to start from, config, origin) of the file `init` with what is `given` changed.
 
     names: the entries of the config that the model to be built knows; the others are left out.
     Without a file: (None, given, None). Another size, patch or number of channels is a ValueError.
-    heads: see read_weights.
+    heads, read: see read_weights, or read is another like it.
     The weights are (state, grid of its position table), as load_weights takes them; for the origin,
     see origin_of.
     """
@@ -1403,7 +1403,7 @@ def inherit(init, given, names, heads=None):
         if heads:
             raise ValueError("--heads is for the weights in --init: without it, see --size")
         return None, given, None
-    state, config = read_weights(init, heads)
+    state, config = read(init, heads)
     for name in ("size", "patch_size", "channels"):
         if given.get(name, config[name]) != config[name]:
             raise ValueError(f"{init} has {name} {config[name]}: it cannot be changed")

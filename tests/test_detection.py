@@ -112,6 +112,8 @@ def test_weights_of_other_models_and_of_a_detector_load():
     assert own["boxes.0.class_predictor.weight"].shape[0] == 8
     table = theirs["trunk.blocks.1.attn.rel_pos_h"]
     torch.testing.assert_close(own["trunk.blocks.1.attn.rel_pos_h"][11], table[7])  # the middle
+    with pytest.raises(ValueError, match="boxes.0.fc.weight"):
+        detection.load_trunk(Detector(**TINY | {"hidden": 8}), model.state_dict())
     with pytest.raises(ValueError, match="blocks.8"):
         detection.load_trunk(model, models.ViT("16x9x2", 32, 8).state_dict())
 

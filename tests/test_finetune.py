@@ -14,6 +14,7 @@ from conftest import picture, read_metrics, stage
 from PIL import Image, ImageEnhance, ImageOps
 
 import data
+import detection
 import evaluate
 import finetune
 import model as models
@@ -986,6 +987,23 @@ def test_detection_resumes_and_is_measured_alike_by_evaluate(scenes, detector, t
     with pytest.raises(SystemExit):
         evaluate.main([*asked, str(val)])
     assert "finds 2 classes, which are not the data's 2 (blue, pink" in capsys.readouterr().err
+
+
+def test_a_detector_goes_on_with_other_data(scenes, detector, tmp_path):
+    """Of the same classes all weights are kept; of others, what tells them apart is new."""
+    init = ["--init", detector[0] / "model.pt", "--steps", 1, "--save-every", 1]
+    common = [*DETECT[:2], *DETECT[6:], *init, "--data"]  # size and image size are the detector's
+    run = finetune.parse_arguments([*map(str, common), str(scenes)])
+    finetune.prepare(run)
+    assert run.weights[0].keys() == detection.read_detector(init[1])[0].keys()
+    shutil.copytree(scenes, tmp_path / "other")
+    for path in (tmp_path / "other" / "annotations").iterdir():
+        path.write_text(path.read_text().replace("red", "pink"))
+    done = fine(*common, tmp_path / "other", "--out", tmp_path / "run")
+    last_json(done)
+    assert "newly initialised: boxes.class_predictor, mask.predictor, dropped: none" in done.stdout
+    config = torch.load(tmp_path / "run" / "model.pt", weights_only=True)["config"]
+    assert config["image_size"] == [32, 32] and config["class_names"] == ["blue", "pink"]
 
 
 def test_lvis_is_learned_with_its_own_loss_sampling_and_metric(scenes, tmp_path):
