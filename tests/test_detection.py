@@ -137,6 +137,9 @@ def test_encode_and_decode_are_inverse():
     # Worked by hand: moved by half a width, twice as high.
     deltas = detection.encode(torch.tensor([[0.0, 0, 4, 4]]), torch.tensor([[2.0, -2, 6, 6]]))
     torch.testing.assert_close(deltas, torch.tensor([[0.5, 0, 0, math.log(2)]]))
+    grown = detection.decode(torch.tensor([[0.0, 0, 9, 2]]), torch.tensor([[0.0, 0, 2, 2]]))
+    sides = (grown[0, 2:] - grown[0, :2]).tolist()
+    assert sides == pytest.approx([2 * 1000 / 16, 2 * math.exp(2)])
 
 
 def test_anchors_by_level_cell_and_ratio():
@@ -150,18 +153,13 @@ def test_anchors_by_level_cell_and_ratio():
 
 def test_anchors_are_labelled_by_the_rules():
     truth = torch.tensor([[0.0, 0, 10, 10], [100, 100, 110, 110]])
-    anchors = [[0, 0, 10, 8], [0, 0, 10, 5], [0, 0, 10, 2], [100, 100, 104, 110], [50, 50, 60, 60]]
-    anchors = torch.tensor(anchors, dtype=torch.float32)
+    # IoUs of 0.72, 0.68, 0.32 and 0.28; one of 0.4, to which no other is nearer; and of 0.
+    anchors = [[0, 0, 10, height] for height in (7.2, 6.8, 3.2, 2.8)]
+    anchors = torch.tensor([*anchors, [100, 100, 104, 110], [50, 50, 60, 60]])
     label, index = detection.label_anchors(anchors, truth)
-    assert label.tolist() == [
-        1,
-        -1,
-        0,
-        1,
-        0,
-    ]  # the fourth: no other is as near to the second object
-    assert index[[0, 3]].tolist() == [0, 1]
-    assert detection.label_anchors(anchors, torch.zeros(1, 4))[0].tolist() == [0] * 5
+    assert label.tolist() == [1, -1, -1, 0, 1, 0]
+    assert index[[0, 4]].tolist() == [0, 1]
+    assert detection.label_anchors(anchors, torch.zeros(1, 4))[0].tolist() == [0] * 6
 
 
 def test_samples_are_capped_and_the_same_for_a_seed():
@@ -329,6 +327,95 @@ def test_an_images_loss_depends_on_it_alone():
     together[2].backward()
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert missing == []
+
+
+def proposed(model, scores, deltas, most, size):
+    """A level at a time, with detectron2's numbers."""
+    boxes, values = [], []
+    for level in range(3):
+        ids = (model.levels == level).nonzero()[:, 0]
+        ids = ids[scores[ids].argsort(descending=True)[:most]]
+        found = detection.clip(detection.decode(deltas[ids], model.anchors[ids]), size)
+        kept = detection.nms(found, scores[ids], ids * 0, 0.7, 10_000)
+        boxes.append(found[kept])
+        values.append(scores[ids][kept])
+    return torch.cat(boxes)[torch.cat(values).argsort(descending=True)]
+
+
+def cascade(model, table, rois, size):
+    """Of each of three stages: the regions, logits, deltas; and the regions that come out."""
+    for head, weights in zip(model.boxes, [(10, 5), (20, 10), (30, 15)]):
+        logits, moves = head(detection.roi_align(table, model.grids[:2], [4, 8], rois, 7))
+        yield rois, logits, moves, weights
+        rois = detection.clip(detection.decode(moves.detach(), rois, weights), size)
+    yield rois, None, None, None
+
+
+def test_losses_and_detections_are_the_references():
+    """With more to sample than there is, nothing is random."""
+    changes = {"classes": 3, "anchors": 5000, "rois": 900, "before_nms": (60, 40)}
+    model = Detector(**TINY | changes | {"after_nms": 900})
+    scramble(model.rpn, 0.05)
+    for head in model.boxes:
+        scramble(head.class_predictor, 0.3)
+        scramble(head.delta_predictor, 0.3)
+    image, target = scene(64, 0)
+    target, size = target | {"labels": torch.tensor([2, 1])}, (64, 64)
+    truth, labels = target["boxes"], target["labels"]
+    table, scores, deltas = (x[0] for x in model.predict(image[None]))
+    parts = model(image[None], [target])[1]
+
+    label, index = detection.label_anchors(model.anchors, truth)
+    positive, some = label == 1, label >= 0
+    loss = F.binary_cross_entropy_with_logits(scores[some], label[some].float(), reduction="sum")
+    wanted = detection.encode(model.anchors, truth[index])
+    expected = {"rpn_class": loss / 5000}
+    expected["rpn_box"] = (deltas - wanted)[positive].abs().sum() / 5000
+    rois = torch.cat([proposed(model, scores, deltas, 60, size), truth])
+    stages = cascade(model, table, rois, size)
+    for stage, least in enumerate([0.5, 0.6, 0.7]):
+        rois, logits, moves, weights = next(stages)
+        iou, index = detection.overlaps(rois, truth).max(dim=1)
+        positive = iou >= least
+        assert 2 < positive.sum() < len(rois) - 2  # there is something to go wrong
+        label = labels[index].where(positive, 3)
+        expected[f"class_{stage}"] = F.cross_entropy(logits, label, reduction="sum") / 900
+        wanted = detection.encode(rois, truth[index], weights)
+        expected[f"box_{stage}"] = (moves - wanted)[positive].abs().sum() / 900
+        if stage == 0:
+            x = model.mask(detection.roi_align(table, model.grids[:2], [4, 8], rois[positive], 14))
+            x = x[range(len(x)), labels[index[positive]]]
+            shapes = detection.mask_targets(target["masks"], rois[positive], index[positive], 28)
+            expected["mask"] = F.binary_cross_entropy_with_logits(x, shapes.float())
+    assert parts.keys() == expected.keys()
+    for name, value in parts.items():
+        torch.testing.assert_close(value[0], expected[name].detach(), rtol=1e-4, atol=1e-6)
+
+    found = model.eval().detect(image[None], [size])[0]
+    rois, score = proposed(model, scores, deltas, 40, size), 0
+    *stages, (rois, *_) = cascade(model, table, rois, size)
+    score = sum(logits.softmax(dim=1)[:, :3] for _, logits, *_ in stages) / 3
+    boxes, values, names = [], [], []
+    for name in range(3):
+        sure = score[:, name] > 0.05
+        kept = detection.nms(rois[sure], score[sure, name], sure[sure].long(), 0.5, 10_000)
+        boxes.append(rois[sure][kept])
+        values.append(score[sure, name][kept])
+        names += [name] * len(kept)
+    order = torch.cat(values).argsort(descending=True)[:100]
+    assert len(order) > 10
+    torch.testing.assert_close(found["scores"], torch.cat(values)[order])
+    torch.testing.assert_close(found["boxes"], torch.cat(boxes)[order])
+    assert found["labels"].tolist() == torch.tensor(names)[order].tolist()
+
+
+def test_half_of_the_anchors_and_a_quarter_of_the_regions_are_positive_at_most(monkeypatch):
+    asked, sample = [], detection.sample
+    keep = lambda label, *how: asked.append(how[:2]) or sample(label, *how)
+    monkeypatch.setattr(detection, "sample", keep)
+    image, target = scene(64, 0)
+    Detector(**TINY)(image[None], [target])
+    assert asked == [(16, 8), (8, 2)]
 
 
 def test_regions_to_learn_from_end_where_the_picture_does(monkeypatch):
