@@ -404,6 +404,8 @@ def test_boxes_and_masks_move_with_the_picture():
             height, width = target["size"]  # behind which all is of one colour
             assert (image[:, height:] == image[:, -1:, -1:]).all()
             assert (image[:, :, width:] == image[:, -1:, -1:]).all()
+            corner = data.normalize(image[None])[0, :, -1, -1]
+            assert height == 96 == width or corner.abs().max() < 0.01  # 0 but for rounding
             objects = len(scenes.read(int(number))["boxes"])
             seen, cut = seen + len(boxes), cut + objects - len(boxes)
     assert seen > 80 and cut > 2
@@ -425,6 +427,28 @@ def test_pixels_polygons_and_whole_masks_move_alike(tmp_path):
         edge = 2 + 4 * (white.any(axis=0).sum() + white.any(axis=1).sum())
         assert (drawn ^ white).sum() < edge / 4 and (taken ^ white).sum() < edge / 4
         assert not (drawn[view.cut[1] :].any() or drawn[:, view.cut[0] :].any())
+
+
+def test_views_differ_in_place_and_size_and_boxes_end_with_the_picture():
+    """Also without masks; and in the next epoch a picture comes in another view."""
+    draws = [data.uniform(data.random_bits(4, 0, 0, number, data.VIEW)) for number in range(300)]
+    views = [detection.random_view((60, 80), 64, numbers.tolist()) for numbers in draws]
+    sides = np.array([view.scale[0] * 80 / 64 for view in views])
+    assert 0.1 <= sides.min() < 0.2 and 1.9 < sides.max() <= 2
+    places = np.array([view.corner for view in views if view.scale[0] * 60 > 80])  # both have room
+    assert (places.min(axis=0) < 5).all() and (places.max(axis=0) > 16).all()
+    sample = {"boxes": np.array([[-20.0, 10, 300, 400]]), "labels": np.array([0])}
+    sample |= {"crowd": np.array([False]), "size": (60, 80)}
+    for view in views:
+        boxes = detection.view_target(sample, view, 64, False)["boxes"]
+        assert len(boxes) == 0 or (boxes[0, 2:] <= torch.tensor(view.cut)).all()
+    scenes = detection.ToyScenes("train", 32, 4)
+    made = batches(scenes, 32, order=data.Order(scenes.sizes), batch_size=4)
+    found = {}
+    for step in range(6):
+        for number, target in zip(made[step]["samples"].tolist(), made[step]["targets"]):
+            found.setdefault(number, set()).add((target["size"], target["seed"]))
+    assert [len(seen) for seen in found.values()] == [6] * 4
 
 
 def test_a_box_elsewhere_than_its_mask_is_the_masks_where_it_is_cut():
