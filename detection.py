@@ -709,9 +709,9 @@ def flops_per_image(model):
 # opens the PIL image, "image_id", "size": (height, width), "boxes": (n, 4) float64 x1 y1 x2 y2,
 # "labels": (n,) int64 class numbers, "crowd": (n,) bool, "areas": (n,) float64, of the masks if
 # there are any, "segments": a list of n: polygons, run lengths or (height, width) bool, None if
-# unknown}, and with LVIS {"negative", "not_exhaustive": lists of class numbers}. It has, too: ids,
-# of its images; category_ids, the file's own numbers of the classes; has_masks; and frequencies,
-# "r", "c" or "f" of each class (of LVIS, otherwise None).
+# unknown}, and with LVIS {"negative", "not_exhaustive": lists of class numbers}. It has, too: ids
+# and sides, (height, width), of its images; category_ids, the file's own numbers of the classes;
+# has_masks; and frequencies, "r", "c" or "f" of each class (of LVIS, otherwise None).
 
 
 def open_scenes(where, val=None, size=128):
@@ -749,6 +749,11 @@ def find_annotations(where, split):
     return found[0]
 
 
+# What reading a json may raise that is not what it should be.
+DAMAGED = OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError
+FARTHEST = 100_000  # pixels: outlines are walked in steps of a fifth of one, see polygon_to_rle
+
+
 class Scenes:
     """Pictures with COCO's or LVIS's annotations, in the order of their ids. The layouts known:
 
@@ -758,7 +763,8 @@ class Scenes:
     train  leave out what teaches nothing: boxes of no area, objects without a mask where others
            have one, and, as detectron2, pictures with nothing in them but crowds
 
-    Annotations of images or categories that are not listed are left out; what is, is counted.
+    Annotations that are damaged, or of images or categories that are not listed, are left out; what
+    is, is counted.
     """
 
     def __init__(self, path, pictures=None, train=False):
@@ -770,11 +776,17 @@ class Scenes:
             categories = sorted(content["categories"], key=lambda category: category["id"])
             numbers = {image["id"]: number for number, image in enumerate(images)}
             self.category_ids = [category["id"] for category in categories]
+            if len(numbers) < len(images) or len(set(self.category_ids)) < len(categories):
+                raise ValueError("two pictures, or two categories, have the same id")
+            self.sides = [(int(image["height"]), int(image["width"])) for image in images]
+            if not all(0 < side < FARTHEST for side in itertools.chain(*self.sides)):
+                raise ValueError(f"there is a height or width that is not from 1 to {FARTHEST}")
             self.classes = [category["name"] for category in categories]
             frequencies = [category.get("frequency") for category in categories]
             self.frequencies = frequencies if all(frequencies) and frequencies else None
             self.path, annotations = path, content["annotations"]
-            self.has_masks = any(one.get("segmentation") for one in annotations)
+            with_masks = (isinstance(one, dict) and one.get("segmentation") for one in annotations)
+            self.has_masks = any(with_masks)
             labels = {category: number for number, category in enumerate(self.category_ids)}
             kept = self.describe(annotations, numbers, labels, train)
             empty = np.bincount(kept[~self.crowd], minlength=len(images)) == 0
@@ -783,9 +795,9 @@ class Scenes:
             self.first = np.searchsorted(kept, used, "left")
             self.stop = np.searchsorted(kept, used, "right")
             self.ids = [image["id"] for image in images]
-            self.sides = [(int(image["height"]), int(image["width"])) for image in images]
+            self.sides = [self.sides[number] for number in used]
             self.files = [
-                image.get("file_name") or "/".join(image["coco_url"].split("/")[-2:])
+                str(image.get("file_name") or "/".join(image["coco_url"].split("/")[-2:]))
                 for image in images
             ]
             keys = {"negative": "neg_category_ids"}
@@ -795,9 +807,10 @@ class Scenes:
                 {ours: [labels[i] for i in image[theirs]] for ours, theirs in keys.items()}
                 for image in images
             ]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except DAMAGED as error:
             why = data.one_line(error)
-            raise ValueError(f"cannot read annotations from {path}: {why}") from None
+            what = f"cannot read annotations from {path} (want COCO's or LVIS's json)"
+            raise ValueError(f"{what}: {why}") from None
         if not images or not self.classes:
             raise ValueError(f"{path} lists no pictures with objects to learn or no categories")
         self.root = pictures or self.find_pictures()
@@ -809,20 +822,25 @@ class Scenes:
         """Set the arrays of all objects, in the order of their pictures: (n,) their numbers."""
         rows, segments, left_out = [], [], {}
         for one in annotations:
-            (x, y, w, h), segment = one["bbox"], one.get("segmentation")
-            number, label = numbers.get(one["image_id"]), labels.get(one["category_id"])
-            crowd = bool(one.get("iscrowd", 0))
-            why = {
-                "of an image that is not listed": number is None,
-                "of a category that is not listed": label is None,
-                "with a box of no area": train and not (w > 0 and h > 0),
-                "without a mask": train and self.has_masks and not (segment or crowd),
-            }
-            if any(why.values()):
-                reason = next(reason for reason in why if why[reason])
-                left_out.setdefault(reason, []).append(one.get("id"))
+            try:
+                number, label = numbers.get(one["image_id"]), labels.get(one["category_id"])
+                reason = None
+                if number is None or label is None:
+                    what = "an image" if number is None else "a category"
+                    reason = f"of {what} that is not listed"
+                else:
+                    crowd, area, box, segment = read_annotation(one, self.sides[number])
+                    if train and not (box[2] > box[0] and box[3] > box[1]):
+                        reason = "with a box of no area"
+                    elif train and self.has_masks and not (segment or crowd):
+                        reason = "without a mask"
+            except DAMAGED:
+                reason = "that are damaged"
+            if reason:
+                first = one.get("id") if isinstance(one, dict) else None
+                left_out.setdefault(reason, []).append(first)
                 continue
-            rows.append([number, label, crowd, one.get("area", w * h), x, y, x + w, y + h])
+            rows.append([number, label, crowd, area, *box])
             segments.append(json.dumps(segment).encode())
         for reason, ids in left_out.items():
             text = f"annotations {reason}, left out: {len(ids)} (the first has id {ids[0]})"
@@ -869,6 +887,20 @@ class Scenes:
     where = name
 
 
+def read_annotation(one, size):
+    """(whether it is a crowd, area, [x1, y1, x2, y2], segment or None) of an annotation in a file, of
+    a picture of (height, width). Raises one of DAMAGED where it cannot be."""
+    (x, y, w, h), segment = one["bbox"], one.get("segmentation") or None
+    crowd, area = bool(int(one.get("iscrowd") or 0)), float(one.get("area", w * h))
+    if isinstance(segment, dict):
+        as_rle(segment, *size)
+    polygons = segment if segment and not isinstance(segment, dict) else []
+    numbers = itertools.chain((x, y, w, h), *polygons)
+    if not all(abs(n) < FARTHEST for n in numbers) or not math.isfinite(area):
+        raise ValueError("it is not of a picture")
+    return crowd, area, [x, y, x + w, y + h], segment
+
+
 def open_upright(path, size):
     """A picture of the size (height, width) that its annotations were made for.
 
@@ -898,6 +930,7 @@ class ToyScenes(data.Toy):
         self.identity = f"toy scenes, {len(self.sizes)} pictures an epoch"
         self.category_ids = list(range(1, 1 + len(self.classes)))
         self.ids = range(self.first, self.first + len(self.sizes))
+        self.sides = [(size, size)] * len(self.sizes)
 
     def read(self, number):
         sample = super().read(number)
@@ -1194,7 +1227,8 @@ def as_rle(segment, height, width):
     counts = segment["counts"]
     text = isinstance(counts, (str, bytes))
     counts = counts_of_text(counts) if text else np.asarray(counts, dtype=np.int64)
-    if list(segment["size"]) != [height, width] or counts.sum() != height * width:
+    wrong = list(segment["size"]) != [height, width] or counts.shape != (len(counts),)
+    if wrong or counts.sum() != height * width or (counts < 0).any():
         raise ValueError(f"run lengths of another picture than one of {width} x {height}")
     return {"size": [height, width], "counts": counts}
 
@@ -1444,25 +1478,28 @@ def write_results(path, scenes, detections):
                 mask = as_rle(found["masks"][i], *found["masks"][i]["size"])
                 entry["segmentation"] = mask | {"counts": text_of_counts(mask["counts"])}
             results.append(entry)
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(results, file)
+    data.replace_text(path, json.dumps(results))
 
 
 def read_results(path, scenes):
     """write_results' file -> detections. Raises ValueError, one line, if it is none of scenes."""
     label = {category: number for number, category in enumerate(scenes.category_ids)}
-    known, found = set(scenes.ids), {}
+    sizes, found, entry = dict(zip(scenes.ids, scenes.sides)), {}, None
     try:
         with open(path, encoding="utf-8") as file:
             for entry in json.load(file):
-                if entry["image_id"] not in known:
-                    raise ValueError(f"there is no picture {entry['image_id']}")
+                if entry["image_id"] not in sizes or entry["category_id"] not in label:
+                    raise ValueError("there is no such picture or category")
                 mine = found.setdefault(entry["image_id"], [])
-                x, y, w, h = entry["bbox"]
-                box, number = [x, y, x + w, y + h], label[entry["category_id"]]
-                mine.append((box, entry["score"], number, entry.get("segmentation")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"cannot read results from {path}: {data.one_line(error)}") from None
+                _, _, box, mask = read_annotation(entry, sizes[entry["image_id"]])
+                score = float(entry["score"])
+                if not math.isfinite(score):
+                    raise ValueError("a score that is no number")
+                mine.append((box, score, label[entry["category_id"]], mask))
+    except DAMAGED as error:
+        where = f" at {entry!r:.100}" if entry else ""
+        why = data.one_line(error)
+        raise ValueError(f"cannot read results from {path}{where}: {why}") from None
     detections = {}
     for image, entries in found.items():
         boxes, scores, labels, masks = zip(*entries)
@@ -1504,7 +1541,9 @@ def draw_detections(path, scenes, detections, numbers=range(8), most=10, least=0
                 mask = decode_mask(as_rle(found["masks"][i], *sample["size"]))
                 mask = Image.fromarray(np.uint8(110 * mask)).resize(size)
                 tile.paste(colour, (0, 0), mask)
-            pen, box = ImageDraw.Draw(tile), (np.asarray(found["boxes"][i]) * scale).tolist()
+            pen, box = ImageDraw.Draw(tile), np.asarray(found["boxes"][i]) * scale
+            box[2:] = np.maximum(box[:2], box[2:])  # of results, which may have any
+            box = box.tolist()
             pen.rectangle(box, outline=colour, width=2)
             text, font = f"{scenes.classes[label]} {scores[i]:.2f}", ImageFont.load_default(13)
             place = pen.textbbox((box[0] + 2, max(0, box[1] - 15)), text, font=font)
@@ -1524,9 +1563,10 @@ def read_detector(path):
     """(state, config) of a Detector's model.pt. Raises ValueError, one line, if it is none."""
     content, path = models.open_weights(path)
     config = content.get("config") if isinstance(content, dict) else None
-    if not isinstance(config, dict) or "anchor_sizes" not in config:
+    state = content.get("model") if isinstance(config, dict) else None
+    if not isinstance(state, dict) or "anchor_sizes" not in config:
         raise ValueError(f"{path} holds no detector: finetune.py --task detect makes one")
-    return content["model"], config
+    return state, config
 
 
 def read_weights(path, heads=None):

@@ -342,6 +342,45 @@ def test_bad_annotations_are_counted_and_left_out(tmp_path, capsys):
         detection.Scenes(str(tmp_path / "none.json"))
 
 
+NO_SEGMENTS = [[[1, 2, float("nan"), 2, 9, 9]], [[1, 2, 1e9, 2, 9, 9]], [1, 2, 9, 2, 9, 9], "x", 5]
+NO_SEGMENTS += [{"size": [50, 60]}, {"size": [60, 50], "counts": [9, 1, 2990]}]
+NO_SEGMENTS += [{"size": [50, 60], "counts": c} for c in ("", "PP", None, [9, -1, 2992], [2**70])]
+
+
+def test_damaged_annotations_are_counted_and_left_out(tmp_path, capsys):
+    """What cannot be of a picture, which would else end the measurement, or a batch, or count."""
+    make_scenes(tmp_path)
+    path = tmp_path / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    count = len(detection.Scenes(str(path), str(tmp_path)).labels)
+    content["images"].append({"id": 999, "height": 50, "width": 60, "file_name": "999.jpg"})
+    good = {"image_id": 999, "category_id": 90, "bbox": [1, 2, 30, 20], "area": 600, "id": 501}
+    boxes = [1, 2, 3], None, ["1", "2", "3", "4"], [1, float("nan"), 3, 4], [1, 2, 1e300, 4]
+    bad = [good | {"bbox": box} for box in boxes]
+    bad += [good | {"area": "x"}, good | {"image_id": [1]}, {"bbox": [1, 2, 3, 4]}, "x", None]
+    bad += [good | {"segmentation": segment} for segment in NO_SEGMENTS]
+    bad += [good | {"segmentation": {"size": [60, 50], "counts": "0"}, "iscrowd": 1}]
+    content["annotations"] += [*bad, good | {"segmentation": [[1, 2, 30, 2, 30, 20]]}]
+    path.write_text(json.dumps(content))
+    capsys.readouterr()
+    scenes = detection.Scenes(str(path), str(tmp_path))
+    said = f"annotations that are damaged, left out: {len(bad)} (the first has id 501)"
+    assert said in capsys.readouterr().err and len(scenes.labels) == count + 1
+    assert detection.average_precision(scenes, {}, "segm")["AP"] == 0.0
+    for key in ("images", "categories"):  # of two with an id, one would have the objects of both
+        path.write_text(json.dumps(content | {key: content[key] + content[key][:1]}))
+        with pytest.raises(ValueError, match="the same id"):
+            detection.Scenes(str(path), str(tmp_path))
+    for side in (0, -1, 10**9):
+        content["images"][0]["height"] = side
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="a height or width"):
+            detection.Scenes(str(path), str(tmp_path))
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="cannot read annotations from .*json.*Recursion"):
+        detection.Scenes(str(path), str(tmp_path))
+
+
 def test_folders_of_coco_and_lvis(tmp_path):
     scenes = make_scenes(tmp_path, lvis=True)
     with pytest.raises(ValueError, match="the pictures of .* are not at"):
@@ -555,9 +594,13 @@ def test_results_are_written_and_read(tmp_path):
     for kind in ("bbox", "segm"):
         one, two = (detection.average_precision(scenes, d, kind) for d in (detections, back))
         assert one == pytest.approx(two, abs=1e-9)
-    for text, why in (("{", "JSON"), ('[{"image_id": 4}]', "no picture 4"), ("[3]", "TypeError")):
+    nan = float("nan")
+    wrong = [{"image_id": 4}, {"category_id": 4}, {"score": nan}, {"bbox": [1, 2, nan, 4]}]
+    wrong += [{"segmentation": {"size": [2, 2], "counts": "0"}}, {"score": None}]
+    texts = ["{", "[3]", "[" * 100_000, *(json.dumps([entry | change]) for change in wrong)]
+    for text in texts:
         (tmp_path / "results.json").write_text(text)
-        with pytest.raises(ValueError, match=f"cannot read results from .*{why}"):
+        with pytest.raises(ValueError, match="cannot read results from .*: "):
             detection.read_results(path, scenes)
 
 
@@ -571,6 +614,8 @@ def test_detections_are_drawn(tmp_path):
     detection.draw_detections(path, scenes, detections, range(6), side=200)
     drawn = np.array(Image.open(path))
     assert drawn.shape == (400, 800, 3) and (drawn != plain).any()
+    odd = {scenes.ids[0]: {"boxes": [[9, 9, 1, 1.0]], "scores": [1.0], "labels": [0]}}
+    detection.draw_detections(path, scenes, odd, range(6), side=200)  # of results, perhaps
     detection.draw_detections(path, scenes, detections, range(6), side=200, least=1.1)
     assert (np.array(Image.open(path)) == plain).all()
 
