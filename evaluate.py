@@ -761,11 +761,11 @@ def task_detect(model, sources, run):
             raise ValueError(f"{why} {len(there)} ({', '.join(there[:3])} ...): give other --data")
         found = detection.detect_in(model, scenes, **run.options)
     if distributed()[0] == 0:
-        path = run.out or Path(run.checkpoint).with_name("detections.png")
-        print_detection(scenes, found, path, run.count)
         if run.results:
             detection.write_results(run.results, scenes, found)
             print(f"wrote {run.results}")
+        path = run.out or Path(run.checkpoint).with_name("detections.png")
+        print_detection(scenes, found, path, run.count)
     return detection_numbers(scenes, found)
 
 
@@ -842,8 +842,13 @@ def load_model(path, task, device, heads=None):
     """(model in inference mode, one line on what became of the weights) of a checkpoint."""
     if task == "detect":
         state, config = detection.read_detector(path)
-        model = detection.Detector(**config)
-        return model.to(device).eval(), detection.load_trunk(model, state)
+        try:
+            model = detection.Detector(**config)
+            model.load_state_dict(state)  # all of it, with nothing newly initialised
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            why = f"{data.one_line(error):.200}"
+            raise ValueError(f"{path} is damaged, or another version's: {why}") from None
+        return model.to(device).eval(), f"a detector: {len(state)} tensors loaded"
     state, config = models.read_weights(path, heads)
     if task in ("zeroshot", "retrieval"):
         if "text" not in config:
@@ -864,7 +869,7 @@ def load_model(path, task, device, heads=None):
             wanted = "video" if "frames" in config else "classify"
             raise ValueError(f"{path} has a head for --task {wanted}, not {task}")
         names = ("frames", "relative_positions") if task == "video" else ()
-        video = {name: config[name] for name in names}
+        video = {name: config[name] for name in names if name in config}
         pool = config.get("pool", "mean" if "fc_norm.weight" in state else "cls")
         names = config.get("class_names")
         squashed = {"val_crop": config["val_crop"]} if "val_crop" in config else {}
@@ -954,6 +959,12 @@ def parse_arguments(argv):
             parser.error(f"{path} is no .png in a folder that exists")
     if run.out and not Path(run.out).absolute().parent.is_dir():
         parser.error(f"--out {run.out}: there is no such folder")
+    if run.task == "detect" and run.out and not run.out.endswith(".png"):
+        parser.error(f"--out {run.out} is no .png")
+    if run.results and not Path(run.results).absolute().parent.is_dir():
+        parser.error(f"--results {run.results}: there is no such folder")
+    if run.results and os.path.exists(run.results):
+        parser.error(f"--results {run.results} exists: choose another one")
     return run
 
 

@@ -973,6 +973,26 @@ def test_detection_resumes_and_is_measured_alike_by_evaluate(scenes, detector, t
         asked += ["--results", tmp_path / "results.json"] if checkpoint.suffix == ".pt" else []
         evaluate.main(list(map(str, asked)))
         measured.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    shutil.copytree(scenes, tmp_path / "others")
+    for path in (tmp_path / "others" / "annotations").iterdir():
+        path.write_text(path.read_text().replace("red", "green"))
+    asked = ["--task", "detect", "--checkpoint", out / "model.pt", "--data"]
+    folder, weights = tmp_path / "others", torch.load(out / "model.pt", weights_only=True)
+    weights["model"].popitem()
+    torch.save(weights, tmp_path / "part.pt")
+    for more, why in (
+        ([folder], "has other classes than"),
+        (
+            [scenes, "--checkpoint", tmp_path / "part.pt"],
+            "part.pt is damaged, or another version's",
+        ),
+        ([scenes, "--results", tmp_path / "results.json"], "results.json exists"),
+        ([scenes, "--results", tmp_path / "none" / "r.json"], "there is no such folder"),
+        ([scenes, "--out", tmp_path / "a.txt"], "a.txt is no .png"),
+    ):
+        with pytest.raises(SystemExit):
+            evaluate.main(list(map(str, [*asked, *more])))
+        assert why in capsys.readouterr().err.splitlines()[-1]
     for name in found.keys() - {"task"}:
         assert measured[0][name] == pytest.approx(found[name], rel=1e-6)
         assert measured[1][name] == pytest.approx(measured[0][name], rel=1e-6)
