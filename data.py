@@ -433,7 +433,7 @@ def read_labels(path, caption_key="caption"):
                     known["captions"] += captions
                 except (ValueError, KeyError, TypeError):
                     bad += number > 0 or kind != "csv"  # a head line names no picture
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
         raise ValueError(f"cannot read labels from {path}: {one_line(error)}") from None
     if bad:
         why = "damaged, naming no picture, or against an earlier one"
@@ -735,6 +735,7 @@ def sample_files(tar):
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 ANIMATIONS = (".gif", ".webp")
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg"  # of no file that only names other files
 LISTS = (".csv", ".txt", ".json")
 NO_FFMPEG = "there is no ffmpeg program on the PATH: install it (apt install ffmpeg, brew install "
 NO_FFMPEG += "ffmpeg, or the binary of pip install imageio-ffmpeg), or give folders of frames"
@@ -792,20 +793,22 @@ def read_video_labels(path, root):
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             if path.endswith(".json"):
                 files = {os.path.splitext(name)[0]: name for name in os.listdir(root)}
-                rows = [(str(entry["id"]), entry["template"]) for entry in json.load(file)]
-                rows = [(files.get(i, f"{i}.webm"), re.sub(r"[][]", "", t)) for i, t in rows]
+                facts = [(one.get("id", ""), one.get("template") or "") for one in json.load(file)]
+                rows = [(str(i), re.sub(r"[][]", "", str(template))) for i, template in facts]
+                rows = [(i and files.get(i, f"{i}.webm"), template) for i, template in rows]
             else:
                 lines = filter(None, map(str.strip, file))
                 rows = [next(csv.reader([x])) if "," in x else x.rsplit(None, 1) for x in lines]
                 head = rows[0][0] if rows else ""
-                if not head.lower().endswith(VIDEOS) and not os.path.exists(f"{root}/{head}"):
+                there = os.path.exists(os.path.join(root, head))  # it may be a whole path
+                if not head.lower().endswith(VIDEOS) and not there:
                     rows = rows[1:]
-    except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         raise ValueError(f"cannot read a list of videos from {path}: {one_line(error)}") from None
     for row in rows:
-        entry = {"class": row[-1].strip()}
-        known = len(row) == 2 and found.setdefault(os.path.normpath(row[0].strip()), entry)
-        bad += known != entry
+        name, label = row[0].strip(), row[-1].strip()
+        whole, entry = len(row) == 2 and name and label, {"class": label}
+        bad += not whole or found.setdefault(os.path.normpath(name), entry) != entry
     if bad:
         why = "damaged, or against an earlier one"
         print(f"{path}: lines that are left out ({why}): {bad}", file=sys.stderr)
@@ -851,7 +854,8 @@ def video_of_pictures(files):
 def ffmpeg(path, *arguments, seek=0.0):
     """The ended process, with its stdout and stderr. It opens no other file, and no address."""
     command = ["ffmpeg", "-hide_banner", "-nostdin", "-threads", "1", "-ss", f"{seek:.6f}"]
-    command += ["-protocol_whitelist", "file", "-i", f"file:{path}", *arguments]
+    command += ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS]
+    command += ["-i", f"file:{path}", *arguments]
     how = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 300}
     return subprocess.run(command, check=False, **how)
 
@@ -873,8 +877,8 @@ def decode(path, rate, short_side, numbers):
     """The frames of a video file with these rising numbers, as PIL images.
 
     ffmpeg seeks to the first one, and writes no other frames into the pipe. (Of a file that ends
-    before its length says, the last one found is repeated.) Frames come as PPM, whose header says
-    their size: a film may be turned by its metadata.
+    before its length says, the last one found is repeated, if at least half of them are there.)
+    Frames come as PPM, whose header says their size: a film may be turned by its metadata.
     """
     chosen = "+".join(f"eq(n\\,{number - numbers[0]})" for number in numbers)
     # Constant frame rate, so that numbers are times; then numbered anew, so that no gap is filled.
@@ -894,8 +898,9 @@ def decode(path, rate, short_side, numbers):
         width, height = map(int, found.groups())
         at = found.end() + 3 * width * height
         images.append(Image.frombytes("RGB", (width, height), done.stdout[found.end() : at]))
-    if not images:
-        raise ValueError(f"ffmpeg finds no frame from {numbers[0]} on")
+    if 2 * len(images) < len(numbers):
+        some = f"{len(images)} of {len(numbers)}"
+        raise ValueError(f"ffmpeg finds {some} frames from {numbers[0]} on")
     return images + images[-1:] * (len(numbers) - len(images))
 
 

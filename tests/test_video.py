@@ -333,9 +333,19 @@ def test_a_list_is_all_of_data_or_beside_a_folder(tmp_path):
         assert data.all_labels(val).tolist() == [1] and val.paths == ["z"]
     with pytest.raises(ValueError, match="cannot read a list of videos"):
         data.read_video_labels(str(tmp_path / "none.csv"), ".")
-    (tmp_path / "bad.json").write_text('[{"id": 1}]')
-    with pytest.raises(ValueError, match="cannot read a list of videos"):
-        data.read_video_labels(str(tmp_path / "bad.json"), str(tmp_path))
+    bad = tmp_path / "bad.json"
+    for text, why in (('[{"id": 1}]', "lists no videos"), ("[1]", "cannot read a list of videos")):
+        bad.write_text(text)
+        with pytest.raises(ValueError, match=why):
+            data.read_video_labels(str(bad), str(tmp_path))
+    bad.write_text("[" * 100_000)
+    for read in (data.read_labels, data.read_video_labels):
+        with pytest.raises(ValueError, match="cannot read .* from .*Recursion"):
+            read(str(bad), str(tmp_path))
+    # A first line that is a whole path is no head; lines without a path or a label name nothing.
+    (tmp_path / "odd.csv").write_text(f"{tmp_path}/x,one\ny,\n,two\n ,\nz,two\n")
+    found = data.read_video_labels(str(tmp_path / "odd.csv"), str(tmp_path))
+    assert found == {str(tmp_path / "x"): {"class": "one"}, "z": {"class": "two"}}
 
 
 def test_without_ffmpeg_one_line_says_what_to_install(tmp_path, monkeypatch):
@@ -395,8 +405,9 @@ def test_ffmpeg_scales_turns_and_repeats(film):
     assert data.open_video(film("high.mkv", (60, 90)), 30).read([4])[0].size == (30, 45)
     # The header may promise more than there is.
     assert list(map(level, data.decode(path, 10.0, None, [18, 19, 25]))) == [180, 190, 190]
-    with pytest.raises(ValueError, match="ffmpeg finds no frame from 40 on"):
-        data.decode(path, 10.0, None, [40, 41])
+    for wanted, some in (([40, 41], "0 of 2 frames from 40"), ([19, 25, 26], "1 of 3 frames")):
+        with pytest.raises(ValueError, match=f"ffmpeg finds {some}"):
+            data.decode(path, 10.0, None, wanted)
 
 
 @has_ffmpeg
@@ -407,10 +418,14 @@ def test_a_damaged_film_is_named_and_weighs_nothing(film, tmp_path):
     (folder / "cut.mkv").write_bytes(content[:300])
     (folder / "text.mp4").write_text("no film")
     (folder / "empty.webm").touch()
+    # Nor are other files opened that one names.
+    (folder / "list.mkv").write_text("ffconcat version 1.0\nfile good.mkv\nduration 2\n")
+    (folder / "more.mkv").touch()
     source = data.VideoFolder(str(folder))
-    batch = data.Batches(source, (8, 8), 3, 4, clips=data.Clips(2, span=1))[0]
+    batch = data.Batches(source, (8, 8), 3, 6, clips=data.Clips(2, span=1))[0]
     readable = [source.name(int(n)) for n in batch["samples"][batch["weight"] > 0]]
-    assert readable == [good] and len(batch["bad"]) == 3
+    assert readable == [good] and len(batch["bad"]) == 5
+    assert any("list.mkv: ValueError: ffmpeg finds no video" in line for line in batch["bad"])
     assert all(not images.any() for images in batch["images"][batch["weight"] == 0])
     assert any("text.mp4: ValueError: ffmpeg finds no video" in line for line in batch["bad"])
 
