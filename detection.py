@@ -136,6 +136,8 @@ class Trunk(models.ViT):
         patch_size = patch_size or models.architecture(size)[3]
         patch_size = 16 if patch_size == 14 else patch_size
         super().__init__(size, image_size, patch_size, **arguments)
+        if min(self.grid) < 2:
+            raise ValueError(f"image size {image_size}: want two patches of {patch_size} at least")
         del self.cls_token
         self.norm = nn.Identity()
         everywhere = {quarter * self.layers // 4 - 1 for quarter in (1, 2, 3, 4)}
@@ -722,6 +724,8 @@ def open_scenes(where, val=None, size=128):
 
     Raises ValueError, one line, when there are none, or the two differ in their classes.
     """
+    if where == "toy" and val not in (None, "toy"):
+        raise ValueError("the toy world has other classes: leave --val-data out")
     measured = scenes_to_measure(val or where, size)
     if where == "toy":
         train = ToyScenes("train", size)

@@ -95,7 +95,7 @@ def test_trunk_with_zero_tables_is_the_vit_without_class_token():
     torch.testing.assert_close(trunk(images), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_weights_of_other_models_and_of_a_detector_load():
+def test_weights_of_other_models_load():
     vit = models.MAE("16x8x2", (16, 1, 2), image_size=32, patch_size=8)
     model = Detector(**TINY)
     said = detection.load_trunk(model, vit.state_dict(), (4, 4))
@@ -116,6 +116,8 @@ def test_weights_of_other_models_and_of_a_detector_load():
         detection.load_trunk(Detector(**TINY | {"hidden": 8}), model.state_dict())
     with pytest.raises(ValueError, match="blocks.8"):
         detection.load_trunk(model, models.ViT("16x9x2", 32, 8).state_dict())
+    with pytest.raises(ValueError, match="want two patches of 8"):
+        Detector(**TINY | {"image_size": 8})
 
 
 def test_patch_of_14_pixels_is_resized_to_16():
@@ -529,3 +531,9 @@ def test_flops_are_what_the_layers_cost():
     rpn = sum(cells) * (2 * 18 * C * C + 2 * C * 15)
     box = 3 * 8 * (49 * 18 * C * C + 2 * 49 * C * 16 + 2 * 16 * (81 + 4))
     assert detection.flops_per_image(model) == trunk + pyramid + rpn + box
+
+
+def test_detectors_of_grey_pictures_see_grey():
+    scenes = detection.ToyScenes("val", 64, 2)
+    found = detection.detect_in(Detector(**TINY | {"channels": 1}), scenes, batch_size=2)
+    assert found.keys() == set(scenes.ids)
