@@ -891,6 +891,7 @@ TASKS_OF_FLAGS = {
     **dict.fromkeys(("label_map", "confusion"), "classify video"),
     **dict.fromkeys(("clips", "crops", "span", "stride", "short_side"), "video"),
     "val_crop": "classify zeroshot retrieval video",
+    **dict.fromkeys(("labels", "val_labels"), " ".join(name for name in TASKS if name != "detect")),
     **dict.fromkeys(("classnames", "templates"), "zeroshot"),
     "tokenizer": "zeroshot retrieval",
     "caption_key": "retrieval",

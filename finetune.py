@@ -222,6 +222,8 @@ def parse_arguments(argv):
             parser.error(f"--{name.replace('_', '-')} {value} is out of range")
     if (run.rand_augment or 0) > 10:
         parser.error(f"--rand-augment {run.rand_augment} is over 10")
+    if run.data == "":  # of a variable that is not set, say
+        parser.error("--data is empty: leave it out for the toy world")
     if "all" in run.shots:
         parser.error("--shots wants numbers: for all pictures there is --task linear")
     run.plan = run.plan or bool(run.gpus)
@@ -419,6 +421,8 @@ def prepare_scenes(run, side, classes_of_head):
     height, width = side or (run.image_size if goes_on else usual)
     if height != width:
         raise ValueError(f"--image-size {height}x{width}: detect fills pictures up to a square")
+    if not toy and run.data.endswith(".json") and not run.val_data:
+        raise ValueError(f"{run.data} is all of the data: give --val-data, too")
     run.image_size, run.config["image_size"] = (height, width), height
     run.train, run.val = detection.open_scenes(run.data or "toy", run.val_data, height)
     run.val = detection.ToyScenes("val", height, 128) if toy else run.val

@@ -989,6 +989,7 @@ def test_detection_resumes_and_is_measured_alike_by_evaluate(scenes, detector, t
         ([scenes, "--results", tmp_path / "results.json"], "results.json exists"),
         ([scenes, "--results", tmp_path / "none" / "r.json"], "there is no such folder"),
         ([scenes, "--out", tmp_path / "a.txt"], "a.txt is no .png"),
+        ([scenes, "--labels", tmp_path / "a.csv"], "--labels is for --task"),
     ):
         with pytest.raises(SystemExit):
             evaluate.main(list(map(str, [*asked, *more])))
@@ -1060,6 +1061,11 @@ def test_unusable_scenes_are_refused_in_one_line(scenes, pets, tmp_path, capsys)
     common = ["--task", "detect", "--size", "toy", "--out", tmp_path / "run", "--data"]
     assert "there must be one" in refused(capsys, *common, pets)
     assert "a square" in refused(capsys, *common, scenes, "--image-size", "32x48")
+    assert "two patches of 8" in refused(capsys, *common, scenes, "--image-size", 8)
+    assert "--data is empty" in refused(capsys, *common, "")
+    assert "leave --val-data out" in refused(capsys, *common, "toy", "--val-data", scenes)
+    train = scenes / "annotations" / "instances_train.json"  # it would be measured on, too
+    assert "give --val-data" in refused(capsys, *common, train)
     jitter = ["--min-jitter", 2, "--max-jitter", 1]
     assert "is over --max-jitter" in refused(capsys, *common, scenes, *jitter)
     assert "is for --task" in refused(capsys, *common, scenes, "--mixup", 1)
