@@ -1529,6 +1529,7 @@ def draw_detections(path, scenes, detections, numbers=range(8), most=10, least=0
         sample = scenes.read(number)
         try:
             image = data.to_mode(sample["image"](), 3)
+            image.load()  # here, if it was of this mode
         except Exception:  # noqa: BLE001 (decoders raise anything: a grey tile)
             image = Image.new("RGB", sample["size"][::-1], "grey")
         scale = side / max(image.size)

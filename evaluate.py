@@ -761,11 +761,15 @@ def task_detect(model, sources, run):
             raise ValueError(f"{why} {len(there)} ({', '.join(there[:3])} ...): give other --data")
         found = detection.detect_in(model, scenes, **run.options)
     if distributed()[0] == 0:
-        if run.results:
-            detection.write_results(run.results, scenes, found)
-            print(f"wrote {run.results}")
-        path = run.out or Path(run.checkpoint).with_name("detections.png")
-        print_detection(scenes, found, path, run.count)
+        path = run.results
+        try:
+            if path:
+                detection.write_results(path, scenes, found)
+                print(f"wrote {path}")
+            path = run.out or Path(run.checkpoint).with_name("detections.png")
+            print_detection(scenes, found, path, run.count)
+        except OSError as error:  # which does not say of a full disk where
+            raise ValueError(f"cannot write {path}: {error}") from None
     return detection_numbers(scenes, found)
 
 
