@@ -931,6 +931,7 @@ class Clips:
     def numbers(self, video, bits=None):
         """(clips, frames) int64 numbers of frames; bits: 24 uint64 draws, the last one decides."""
         step = self.stride if video.rate is None else self.span * video.rate / self.frames
+        step = min(step, video.count)  # beyond the end already: large ones would overflow
         offsets = np.floor(step * np.arange(self.frames)).astype(np.int64)
         room = max(0, video.count - 1 - int(offsets[-1]))  # the last start
         starts = np.array([room // 2])

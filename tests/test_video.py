@@ -146,6 +146,7 @@ def test_numbers_of_frames_by_hand():
     assert numbers(20, stride=2.5, clips=3) == [[0, 2, 5, 7], [6, 8, 11, 13], [12, 14, 17, 19]]
     assert numbers(3, stride=2) == [[0, 2, 2, 2]]  # what is short repeats its last frame
     assert numbers(1, stride=2, clips=2) == [[0, 0, 0, 0]] * 2
+    assert numbers(3, stride=4e18) == numbers(3, 30.0, span=4e18) == [[0, 2, 2, 2]]
     assert numbers(9, stride=0) == [[4, 4, 4, 4]]  # no motion
     # 2 seconds of 10 frames each: one every half second
     assert numbers(31, 10.0, span=2, clips=2) == [[0, 5, 10, 15], [15, 20, 25, 30]]
