@@ -892,8 +892,10 @@ class Scenes:
 
 
 def read_annotation(one, size):
-    """(whether it is a crowd, area, [x1, y1, x2, y2], segment or None) of an annotation in a file, of
-    a picture of (height, width). Raises one of DAMAGED where it cannot be."""
+    """(whether a crowd, area, [x1, y1, x2, y2], segment or None) of an annotation of a picture.
+
+    size: the picture's (height, width). Raises one of DAMAGED where it cannot be used.
+    """
     (x, y, w, h), segment = one["bbox"], one.get("segmentation") or None
     crowd, area = bool(int(one.get("iscrowd") or 0)), float(one.get("area", w * h))
     if isinstance(segment, dict):
