@@ -341,26 +341,31 @@ def roi_align(table, grids, strides, boxes, size):
     low, span = boxes[:, [1, 0]], (boxes[:, 2:] - boxes[:, :2]).flip(1)  # (R, 2): y, x
     points = (span / size).ceil().long()  # of a bin, down and across
 
-    # All bins' points, and of each the four cells around it, in one long row: embedding_bag adds
-    # them up where they lie, and its backward is an index_add. Nothing (points, C) is ever made.
-    taps = (4 * points.prod(dim=1)).repeat_interleave(size * size)  # (R * size * size,)
+    # The mean is separable: along each axis a bin has its points' cells, two each, and weights.
+    lists, rows = [], torch.arange(len(boxes) * size, device=device)  # rows of bins: R * size
+    for axis in (0, 1):
+        taps = 2 * points[:, axis].repeat_interleave(size)
+        first = taps.cumsum(0) - taps
+        row = rows.repeat_interleave(taps)
+        roi, k = row // size, torch.arange(len(row), device=device) - first[row]
+        at = (row % size + (k // 2 + 0.5) / points[roi, axis]) / size
+        at = low[roi, axis] + at * span[roi, axis]
+        cell, weight = tap(at, lengths[roi, axis], k % 2 == 1)
+        cell = start[roi] + cell * lengths[roi, 1] if axis == 0 else cell
+        lists.append((taps, first, cell, weight / points[roi, axis]))
+    (down, first_down, line, weight_down), (across, first_across, column, weight_across) = lists
+
+    # A bin's taps are each of its row's with each of its column's, in one long row: embedding_bag
+    # adds them up where they lie, and its backward is an index_add. No (taps, C) is ever made.
+    i = rows.repeat_interleave(size)  # (R * size * size,)
+    j = rows.unflatten(0, (-1, 1, size)).expand(-1, size, size).flatten()
+    taps = down[i] * across[j]
     first = taps.cumsum(0) - taps
     bins = torch.arange(len(taps), device=device).repeat_interleave(taps)
-    k = torch.arange(len(bins), device=device) - first[bins]
-    roi, of_bin = bins // (size * size), bins % (size * size)
-    k, right, below = k // 4, k % 2 == 1, k // 2 % 2 == 1
-    cells, weights = [], []
-    for axis, bin, point, second in (
-        (0, of_bin // size, k // points[roi, 1], below),
-        (1, of_bin % size, k % points[roi, 1], right),
-    ):
-        at = (bin + (point + 0.5) / points[roi, axis]) / size
-        at = low[roi, axis] + at * span[roi, axis]
-        cell, weight = tap(at, lengths[roi, axis], second)
-        cells.append(cell)
-        weights.append(weight)
-    cell = start[roi] + cells[0] * lengths[roi, 1] + cells[1]
-    weight = weights[0] * weights[1] * 4 / taps[bins]
+    k, width = torch.arange(len(bins), device=device) - first[bins], across[j][bins]
+    below = k // width
+    i, j = first_down[i][bins] + below, first_across[j][bins] + k - below * width
+    cell, weight = line[i] + column[j], weight_down[i] * weight_across[j]
     # Not rounded to bf16: differences of positions are what boxes are made of.
     out = F.embedding_bag(cell, table.float(), first, per_sample_weights=weight, mode="sum")
     return out.unflatten(0, (-1, size, size)).permute(0, 3, 1, 2)
