@@ -65,8 +65,8 @@ SETTINGS = {
     "detections": 100,  # of an image; LVIS: 300
 }
 # Ours, for 128 to 256 pixels on a laptop: strides 4, 8 and 16 of a patch of 8, no window.
-TOY = {"scales": (2, 1, 0.5), "anchor_sizes": (16, 32, 64), "features": 64, "convolutions": 2}
-TOY |= {"hidden": 128, "anchors": 64, "rois": 32, "before_nms": (200, 30), "after_nms": 200}
+TOY = {"scales": (2, 1, 0.5), "anchor_sizes": (16, 32, 64), "features": 64, "convolutions": 1}
+TOY |= {"hidden": 128, "anchors": 64, "rois": 24, "before_nms": (150, 30), "after_nms": 150}
 RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
 # Each stage's least IoU of a positive, and the weights of its (centre, size) deltas.
 STAGES = ((0.5, (10.0, 5.0)), (0.6, (20.0, 10.0)), (0.7, (30.0, 15.0)))
