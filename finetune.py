@@ -204,7 +204,7 @@ def parse_arguments(argv):
     add("--checkpoint-activations", action="store_true", help="less memory, a third more compute")
     add("--shard-group", type=int, help="processes that share one copy of the weights (all)")
     add("--log-every", type=int, default=50, help="steps between step lines (50)")
-    add("--save-every", type=int, help="steps between checkpoints (a tenth, to 1000; detect: a fifth)")
+    add("--save-every", type=int, help="steps between saves (a tenth, to 1000; detect: a fifth)")
     add("--keep-last", type=int, default=2, help="checkpoints that are kept (2)")
     add("--keep-every", type=int, help="every so many steps, one is kept for good (none)")
     add("--plan", action="store_true", help="classify: print what the run takes, and exit")
