@@ -1528,7 +1528,7 @@ COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#42d4f4", "#f
 
 def draw_detections(path, scenes, detections, numbers=range(8), most=10, least=0.3, side=480):
     """A PNG with pictures of scenes, four in a row, and the best detections of each: at most `most`
-    with a score of `least`, in the order of their classes' colours."""
+    with a score of `least`, but the first in any case. Colours are the classes'."""
     tiles = []
     for number in numbers:
         if number >= len(scenes.sizes):
@@ -1545,7 +1545,7 @@ def draw_detections(path, scenes, detections, numbers=range(8), most=10, least=0
         tile.paste(image.resize(size, Image.Resampling.BICUBIC))
         found = detections.get(sample["image_id"], {"boxes": [], "scores": [], "labels": []})
         scores = np.asarray(found["scores"], dtype=np.float64)
-        best = [i for i in np.argsort(-scores, kind="stable")[:most] if scores[i] >= least]
+        best = np.argsort(-scores, kind="stable")[: max(1, min(most, (scores >= least).sum()))]
         for i in best[::-1]:  # the best on top
             label = int(found["labels"][i])
             colour = COLOURS[label % len(COLOURS)]

@@ -618,8 +618,13 @@ def test_detections_are_drawn(tmp_path):
     assert drawn.shape == (400, 800, 3) and (drawn != plain).any()
     odd = {scenes.ids[0]: {"boxes": [[9, 9, 1, 1.0]], "scores": [1.0], "labels": [0]}}
     detection.draw_detections(path, scenes, odd, range(6), side=200)  # of results, perhaps
-    detection.draw_detections(path, scenes, detections, range(6), side=200, least=1.1)
-    assert (np.array(Image.open(path)) == plain).all()
+    boxes, drawn = [[5, 5, 30, 30.0], [20, 20, 35, 35.0], [1, 1, 9, 9.0]], []
+    for scores in [0.2], [0.2, 0.1, 0.1], [0.4, 0.31]:  # the best, or all of 0.3
+        found = {"boxes": boxes[: len(scores)], "scores": scores, "labels": [0] * len(scores)}
+        detection.draw_detections(path, scenes, {scenes.ids[0]: found}, range(6), side=200)
+        drawn.append(np.array(Image.open(path)))
+    assert (drawn[0] != plain).any() and (drawn[0] == drawn[1]).all()
+    assert (drawn[2] != drawn[0]).any()
 
 
 def test_the_table(capsys):
