@@ -283,13 +283,15 @@ def tiles(tokens, first_query, head, device, own, walked):
     16 at least, as a matrix product wants. Where it does not hold all, the program walks over the
     others by 32; by 16 for the 65 tokens of H's encoder, which are 80 then, and not 96. Found on an
     H200, where few shapes gain 10 % from tiles of their own: tests/bench/attention_tiles.csv.
-    Before Hopper, wide heads need the registers of more warps.
+    Before Hopper, wide heads need the registers of more warps; on Blackwell, a kernel that loads
+    two turns ahead spills, and one that loads three does not.
     """
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    chip = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
     tile = min(64, max(16, 1 << (tokens - 1).bit_length()))
     others = tile if tokens <= tile else 16 if tokens <= 80 and head == 80 else 32
     sizes = {"N": tokens, "FIRST": first_query, "HEAD": head, own: tile, walked: others}
-    return sizes | {"num_warps": 8 if head > 96 and not hopper else 4, "num_stages": 3}
+    warps = 8 if head > 96 and chip < (9, 0) else 4
+    return sizes | {"num_warps": warps, "num_stages": 4 if chip >= (10, 0) else 3}
 
 
 def launch(kernel, programs, sizes, *tensors, heads):
