@@ -757,8 +757,8 @@ def task_detect(model, sources, run):
     else:
         names, there = model.config["class_names"], scenes.classes
         if names not in (None, there) or model.classes != len(there):
-            why = f"{run.checkpoint} finds {model.classes} classes, which are not the data's"
-            raise ValueError(f"{why} {len(there)} ({', '.join(there[:3])} ...): give other --data")
+            known = f"{model.classes}: {', '.join((names or [])[:3])} ..."
+            raise ValueError(f"{run.data} has other classes than {run.checkpoint} ({known})")
         found = detection.detect_in(model, scenes, **run.options)
     if distributed()[0] == 0:
         path = run.results
