@@ -48,10 +48,8 @@ def random_target(objects, side, device):
     inside = [(x >= boxes[:, i, None]) & (x < boxes[:, i + 2, None]) for i in (0, 1)]
     masks = inside[1][:, :, None] & inside[0][:, None]
     target = {"boxes": boxes, "labels": torch.arange(objects), "masks": masks}
-    return {name: tensor.to(device) for name, tensor in target.items()} | {
-        "size": (side, side),
-        "seed": 0,
-    }
+    target = {name: tensor.to(device) for name, tensor in target.items()}
+    return target | {"size": (side, side), "seed": 0}
 
 
 def measure(arguments):

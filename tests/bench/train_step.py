@@ -1,7 +1,6 @@
 """Training images per second: normalize uint8, forward, backward, AdamW. Loading is not in it.
 
     python tests/bench/train_step.py --sizes B,L,H --batch 256 --compile --peer ../mae   # a GPU
-
     python tests/bench/train_step.py --sizes toy,T,S,B
     python tests/bench/train_step.py --sizes B --batch 16 --peer ../mae
     python tests/bench/train_step.py --sizes 192x6x3 --patch-size 8 --image-size 64 \\
@@ -11,12 +10,12 @@ CUDA as the stage does it (bf16, FSDP2 over one process), else fp32. On a GPU ou
 the Triton kernels and with PyTorch's attention, in turn; mfu is the share of the chip's dense bf16
 peak; GiB, what the allocator had at most in our steps, beside what --plan says of it.
 
---peer is a checkout of
-facebookresearch/mae: its step runs in turn with ours, with its own attention and with
-F.scaled_dot_product_attention, after both have given the same loss on the same weights, images and
-masks. Its optimizer is its own (AdamW with defaults; on a CPU that is not the fused one); each side
-gets its loader's memory layout; both pay for the normalisation; it draws its masks in the step, our
-loader does. It needs no timm. OMP_WAIT_POLICY is the stage's unless the environment sets it.
+--peer is a checkout of facebookresearch/mae: its step runs in turn with ours, with its own
+attention and with F.scaled_dot_product_attention, after both have given the same loss on the same
+weights, images and masks (eight of them, on the CPU). Its optimizer is its own (AdamW with
+defaults; on a CPU that is not the fused one); each side gets its loader's memory layout; both pay
+for the normalisation; it draws its masks in the step, our loader does. It needs no timm.
+OMP_WAIT_POLICY is the stage's unless the environment sets it.
 """
 
 import argparse
