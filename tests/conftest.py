@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see mae_pretrain.py
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the shapes are tiny, and processes run side by side
 
+import gc
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -44,6 +45,10 @@ def pytest_sessionstart():
         path = PICTURES / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(number).save(path)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what was imported: stages collect garbage at each step line, here at each step
 
 
 def pytest_sessionfinish():
@@ -109,6 +114,8 @@ def stage(*arguments, processes=None, program="mae_pretrain.py", code=None, file
 
 def run_program(argv, environment, files, file_size, code):
     """What a new process does: run a program of the repository, its output into two files."""
+    multiprocessing.set_start_method(None, force=True)  # loaders begin as in a plain program
+    gc.freeze()  # the same for what the server has imported
     os.environ.update(environment)
     os.chdir(ROOT)
     for file, stream in zip(files, (sys.stdout, sys.stderr)):

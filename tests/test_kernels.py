@@ -449,9 +449,9 @@ from triton.compiler import ASTSource
 import kernels
 
 objdump = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
-chip, found = int(sys.argv[1]), []
+chip, found = int(sys.argv[2]), []
 torch.cuda.get_device_capability = lambda _: divmod(chip, 10)
-for tokens, first, columns in json.loads(sys.argv[2]):
+for tokens, first, columns in json.loads(sys.argv[1]):
     for kernel in (kernels.forward_rows, kernels.backward_rows, kernels.backward_keys):
         sides = ("KEYS", "ROWS") if kernel is kernels.backward_keys else ("ROWS", "KEYS")
         sizes = kernels.tiles(tokens, first, columns, torch.device("cuda"), *sides)
@@ -477,21 +477,36 @@ for tokens, first, columns in json.loads(sys.argv[2]):
 print(json.dumps(found))
 """
 
+CHIPS = {80: 163, 90: 227, 100: 227}
 
-@pytest.mark.parametrize("chip, shared_memory", [(80, 163), (90, 227), (100, 227)])
-def test_every_stage_s_shapes_compile_without_spills(chip, shared_memory):
-    """For A100, H100 and B200, from their KiB of shared memory for a block (CUDA's programming
-    guide, compute capabilities); wgmma is Hopper's own matrix product."""
+
+@pytest.fixture(scope="module", autouse=True)
+def compilers():
+    """(shapes, a process for each chip): begun before the tests above, which want one core alone."""
     longest = 1370  # tiles are the same from 129 tokens on: of the long ones, one for each width
     shapes = {s[:2] + s[3:] for s in kernels.SHAPES if s[0] < 198 or s[3] != 64 or s[0] == longest}
     shapes = [s for s in shapes if s[0] not in (257, 1025) or s[1]]
     shapes = sorted([*shapes, (50, 0, 112), (longest, 0, 112)])  # of no size, but whoever needs it
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = python(COMPILED, str(chip), json.dumps(shapes), env=environment)
-    found = json.loads(done.stdout.splitlines()[-1])
+    options = {"env": {**os.environ, "TRITON_INTERPRET": "0"}, "cwd": ROOT, "text": True}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    line = [sys.executable, "-c", COMPILED, json.dumps(shapes)]
+    processes = {chip: subprocess.Popen([*line, str(chip)], **options) for chip in CHIPS}
+    yield shapes, processes
+    for process in processes.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_stage_s_shapes_compile_without_spills(chip, compilers):
+    """For A100, H100 and B200, from their KiB of shared memory for a block (CUDA's programming
+    guide, compute capabilities); wgmma is Hopper's own matrix product."""
+    shapes, processes = compilers
+    printed, said = processes[chip].communicate()
+    assert processes[chip].returncode == 0, said
+    found = json.loads(printed.splitlines()[-1])
     assert len(found) >= 2 * len(shapes)
     for name, tokens, columns, registers, stack, shared, wgmma in found:
         line = f"sm_{chip} {name} N={tokens} d={columns}: {registers} registers, "
         print(f"{line}{shared} bytes of shared memory")
         assert stack == 0, f"{name} {tokens} {columns} spills {stack} bytes"
-        assert shared <= shared_memory * 1024 and wgmma == (chip == 90)
+        assert shared <= CHIPS[chip] * 1024 and wgmma == (chip == 90)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command, read_metrics, stage
+from conftest import ROOT, SERVER, TINY, command, read_metrics, run_program, stage
 
 import model as models
 
@@ -92,21 +92,19 @@ def test_2_another_seed_is_another_run(uninterrupted, tmp_path):
 
 def test_3_kill_9_at_random_instants(uninterrupted, tmp_path):
     out, draws = tmp_path / "run", random.Random(0)
+    code = "import os, sys; os.setsid(); import mae_pretrain; mae_pretrain.main(sys.argv[1:])"
+    argv = ["mae_pretrain.py", *TINY, "--out", str(out)]
     for _ in range(6):
-        process = subprocess.Popen(
-            command(*TINY, "--out", out),
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        run = SERVER.Process(target=run_program, args=(argv, {}, [os.devnull] * 2, None, code))
+        run.start()
         before, deadline = newest(out), time.monotonic() + 120
         # Wait for progress, then for a random moment: in a step, in a save, in a clean-up.
-        while newest(out) == before and process.poll() is None and time.monotonic() < deadline:
+        while newest(out) == before and run.is_alive() and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(draws.random() * 0.1)
         with contextlib.suppress(ProcessLookupError):  # it has just finished
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            os.killpg(run.pid, signal.SIGKILL)
+        run.join()
         assert newest(out) is None or (newest(out) / "state.json").is_file()
     assert stage(*TINY, "--out", out).returncode == 0
     assert read_metrics(out) == read_metrics(uninterrupted)
