@@ -220,6 +220,8 @@ def parse_arguments(argv):
         least = 0 if name in zeros else 1e-30
         if type(value) in (int, float) and not least <= value <= (1 if name in shares else 2**62):
             parser.error(f"--{name.replace('_', '-')} {value} is out of range")
+    if run.drop_path == 1:
+        parser.error("--drop-path 1 would drop all of the last block: give less")
     if (run.rand_augment or 0) > 10:
         parser.error(f"--rand-augment {run.rand_augment} is over 10")
     if run.data == "":  # of a variable that is not set, say

@@ -529,6 +529,7 @@ def test_unusable_input_is_refused_in_one_line(pets, photos, tmp_path, capsys):
         capsys, *common, "--data", pets, "--init", weights_of(tmp_path, "32x1x2")
     )
     assert "over 10" in refused(capsys, *common, "--rand-augment", 11)
+    assert "would drop all" in refused(capsys, *common, "--drop-path", 1)
     assert "an even number" in refused(capsys, *common, "--data", pets, "--batch-size", 7)
     linear = ["--task", "linear", *common[2:], "--data", pets]
     assert "all of it" in refused(capsys, *linear, "--batch-norm", "--micro-batch", 4)

@@ -6,8 +6,8 @@ The two run in turn, each in a process of its own, because the peak of the memor
 a CPU it is one thread's time that counts, whatever else the machine does. Image and objects are
 random: boxes of 30 to 320 pixels with masks.
 
-Seen with B at 1024 on one thread of a busy 2-core machine: trunk 70 s and 9.0 GiB, all 104 s and
-10.1 GiB: 33 % of the time is spent outside the trunk.
+Seen with B at 1024 on one thread of a 2-core machine: trunk 99 s and 9.0 GiB, all 134 s and
+10.1 GiB: 26 % of the time is spent outside the trunk.
 """
 
 import argparse
