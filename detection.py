@@ -265,12 +265,12 @@ def label_anchors(anchors, truth):
     return label.masked_fill(nearest, 1), index
 
 
-def sample(label, number, most, draw):
+def sample(label, number, most, keys):
     """Which to learn from, (number,), and how many of them are positive: these come first.
 
-    At random at `most` positives (label 1), and negatives (0), up to the number.
+    At most `most` positives (label 1), and negatives (0), up to the number: those of the smallest
+    keys, which are random numbers.
     """
-    keys = torch.rand(len(label), generator=draw).to(label.device)
     positive, negative = ((label == value).nonzero()[:, 0] for value in (1, 0))
     positive = positive[keys[positive].argsort()[:most]]
     negative = negative[keys[negative].argsort()[: number - len(positive)]]
@@ -582,7 +582,7 @@ class Detector(nn.Module):
         return scores[each, ratio], deltas[each, ratio]
 
     def propose(self, scores, deltas, size):
-        """The image's best boxes after suppression within levels, (n, 4)."""
+        """The image's best boxes after suppression within levels, (n, 4), and their anchors, (n,)."""
         most, anchors, kept = self.settings["before_nms"][not self.training], self.anchors, []
         for level in self.levels.unique():
             ids = (self.levels == level).nonzero()[:, 0]
@@ -592,7 +592,8 @@ class Detector(nn.Module):
         good = solid(boxes)
         boxes, kept = boxes[good], kept[good]
         levels, number = self.levels[kept], self.settings["after_nms"]
-        return boxes[nms(boxes, scores[kept], levels, 0.7, number)]
+        best = nms(boxes, scores[kept], levels, 0.7, number)
+        return boxes[best], kept[best]
 
     def losses(self, table, scores, deltas, target, draw):
         """The parts of one image's loss. target, draw: see forward."""
@@ -600,7 +601,10 @@ class Detector(nn.Module):
         if not len(truth):  # an object of no area: it overlaps with nothing
             truth, labels = truth.new_zeros(1, 4), labels.new_zeros(1)
         label, index = label_anchors(self.anchors, truth)
-        ids, positives = sample(label, s["anchors"], s["anchors"] // 2, draw)
+        # Of each anchor (and object) a number that decides whether it, and what is proposed from
+        # it, is drawn: were it of a place among the proposals, rounding would draw others.
+        keys = torch.rand(2, len(self.anchors) + len(truth), generator=draw).to(label.device)
+        ids, positives = sample(label, s["anchors"], s["anchors"] // 2, keys[0])
         score, delta = self.rpn_again(table, ids)
         loss = F.binary_cross_entropy_with_logits(score, label[ids].float(), reduction="sum")
         ids = ids[:positives]
@@ -610,9 +614,11 @@ class Detector(nn.Module):
 
         size = target["size"]
         with torch.no_grad():
-            rois = torch.cat([self.propose(scores, deltas, size), target["boxes"]])
+            rois, ids = self.propose(scores, deltas, size)
+            rois = torch.cat([rois, target["boxes"]])
         iou, index = overlaps(rois, truth).max(dim=1)
-        ids, positives = sample((iou >= STAGES[0][0]).long(), s["rois"], s["rois"] // 4, draw)
+        keys = torch.cat([keys[1, ids], keys[1, len(self.anchors) :]])
+        ids, positives = sample((iou >= STAGES[0][0]).long(), s["rois"], s["rois"] // 4, keys)
         masked = ids[: positives if target["masks"] is not None else 0]
         masked, rois = (rois[masked], index[masked]), rois[ids]
         judged = self.judged(target["labels"], draw)
@@ -678,7 +684,7 @@ class Detector(nn.Module):
         """
         s, found = self.settings, []
         for table, scores, deltas, size in zip(*self.predict(images), sizes):
-            boxes, score = self.propose(scores, deltas, size), 0
+            boxes, score = self.propose(scores, deltas, size)[0], 0
             for stage, (_, weights) in enumerate(STAGES):
                 logits, moves = self.judge(stage, table, boxes)
                 each = logits.sigmoid() if s["federated"] else logits.softmax(dim=1)

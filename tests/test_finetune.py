@@ -915,9 +915,7 @@ def test_detection_is_the_same_in_pieces_and_on_two_processes(
     last_json(fine(*DETECT, "--data", scenes, "--out", tmp_path, *extra, processes=processes))
     for ours, theirs in zip(read_metrics(tmp_path), read_metrics(detector[0]), strict=True):
         for name in ("loss", "lr", "grad_norm"):
-            assert ours[name] == pytest.approx(
-                theirs[name], rel=1e-4
-            )  # chosen regions are discrete
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
 
 
 def test_the_recipe_of_detection_is_vitdets(scenes, detector, tmp_path):
