@@ -102,7 +102,7 @@ VITDET = {
     "H": ((1e-4, 1e-4), 0.9, (0.5, 0.4), (75, 100)),
     "2B": ((1e-4, 1e-4), 0.8, (0.5, 0.4), (75, 100)),
     "6.5B": ((1e-4, 1e-4), 0.8, (0.5, 0.4), (75, 100)),
-    "toy": ((1e-3, 1e-3), 0.8, (0.0, 0.0), (20, 20)),  # at batch 8
+    "toy": ((1e-3, 1e-3), 0.8, (0.0, 0.0), (20, 20)),  # at batch 4
 }
 # Flags of some tasks: the others refuse them.
 TASKS_OF_FLAGS = {
@@ -339,7 +339,7 @@ def prepare(run):
         lvis, run.schedule = run.train.frequencies is not None, vitdet_schedule
         rates, layer_decay, drop_paths, lengths = VITDET.get(run.config["size"], VITDET["B"])
         epochs, drop_path, weight_decay = lengths[lvis], drop_paths[lvis], 0.1
-        batch_size = 8 if run.config["size"] == "toy" else 64
+        batch_size = 4 if run.config["size"] == "toy" else 64
         run.lr = run.lr or rates[lvis] * (run.batch_size or batch_size) / batch_size
         run.weighting = detection.repeat_factors(run.train) if lvis else {}
         if run.decay_floor is None:  # of encoders that have learned hashtags (recalled)
@@ -899,7 +899,7 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
         signal.signal(getattr(signal, name), lambda *_: stop.append(1))
     signal.signal(signal.SIGINT, lambda n, _: stop.append(signal.signal(n, signal.SIG_DFL)))
     most, parts = (5000, 5) if run.task == "detect" else (1000, 10)  # to measure is dear there
-    save_every = run.save_every or max(1, min(most, steps // parts))
+    save_every = run.save_every or min(most, -(-steps // parts))
     bar = tqdm(total=steps, initial=first_step, disable=None if run.process == 0 else True)
     items = range(first_step * pieces, steps * pieces)
     batches = iter(data.loader(batches, items, run.workers, pin=device.type == "cuda"))

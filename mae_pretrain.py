@@ -175,7 +175,7 @@ def prepare(run):
     samples = (run.epochs or 0) * order.length or run.samples or samples or longest
     run.steps = run.steps or math.ceil(samples / run.batch_size)
     run.lr = run.lr or base_lr * run.batch_size / 256
-    run.save_every = run.save_every or max(1, min(1000, run.steps // 10))
+    run.save_every = run.save_every or min(1000, -(-run.steps // 10))
     same = ("batch_size", "steps", "lr", "warmup", "weight_decay", "seed", "min_crop", "precision")
     run.identity = {"stage": "mae_pretrain", "data": run.source.identity, "model": run.config}
     run.identity |= {"held_out": run.held_out.identity, "lanes": order.lanes, "init": origin}

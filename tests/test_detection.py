@@ -478,7 +478,7 @@ def test_federated_loss_judges_the_classes_present_and_some_others():
 
 
 def test_two_scenes_are_learned_by_heart_and_found():
-    """Five seconds: with fewer steps, the last stage has not seen enough regions of IoU 0.7."""
+    """Some seconds: with fewer steps, the last stage has not seen enough regions of IoU 0.7."""
     torch.manual_seed(0)
     changes = {"size": "32x2x2", "classes": 2, "features": 32, "hidden": 64, "rois": 16}
     model = Detector(**TINY | changes)
@@ -486,22 +486,22 @@ def test_two_scenes_are_learned_by_heart_and_found():
     images = torch.stack(images)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
-    for step in range(60):
+    for step in range(80):
         loss = model(images, [t | {"seed": 2 * step + i} for i, t in enumerate(targets)])[0].mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] / 2
+    assert losses[-1] < 0.6 * losses[0]
     model.eval()
     for found, target in zip(model.detect(images, [(64, 64)] * 2), targets):
         for label, box, mask in zip(target["labels"], target["boxes"], target["masks"]):
             best = (found["labels"] == label).nonzero()[0, 0].item()  # the surest of its class
             assert found["scores"][best] > 0.5
-            assert detection.overlaps(found["boxes"][[best]], box[None]) > 0.6
+            assert detection.overlaps(found["boxes"][[best]], box[None]) > 0.8
             one = detection.paste_masks(found["masks"][[best]], found["boxes"][[best]], (64, 64))[0]
-            assert (one & mask).sum() / (one | mask).sum() > 0.6
+            assert (one & mask).sum() / (one | mask).sum() > 0.8
     clipped = model.detect(images, [(40, 50)] * 2)[0]["boxes"]
     assert (clipped <= torch.tensor([50, 40, 50, 40])).all()
     # The config makes it again.
