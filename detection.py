@@ -582,7 +582,7 @@ class Detector(nn.Module):
         return scores[each, ratio], deltas[each, ratio]
 
     def propose(self, scores, deltas, size):
-        """The image's best boxes after suppression within levels, (n, 4), and their anchors, (n,)."""
+        """The image's best boxes after suppression within levels, (n, 4); their anchors, (n,)."""
         most, anchors, kept = self.settings["before_nms"][not self.training], self.anchors, []
         for level in self.levels.unique():
             ids = (self.levels == level).nonzero()[:, 0]

@@ -339,9 +339,10 @@ def prepare(run):
         lvis, run.schedule = run.train.frequencies is not None, vitdet_schedule
         rates, layer_decay, drop_paths, lengths = VITDET.get(run.config["size"], VITDET["B"])
         epochs, drop_path, weight_decay = lengths[lvis], drop_paths[lvis], 0.1
-        toy_size = run.config["size"] == "toy"
-        batch_size, share = 2 if toy_size else 64, 1 if toy_size else (run.batch_size or 64) / 64
-        run.lr = run.lr or rates[lvis] * share
+        batch_size, scale = 64, (run.batch_size or 64) / 64
+        if run.config["size"] == "toy":
+            batch_size, scale = 2, 1
+        run.lr = run.lr or rates[lvis] * scale
         run.weighting = detection.repeat_factors(run.train) if lvis else {}
         if run.decay_floor is None:  # of encoders that have learned hashtags (recalled)
             run.decay_floor = 0.1 if run.weights and "head.weight" in run.weights[0] else 0.0

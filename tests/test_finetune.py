@@ -935,6 +935,9 @@ def test_the_recipe_of_detection_is_vitdets(scenes, detector, tmp_path):
         assert (run.lr, run.layer_decay, run.drop_path, run.epochs) == expected
         assert (run.batch_size, run.weight_decay, run.image_size) == (64, 0.1, (1024, 1024))
         assert run.jitter == (0.1, 2.0) and run.decay_floor == 0
+    assert prepared("--size", "B", "--batch-size", 32).lr == 5e-5
+    toy = [prepared("--size", "toy", *batch) for batch in ([], ["--batch-size", 8])]
+    assert [(run.batch_size, run.lr) for run in toy] == [(2, 1e-3), (8, 1e-3)]
     # LVIS: 156,250 steps, drops at 138,889 and 150,463.
     steps = 0, 125, 250, 138_888, 138_889, 150_462, 150_463
     found = [finetune.vitdet_schedule(step, 156_250, 0) for step in steps]

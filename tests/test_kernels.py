@@ -482,7 +482,7 @@ CHIPS = {80: 163, 90: 227, 100: 227}
 
 @pytest.fixture(scope="module", autouse=True)
 def compilers():
-    """(shapes, a process for each chip): begun before the tests above, which want one core alone."""
+    """(shapes, a process for each chip): begun before the tests above, which want one core."""
     longest = 1370  # tiles are the same from 129 tokens on: of the long ones, one for each width
     shapes = {s[:2] + s[3:] for s in kernels.SHAPES if s[0] < 198 or s[3] != 64 or s[0] == longest}
     shapes = [s for s in shapes if s[0] not in (257, 1025) or s[1]]

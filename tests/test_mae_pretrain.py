@@ -50,6 +50,9 @@ def test_defaults_are_the_papers_recipe(tmp_path):
 def test_the_length_can_be_given_in_steps_epochs_or_samples(tmp_path):
     out = ("--out", str(tmp_path / "run"), "--batch-size", "100")
     assert settled(*out, "--steps", "7").steps == 7
+    # Ten saves, the last one at the end: 9 x 32 + 25 = 313, not ten of 31 and one of 3.
+    rhythms = [settled(*out, "--steps", steps).save_every for steps in ("7", "313", "99999")]
+    assert rhythms == [1, 32, 1000]
     assert settled(*out, "--samples", "701").steps == 8
     assert settled(*out, "--epochs", "0.5").steps == math.ceil(data.TOY_EPOCH / 2 / 100)
 
