@@ -1377,11 +1377,17 @@ def normalize(images):
     # The channels lie within a row of pixels: with factors of a whole row the CPU's loops are long
     # (three times as fast). On a batch of Batches, rows are a view.
     rows = images.movedim(1, -1).flatten(-2)  # (B, [T,] H, W*C)
-    statistics = torch.tensor(channel_statistics(channels))
-    statistics = statistics.to(images.device, non_blocking=True)  # the GPU is not waited for
-    mean, deviation = statistics.repeat(1, width)  # (W*C,) each
-    rows = rows.to(torch.float32).mul_(1 / (255 * deviation)).sub_(mean / deviation)
+    factor, offset = row_factors(channels, width, images.device)
+    rows = rows.to(torch.float32).mul_(factor).sub_(offset)
     return rows.unflatten(-1, (width, channels)).movedim(-1, 1)
+
+
+@lru_cache(8)  # they stay on the device: a step copies none of them, and a CUDA graph may read them
+def row_factors(channels, width, device):
+    """(1 / (255 * deviation), mean / deviation) of a row of pixels, (W*C,) each: see normalize."""
+    with torch.inference_mode(False):  # a tensor made in that mode could not be used outside
+        mean, deviation = torch.tensor(channel_statistics(channels)).to(device).repeat(1, width)
+        return 1 / (255 * deviation), mean / deviation
 
 
 def channel_statistics(channels):

@@ -213,6 +213,7 @@ def masked_loss(model, batches, device):
 
     What is unreadable is named and left out; None when that is all.
     """
+    model.eval()
     sums = torch.zeros(2, device=device)
     for batch in data.loader(batches, range(len(batches)), workers=0):
         for name in batch["bad"]:
@@ -220,6 +221,7 @@ def masked_loss(model, batches, device):
         images, ids, weight = (batch[key].to(device) for key in ("images", "ids", "weight"))
         losses = model(data.normalize(images), ids)  # (b,)
         sums += torch.stack([(losses * weight).sum(), weight.sum()])
+    model.train()
     if dist.is_initialized():
         dist.all_reduce(sums)
     return (sums[0] / sums[1]).item() if sums[1] else None

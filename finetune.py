@@ -200,9 +200,9 @@ def parse_arguments(argv):
     add("--out", type=Path, help="where everything is written (runs/TASK)")
     add("--resume", help="a run, or one of its checkpoints, to go on from (the one in --out)")
     add("--precision", choices=("bf16", "fp32"), help="of the compute (CUDA: bf16, else fp32)")
-    add("--compile", action="store_true", help="torch.compile every block")
+    add("--compile", action=option, default=None, help="torch.compile the model (CUDA: yes)")
     add("--checkpoint-activations", action="store_true", help="less memory, a third more compute")
-    add("--shard-group", type=int, help="processes that share one copy of the weights (all)")
+    add("--shard-group", type=int, help="processes that share the weights, 1: none (1 if they fit)")
     add("--log-every", type=int, default=50, help="steps between step lines (50)")
     add("--save-every", type=int, help="steps between saves (a tenth, to 1000; detect: a third)")
     add("--keep-last", type=int, default=2, help="checkpoints that are kept (2)")
@@ -255,14 +255,12 @@ def prepare(run):
     run.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if run.plan and run.gpus:  # a plan for GPUs may be made anywhere
         run.processes, kind = run.gpus, "cuda"
-    run.shard_group = run.shard_group or run.processes
-    if run.processes % run.shard_group:
-        why = f"--shard-group {run.shard_group} does not divide the {run.processes} processes"
-        raise ValueError(f"{why}: give a divisor, such as the processes of a node")
     run.precision = run.precision or ("bf16" if kind == "cuda" else "fp32")
     kernels.forced()  # a wrong ATTENTION in the environment is found here, not after loading
     if run.precision == "bf16" and kind != "cuda":
         raise ValueError("--precision bf16 needs CUDA")
+    if run.compile is None:  # on a CPU it gains nothing (measured: 0.95 to 1.02 times as fast)
+        run.compile = kind == "cuda" and kernels.triton.__version__ is not None
     run.workers = data.loader_workers(run.workers, here)
 
     # --------------------------------------------------------------------------------------- data
@@ -770,7 +768,7 @@ def learn_labels(run, model, pieces):
         smoothing = run.smoothing if run.finetunes else 0.0
         losses, weights = label_loss(logits, labels, share, smoothing, run.weights_of_classes)
         loss = losses.sum() / run.batch_size
-        (loss * run.processes).backward()  # FSDP averages over the processes
+        (loss * run.processes).backward()  # gradients are averaged over the processes
         sums += torch.stack([loss.detach(), weights.sum(), (labels < 0).sum()])
     return sums
 
@@ -783,11 +781,12 @@ def learn_pairs(run, model, pieces):
     arXiv 2101.06983). Pictures are seen once: their tower is frozen.
     """
     kept = []
+    towers = getattr(model, "module", model)  # DistributedDataParallel hands on forward alone
     for batch in pieces:
         weight = batch["weight"]
         if run.features is None:
             with torch.no_grad():
-                features = model.features(data.normalize(batch["images"])).float()
+                features = towers.features(data.normalize(batch["images"])).float()
         else:
             features = run.features[batch["samples"].cpu()].to(run.device)
             weight = weight * features.isfinite().all(dim=1)  # those of unreadable pictures are nan
@@ -799,15 +798,16 @@ def learn_pairs(run, model, pieces):
     leaves = [x.requires_grad_() for x in (torch.cat(images), torch.cat(texts), scales[0])]
     weight = torch.cat([weight for *_, weight in kept])
     loss = models.contrastive_loss(*leaves, weight)
-    (loss * run.processes).backward()  # FSDP averages over the processes
+    (loss * run.processes).backward()  # gradients are averaged over the processes
     sizes = [len(weight) for *_, weight in kept]
     gradients = zip(*(leaf.grad.split(sizes) for leaf in leaves[:2]))
     for i, gradient in enumerate(gradients):
         if len(kept) > 1:
-            if run.sharded:
-                model.set_requires_gradient_sync(i == len(kept) - 1)
-            found[i] = model(*kept[i][:2])
-        torch.autograd.backward(found[i], (*gradient, leaves[2].grad / len(kept)))
+            with models.sync_gradients(model, last=i == len(kept) - 1):
+                found[i] = model(*kept[i][:2])
+                torch.autograd.backward(found[i], (*gradient, leaves[2].grad / len(kept)))
+        else:
+            torch.autograd.backward(found[i], (*gradient, leaves[2].grad))
     # The loss is the batch's mean already.
     share = run.batch_size / run.processes
     return torch.stack([loss.detach() / run.processes, loss.new_tensor(share), (weight == 0).sum()])
@@ -819,7 +819,7 @@ def learn_scenes(run, model, pieces):
     for batch in pieces:
         losses, _ = model(data.normalize(batch["images"]), batch["targets"])
         loss = (losses * batch["weight"]).sum() / run.batch_size
-        (loss * run.processes).backward()  # FSDP averages over the processes
+        (loss * run.processes).backward()  # gradients are averaged over the processes
         weight = batch["weight"]
         sums += torch.stack([loss.detach(), weight.sum(), (weight == 0).sum()])
     return sums
@@ -835,13 +835,14 @@ def moved(part, device):
 
 
 def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_labels,
-          batches_of=data.Batches, **drawn):  # fmt: skip
+          batches_of=data.Batches, methods=("forward",), **drawn):  # fmt: skip
     """Train a model on a source; True when it came to its end, False when a signal stopped it.
 
     Checkpoints and metrics.jsonl are in `out`, where the same call goes on. The optimizer's groups
     have an initial_lr and may have an lr_scale. run.measure(model) is logged with every save.
     flops: of a training step, for an image. batches_of: data.Batches, or one like it, and what
-    else it shall draw or make.
+    else it shall draw or make. methods: of the model that are called from outside, see
+    models.parallelize.
     learn(run, model, pieces): backward through a step's batches, which come one by one, already on
     the device; returns the sums [loss, weight, samples of no use]; see learn_labels.
     """
@@ -850,9 +851,12 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
     order = data.Order(source.sizes, run.seed, run.lanes, **run.weighting)
     share = run.batch_size // run.processes
     trunk = getattr(model, "trunk", model)
+    shard_group = models.settle_sharding(trunk, run)
     # Batch statistics are those of the whole batch: it must not come in pieces.
-    whole = share if run.batch_norm else models.fitting_batch(trunk, share, run)
-    micro_batch = run.micro_batch or whole
+    settled = copy.copy(run)
+    settled.shard_group = shard_group
+    whole = share if run.batch_norm else models.fitting_batch(trunk, share, settled)
+    micro_batch = settled.micro_batch = run.micro_batch or whole
     pieces = share // micro_batch
     dealt = {"process": run.process, "processes": run.processes, "pieces": pieces}
     drawn = {"min_crop": run.min_crop, "clips": run.clips, **drawn}
@@ -865,15 +869,22 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
 
     # -------------------------------------------------------------------------------- parallelize
     model = model.to(device)
-    how = run.shard_group if run.sharded else None, run.precision
-    models.parallelize(model, device, *how, run.compile, run.checkpoint_activations)
+    parallel = models.parallelize(  # what the step calls: the model, or DDP around it
+        model,
+        device,
+        shard_group,
+        precision=run.precision,
+        compile=run.compile,
+        checkpoint_activations=run.checkpoint_activations,
+        methods=methods,
+    )
     optimizer = optimizer(model)
 
     # ------------------------------------------------------------------------------------- resume
     first_step, bad, unlabelled = 0, 0, 0
     identity = {**run.identity, "lanes": order.lanes, "samples": source.identity, "steps": steps}
     checkpoint = models.find_checkpoint(out, run.resume, identity)
-    facts = {"micro_batch": micro_batch, "shard_group": run.shard_group, "out": str(out)}
+    facts = {"micro_batch": micro_batch, "shard_group": shard_group, "out": str(out)}
     facts |= {"save_every": run.save_every, "checkpoint": str(checkpoint)}
     models.check_agreement(identity | facts)
     if checkpoint:
@@ -892,10 +903,12 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
     say(f"model    {run.config['size']}, {millions:.2f} M weights to train, "
         f"{flops / 1e9:.2f} GFLOP an image")  # fmt: skip
     say(f"batch    {run.batch_size}: {run.processes} processes x {pieces} x {micro_batch}")
+    say(f"parallel {models.describe_sharding(trunk, settled)}")
     if run.task not in ("lowshot", "detect"):  # prompts make other shapes, detect has biases
         attention = models.choose_attention(trunk, micro_batch, device, run.precision)
         say(f"attention {attention}")
-    say(f"run      {steps} steps, {run.precision} on {chip}")
+    how = run.precision + (", compiled" if run.compile else "")
+    say(f"run      {steps} steps, {how} on {chip}")
     stop = []  # A signal leaves a note: the loop saves and ends. A second Ctrl-C ends it at once.
     for name in {"SIGTERM", "SIGUSR1"} & set(dir(signal)):  # the latter: Slurm, as it is told to
         signal.signal(getattr(signal, name), lambda *_: stop.append(1))
@@ -915,9 +928,8 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
             batch = next(batches)
             waited += time.perf_counter() - asked
             unreadable += batch.pop("bad")
-            if run.sharded:  # gradients are reduced once, with the last piece
-                model.set_requires_gradient_sync(piece == pieces - 1)
-            yield moved(batch, device)
+            with models.sync_gradients(parallel, last=piece == pieces - 1):
+                yield moved(batch, device)
 
     model.train()
     gc.disable()  # it would stop each process at another moment, and all would wait for each
@@ -928,17 +940,20 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
             lr = floor + scale * (group["initial_lr"] - floor)
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
-        sums, unreadable = torch.zeros(5, device=device), []
-        sums[:3] = learn(run, model, pieces_of_step(unreadable))
+        sums, unreadable = torch.zeros(6, device=device), []
+        sums[:3] = learn(run, parallel, pieces_of_step(unreadable))
         sums[2] -= len(unreadable)  # which are counted on their own
 
         # The one host read of a step, after backward and before the optimizer.
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = models.whole(torch.nn.utils.get_total_norm(gradients))
+        gradients = [models.local(p.grad) for p in model.parameters() if p.grad is not None]
         sums[3], sums[4] = len(unreadable), len(stop)
-        if run.sharded:
+        # Squares of the norm's parts add up; each copy of the model has all of them.
+        copies = run.processes // (shard_group or 1)
+        sums[5] = torch.nn.utils.get_total_norm(gradients).square() / copies
+        if run.processes > 1:
             dist.all_reduce(sums)
-        loss, weight, unknown, new_bad, stopping, norm = torch.cat([sums, norm[None]]).tolist()
+        loss, weight, unknown, new_bad, stopping, norm = sums.tolist()
+        norm **= 0.5
         scale = run.batch_size / max(weight, 1e-9)  # the mean is over the labels that count
         loss, norm = loss * scale, norm * scale
         scale *= min(1.0, run.clip / max(norm, 1e-9)) if run.clip else 1.0
@@ -978,7 +993,9 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
             entry["eta_seconds"] = (now - began) / (done - first_step) * (steps - done)
             if saving and run.measure:
                 swap_average(optimizer)
+                model.eval()
                 entry |= run.measure(model)
+                model.train()
                 swap_average(optimizer)
             if run.process == 0:
                 with open(out / "metrics.jsonl", "a") as file:
@@ -1066,6 +1083,7 @@ def classify(run, say):
     steps = run.steps or math.ceil(run.epochs * int(run.train.sizes.sum()) / run.batch_size)
     if run.plan:
         run.steps, model, share = steps, classifier(run), run.batch_size // run.processes
+        run.shard_group = models.settle_sharding(model, run)
         run.micro_batch = run.micro_batch or models.fitting_batch(model, share, run)
         run.pieces = share // run.micro_batch
         return run.process or models.print_plan(model, run)
@@ -1267,8 +1285,6 @@ def lit(run, say):
         run.features = cached_features(run, model.to(run.device), say)
 
     def optimizer(model):
-        if run.sharded:  # a method that is called from outside
-            torch.distributed.fsdp.register_fsdp_forward_method(model, "features")
         groups = models.parameter_groups(model, run.weight_decay)
         groups = [group | {"initial_lr": run.lr} for group in groups]
         adam = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=run.device.type != "mps")
@@ -1286,10 +1302,13 @@ def lit(run, say):
 
     run.measure = measure
     # What a text's blocks keep for its backward, as a picture's do: see models.training_memory.
+    settled = copy.copy(run)
+    settled.shard_group = models.settle_sharding(model, run)
     length, share = run.context + 2, run.batch_size // run.processes
     each = 16 * (2 if run.precision == "bf16" else 4) * len(model.text.blocks) * model.text.width
-    room = models.memory_budget(model, run) - models.training_memory(model, run, 0, False)["peak"]
-    most = min(models.fitting_batch(model, share, run), room / (each * length))
+    room = models.memory_budget(model, settled)
+    room -= models.training_memory(model, settled, 0, False)["peak"]
+    most = min(models.fitting_batch(model, share, settled), room / (each * length))
     fitting = (n for n in range(2, share + 1, 2) if share % n == 0 and n <= most)
     run.micro_batch = run.micro_batch or max(fitting, default=2)
     some = data.Part(run.train, range(min(256, int(run.train.sizes.sum()))))
@@ -1299,6 +1318,7 @@ def lit(run, say):
     flops = 3 * len(model.text.blocks) * models.block_flops(model.text.width, length)
     flops += 0 if run.cache_features else models.flops_per_image(model)
     drawn = {"tokenizer": tokenizer, "context": run.context, "pictures": run.features is None}
+    drawn["methods"] = "forward", "features"
     if not train(
         run, model, optimizer, run.train, run.out, steps, say, flops, learn_pairs, **drawn
     ):
@@ -1326,8 +1346,6 @@ def detect(run, say):
     )
 
     def optimizer(model):
-        if run.sharded:  # a method that is called from outside
-            torch.distributed.fsdp.register_fsdp_forward_method(model, "detect")
         # Of H on, detectron2 decays norms and positions, too; of B and L, biases and relative ones.
         all_decayed = run.config["size"] in ("H", "2B", "6.5B")
         how = run.weight_decay, run.layer_decay, run.decay_floor, all_decayed
@@ -1346,6 +1364,7 @@ def detect(run, say):
     last, run.measure = [], measure
     steps = run.steps or math.ceil(run.epochs * int(run.train.sizes.sum()) / run.batch_size)
     flops, drawn = 3 * detection.flops_per_image(model), {"jitter": run.jitter}
+    drawn["methods"] = "forward", "detect"
     how = learn_scenes, detection.SceneBatches
     if not train(run, model, optimizer, run.train, run.out, steps, say, flops, *how, **drawn):
         return
@@ -1407,12 +1426,9 @@ def main(argv=None):
         prepare(run)
         if run.device.type == "cuda":
             torch.cuda.set_device(run.device)
-        run.sharded = run.processes > 1 or run.device.type == "cuda"  # one GPU: the same bf16 path
-        if run.sharded and not run.plan:
+        if run.processes > 1 and not run.plan:
             backend = "cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo"
-            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-            alone = alone if run.processes == 1 else {}
-            dist.init_process_group(backend, timeout=timedelta(minutes=10), **alone)
+            dist.init_process_group(backend, timeout=timedelta(minutes=10))
             models.set_timeouts(minutes=30)
         counts = torch.ones(max(1, run.classes))
         if run.class_weights and not run.plan:

@@ -8,7 +8,7 @@
     initialize        every parameter from a generator keyed by its own name
     flops_per_image   forward FLOPs, counted from the architecture
     parameter_groups  who is decayed, who is not
-    parallelize       activation checkpointing -> compile -> fully_shard
+    parallelize       cast -> activation checkpointing -> compile -> shard or replicate
     read_weights, load_weights, save_weights          model.pt and public checkpoints
     python model.py convert IN OUT --format ...       the same for timm, Hugging Face and back
     save_checkpoint, load_checkpoint                  a training run that can stop anywhere
@@ -21,6 +21,8 @@ This file needs torch and kernels.py, and stands alone with it when copied.
 """
 
 import argparse
+import contextlib
+import copy
 import hashlib
 import itertools
 import json
@@ -218,26 +220,32 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block. With `first_query` it returns only the tokens from there on."""
 
-    def __init__(self, width, heads, drop_path=0.0, norm_eps=1e-6):
+    def __init__(self, width, heads, norm_eps=1e-6):
         super().__init__()
-        self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(width, norm_eps)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, norm_eps)
         self.mlp = Mlp(width)
 
-    def forward(self, x, first_query=0, noise=None):
-        """x (B, N, D); noise (B, 2) uniform in [0, 1) decides which samples skip which branch."""
+    def forward(self, x, first_query=0, scales=None):
+        """x (B, N, D) -> (B, N - first_query, D). scales (B, 2): see branch_scales; None: all 1."""
         branch = self.attn(self.norm1(x), first_query)
-        x = x[:, first_query:] + self.drop(branch, noise, 0)
-        return x + self.drop(self.mlp(self.norm2(x)), noise, 1)
+        x = x[:, first_query:] + (branch if scales is None else branch * scales[:, :1, None])
+        branch = self.mlp(self.norm2(x))
+        return x + (branch if scales is None else branch * scales[:, 1:, None])
 
-    def drop(self, branch, noise, index):
-        """Stochastic depth: a dropped sample's branch is 0, the others are scaled up to match."""
-        if noise is None or self.drop_path == 0.0:
-            return branch
-        keep = (noise[:, index] >= self.drop_path).to(branch.dtype) / (1.0 - self.drop_path)
-        return branch * keep[:, None, None]
+
+def branch_scales(noise, drop_path, dtype):
+    """Stochastic depth (arXiv 1603.09382): noise (B, L, 2) -> what each branch is multiplied by.
+
+    The rate of block i is drop_path * i / (L - 1). noise is uniform in [0, 1): where it is below
+    the rate the branch is dropped, by a 0; the others are scaled up to match, by 1 / (1 - rate).
+    """
+    layers = noise.shape[1]
+    # Made on the device: a tensor of Python numbers would be a copy from the host at each step.
+    rates = torch.arange(layers, dtype=noise.dtype, device=noise.device)  # (L,)
+    rates = rates * (drop_path / max(1, layers - 1))
+    return ((noise >= rates[:, None]) / (1 - rates[:, None])).to(dtype)
 
 
 class ViT(nn.Module):
@@ -286,9 +294,8 @@ class ViT(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(channels, width, P, stride=P)})
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + N, width), positions == "learned")
-        self.blocks = nn.ModuleList(
-            Block(width, heads, drop_path * i / max(1, layers - 1), norm_eps) for i in range(layers)
-        )
+        self.drop_path = drop_path
+        self.blocks = nn.ModuleList(Block(width, heads, norm_eps) for _ in range(layers))
         self.norm = nn.LayerNorm(width, norm_eps)
         if type(self) is ViT:
             initialize(self)
@@ -326,8 +333,11 @@ class ViT(nn.Module):
     def encode(self, images, noise=None):
         """forward without the final norm."""
         x = self.tokens(images)
-        for i, block in enumerate(self.blocks):
-            x = block(x, noise=None if noise is None else noise[:, i])
+        scales = [None] * self.layers
+        if noise is not None and self.drop_path > 0:
+            scales = branch_scales(noise, self.drop_path, x.dtype).unbind(dim=1)  # (B, 2) each
+        for block, scale in zip(self.blocks, scales):
+            x = block(x, scales=scale)
         return x
 
     def class_attention(self, images):
@@ -377,9 +387,7 @@ class MAE(ViT):
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(torch.empty(1, 1 + self.num_patches, width), False)
         norm_eps = self.config["norm_eps"]
-        self.decoder_blocks = nn.ModuleList(
-            Block(width, heads, norm_eps=norm_eps) for _ in range(layers)
-        )
+        self.decoder_blocks = nn.ModuleList(Block(width, heads, norm_eps) for _ in range(layers))
         self.decoder_norm = nn.LayerNorm(width, norm_eps)
         self.decoder_pred = nn.Linear(width, pixels)
         initialize(self)
@@ -574,9 +582,7 @@ class TextTower(nn.Module):
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.position_embedding = nn.Embedding(positions, width)
         self.embedding_norm = nn.LayerNorm(width, norm_eps)
-        self.blocks = nn.ModuleList(
-            TextBlock(width, heads, norm_eps=norm_eps) for _ in range(layers)
-        )
+        self.blocks = nn.ModuleList(TextBlock(width, heads, norm_eps) for _ in range(layers))
 
     def forward(self, tokens):
         """tokens (B, T) int64, filled up with PADDING -> (B, D)."""
@@ -807,14 +813,15 @@ def training_memory(model, run, micro_batch, recompute):
     run: a stage's settled arguments. tests/bench/plan.py holds this against measured peaks, on CPUs
     in fp32; what is said of bf16 and of GPUs is derived, and not measured yet.
     """
-    shared = run.processes > 1 or bool(run.gpus) or run.device.type == "cuda"  # by FSDP2
+    shared, replicas = run.shard_group is not None, run.shard_group is None and run.processes > 1
     element = 2 if run.precision == "bf16" else 4  # of what is computed
-    one, group = element * micro_batch, run.shard_group
+    one, group = element * micro_batch, run.shard_group or 1
     count = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sizes = [sum(p.numel() for p in m.parameters()) for m in model.modules() if type(m) is Block]
-    # Before they are shared out, the gradients of all pieces are added up whole, in fp32.
-    accumulated = micro_batch * run.processes < run.batch_size
+    # Before they are shared out, the gradients of all pieces are added up whole, in fp32. Replicas
+    # have buckets for all of theirs from the start.
+    accumulated = micro_batch * run.processes < run.batch_size or replicas
     each = 4 if accumulated else 4 / group
     gradients = coming = each * trained
 
@@ -849,10 +856,13 @@ def training_memory(model, run, micro_batch, recompute):
         loss = getattr(model, "classes", 0) * (16 if element == 4 else 18) * micro_batch
     images = pixels * N * micro_batch
     items = {"weights (fp32)": 4 * count / group, "Adam's two moments (fp32)": 8 * trained / group}
-    # While a block computes, the next one comes, or the head; the others (the root) stay.
+    # While a block computes, the next one comes, or the head; the others (the root) stay. What is
+    # not sharded is cast to bf16, and these copies are kept for backward, but of recomputed blocks.
     head = sum(p.numel() for p in model.head.parameters()) if hasattr(model, "head") else 0
     gathered = count - sum(sizes) - head + max(sizes) + max(*sizes, head)
-    items["weights gathered for compute"] = gathered * element if shared else 0
+    if not shared:
+        gathered = 0 if element == 4 else count - (sum(sizes) - max(sizes) if recompute else 0)
+    items["weights gathered or cast to compute"] = gathered * element
     forward = kept + loss + 5 * images + (gradients if accumulated else 4 * head * shared)
     peak = sum(items.values()) + max(gradients, forward, backward + images)
     items |= {"gradients (fp32)": gradients, "activations for backward": kept}
@@ -860,13 +870,62 @@ def training_memory(model, run, micro_batch, recompute):
     return items | {"pictures (uint8, fp32)": 5 * images, "peak": peak}  # fp32: in forward only
 
 
+def device_memory(run):
+    """Bytes of a process's GPU, or of one to plan for; None on a CPU without --memory."""
+    if run.memory:
+        return run.memory * 2**30
+    if run.device.type == "cuda":
+        return torch.cuda.get_device_properties(run.device).total_memory
+    return 80 * 2**30 if run.gpus else None
+
+
 def memory_budget(model, run):
-    """Bytes that a step may take: most of --memory or a GPU's; on a CPU, 4 GB over the weights'."""
-    if not (run.memory or run.gpus or run.device.type == "cuda"):
+    """Bytes a step may use: 80 % of a GPU's memory; on a CPU, 4 GB beyond weights and optimizer."""
+    if (memory := device_memory(run)) is None:
         return 4e9 + training_memory(model, run, 0, False)["peak"]
-    gpu = torch.cuda.get_device_properties(run.device) if run.device.type == "cuda" else None
-    memory = run.memory * 2**30 if run.memory else gpu.total_memory if gpu else 80 * 2**30
     return 0.8 * memory  # the rest for NCCL, cuBLAS and the allocator's holes: a guess
+
+
+def settle_sharding(model, run):
+    """The processes that share one copy of a model's weights, or None: every process has all.
+
+    --shard-group decides if it is given; 1 is None. Else a model that fits is replicated, with its
+    gradients, its optimizer and the smallest micro-batch; one that does not fit is split over all
+    processes. Raises ValueError when the group does not divide the processes.
+    """
+    if run.shard_group:
+        if run.processes % run.shard_group:
+            raise ValueError(
+                f"--shard-group {run.shard_group} does not divide the {run.processes} processes: "
+                "give a divisor, such as the processes of a node"
+            )
+        return run.shard_group if run.shard_group > 1 else None
+    alone, smallest = copy.copy(run), run.micro_batch or 2
+    alone.shard_group = None
+    need = training_memory(model, alone, smallest, run.checkpoint_activations)["peak"]
+    return None if run.processes == 1 or need <= memory_budget(model, alone) else run.processes
+
+
+def describe_sharding(model, run):
+    """One line on how a settled run is spread over its processes, with the memory of each."""
+    shape = run.micro_batch, run.checkpoint_activations
+    each, memory = training_memory(model, run, *shape)["peak"] / 2**30, device_memory(run)
+    each = f"{each:.1f} GiB" + (f" of {memory / 2**30:.0f}" if memory else "")
+    if run.shard_group is None:
+        return (
+            f"one process ({each})"
+            if run.processes == 1
+            else f"{run.processes} replicas ({each} each)"
+        )
+    alone = copy.copy(run)
+    alone.shard_group = None
+    whole = training_memory(model, alone, *shape)["peak"] / 2**30
+    line = f"sharded over {run.shard_group} processes ({each} each; replicas: {whole:.1f} GiB)"
+    copies = run.processes // run.shard_group
+    line = f"{copies} copies, each {line}" if copies > 1 else line
+    if torch.__version__ < "2.13":
+        line += "; this torch leaks some memory in each step of sharded AdamW: 2.13 does not"
+    return line
 
 
 def fitting_batch(model, images, run, recompute=None):
@@ -900,13 +959,14 @@ def print_plan(model, run):
         root += 0 if "blocks." in name or part == "head" else parameter.numel()
     count, flops = sum(parts.values()), 3 * flops_per_image(model)
     parts = ", ".join(f"{name} {some / 1e6:,.1f} M" for name, some in parts.items() if some)
-    samples, processes, group = run.steps * run.batch_size, run.processes, run.shard_group
+    samples, processes, group = run.steps * run.batch_size, run.processes, run.shard_group or 1
     print(f"parameters   {count / 1e6:,.1f} M: {parts}")
     print(f"compute      {flops / 1e9:,.2f} GFLOP for an image of a training step")
     print(f"steps        {run.steps:,} of {run.batch_size:,} images: {samples:,} samples")
     lanes = f"; with --lanes {math.lcm(48, processes)}" if 48 % processes and not run.lanes else ""
     pieces = f"{run.pieces} micro-batches of {run.micro_batch} images"
     print(f"batch        {processes} processes x {pieces}{lanes}")
+    print(f"parallel     {describe_sharding(model, run)}")
 
     print(f"memory       GiB of each process ({run.precision}); not all is there at the peak")
     print(f"{'':32}   without      with --checkpoint-activations")
@@ -925,10 +985,18 @@ def print_plan(model, run):
     others, copies = (group - 1) / group / 2**30, processes // group
     gather = (2 * count - root) * (2 if run.precision == "bf16" else 4) * run.pieces * others
     scatter, between = 4 * count * others, 8 * count / group * (1 - 1 / copies) / 2**30
-    print("network      GiB that a process sends, and receives, in a step:")
-    print(f"             {gather:.2f} weights and {scatter:.2f} gradients in its group of {group}")
+    print(
+        "network      GiB that a process sends, and receives, in a step:"
+        if processes > 1
+        else "network      nothing travels: there is one process"
+    )
+    if group > 1:
+        print(
+            f"             {gather:.2f} weights and {scatter:.2f} gradients in its group of {group}"
+        )
     if copies > 1:
-        print(f"             {between:.2f} gradients between the {copies} groups")
+        kind = "groups" if group > 1 else "replicas"
+        print(f"             {between:.2f} gradients between the {copies} {kind}")
     hours = samples * flops / (run.mfu * PEAK_FLOPS["H100"]) / 3600
     days = f"({hours / 24:,.2f} GPU-days), {hours / 24 / processes:,.2f} days on {processes}"
     print(f"GPU-hours    {hours:,.1f} {days},")
@@ -968,39 +1036,126 @@ def choose_attention(model, batch, device, precision):
 
 
 def parallelize(
-    model, device, shard_group, precision="fp32", compile=False, checkpoint_activations=False
+    model,
+    device,
+    shard_group=None,
+    precision="fp32",
+    compile=False,
+    checkpoint_activations=False,
+    methods=("forward",),
 ):
-    """Prepare a model for training, in place: activation checkpointing -> compile -> fully_shard.
+    """Prepare a model for training, in place, and return what a training step calls.
 
-    shard_group  None: nothing is sharded. Else parameters, gradients and optimizer state are split
-                 over so many neighbouring processes (FSDP2), and each such group has a copy (HSDP)
-    precision    "bf16" or "fp32", to compute in; masters are fp32, and gradients reduced in it
+    1. One process: nothing is sharded. The model itself is returned.
+    2. Several processes, shard_group None: each has a replica, and their gradients are averaged.
+       DistributedDataParallel around the model is returned.
+    3. shard_group N: parameters, gradients and optimizer state are split over N neighbouring
+       processes (FSDP2), and each such group has a copy (HSDP). The model itself is returned.
 
-    A model on the meta device stays there, to be made part by part: to_empty(), then initialize().
-    Parameter names do not change: it is each block's forward that is wrapped, not the block.
+    precision   "bf16" or "fp32", to compute in. Masters, gradients and optimizer state are fp32.
+                The three ways round alike: see cast_weights.
+    compile     1 and 2: an MAE or a classifier as one graph; 3, and other models: each block
+    methods     of the model that are called from outside in training, beside forward
+
+    A model on the meta device gets its memory here, once it is sharded: no process ever holds more
+    than its part. Its values are those of uninitialised memory: call initialize(). Parameter names
+    do not change: forward is wrapped, not the module.
     """
     blocks = [module for module in model.modules() if isinstance(module, Block)]
-    for block in blocks:
-        if checkpoint_activations:
+    if shard_group is None and precision == "bf16":
+        for module in blocks:
+            cast_weights(module)
+        for method in methods:
+            cast_weights(model, method)
+    if checkpoint_activations:
+        for block in blocks:  # the cast is inside: a recomputation casts again, and keeps nothing
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        if compile:
-            block.forward = torch.compile(block.forward)
-    if shard_group:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    if compile:
+        one_graph = shard_group is None and isinstance(model, MAE | Classifier)
+        for module in [model] if one_graph else blocks:
+            if not isinstance(module, TextBlock):  # texts come in many lengths
+                compile_training(module)
+    if shard_group is not None:
+        shard(model, device, shard_group, precision, methods)
+    if next(model.parameters()).is_meta:
+        model.to_empty(device=device)
+    if shard_group is not None or not dist.is_initialized() or dist.get_world_size() == 1:
+        return model
+    # Buckets of 100 MB: torch.compile cuts its graph where one is full, so that gradients travel
+    # while backward goes on. PyTorch's 25 MB would be a hundred graphs for H (ours, not measured).
+    # Not static_graph: it fails where the first backward is one of those that do not reduce.
+    options = {"gradient_as_bucket_view": True, "bucket_cap_mb": 100}
+    return nn.parallel.DistributedDataParallel(model, **options)
 
-        mesh = sharding_mesh(device.type, shard_group, dist.group.WORLD)
-        dtypes = {"reduce_dtype": torch.float32}
-        if precision == "bf16":
-            dtypes["param_dtype"] = torch.bfloat16
-        # A head of 28,000 hashtags is as large as several blocks: it is not kept whole with the
-        # root, which is gathered first and let go of last.
-        large = [model.head] if isinstance(model, Classifier) else []
-        large += [model.text.token_embedding] if isinstance(model, TwoTowers) else []
-        for module in [*blocks, *large]:
-            fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(**dtypes))
-        # The root must not round the images: MAE's targets are computed from them in fp32.
-        dtypes["cast_forward_inputs"] = False
-        fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(**dtypes))
+
+def cast_weights(module, method="forward"):
+    """Let a method of a module compute with its weights in bf16, as FSDP2's bf16 policy does.
+
+    The cast is part of the graph: gradients go back through it, and arrive in fp32 at the fp32
+    masters. Blocks cast their own. Loss and gradients are those of FSDP2 bit for bit (a test).
+    """
+    names = [name for name, _ in module.named_parameters() if "blocks." not in name]
+    # functional_call calls forward. The copy has the same parameters and submodules and, as its
+    # forward, the method as the class has it; the module's own will be the one that casts.
+    plain = copy.copy(module)
+    plain.forward = getattr(type(module), method).__get__(plain)
+
+    def computed_in_bf16(*inputs, **named):
+        weights = {name: plain.get_parameter(name).to(torch.bfloat16) for name in names}
+        return torch.func.functional_call(plain, weights, inputs, named)
+
+    setattr(module, method, computed_in_bf16)
+
+
+def compile_training(module):
+    """Compile a module's forward for training, in place.
+
+    In evaluation mode it stays as it is: other batch sizes would be compiled anew.
+    """
+    plain = module.forward
+    compiled = torch.compile(plain, dynamic=False)  # all training batches have one shape
+
+    def forward(*inputs, **named):
+        return (compiled if module.training else plain)(*inputs, **named)
+
+    module.forward = forward
+
+
+def shard(model, device, shard_group, precision, methods=("forward",)):
+    """Split a model over groups of processes, in place (FSDP2): see parallelize."""
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    # Inputs are not cast: MAE computes its targets from the images in fp32, and drop path compares
+    # its random numbers with the rates.
+    param_dtype = torch.bfloat16 if precision == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False)
+    mesh = sharding_mesh(device.type, shard_group, dist.group.WORLD)
+    # A head of 28,000 hashtags is as large as several blocks: it is not kept whole with the
+    # root, which is gathered first and let go of last.
+    large = [model.head] if isinstance(model, Classifier) else []
+    large += [model.text.token_embedding] if isinstance(model, TwoTowers) else []
+    for module in model.modules():
+        if isinstance(module, Block) or any(module is other for other in large):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for method in methods:
+        register_fsdp_forward_method(model, method)
+
+
+def sync_gradients(model, last):
+    """Context of a micro-batch: gradients are averaged over the processes once a step, with the last.
+
+    model: what parallelize() returned. Its forward and backward both stand inside.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext() if last else model.no_sync()
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)
+    return contextlib.nullcontext()
 
 
 @lru_cache(1)  # each one would make groups of processes of its own
@@ -1012,6 +1167,11 @@ def sharding_mesh(kind, shard_group, everyone):
 
 
 # ------------------------------------------------------------------------------------------ weights
+
+
+def local(tensor):
+    """This process's part of a tensor, if it is sharded. They share their memory."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def whole(tensor):
@@ -1626,7 +1786,10 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 def training_state(model, optimizer):
-    """A run's tensors as one flat dict: buffers, parameters that are not frozen, their moments."""
+    """A run's tensors as one flat dict: buffers, parameters that are not frozen, their moments.
+
+    The names are the same however the model is spread over processes.
+    """
     if hasattr(model, "reshard"):
         model.reshard()  # after a forward without backward, FSDP's root still is whole
     state = {f"model/{name}": buffer for name, buffer in model.named_buffers()}
@@ -1653,6 +1816,12 @@ def save_checkpoint(
     import torch.distributed.checkpoint as dcp
 
     state = training_state(model, optimizer)  # which reshards them
+    if (
+        not any(hasattr(tensor, "full_tensor") for tensor in state.values())
+        and dist.is_initialized()
+    ):
+        # Replicas: each process writes its share. (DCP would let one write, and all copy it first.)
+        state = dict([*state.items()][dist.get_rank() :: dist.get_world_size()])
     if not whole(torch.nn.utils.get_total_norm(list(model.parameters()))).isfinite():
         raise ValueError(f"step {step} made weights that are not finite: nothing of it was saved")
 
