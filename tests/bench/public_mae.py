@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 import torch
-import train_step
+from peer import PeerAttention, build_peer
 from tqdm import tqdm
 
 import data
@@ -37,8 +37,8 @@ def main():
     torch.manual_seed(given.seed)
     shape = {"image_size": given.image_size, "patch_size": given.patch_size}
     ours = models.MAE(given.size, decoder=given.decoder, **shape)
-    peer = train_step.build_peer(given.peer, ours)
-    train_step.PeerAttention.fused = True
+    peer = build_peer(given.peer, ours)
+    PeerAttention.fused = True
     groups = models.parameter_groups(peer, 0.05)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     source, size = data.open_source(given.data, None), (given.image_size,) * 2
