@@ -1,4 +1,4 @@
-"""tests/bench/gpu.py is for days with a GPU. It is rehearsed here, so that it runs on such a day."""
+"""tests/bench/gpu.py, for days with a GPU, is rehearsed here, so that it runs on such a day."""
 
 import csv
 import subprocess

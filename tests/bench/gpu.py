@@ -98,29 +98,12 @@ if REHEARSAL:
 
 def parse_arguments():
     parser = argparse.ArgumentParser("gpu.py", description=__doc__.split("\n")[0])
-    add, sizes = parser.add_argument, ["B", "H", "L"]
-    add(
-        "--peer",
-        type=Path,
-        default=ROOT / "runs/mae_public",
-        help="checkout of facebookresearch/mae (runs/mae_public)",
-    )
-    add(
-        "--out",
-        type=Path,
-        default=ROOT / "tests/bench/results",
-        help="folder of the results (tests/bench/results)",
-    )
+    add, peer, results = parser.add_argument, ROOT / "runs/mae_public", ROOT / "tests/bench/results"
+    add("--peer", type=Path, default=peer, help="a checkout of facebookresearch/mae")
+    add("--out", type=Path, default=results, help="folder of the results (tests/bench/results)")
     add("--seconds", type=float, default=330, help="for all of it (330)")
-    add(
-        "--parts",
-        nargs="+",
-        choices=PARTS,
-        default=PARTS,
-        metavar="PART",
-        help=" ".join(PARTS) + " (all)",
-    )
-    add("--sizes", nargs="+", choices=sizes, default=sizes, metavar="SIZE", help="B H L (all)")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="(all)")
+    add("--sizes", nargs="+", choices=["B", "H", "L"], default=["B", "H", "L"], help="(all)")
     add("--rehearse", action="store_true", help="tiny models on the CPU, compiled by aot_eager")
     add("--job", type=json.loads, help=argparse.SUPPRESS)  # for a process that this one starts
     options = parser.parse_args()
