@@ -199,7 +199,7 @@ class RelativeAttention(Attention):
         q, bias = q.unflatten(2, self.grid), 0  # (B, heads, T, H, W, d)
         for axis, length in enumerate(self.grid):
             letter, steps = "thw"[axis], torch.arange(length, device=q.device)
-            table = self.get_parameter(f"rel_pos_{letter}")
+            table = getattr(self, f"rel_pos_{letter}")
             table = table[steps[:, None] - steps + length - 1]  # (query, key, d), along this axis
             scores = torch.einsum(f"bnthwd,{letter}kd->bnthwk", q, table)
             shape = [length if other == axis else 1 for other in range(3)]
@@ -818,11 +818,13 @@ def training_memory(model, run, micro_batch, recompute):
     one, group = element * micro_batch, run.shard_group or 1
     count = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    sizes = [sum(p.numel() for p in m.parameters()) for m in model.modules() if type(m) is Block]
+    blocks = [m for m in model.modules() if isinstance(m, Block) and not isinstance(m, TextBlock)]
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     # Before they are shared out, the gradients of all pieces are added up whole, in fp32. Replicas
-    # have buckets for all of theirs from the start.
-    accumulated = micro_batch * run.processes < run.batch_size or replicas
-    each = 4 if accumulated else 4 / group
+    # always have buckets for all of theirs; what several pieces add up is beside them.
+    pieces = micro_batch * run.processes < run.batch_size
+    accumulated = pieces or replicas
+    each = 8 if pieces and replicas else 4 if accumulated else 4 / group
     gradients = coming = each * trained
 
     D, N = model.width, model.num_patches
@@ -862,7 +864,7 @@ def training_memory(model, run, micro_batch, recompute):
     gathered = count - sum(sizes) - head + max(sizes) + max(*sizes, head)
     if not shared:
         gathered = 0 if element == 4 else count - (sum(sizes) - max(sizes) if recompute else 0)
-    items["weights gathered or cast to compute"] = gathered * element
+    items["weights, gathered or cast"] = gathered * element
     forward = kept + loss + 5 * images + (gradients if accumulated else 4 * head * shared)
     peak = sum(items.values()) + max(gradients, forward, backward + images)
     items |= {"gradients (fp32)": gradients, "activations for backward": kept}
@@ -920,7 +922,7 @@ def describe_sharding(model, run):
     alone = copy.copy(run)
     alone.shard_group = None
     whole = training_memory(model, alone, *shape)["peak"] / 2**30
-    line = f"sharded over {run.shard_group} processes ({each} each; replicas: {whole:.1f} GiB)"
+    line = f"sharded over {run.shard_group} processes ({each} each; a replica: {whole:.1f})"
     copies = run.processes // run.shard_group
     line = f"{copies} copies, each {line}" if copies > 1 else line
     if torch.__version__ < "2.13":

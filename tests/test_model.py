@@ -26,6 +26,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from conftest import stage
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -1234,10 +1235,9 @@ def test_sharded_compiled_and_recomputed_steps_are_the_plain_one(
     models.parallelize(model, CPU, shard, "fp32", compiled, recompute)
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
     for part in range(2):  # accumulated over two pieces, as the stages do
-        if shard:
-            model.set_requires_gradient_sync(part == 1)
-        for one in (plain, model):
-            one(images[part : part + 1], ids[part : part + 1]).sum().backward()
+        with models.sync_gradients(model, last=part == 1):
+            for one in (plain, model):
+                one(images[part : part + 1], ids[part : part + 1]).sum().backward()
     for (name, a), b in zip(plain.named_parameters(), model.parameters()):
         if a.requires_grad:
             torch.testing.assert_close(models.whole(b.grad), a.grad, rtol=1e-4, atol=1e-6, msg=name)
@@ -1245,10 +1245,11 @@ def test_sharded_compiled_and_recomputed_steps_are_the_plain_one(
         torch.testing.assert_close(model(images, ids), plain(images, ids), rtol=1e-4, atol=1e-5)
 
 
-def test_bf16_computes_in_bf16_from_fp32_masters(group):
+@pytest.mark.parametrize("shard", [None, 1])
+def test_bf16_computes_in_bf16_from_fp32_masters(shard, group):
     plain, model = MAE(**SMALL_MAE), MAE(**SMALL_MAE)
     images, ids = random_images(plain), random_ids(plain)
-    models.parallelize(model, CPU, 1, "bf16")
+    models.parallelize(model, CPU, shard, "bf16")
     loss, expected = model(images, ids), plain(images, ids)
     assert loss.dtype == torch.float32  # targets and errors are not rounded
     assert not torch.equal(loss, expected)  # but the network's products are
@@ -1257,6 +1258,73 @@ def test_bf16_computes_in_bf16_from_fp32_masters(group):
     for parameter in model.parameters():
         assert parameter.dtype == torch.float32
         assert parameter.grad is None or parameter.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", ["mae", "classifier", "video", "towers"])
+def test_bf16_without_sharding_is_fsdp_s_bit_for_bit(kind, recompute, group):
+    """Loss and every gradient: the casts of cast_weights are those of FSDP2's policy."""
+    shape = {"image_size": 16, "patch_size": 4}
+
+    def step(shard):
+        draw = torch.Generator().manual_seed(0)
+        if kind == "mae":
+            model = MAE("32x4x2", decoder=(16, 2, 2), **shape)
+            inputs = torch.randn(3, 3, 16, 16, generator=draw), random_ids(model, 3)
+        elif kind == "towers":
+            model = TwoTowers("16x2x2", TINY_TEXT, 8, **shape)
+            inputs = torch.randn(3, 3, 16, 16, generator=draw), torch.randint(4, 30, (3, 9))
+        else:
+            build = models.Classifier if kind == "classifier" else models.VideoClassifier
+            frames = {"frames": 2} if kind == "video" else {}
+            model = build("32x4x2", classes=5, head_std=0.1, drop_path=0.4, **shape, **frames)
+            image = (3, 3, 16, 16) if kind == "classifier" else (3, 3, 2, 16, 16)
+            noise = torch.rand(3, 4, 2, generator=draw)  # some of it next to a rate in bf16
+            inputs = torch.randn(image, generator=draw), noise
+        methods = ("forward", "features") if kind == "towers" else ("forward",)
+        options = {"checkpoint_activations": recompute, "methods": methods}
+        parallel = models.parallelize(model, CPU, shard, "bf16", **options)
+        torch.manual_seed(0)
+        inputs = (parallel.features(inputs[0]), inputs[1]) if kind == "towers" else inputs
+        found = parallel(*inputs)
+        loss = sum(x.float().square().sum() for x in (found if kind == "towers" else [found]))
+        loss.backward()
+        return loss, [models.whole(p.grad) for p in model.parameters() if p.grad is not None]
+
+    (loss, gradients), (expected, theirs) = step(None), step(1)
+    assert torch.equal(loss, expected)
+    assert len(gradients) == len(theirs) and all(map(torch.equal, gradients, theirs))
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("shard", "kind"), [(None, "mae"), (1, "mae"), (None, "vit"), (1, "vit")])
+def test_training_is_compiled_once(shard, kind, recompute, group, monkeypatch):
+    """The whole model as one graph or, sharded, one for each kind of block: the encoder's, the
+    decoder's, its last one. Measuring an uneven batch in between compiles nothing more."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    whole_graphs = partial(torch.compile, backend=counter, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", whole_graphs)
+    shape = {"image_size": 16, "patch_size": 4}
+    model = MAE("32x4x2", decoder=(16, 3, 2), **shape)
+    if kind == "vit":  # each block has another rate
+        model = models.Classifier("32x12x2", 5, drop_path=0.3, **shape)
+    options = {"compile": True, "checkpoint_activations": recompute}
+    parallel = models.parallelize(model, CPU, shard, "bf16", **options)
+    for step in range(20):
+        images = random_images(model, 4)
+        given = random_ids(model, 4) if kind == "mae" else torch.rand(4, 12, 2)
+        losses = parallel(images, given)
+        if kind == "vit":
+            losses = models.tag_loss(losses, torch.tensor([[0, -1], [1, 2], [3, 4], [4, -1]]))
+        losses.sum().backward()
+        if step % 5 == 0:
+            model.eval()
+            with torch.no_grad():
+                model(images[:3], given[:3])
+            model.train()
+    assert counter.frame_count == (3 if shard and kind == "mae" else 1)
 
 
 def test_bf16_embeds_kept_features_and_the_loss_is_in_fp32(group):
@@ -1288,7 +1356,6 @@ with torch.device("meta"):
 models.parallelize(model, torch.device("cpu"), group)
 if sys.argv[2] == "kernels":
     models.kernels.attention = models.kernels.triton_attention
-model.to_empty(device="cpu")
 for parameter in model.parameters():
     parameter.detach().to_local().fill_(float("nan"))  # what is not initialised shows
 for seed, weights in ((0, None), (5, models.Classifier(classes=7, **shape).state_dict())):
@@ -1306,10 +1373,10 @@ labels = torch.arange(2 * count) % 7
 loss = torch.nn.functional.cross_entropy(plain(images), labels)
 loss.backward()
 for part in range(2):  # two pieces of one picture
-    model.set_requires_gradient_sync(part == 1)
     mine = 2 * rank + part
-    logits = model(images[mine : mine + 1])
-    (torch.nn.functional.cross_entropy(logits, labels[mine : mine + 1]) / 2).backward()
+    with models.sync_gradients(model, last=part == 1):
+        logits = model(images[mine : mine + 1])
+        (torch.nn.functional.cross_entropy(logits, labels[mine : mine + 1]) / 2).backward()
 for (name, p), whole in zip(model.named_parameters(), plain.parameters()):
     torch.testing.assert_close(p.grad.full_tensor(), whole.grad, rtol=1e-4, atol=1e-6, msg=name)
 state = models.full_state(model)
@@ -1433,6 +1500,50 @@ def test_a_plan_of_more_processes_and_pieces():
     assert pieces["gradients (fp32)"] == one["gradients (fp32)"]  # whole until the last piece
     assert eight["peak"] < pieces["peak"] and planned(model, recompute=True)["peak"] < one["peak"]
     assert all(plan["peak"] <= sum(plan.values()) - plan["peak"] for plan in (one, eight, pieces))
+
+
+def test_replicas_keep_all_and_have_buckets_for_all_gradients():
+    """In bytes for each parameter: 4 the weights, 8 AdamW's moments, 4 the buckets, 4 what several
+    micro-batches add up beside them, and 2 the bf16 copies."""
+    with torch.device("meta"):
+        model = models.MAE("L")
+    run = Namespace(processes=8, shard_group=None, gpus=8, precision="bf16", device=CPU)
+    count = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for micro_batch, gradients in ((64, 4 * trained), (32, 8 * trained)):
+        run.batch_size = 8 * 64
+        plan = models.training_memory(model, run, micro_batch, recompute=False)
+        assert plan["weights (fp32)"] == 4 * count
+        assert plan["weights, gathered or cast"] == 2 * count
+        assert plan["Adam's two moments (fp32)"] == 8 * trained
+        assert plan["gradients (fp32)"] == gradients
+
+
+@pytest.mark.parametrize(
+    ("size", "processes", "given", "memory", "group"),
+    [
+        ("H", 8, None, 80, None),  # 16 bytes for each of 657 M weights, and 2 for the copies: 12 GB
+        ("H", 8, None, 10, 8),
+        ("6.5B", 128, None, 80, 128),
+        ("6.5B", 128, 8, 80, 8),
+        ("6.5B", 128, 1, 80, None),  # as the user wants it
+        ("6.5B", 1, None, 80, None),
+    ],
+)
+def test_a_model_that_fits_is_replicated_one_that_does_not_is_sharded(
+    size, processes, given, memory, group
+):
+    with torch.device("meta"):
+        model = models.MAE(size)
+    run = Namespace(processes=processes, shard_group=given, memory=memory, device=CPU)
+    run.batch_size, run.micro_batch, run.gpus, run.precision = 4096, None, processes, "bf16"
+    run.checkpoint_activations = False
+    assert models.settle_sharding(model, run) == group
+    run.shard_group, run.micro_batch = group, 32
+    words = "one process" if processes == 1 else f"{processes} replicas"
+    line = models.describe_sharding(model, run)
+    assert (words if group is None else f"sharded over {group} processes") in line
+    assert f"of {memory}" in line
 
 
 # --------------------------------------------------------------------------------- pictures and texts

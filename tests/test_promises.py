@@ -53,16 +53,23 @@ def curve(tmp_path_factory):
     return losses(out)
 
 
-@pytest.mark.parametrize(
-    ("processes", "pieces", "extra"),
-    [(None, 2, []), (1, 1, []), (2, 2, []), (3, 2, []), (4, 1, []), (4, 3, ["--shard-group", 2])],
-)
+# (processes, micro-batches, flags): one process, replicas, and shards in groups of all or of some.
+SPREAD = [(None, 2, []), (1, 1, []), (2, 2, []), (3, 2, []), (4, 1, [])]
+SPREAD += [(n, pieces, ["--shard-group", n]) for n, pieces in ((2, 2), (3, 2), (4, 1))]
+SPREAD += [(4, 3, ["--shard-group", 2])]
+
+
+@pytest.mark.parametrize(("processes", "pieces", "extra"), SPREAD)
 def test_1_same_optimisation_on_any_number_of_processes(processes, pieces, extra, curve, tmp_path):
     micro_batch = 24 // (processes or 1) // pieces
     extra = [*extra, "--micro-batch", micro_batch]
     ran = stage(*CURVE, "--out", tmp_path / "run", *extra, processes=processes)
     assert ran.returncode == 0, ran.stderr
     assert f"{processes or 1} processes x {pieces} x {micro_batch}" in ran.stdout
+    spread = f"{processes} replicas (" if (processes or 1) > 1 else "parallel one process ("
+    assert (
+        f"sharded over {extra[1]} processes" if "--shard-group" in extra else spread
+    ) in ran.stdout
     for ours, theirs in zip(losses(tmp_path / "run"), curve, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
@@ -167,15 +174,16 @@ mae_pretrain.main(sys.argv[1:])
     assert "or was never met" in ran.stderr.splitlines()[-1]
 
 
-def test_3_kill_9_of_one_process_of_two(tmp_path):
+@pytest.mark.parametrize("spread", [[], ["--shard-group", "2"]])
+def test_3_kill_9_of_one_process_of_two(spread, tmp_path):
     """torchrun ends the other one and starts both again, by itself.
 
     It shares a store with its processes, in which those who start again may find the addresses of
     the dead, unless it is told not to (pytorch/pytorch issue 135712).
     """
     plain, out = tmp_path / "plain", tmp_path / "killed"
-    assert stage(*TINY, "--out", plain, processes=2).returncode == 0
-    line = command(*TINY, "--out", out, processes=2)
+    assert stage(*TINY, *spread, "--out", plain, processes=2).returncode == 0
+    line = command(*TINY, *spread, "--out", out, processes=2)
     line[3:3] = ["--max-restarts", "1"]
     unshared = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -241,14 +249,27 @@ def test_3_an_earlier_checkpoint_of_a_run_becomes_its_last(uninterrupted, tmp_pa
     assert same_weights(out, uninterrupted)
 
 
-def test_3_another_number_of_processes_goes_on_with_the_same_samples(uninterrupted, tmp_path):
-    out = tmp_path / "run"
-    step_8 = uninterrupted / "checkpoints" / "step-00000008"
-    ran = stage(*TINY, "--out", out, "--resume", step_8, processes=2)
-    assert ran.returncode == 0, ran.stderr
-    assert [line["step"] for line in read_metrics(out)] == list(range(1, 13))
-    for ours, theirs in zip(losses(out), losses(uninterrupted), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
+# (processes, flags): one process, replicas, shards, and two copies of the model in two shards each.
+WAYS = [(None, []), (2, []), (2, ["--shard-group", "2"]), (4, ["--shard-group", "2"])]
+
+
+@pytest.mark.parametrize(("processes", "spread"), WAYS)
+def test_3_another_number_of_processes_goes_on_with_the_same_samples(
+    processes, spread, uninterrupted, tmp_path
+):
+    """From the checkpoint of each way of spreading a run over processes, on each other number."""
+    first = tmp_path / "first"
+    assert stage(*TINY, *spread, "--out", first, processes=processes).returncode == 0
+    step_8 = first / "checkpoints" / "step-00000008"
+    for number, (others, flags) in enumerate([*WAYS, (4, [])]):
+        if (others, flags) == (processes, spread):
+            continue
+        out = tmp_path / str(number)
+        ran = stage(*TINY, *flags, "--out", out, "--resume", step_8, processes=others)
+        assert ran.returncode == 0, ran.stderr
+        assert [line["step"] for line in read_metrics(out)] == list(range(1, 13))
+        for ours, theirs in zip(losses(out), losses(uninterrupted), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 # 4. Nothing non-finite is stepped on or saved.

@@ -9,7 +9,7 @@ backward, norm of the gradients, fused AdamW), but without a loader, on the CPU 
 and for classifiers of 1,000 and 28,000 classes, without and with checkpointing of activations; then
 once in two pieces. Each in a fresh process with one thread. Measured is its ru_maxrss less what
 that was before the model was built; a tiny step before has loaded the libraries by then. With
-more processes, FSDP2 over gloo: the process that needs most.
+more processes, replicas or, with --shard-group, FSDP2 over gloo: the process that needs most.
 
 glibc keeps what is freed in arenas, whose holes have nothing to do with the model. So by default
 MALLOC_MMAP_THRESHOLD_ is set: then a tensor of 64 KiB or more is a mapping of its own, and gone when
@@ -43,29 +43,28 @@ def build(size, head):
     return models.Classifier(size, classes=int(head), image_size=side)
 
 
-def train(model, run, steps=2):
-    """Optimizer steps as a stage takes them. (The moments are there from the second on.)"""
-    sharded, share = run.processes > 1, run.batch_size // run.processes
-    how = run.processes if sharded else None, "fp32", False, run.checkpoint_activations
-    models.parallelize(model, torch.device("cpu"), *how)
+def train(model, run, steps=3):
+    """Optimizer steps as a stage takes them. (DDP has its final buckets from the third one on.)"""
+    share, cpu = run.batch_size // run.processes, torch.device("cpu")
+    options = {"checkpoint_activations": run.checkpoint_activations}
+    parallel = models.parallelize(model, cpu, run.shard_group, **options)
     groups = models.parameter_groups(model, 0.05)
     optimizer = torch.optim.AdamW(groups, 1e-4, betas=(0.9, 0.95), fused=True)
     for step in range(steps):
         for start in range(0, share, run.micro_batch):
             shape = run.micro_batch, *model.config["image_size"], 3  # channels last, as loaded
             images = torch.randint(256, shape, dtype=torch.uint8).permute(0, 3, 1, 2)
-            if sharded:
-                model.set_requires_gradient_sync(start + run.micro_batch == share)
-            if isinstance(model, models.MAE):
-                ids = torch.rand(run.micro_batch, model.num_patches).argsort(dim=1)
-                losses = model(data.normalize(images), ids)
-            else:
-                tags = torch.randint(model.classes, (run.micro_batch, 8))
-                losses = models.tag_loss(model(data.normalize(images)), tags)
-            loss = losses.sum() / run.batch_size
-            (loss * run.processes).backward()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        models.whole(torch.nn.utils.get_total_norm(gradients)).item()
+            with models.sync_gradients(parallel, last=start + run.micro_batch == share):
+                if isinstance(model, models.MAE):
+                    ids = torch.rand(run.micro_batch, model.num_patches).argsort(dim=1)
+                    losses = parallel(data.normalize(images), ids)
+                else:
+                    tags = torch.randint(model.classes, (run.micro_batch, 8))
+                    losses = models.tag_loss(parallel(data.normalize(images)), tags)
+                loss = losses.sum() / run.batch_size
+                (loss * run.processes).backward()
+        gradients = [models.local(p.grad) for p in model.parameters() if p.grad is not None]
+        torch.nn.utils.get_total_norm(gradients).item()
         optimizer.step()
         optimizer.zero_grad()
         gradients = None
@@ -121,6 +120,7 @@ def main():
     add("--sizes", default="toy,T,S,B", help="with commas (toy,T,S,B)")
     add("--heads", default="mae,1000,28000", help="mae, or classes (mae,1000,28000)")
     add("--processes", type=int, default=1, help="(1)")
+    add("--shard-group", type=int, help="processes that share the weights (none do)")
     add(
         "--micro-batch", type=int, help=f"({', '.join(f'{k} {v}' for k, v in MICRO_BATCH.items())})"
     )
@@ -136,7 +136,7 @@ def main():
         for head in options.heads.split(","):
             for pieces, recompute in ((1, False), (1, True), (2, False)):
                 run = Namespace(size=size, head=head, micro_batch=micro_batch)
-                run.processes = run.shard_group = options.processes
+                run.processes, run.shard_group = options.processes, options.shard_group
                 run.batch_size = micro_batch * pieces * run.processes
                 run.checkpoint_activations = recompute
                 plan, found = planned(run), measured(run, options.malloc)
