@@ -907,7 +907,7 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
     if run.task not in ("lowshot", "detect"):  # prompts make other shapes, detect has biases
         attention = models.choose_attention(trunk, micro_batch, device, run.precision)
         say(f"attention {attention}")
-    how = run.precision + (", compiled" if run.compile else "")
+    how = run.precision + (", compiled in the first step" if run.compile else "")
     say(f"run      {steps} steps, {how} on {chip}")
     stop = []  # A signal leaves a note: the loop saves and ends. A second Ctrl-C ends it at once.
     for name in {"SIGTERM", "SIGUSR1"} & set(dir(signal)):  # the latter: Slurm, as it is told to

@@ -245,7 +245,7 @@ def train(run):
     say(f"parallel {models.describe_sharding(model, run)}")
     attention = models.choose_attention(model, run.micro_batch, device, run.precision)
     say(f"attention {attention}")
-    how = run.precision + (", compiled" if run.compile else "")
+    how = run.precision + (", compiled in the first step" if run.compile else "")
     how += " and recorded as a CUDA graph" if run.cuda_graph else ""
     say(f"run      {run.steps} steps, peak lr {run.lr:.2e}, {how} on {chip}")
 

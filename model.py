@@ -912,17 +912,15 @@ def describe_sharding(model, run):
     """One line on how a settled run is spread over its processes, with the memory of each."""
     shape = run.micro_batch, run.checkpoint_activations
     each, memory = training_memory(model, run, *shape)["peak"] / 2**30, device_memory(run)
-    each = f"{each:.1f} GiB" + (f" of {memory / 2**30:.0f}" if memory else "")
+    each = f"{each:.3g} GiB" + (f" of {memory / 2**30:.0f}" if memory else "")
+    if run.processes == 1:
+        return f"one process ({each})"
     if run.shard_group is None:
-        return (
-            f"one process ({each})"
-            if run.processes == 1
-            else f"{run.processes} replicas ({each} each)"
-        )
+        return f"{run.processes} replicas ({each} each)"
     alone = copy.copy(run)
     alone.shard_group = None
     whole = training_memory(model, alone, *shape)["peak"] / 2**30
-    line = f"sharded over {run.shard_group} processes ({each} each; a replica: {whole:.1f})"
+    line = f"sharded over {run.shard_group} processes ({each} each; a replica: {whole:.3g})"
     copies = run.processes // run.shard_group
     line = f"{copies} copies, each {line}" if copies > 1 else line
     if torch.__version__ < "2.13":

@@ -6,6 +6,7 @@ convolution for the patch embedding, softmax written out, decoders that un-shuff
 
 import argparse
 import errno
+import gc
 import itertools
 import json
 import math
@@ -1325,6 +1326,25 @@ def test_training_is_compiled_once(shard, kind, recompute, group, monkeypatch):
                 model(images[:3], given[:3])
             model.train()
     assert counter.frame_count == (3 if shard and kind == "mae" else 1)
+
+
+def test_sharded_steps_leave_nothing_behind(group):
+    """Fused AdamW over DTensors kept a DTensorSpec for each tensor and step before torch 2.13
+    (pytorch issues 181761, 188174)."""
+    model = MAE(**SMALL_MAE)
+    models.parallelize(model, CPU, 1)
+    optimizer = torch.optim.AdamW(models.parameter_groups(model, 0.05), 1e-3, fused=True)
+    images, ids, counts = random_images(model), random_ids(model), []
+    for step in range(25):
+        model(images, ids).mean().backward()
+        gradients = [models.local(p.grad) for p in model.parameters() if p.grad is not None]
+        assert torch.nn.utils.get_total_norm(gradients) > 0
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (4, 24):
+            gc.collect()
+            counts.append(sum(type(thing).__name__ == "DTensorSpec" for thing in gc.get_objects()))
+    assert 0 < counts[1] <= counts[0]
 
 
 def test_bf16_embeds_kept_features_and_the_loss_is_in_fp32(group):
