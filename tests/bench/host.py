@@ -1,6 +1,6 @@
 """CPU time of a training step whose kernels cost next to nothing: what a step costs the host.
 
-    python tests/bench/host.py      # one to three minutes; more where the compiler's cache is empty
+    python tests/bench/host.py      # two minutes, and five more to fill the compiler's cache
 
 An MAE of 12 + 8 tiny blocks takes steps as in mae_pretrain.py, with two images, on one thread. What
 is left is dispatch. It does not depend on the width: a GPU that computes a step in less time waits.
@@ -10,7 +10,7 @@ public_autocast        the structure of the public MAE code (facebookresearch/ma
                        attention, eager, under bf16 autocast
 one_process_eager      parallelize() for one process: weights cast to bf16
 one_process_compiled   the same, the whole model compiled
-replicas_compiled      the same in DistributedDataParallel, over one process
+replicas_compiled      the same in DistributedDataParallel, over one process, as five graphs
 sharded_compiled       FSDP2 over one process with its bf16 policy, every block compiled
 
 Each row has a process of its own, as in training: in a common one, replicas would find the graph
@@ -42,6 +42,7 @@ import model as models
 
 ROWS = ["plain_fp32", "public_autocast", "one_process_eager", "one_process_compiled"]
 ROWS += ["replicas_compiled", "sharded_compiled"]
+# A CPU without bf16 instructions takes long for a product of bf16 matrices, even of a width of 64.
 SHAPE = {"size": "16x12x2", "decoder": (16, 8, 2), "image_size": 32, "patch_size": 8}
 BATCH = 2
 
@@ -104,10 +105,12 @@ def build(row):
         options = {"shard_group": 1} if row == "sharded_compiled" else {}
         options |= {"precision": "fp32" if row == "plain_fp32" else "bf16"}
         models.parallelize(model, torch.device("cpu"), **options, compile=row.endswith("compiled"))
-    if row == "replicas_compiled":  # as parallelize() does over several processes, but with buckets
-        # of a fifth of the gradients: that is how many graphs 100 MB make of B.
-        size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        options = {"gradient_as_bucket_view": True, "bucket_cap_mb": size / 5 / 2**20}
+    if row == "replicas_compiled":
+        # As parallelize() does over several processes, but with buckets of a fifth of the weights:
+        # each is compiled to a graph, and buckets of 100 MB are a fifth of B.
+        bucket = sum(4 * p.numel() for p in model.parameters() if p.requires_grad) // 5
+        dist._DEFAULT_FIRST_BUCKET_BYTES = bucket  # 1 MB, and no other may be smaller
+        options = {"gradient_as_bucket_view": True, "bucket_cap_mb": bucket / 2**20}
         parallel = nn.parallel.DistributedDataParallel(model, **options)
     models.initialize(model)
     groups = models.parameter_groups(model, 0.05)
