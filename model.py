@@ -1094,15 +1094,18 @@ def cast_weights(module, method="forward"):
     The cast is part of the graph: gradients go back through it, and arrive in fp32 at the fp32
     masters. Blocks cast their own. Loss and gradients are those of FSDP2 bit for bit (a test).
     """
-    names = [name for name, _ in module.named_parameters() if "blocks." not in name]
-    # functional_call calls forward. The copy has the same parameters and submodules and, as its
-    # forward, the method as the class has it; the module's own will be the one that casts.
-    plain = copy.copy(module)
-    plain.forward = getattr(type(module), method).__get__(plain)
+    # functional_call calls a module's forward. The caller's is the method as the class has it; the
+    # module's own becomes the one that casts.
+    caller = nn.Module()
+    caller.module, caller.forward = module, getattr(type(module), method).__get__(module)
 
     def computed_in_bf16(*inputs, **named):
-        weights = {name: plain.get_parameter(name).to(torch.bfloat16) for name in names}
-        return torch.func.functional_call(plain, weights, inputs, named)
+        weights = {
+            name: weight.to(torch.bfloat16)
+            for name, weight in caller.named_parameters()
+            if "blocks." not in name
+        }
+        return torch.func.functional_call(caller, weights, inputs, named)
 
     setattr(module, method, computed_in_bf16)
 

@@ -415,7 +415,14 @@ def test_classify_leaves_a_classifier_that_evaluate_measures_alike(plain, pets, 
     assert (tmp_path / "c.png").exists()
 
 
-@pytest.mark.parametrize(("processes", "extra"), [(None, ["--micro-batch", "2"]), (2, [])])
+# Beside one process in pieces, two replicas, and two shards of one model.
+SHARDED = ["--shard-group", "2"]
+WAYS = pytest.mark.parametrize(
+    ("processes", "extra"), [(None, ["--micro-batch", "2"]), (2, []), (2, SHARDED)]
+)
+
+
+@WAYS
 def test_classify_is_the_same_on_any_number_of_processes(processes, extra, plain, pets, tmp_path):
     out = tmp_path / "run"
     last_json(fine(*CLASSIFY, "--data", pets, "--out", out, *extra, processes=processes))
@@ -451,7 +458,8 @@ def test_linear_learns_resumes_and_chooses_on_train(pets, tmp_path):
     assert ran.stdout.count("%") >= 2 * len(finetune.LINEAR_RATES)  # all are shown
     rewound(tmp_path / "run", tmp_path / "again", 20)
     assert last_json(fine(*asked, "--out", tmp_path / "again")) == found
-    assert last_json(fine(*asked, "--out", tmp_path / "two", processes=2)) == found
+    for name, extra in (("two", []), ("sharded", SHARDED)):
+        assert last_json(fine(*asked, *extra, "--out", tmp_path / name, processes=2)) == found
     ours, theirs = (models.read_weights(tmp_path / n / "model.pt")[0] for n in ("run", "again"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -481,11 +489,11 @@ def test_prompts_are_the_same_on_any_number_of_processes(pets, tmp_path):
     )
     asked = ["--task", "lowshot", *TINY[:-4], "--workers", "0", "--steps", "4", "--shots", "2"]
     found = []
-    for processes in (None, 2):
-        out = tmp_path / str(processes)
-        ran = fine(*asked, "--data", pets, "--out", out, processes=processes, code=code)
+    for name, processes, extra in (("one", None, []), ("two", 2, []), ("sharded", 2, SHARDED)):
+        how = {"processes": processes, "code": code}
+        ran = fine(*asked, *extra, "--data", pets, "--out", tmp_path / name, **how)
         found.append(last_json(ran))
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
 
 
 def test_rare_classes_can_count_as_much_as_others(pets, tmp_path, monkeypatch):
@@ -730,7 +738,10 @@ def pair(captions, tmp_path_factory):
 PIECES = ["--micro-batch", "2"]
 
 
-@pytest.mark.parametrize(("processes", "extra"), [(None, PIECES), (2, []), (2, PIECES)])
+@pytest.mark.parametrize(
+    ("processes", "extra"),
+    [(None, PIECES), (2, []), (2, PIECES), (2, SHARDED), (2, [*PIECES, *SHARDED])],
+)
 def test_lit_is_the_same_in_pieces_and_on_two_processes(processes, extra, captions, pair, tmp_path):
     last_json(lit(captions, tmp_path / "run", *extra, processes=processes))
     for ours, theirs in zip(read_metrics(tmp_path / "run"), read_metrics(pair), strict=True):
@@ -908,7 +919,7 @@ def detector(scenes, tmp_path_factory):
     return out, last_json(fine(*DETECT, "--data", scenes, "--out", out))
 
 
-@pytest.mark.parametrize(("processes", "extra"), [(None, ["--micro-batch", 2]), (2, [])])
+@WAYS
 def test_detection_is_the_same_in_pieces_and_on_two_processes(
     processes, extra, scenes, detector, tmp_path
 ):

@@ -1328,6 +1328,31 @@ def test_training_is_compiled_once(shard, kind, recompute, group, monkeypatch):
     assert counter.frame_count == (3 if shard and kind == "mae" else 1)
 
 
+def test_cast_weights_leaves_the_module_what_it_is():
+    """In its methods, self is the module: with its mode, and what they assign to it stays."""
+
+    class Counter(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.calls = torch.nn.Parameter(torch.ones(2)), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.training, (self.weight * x).dtype
+
+        def method(self, x):
+            return "method", *self.forward(x)
+
+    module = Counter().eval()
+    for method in ("forward", "method"):
+        models.cast_weights(module, method)
+    x = torch.ones(2, dtype=torch.bfloat16)
+    assert module(x) == (False, torch.bfloat16) and module.train()(x) == (True, torch.bfloat16)
+    assert module.method(x) == ("method", True, torch.bfloat16)
+    assert module.calls == 3
+    assert module.weight.dtype == torch.float32 and [*module.state_dict()] == ["weight"]
+
+
 def test_sharded_steps_leave_nothing_behind(group):
     """Fused AdamW over DTensors kept a DTensorSpec for each tensor and step before torch 2.13
     (pytorch issues 181761, 188174)."""

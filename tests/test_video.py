@@ -512,10 +512,11 @@ def run(videos, tmp_path_factory):
 def test_processes_and_pieces_change_nothing(run, videos, tmp_path):
     out, printed = run
     assert "attention PyTorch (relative positions are a bias" in printed
-    for name, how in (("pieces", {}), ("two", {"processes": 2})):
-        other = "--micro-batch", 2 if name == "pieces" else 4
+    for name, processes in (("pieces", None), ("two", 2), ("sharded", 2)):
+        other = ["--micro-batch", 2 if name == "pieces" else 4]
+        other += ["--shard-group", 2] if name == "sharded" else []
         # 12 shards, so 12 lanes: they can be dealt to two processes.
-        trained(tmp_path / name, "--data", videos, *other, **how)
+        trained(tmp_path / name, "--data", videos, *other, processes=processes)
         for a, b in zip(read_metrics(out), read_metrics(tmp_path / name), strict=True):
             assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)

@@ -89,7 +89,8 @@ def curve(hashtags, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("processes", "pieces", "extra"),
-    [(None, 2, []), (2, 1, []), (3, 2, []), (4, 1, ["--shard-group", "2"])],
+    [(None, 2, []), (2, 1, []), (3, 2, []), (2, 1, ["--shard-group", "2"])]
+    + [(3, 2, ["--shard-group", "3"]), (4, 1, ["--shard-group", "2"])],
 )
 def test_same_optimisation_on_any_number_of_processes(
     processes, pieces, extra, curve, hashtags, tmp_path
