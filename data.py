@@ -47,7 +47,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1382,7 +1382,7 @@ def normalize(images):
     return rows.unflatten(-1, (width, channels)).movedim(-1, 1)
 
 
-@lru_cache(8)  # they stay on the device: a step copies none of them, and a CUDA graph may read them
+@cache  # they stay where they are on the device: no step copies them, and a CUDA graph reads them
 def row_factors(channels, width, device):
     """(1 / (255 * deviation), mean / deviation) of a row of pixels, (W*C,) each: see normalize."""
     with torch.inference_mode(False):  # a tensor made in that mode could not be used outside

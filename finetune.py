@@ -255,12 +255,12 @@ def prepare(run):
     run.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if run.plan and run.gpus:  # a plan for GPUs may be made anywhere
         run.processes, kind = run.gpus, "cuda"
+    models.check_shard_group(run)
     run.precision = run.precision or ("bf16" if kind == "cuda" else "fp32")
     kernels.forced()  # a wrong ATTENTION in the environment is found here, not after loading
     if run.precision == "bf16" and kind != "cuda":
         raise ValueError("--precision bf16 needs CUDA")
-    if run.compile is None:  # on a CPU it gains nothing (measured: 0.95 to 1.02 times as fast)
-        run.compile = kind == "cuda" and kernels.triton.__version__ is not None
+    run.compile = models.compiles(kind) if run.compile is None else run.compile
     run.workers = data.loader_workers(run.workers, here)
 
     # --------------------------------------------------------------------------------------- data
@@ -835,7 +835,7 @@ def moved(part, device):
 
 
 def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_labels,
-          batches_of=data.Batches, methods=("forward",), **drawn):  # fmt: skip
+          batches_of=data.Batches, methods=(), **drawn):  # fmt: skip
     """Train a model on a source; True when it came to its end, False when a signal stopped it.
 
     Checkpoints and metrics.jsonl are in `out`, where the same call goes on. The optimizer's groups
@@ -903,7 +903,9 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
     say(f"model    {run.config['size']}, {millions:.2f} M weights to train, "
         f"{flops / 1e9:.2f} GFLOP an image")  # fmt: skip
     say(f"batch    {run.batch_size}: {run.processes} processes x {pieces} x {micro_batch}")
-    say(f"parallel {models.describe_sharding(trunk, settled)}")
+    spread = models.describe_sharding(trunk, settled)
+    # The memory in it is that of a trunk of which every weight is trained.
+    say(f"parallel {spread if run.task in ('classify', 'video') else spread.split(' (')[0]}")
     if run.task not in ("lowshot", "detect"):  # prompts make other shapes, detect has biases
         attention = models.choose_attention(trunk, micro_batch, device, run.precision)
         say(f"attention {attention}")
@@ -993,9 +995,7 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
             entry["eta_seconds"] = (now - began) / (done - first_step) * (steps - done)
             if saving and run.measure:
                 swap_average(optimizer)
-                model.eval()
                 entry |= run.measure(model)
-                model.train()
                 swap_average(optimizer)
             if run.process == 0:
                 with open(out / "metrics.jsonl", "a") as file:
@@ -1298,7 +1298,10 @@ def lit(run, say):
 
     def measure(model):
         options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
-        return evaluate.retrieval(model, run.val, tokenizer, centre=run.val_crop, **options)
+        model.eval()
+        found = evaluate.retrieval(model, run.val, tokenizer, centre=run.val_crop, **options)
+        model.train()
+        return found
 
     run.measure = measure
     # What a text's blocks keep for its backward, as a picture's do: see models.training_memory.
@@ -1318,7 +1321,7 @@ def lit(run, say):
     flops = 3 * len(model.text.blocks) * models.block_flops(model.text.width, length)
     flops += 0 if run.cache_features else models.flops_per_image(model)
     drawn = {"tokenizer": tokenizer, "context": run.context, "pictures": run.features is None}
-    drawn["methods"] = "forward", "features"
+    drawn["methods"] = ("features",)
     if not train(
         run, model, optimizer, run.train, run.out, steps, say, flops, learn_pairs, **drawn
     ):
@@ -1364,7 +1367,7 @@ def detect(run, say):
     last, run.measure = [], measure
     steps = run.steps or math.ceil(run.epochs * int(run.train.sizes.sum()) / run.batch_size)
     flops, drawn = 3 * detection.flops_per_image(model), {"jitter": run.jitter}
-    drawn["methods"] = "forward", "detect"
+    drawn["methods"] = ("detect",)
     how = learn_scenes, detection.SceneBatches
     if not train(run, model, optimizer, run.train, run.out, steps, say, flops, *how, **drawn):
         return

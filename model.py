@@ -893,39 +893,61 @@ def settle_sharding(model, run):
 
     --shard-group decides if it is given; 1 is None. Else a model that fits is replicated, with its
     gradients, its optimizer and the smallest micro-batch; one that does not fit is split over all
-    processes. Raises ValueError when the group does not divide the processes.
+    processes.
     """
     if run.shard_group:
-        if run.processes % run.shard_group:
-            raise ValueError(
-                f"--shard-group {run.shard_group} does not divide the {run.processes} processes: "
-                "give a divisor, such as the processes of a node"
-            )
         return run.shard_group if run.shard_group > 1 else None
-    alone, smallest = copy.copy(run), run.micro_batch or 2
+    fits = replica_memory(model, run) <= 0.8 * (device_memory(run) or host_memory())
+    return None if run.processes == 1 or fits else run.processes
+
+
+def replica_memory(model, run):
+    """Bytes that a process needs at least if it has all of a model's weights."""
+    alone = copy.copy(run)
     alone.shard_group = None
-    need = training_memory(model, alone, smallest, run.checkpoint_activations)["peak"]
-    return None if run.processes == 1 or need <= memory_budget(model, alone) else run.processes
+    return training_memory(model, alone, run.micro_batch or 2, run.checkpoint_activations)["peak"]
+
+
+def check_shard_group(run):
+    """Raise ValueError when --shard-group does not divide the processes."""
+    if run.processes % (run.shard_group or 1):
+        hint = "give a divisor, such as the processes of a node"
+        if run.processes == 1:
+            hint = "start more of them, with torchrun"
+        raise ValueError(
+            f"--shard-group {run.shard_group} does not divide the {run.processes} processes: {hint}"
+        )
+
+
+def host_memory():
+    """Bytes of RAM for each process of this machine."""
+    if not hasattr(os, "sysconf"):  # on Windows
+        return math.inf
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def describe_sharding(model, run):
     """One line on how a settled run is spread over its processes, with the memory of each."""
-    shape = run.micro_batch, run.checkpoint_activations
-    each, memory = training_memory(model, run, *shape)["peak"] / 2**30, device_memory(run)
-    each = f"{each:.3g} GiB" + (f" of {memory / 2**30:.0f}" if memory else "")
+    each = training_memory(model, run, run.micro_batch, run.checkpoint_activations)["peak"]
+    memory, copies = device_memory(run), run.processes // (run.shard_group or 1)
+    size = as_size(each) + (f" of {as_size(memory)}" if memory else "")
+    size += ": more than there is" if memory and each > memory else ""
     if run.processes == 1:
-        return f"one process ({each})"
+        return f"one process ({size})"
     if run.shard_group is None:
-        return f"{run.processes} replicas ({each} each)"
-    alone = copy.copy(run)
-    alone.shard_group = None
-    whole = training_memory(model, alone, *shape)["peak"] / 2**30
-    line = f"sharded over {run.shard_group} processes ({each} each; a replica: {whole:.3g})"
-    copies = run.processes // run.shard_group
+        return f"{run.processes} replicas (each {size})"
+    line = f"sharded over {run.shard_group} processes (each {size}; "
+    line += f"a replica takes at least {as_size(replica_memory(model, run))})"
     line = f"{copies} copies, each {line}" if copies > 1 else line
-    if torch.__version__ < "2.13":
-        line += "; this torch leaks some memory in each step of sharded AdamW: 2.13 does not"
+    if torch.__version__ < "2.12":
+        line += "; this torch leaks memory in each step of sharded AdamW: 2.12 does not"
     return line
+
+
+def as_size(count):
+    """ "1.5 GiB" or "0.3 MiB" of a number of bytes."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def fitting_batch(model, images, run, recompute=None):
@@ -1042,7 +1064,7 @@ def parallelize(
     precision="fp32",
     compile=False,
     checkpoint_activations=False,
-    methods=("forward",),
+    methods=(),
 ):
     """Prepare a model for training, in place, and return what a training step calls.
 
@@ -1055,7 +1077,7 @@ def parallelize(
     precision   "bf16" or "fp32", to compute in. Masters, gradients and optimizer state are fp32.
                 The three ways round alike: see cast_weights.
     compile     1 and 2: an MAE or a classifier as one graph; 3, and other models: each block
-    methods     of the model that are called from outside in training, beside forward
+    methods     of the model that are called from outside, beside forward
 
     A model on the meta device gets its memory here, once it is sharded: no process ever holds more
     than its part. Its values are those of uninitialised memory: call initialize(). Parameter names
@@ -1065,11 +1087,14 @@ def parallelize(
     if shard_group is None and precision == "bf16":
         for module in blocks:
             cast_weights(module)
-        for method in methods:
+        for method in ("forward", *methods):
             cast_weights(model, method)
     if checkpoint_activations:
-        for block in blocks:  # the cast is inside: a recomputation casts again, and keeps nothing
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        # The cast is inside: a recomputation casts again. Blocks draw no random numbers, and to
+        # look at the generator's state is forbidden while a CUDA graph is recorded.
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, **options)
     if compile:
         one_graph = shard_group is None and isinstance(model, MAE | Classifier)
         for module in [model] if one_graph else blocks:
@@ -1081,11 +1106,7 @@ def parallelize(
         model.to_empty(device=device)
     if shard_group is not None or not dist.is_initialized() or dist.get_world_size() == 1:
         return model
-    # Buckets of 100 MB: torch.compile cuts its graph where one is full, so that gradients travel
-    # while backward goes on. PyTorch's 25 MB would be a hundred graphs for H (ours, not measured).
-    # Not static_graph: it fails where the first backward is one of those that do not reduce.
-    options = {"gradient_as_bucket_view": True, "bucket_cap_mb": 100}
-    return nn.parallel.DistributedDataParallel(model, **options)
+    return replicate(model)
 
 
 def cast_weights(module, method="forward"):
@@ -1105,7 +1126,7 @@ def cast_weights(module, method="forward"):
             for name, weight in caller.named_parameters()
             if "blocks." not in name
         }
-        return torch.func.functional_call(caller, weights, inputs, named)
+        return torch.func.functional_call(caller, weights, inputs, named, tie_weights=False)
 
     setattr(module, method, computed_in_bf16)
 
@@ -1124,7 +1145,29 @@ def compile_training(module):
     module.forward = forward
 
 
-def shard(model, device, shard_group, precision, methods=("forward",)):
+def replicate(model, bucket_mb=100):
+    """A model whose replicas average their gradients: see parallelize.
+
+    bucket_mb: gradients travel together in as many MB, while backward goes on. torch.compile cuts
+    its graph there: PyTorch's 25 MB would be a hundred graphs for H (ours, not measured).
+    """
+    # Gradients of shape (1, 1, D) have other strides than their bucket, which means nothing.
+    warnings.filterwarnings("ignore", message="Grad strides do not match")
+    # Not static_graph: it fails where the first backward is one of those that do not reduce.
+    options = {"gradient_as_bucket_view": True, "bucket_cap_mb": bucket_mb}
+    replica = nn.parallel.DistributedDataParallel(model, **options)
+    # After its first backward DDP sorts its buckets anew, by the order of arrival, and a sum of
+    # three processes' numbers depends on where in a bucket they are. A run that goes on would begin
+    # with the first order again. So the first backward is one that trains nothing.
+    trained, forward = [p for p in model.parameters() if p.requires_grad], model.forward
+    model.forward = lambda: sum(parameter.sum() for parameter in trained)
+    replica().backward()
+    model.forward = forward
+    model.zero_grad()
+    return replica
+
+
+def shard(model, device, shard_group, precision, methods=()):
     """Split a model over groups of processes, in place (FSDP2): see parallelize."""
     from torch.distributed.fsdp import (
         MixedPrecisionPolicy,
@@ -1147,6 +1190,15 @@ def shard(model, device, shard_group, precision, methods=("forward",)):
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for method in methods:
         register_fsdp_forward_method(model, method)
+
+
+def compiles(kind):
+    """True if training is compiled by default: on CUDA, with Triton and a C compiler.
+
+    (On a CPU, training compiled was 0.95 to 1.02 times as fast.)
+    """
+    compilers = os.environ.get("CC", "gcc"), "gcc", "clang"
+    return kind == "cuda" and kernels.triton.__version__ and any(map(shutil.which, compilers))
 
 
 def sync_gradients(model, last):

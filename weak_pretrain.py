@@ -129,12 +129,12 @@ def prepare(run):
     run.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if run.plan and run.gpus:  # a plan for GPUs may be made anywhere
         run.processes, kind = run.gpus, "cuda"
+    models.check_shard_group(run)
     run.precision = run.precision or ("bf16" if kind == "cuda" else "fp32")
     kernels.forced()  # a wrong ATTENTION in the environment is found here, not after loading
     if run.precision == "bf16" and kind != "cuda":
         raise ValueError("--precision bf16 needs CUDA")
-    if run.compile is None:  # on a CPU it gains nothing (measured: 0.95 to 1.02 times as fast)
-        run.compile = kind == "cuda" and kernels.triton.__version__ is not None
+    run.compile = models.compiles(kind) if run.compile is None else run.compile
     if run.cuda_graph and (kind != "cuda" or run.processes > 1):
         raise ValueError("--cuda-graph is for one process on one GPU")
     run.workers = data.loader_workers(run.workers, here)

@@ -27,9 +27,9 @@ class CUDAGraph:
     """A function of CUDA tensors, run as it is `warm_up` times, then recorded, then replayed.
 
     function   takes tensors and returns a tensor; it may add to the .grad of parameters
-    warm_up    how often it is run before it is recorded: 2 as in torchtitan
+    warm_up    how often it is run before it is recorded (2: ours)
 
-    Raises RuntimeError when an input has another shape than the recorded one.
+    Raises RuntimeError when an input has another shape or dtype than the recorded one.
     """
 
     def __init__(self, function, warm_up=2):
@@ -44,10 +44,10 @@ class CUDAGraph:
         if self.graph is None:
             self.record(*inputs)
         for recorded, given in zip(self.inputs, inputs, strict=True):
-            if recorded.shape != given.shape:
+            if (recorded.shape, recorded.dtype) != (given.shape, given.dtype):
                 raise RuntimeError(
-                    f"the CUDA graph was recorded for {tuple(recorded.shape)}, "
-                    f"not for {tuple(given.shape)}: leave --cuda-graph out"
+                    f"the CUDA graph was recorded for {tuple(recorded.shape)} {recorded.dtype}, "
+                    f"not for {tuple(given.shape)} {given.dtype}: leave --cuda-graph out"
                 )
             recorded.copy_(given)
         self.graph.replay()
@@ -64,5 +64,7 @@ class CUDAGraph:
     def record(self, *inputs):
         """Nothing is computed here: what the function asks for is written down."""
         self.inputs, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=self.stream):
+        # Other threads may go on meanwhile: the loader's pins memory, which "global" would forbid.
+        mode = {"stream": self.stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self.graph, **mode):
             self.output = self.function(*self.inputs)

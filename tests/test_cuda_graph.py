@@ -29,7 +29,8 @@ def recorder(monkeypatch):
             recorder.output.copy_(function(*recorder.inputs))
 
     @contextlib.contextmanager
-    def graph(_, stream):
+    def graph(_, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"  # the loader's threads go on
         before = weight.grad.clone()
         recording.append(stream)
         yield
@@ -71,5 +72,7 @@ def test_another_shape_is_refused(recorder):
     recorder, *_ = recorder
     for _ in range(3):
         recorder(torch.ones(2))
-    with pytest.raises(RuntimeError, match=r"recorded for \(2,\), not for \(1,\)"):
+    with pytest.raises(RuntimeError, match=r"recorded for \(2,\) .*, not for \(1,\)"):
         recorder(torch.ones(1))  # copy_ would have broadcast it
+    with pytest.raises(RuntimeError, match="not for .* torch.float64"):
+        recorder(torch.ones(2, dtype=torch.float64))

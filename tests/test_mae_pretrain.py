@@ -344,6 +344,13 @@ def test_lanes_are_checked_for_the_gpus_that_are_planned_for(capsys):
     assert "with --lanes 384" in capsys.readouterr().out
 
 
+def test_a_cuda_graph_is_for_one_gpu(tmp_path, capsys):
+    for flags in ([], ["--gpus", "2"]):
+        run = [*TINY, "--out", str(tmp_path / "run"), "--cuda-graph", *flags]
+        assert "--cuda-graph is for one process on one GPU" in refused(capsys, *run)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_shard_group_must_divide_the_processes(capsys):
     line = refused(capsys, "--gpus", "8", "--lanes", "48", "--shard-group", "3")
     assert "--shard-group 3 does not divide the 8 processes" in line

@@ -1282,7 +1282,7 @@ def test_bf16_without_sharding_is_fsdp_s_bit_for_bit(kind, recompute, group):
             image = (3, 3, 16, 16) if kind == "classifier" else (3, 3, 2, 16, 16)
             noise = torch.rand(3, 4, 2, generator=draw)  # some of it next to a rate in bf16
             inputs = torch.randn(image, generator=draw), noise
-        methods = ("forward", "features") if kind == "towers" else ("forward",)
+        methods = ("features",) if kind == "towers" else ()
         options = {"checkpoint_activations": recompute, "methods": methods}
         parallel = models.parallelize(model, CPU, shard, "bf16", **options)
         torch.manual_seed(0)
@@ -1328,6 +1328,57 @@ def test_training_is_compiled_once(shard, kind, recompute, group, monkeypatch):
     assert counter.frame_count == (3 if shard and kind == "mae" else 1)
 
 
+def test_replicas_send_gradients_with_the_last_micro_batch_alone(group):
+    model, sent = MAE(**SMALL_MAE), []
+    parallel = models.replicate(model)
+
+    def hook(_, bucket):
+        sent.append(bucket.buffer().numel())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    parallel.register_comm_hook(None, hook)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for _ in range(3):
+        for last in (False, False, True):
+            sent.clear()
+            with models.sync_gradients(parallel, last):
+                parallel(random_images(model), random_ids(model)).sum().backward()
+            assert sum(sent) == (trained if last else 0)
+
+
+def test_a_compiled_replica_is_cut_where_a_bucket_is_full(group, monkeypatch):
+    """So gradients of the later blocks travel while those of the first ones are computed. It needs
+    each block to cast its own weights: what is cast at the start would be ready at the end."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
+    model = models.Classifier("128x6x2", 5, image_size=16, patch_size=4)  # 0.8 MB a block
+    parallel = models.replicate(models.parallelize(model, CPU, None, "bf16", compile=True), 1)
+    plain = models.Classifier("128x6x2", 5, image_size=16, patch_size=4)
+    models.parallelize(plain, CPU, None, "bf16")
+    images = random_images(model)
+    torch.testing.assert_close(parallel(images), plain(images))
+    assert counter.frame_count >= 4
+
+
+def test_sharded_hooks_run_once(group, monkeypatch):
+    """FSDP2 hooks the call of a module: its forward must not be hooked beside it."""
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    model, hooked, plain = MAE(**SMALL_MAE), [], FSDPState._pre_forward
+
+    def counted(state, module, *inputs):
+        hooked.append(module)
+        return plain(state, module, *inputs)
+
+    monkeypatch.setattr(FSDPState, "_pre_forward", counted)
+    models.parallelize(model, CPU, 1)
+    model(random_images(model), random_ids(model))
+    assert len(hooked) == len({*hooked}) == 1 + len(model.blocks) + len(model.decoder_blocks)
+
+
 def test_cast_weights_leaves_the_module_what_it_is():
     """In its methods, self is the module: with its mode, and what they assign to it stays."""
 
@@ -1354,7 +1405,7 @@ def test_cast_weights_leaves_the_module_what_it_is():
 
 
 def test_sharded_steps_leave_nothing_behind(group):
-    """Fused AdamW over DTensors kept a DTensorSpec for each tensor and step before torch 2.13
+    """Fused AdamW over DTensors kept a DTensorSpec for each tensor and step before torch 2.12
     (pytorch issues 181761, 188174)."""
     model = MAE(**SMALL_MAE)
     models.parallelize(model, CPU, 1)
@@ -1369,7 +1420,8 @@ def test_sharded_steps_leave_nothing_behind(group):
         if step in (4, 24):
             gc.collect()
             counts.append(sum(type(thing).__name__ == "DTensorSpec" for thing in gc.get_objects()))
-    assert 0 < counts[1] <= counts[0]
+    assert counts[0] > 0
+    assert counts[1] <= counts[0] or torch.__version__ < "2.12"  # where a run says that it leaks
 
 
 def test_bf16_embeds_kept_features_and_the_loss_is_in_fp32(group):
@@ -1573,22 +1625,28 @@ def test_replicas_keep_all_and_have_buckets_for_all_gradients():
         ("6.5B", 128, 8, 80, 8),
         ("6.5B", 128, 1, 80, None),  # as the user wants it
         ("6.5B", 1, None, 80, None),
+        ("H", 4, None, None, 4),  # processes of a CPU with 24 GB share its memory
+        ("B", 4, None, None, None),
     ],
 )
 def test_a_model_that_fits_is_replicated_one_that_does_not_is_sharded(
-    size, processes, given, memory, group
+    size, processes, given, memory, group, monkeypatch
 ):
     with torch.device("meta"):
         model = models.MAE(size)
     run = Namespace(processes=processes, shard_group=given, memory=memory, device=CPU)
-    run.batch_size, run.micro_batch, run.gpus, run.precision = 4096, None, processes, "bf16"
+    run.batch_size, run.micro_batch, run.gpus, run.precision = 4096, None, None, "bf16"
     run.checkpoint_activations = False
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 24 * 10**9 // 4096}
+    monkeypatch.setattr(os, "sysconf", sizes.get)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert models.settle_sharding(model, run) == group
     run.shard_group, run.micro_batch = group, 32
     words = "one process" if processes == 1 else f"{processes} replicas"
     line = models.describe_sharding(model, run)
     assert (words if group is None else f"sharded over {group} processes") in line
-    assert f"of {memory}" in line
+    assert memory is None or f"of {memory}.0 GiB" in line
+    assert ("more than there is" in line) == (size == "6.5B" and group is None)
 
 
 # --------------------------------------------------------------------------------- pictures and texts

@@ -376,6 +376,8 @@ def run_stage(until, folder, flags=(), cpu=False):
                 lines.append(line)
                 if stop and "step 5/" in line:
                     process.terminate()
+    if process.returncode == -signal.SIGALRM:
+        raise TimeoutError("it took too long, which says nothing of its result")
     if process.returncode or not (cpu or any("stopped at step" in line for line in lines)):
         raise RuntimeError(f"status {process.returncode}: {''.join(lines[-3:])}")
     lines = Path(folder, "metrics.jsonl").read_text().splitlines()
@@ -388,6 +390,8 @@ def compare_stage(path, way, losses, exact):
         off = max(abs(a / b - 1) for a, b in zip(losses.result(), exact.result(), strict=True))
         note = "right" if off <= TOLERANCE else "WRONG"
         note += f": stopped and resumed, losses of {len(exact.result())} steps off by {off:.3%}"
+    except TimeoutError as error:
+        note = str(error)
     except Exception as error:  # noqa: BLE001 (it becomes a row)
         note = wrong(error)
     write(path, "correctness", "toy", variant=f"mae_pretrain.py, {way}", note=note)
@@ -406,11 +410,12 @@ def start(command, until, **how):
 
 def start_job(options, until, job, **arguments):
     """Do a part (see main) in a process of its own: an error there spoils no other's GPU."""
+    name = f"{job} {arguments.get('size', '')} {arguments.get('batch', '')}".rstrip()
     job = json.dumps({"job": job, "path": str(options.path), **arguments})
     command = [sys.executable, __file__, "--job", job, "--peer", str(options.peer.resolve())]
     if status := start([*command, *["--rehearse"] * REHEARSAL], until).wait():
         how = "took too long" if status == -signal.SIGALRM else f"ended with status {status}"
-        print(f"{job} {how}", flush=True)
+        print(f"{name}: {how}", flush=True)
 
 
 def measure(options, size, batch, variants):
@@ -489,10 +494,12 @@ def main():
         for size, batch in groups:
             if variants is MAIN or size == "B" or not REHEARSAL:  # once is enough
                 measure(options, size, batch, [v for v in variants if v in options.variants])
-    for row in [dict(zip(COLUMNS, COLUMNS)), *compare_with_peer(options.path)]:
+    rows = compare_with_peer(options.path)
+    for row in [dict(zip(COLUMNS, COLUMNS)), *rows]:
         show(row)
     print(f"{options.path}: {time.time() - began:.0f} s in all")
+    return any("WRONG" in row["note"] for row in rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

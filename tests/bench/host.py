@@ -110,8 +110,7 @@ def build(row):
         # each is compiled to a graph, and buckets of 100 MB are a fifth of B.
         bucket = sum(4 * p.numel() for p in model.parameters() if p.requires_grad) // 5
         dist._DEFAULT_FIRST_BUCKET_BYTES = bucket  # 1 MB, and no other may be smaller
-        options = {"gradient_as_bucket_view": True, "bucket_cap_mb": bucket / 2**20}
-        parallel = nn.parallel.DistributedDataParallel(model, **options)
+        parallel = models.replicate(model, bucket / 2**20)
     models.initialize(model)
     groups = models.parameter_groups(model, 0.05)
     optimizer = torch.optim.AdamW(groups, 1e-4, betas=(0.9, 0.95), fused=True)
@@ -157,6 +156,7 @@ def main():
     spawn = multiprocessing.get_context("spawn")
     pools = {row: ProcessPoolExecutor(1, spawn) for row in ROWS}
     times = {row: [] for row in ROWS}
+    print("compiling: two minutes, or five more where nothing is in the cache", file=sys.stderr)
     for number in range(1 + run.rounds):  # in the first one, models are compiled and warm up
         for row, pool in pools.items():
             steps = pool.submit(turn, row, run.steps).result()
