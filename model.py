@@ -811,7 +811,9 @@ def training_memory(model, run, micro_batch, recompute):
     """{item: bytes} of a training step on each process, as --plan shows them; and their "peak".
 
     run: a stage's settled arguments. tests/bench/plan.py holds this against measured peaks, on CPUs
-    in fp32; what is said of bf16 and of GPUs is derived, and not measured yet.
+    in fp32; what is said of bf16 and of GPUs is derived, and not measured yet. It does not count
+    gradients that a compiled model returns all at once beside those of earlier micro-batches, nor
+    those that --cuda-graph keeps: up to 4 bytes a weight.
     """
     shared, replicas = run.shard_group is not None, run.shard_group is None and run.processes > 1
     element = 2 if run.precision == "bf16" else 4  # of what is computed
@@ -1007,18 +1009,11 @@ def print_plan(model, run):
     others, copies = (group - 1) / group / 2**30, processes // group
     gather = (2 * count - root) * (2 if run.precision == "bf16" else 4) * run.pieces * others
     scatter, between = 4 * count * others, 8 * count / group * (1 - 1 / copies) / 2**30
-    print(
-        "network      GiB that a process sends, and receives, in a step:"
-        if processes > 1
-        else "network      nothing travels: there is one process"
-    )
-    if group > 1:
-        print(
-            f"             {gather:.2f} weights and {scatter:.2f} gradients in its group of {group}"
-        )
+    print("network      GiB that a process sends, and receives, in a step:")
+    shares = f"{gather:.2f} weights and {scatter:.2f} gradients in its group of {group}"
+    print(f"             {shares if group > 1 else 'no weights: it has all of them'}")
     if copies > 1:
-        kind = "groups" if group > 1 else "replicas"
-        print(f"             {between:.2f} gradients between the {copies} {kind}")
+        print(f"             {between:.2f} gradients between the {copies} copies of the model")
     hours = samples * flops / (run.mfu * PEAK_FLOPS["H100"]) / 3600
     days = f"({hours / 24:,.2f} GPU-days), {hours / 24 / processes:,.2f} days on {processes}"
     print(f"GPU-hours    {hours:,.1f} {days},")
@@ -1871,10 +1866,8 @@ def save_checkpoint(
     import torch.distributed.checkpoint as dcp
 
     state = training_state(model, optimizer)  # which reshards them
-    if (
-        not any(hasattr(tensor, "full_tensor") for tensor in state.values())
-        and dist.is_initialized()
-    ):
+    sharded = any(hasattr(tensor, "full_tensor") for tensor in state.values())
+    if dist.is_initialized() and not sharded:
         # Replicas: each process writes its share. (DCP would let one write, and all copy it first.)
         state = dict([*state.items()][dist.get_rank() :: dist.get_world_size()])
     if not whole(torch.nn.utils.get_total_norm(list(model.parameters()))).isfinite():

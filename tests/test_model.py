@@ -1491,6 +1491,41 @@ def test_a_model_is_made_in_parts_that_are_those_of_the_whole(processes, group, 
     assert ran.returncode == 0, ran.stderr
 
 
+REPLICAS = """
+import torch
+import torch.distributed as dist
+import model as models
+
+dist.init_process_group("gloo")
+rank, cpu = dist.get_rank(), torch.device("cpu")
+shape = {"size": "32x3x2", "decoder": (16, 2, 2), "image_size": 16, "patch_size": 4}
+plain, model = models.MAE(**shape), models.MAE(**shape)
+for module in plain.blocks, plain.decoder_blocks:
+    [models.cast_weights(block) for block in module]
+models.cast_weights(plain)  # what one process does
+parallel = models.parallelize(model, cpu, None, "bf16")
+assert type(parallel) is torch.nn.parallel.DistributedDataParallel
+draw = torch.Generator().manual_seed(0)
+images = torch.randn(8, 3, 16, 16, generator=draw)
+ids = torch.rand(8, 16, generator=draw).argsort(dim=1)
+for mine in torch.arange(8).split(2):  # the same micro-batches of two, in turn
+    (plain(images[mine], ids[mine]).sum() / 8).backward()
+for mine in torch.arange(4 * rank, 4 * rank + 4).split(2):
+    with models.sync_gradients(parallel, last=mine[0] % 4 == 2):
+        (2 * parallel(images[mine], ids[mine]).sum() / 8).backward()
+for (name, p), other in zip(model.named_parameters(), plain.parameters()):
+    if p.requires_grad:
+        assert p.grad.dtype == torch.float32
+        torch.testing.assert_close(p.grad, other.grad, rtol=1e-5, atol=1e-7, msg=name)
+dist.barrier()
+"""
+
+
+def test_replicas_in_bf16_are_one_process_to_rounding():
+    ran = stage(processes=2, code=REPLICAS)
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_what_ended_a_run_is_told_apart():
     """gloo's errors are RuntimeErrors with its name in them; a folder may have it in its own."""
     lost = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
