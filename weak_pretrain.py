@@ -2,7 +2,7 @@
 
 Laptop       python weak_pretrain.py [--init runs/mae/model.pt]           # toy world, two minutes
 Own data     python data.py hashtags 'shards/*.tar' --out tags/           # vocabulary and weights
-One GPU      python weak_pretrain.py --data 'shards/*.tar' --tags tags/ --init mae.pt --compile
+One GPU      python weak_pretrain.py --data 'shards/*.tar' --tags tags/ --init mae.pt
 One node     torchrun --nproc-per-node 8 weak_pretrain.py --data 'shards/*.tar' --tags tags/ ...
 Many nodes   torchrun --nnodes 16 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500
                  weak_pretrain.py --size H --data 'shards/*.tar' --tags tags/ --lanes 384 ...
