@@ -1197,9 +1197,9 @@ def compiles(kind):
 
 
 def sync_gradients(model, last):
-    """Context of a micro-batch: gradients are averaged over the processes once a step, with the last.
+    """Context of a micro-batch's forward and backward: processes average gradients with the last.
 
-    model: what parallelize() returned. Its forward and backward both stand inside.
+    model: what parallelize() returned.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return contextlib.nullcontext() if last else model.no_sync()

@@ -375,7 +375,11 @@ def test_a_plan_counts_what_travels(capsys):
     whole = sum(p.numel() for p in models.MAE("B").parameters()) / 2**30
     within, between = 4 * whole * 3 / 4, 2 * 4 * whole / 4 / 2
     assert f"{within:.2f} gradients in its group of 4" in printed
-    assert f"{between:.2f} gradients between the 2 groups" in printed
+    assert f"{between:.2f} gradients between the 2 copies of the model" in printed
+    mae_pretrain.main(["--gpus", "8", "--size", "B", "--micro-batch", "512"])  # replicas
+    printed = capsys.readouterr().out
+    assert f"{2 * 4 * whole * 7 / 8:.2f} gradients between the 8 copies" in printed
+    assert "no weights: it has all of them" in printed and "8 replicas (each " in printed
 
 
 def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tmp_path):

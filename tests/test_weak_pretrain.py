@@ -202,7 +202,7 @@ def test_the_recipe_is_the_papers_as_far_as_it_is_known(tmp_path):
 def test_a_plan_of_many_processes_needs_no_data_and_no_lanes(capsys):
     weak_pretrain.main(["--size", "L", "--gpus", "64", "--shard-group", "8", "--mfu", "0.3"])
     printed = capsys.readouterr().out
-    for words in ("head 28.7 M", "with --lanes 192", "group of 8", "the 8 groups", "30% of their"):
+    for words in ("head 28.7 M", "with --lanes 192", "group of 8", "8 copies", "30% of their"):
         assert words in printed
     for bad, why in (("7", "does not divide the 64 processes"), ("0", "out of range")):
         line = refused(capsys, "--size", "L", "--gpus", "64", "--shard-group", bad)
