@@ -202,9 +202,7 @@ def parse_arguments(argv):
     add("--precision", choices=("bf16", "fp32"), help="of the compute (CUDA: bf16, else fp32)")
     add("--compile", action=option, default=None, help="torch.compile the model (CUDA: yes)")
     add("--checkpoint-activations", action="store_true", help="less memory, a third more compute")
-    add(
-        "--shard-group", type=int, help="processes per copy of the weights (1 if it fits, else all)"
-    )
+    add("--shard-group", type=int, help="processes per copy of the weights (1 if it fits, or all)")
     add("--log-every", type=int, default=50, help="steps between step lines (50)")
     add("--save-every", type=int, help="steps between saves (a tenth, to 1000; detect: a third)")
     add("--keep-last", type=int, default=2, help="checkpoints that are kept (2)")

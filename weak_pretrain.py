@@ -90,9 +90,7 @@ def parse_arguments(argv):
     add("--compile", action=option, default=None, help="torch.compile the model (CUDA: yes)")
     add("--cuda-graph", action="store_true", help="one GPU: replay a recording of each micro-batch")
     add("--checkpoint-activations", action="store_true", help="less memory, a third more compute")
-    add(
-        "--shard-group", type=int, help="processes per copy of the weights (1 if it fits, else all)"
-    )
+    add("--shard-group", type=int, help="processes per copy of the weights (1 if it fits, or all)")
     add("--log-every", type=int, default=50, help="steps between step lines (50)")
     add("--save-every", type=int, help="steps between checkpoints (a tenth, at most 1000)")
     add("--keep-last", type=int, default=2, help="checkpoints that are kept (2)")
