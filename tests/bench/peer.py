@@ -79,7 +79,7 @@ def build_peer(checkout, ours):
 
 
 def peer_step(model, optimizer, images, fused, compile, check):
-    """A function that takes a step in bf16 autocast. check gets the loss and the gradient norm."""
+    """A function that takes a step in bf16 autocast. check gets (2,): loss and gradient norm."""
     kind = images.device.type
     forward = torch.compile(model, dynamic=False) if compile else model
 
@@ -89,7 +89,7 @@ def peer_step(model, optimizer, images, fused, compile, check):
             loss, _, _ = forward(data.normalize(images))
         loss.backward()
         norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        check(torch.stack([loss.detach(), norm]))
+        check(torch.stack([loss.detach(), norm]).cpu())
         optimizer.step()
         optimizer.zero_grad()
 
