@@ -21,6 +21,8 @@ needs sentencepiece, too; video files the ffmpeg program.)
 
 import argparse
 import csv
+import dataclasses
+import errno
 import glob
 import hashlib
 import http.client
@@ -29,6 +31,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -48,6 +51,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import NamedTuple
 
@@ -479,9 +483,8 @@ def read_all(source, name, value_of, unknown):
     for number in tqdm(numbers, desc=f"{name}s", leave=False, disable=None):
         try:
             value = value_of(source.read(number))
-        except Unreachable:
-            raise
         except Exception as error:  # noqa: BLE001 (tar members fail in many ways: named, left out)
+            raise_if_unreachable(error)
             tqdm.write(f"unreadable {name}: {source.name(number)}: {error}", file=sys.stderr)
             value = unknown
         yield value
@@ -980,11 +983,19 @@ class Missing(OSError):
 
 
 class Unreachable(OSError):
-    """A shard cannot be had now. This ends a run: to go on would lose samples silently."""
+    """A shard or a batch cannot be had now. This ends a run: to go on would lose samples silently."""
 
     def __init__(self, message):
         # A DataLoader makes a worker's exception anew, from its traceback: the last line is ours.
         super().__init__(message.rpartition("Unreachable: ")[2].strip())
+
+
+def raise_if_unreachable(error):
+    """Of an error in reading a sample: raise Unreachable where it says nothing of the sample."""
+    if isinstance(error, Unreachable):
+        raise error
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise Unreachable(f"{error}: raise the limit (ulimit -n 65536), or give fewer --workers")
 
 
 class RemoteShards(Shards):
@@ -1590,9 +1601,8 @@ class Batches(torch.utils.data.Dataset):
                     texts[i] = self.caption(sample, epoch, position)
                     known = known and texts[i] != ""
                 labels[i], weight[i] = sample["class"], known
-            except Unreachable:
-                raise
             except Exception as error:  # noqa: BLE001 (decoders raise anything: named, counted)
+                raise_if_unreachable(error)
                 images[i] = 0
                 bad.append(f"{self.source.name(number)}: {one_line(error)}")
         longest = max(map(len, tags))
@@ -1631,28 +1641,128 @@ def one_line(error):
 STALLED = 60  # seconds
 
 
+class Stop:
+    """A request to end a run, by SIGTERM, SIGUSR1 (Slurm, as it is told to) or Ctrl-C.
+
+    asked     True if there was one. The run ends after this step, and saves. The second Ctrl-C
+              ends it at once.
+    no_batch  why a Loader has no more batches, an exception; None while it has
+    """
+
+    def __init__(self):
+        self.asked, self.no_batch, self.waiting = False, None, False  # in Loader, for a batch
+        for name in {"SIGTERM", "SIGUSR1", "SIGINT"} & set(dir(signal)):
+            signal.signal(getattr(signal, name), self.ask)
+
+    def release(self):
+        """From here on signals do what they do in other programs."""
+        for name in {"SIGTERM", "SIGUSR1"} & set(dir(signal)):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def ask(self, number, _):
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+        self.asked = True
+        if self.waiting:
+            raise KeyboardInterrupt  # no library takes it for a failure that it may hide
+
+    def wait(self, made):
+        """The next batch. Raises KeyboardInterrupt if the run shall end."""
+        self.waiting = True
+        try:
+            if self.asked:
+                raise KeyboardInterrupt
+            return next(made)
+        finally:
+            self.waiting = False
+
+
+class Parcel:
+    """A batch, pickled: bytes that name the shared memory which its tensors are moved to.
+
+    A loader process pickles what it returns in a thread, where an error loses the batch, and the
+    training waits for ever. Here it is pickled where an error reaches the training.
+    """
+
+    def __init__(self, batch):
+        with transport():
+            self.content = bytes(ForkingPickler.dumps(batch))
+
+    def open(self):
+        with transport():
+            return pickle.loads(self.content)
+
+    def pin_memory(self):  # a DataLoader calls it
+        return map_tensors(torch.Tensor.pin_memory, self.open())
+
+
+@contextmanager
+def transport():
+    """Errors in here are those of a machine that has too little of something."""
+    try:
+        yield
+    except (OSError, EOFError, RuntimeError) as error:
+        why = f"a loader process could not hand over a batch ({one_line(error)}): give more"
+        why += " shared memory (docker run --shm-size=8g), open files (ulimit -n 65536) or memory,"
+        raise Unreachable(f"{why} or fewer --workers (0: none)") from None
+
+
+def map_tensors(function, part):
+    """`part` of a batch, with function(tensor) for each tensor in its dicts and lists."""
+    if isinstance(part, torch.Tensor):
+        return function(part)
+    if isinstance(part, dict):
+        return {name: map_tensors(function, one) for name, one in part.items()}
+    return [map_tensors(function, one) for one in part] if isinstance(part, list) else part
+
+
 class Loader(torch.utils.data.DataLoader):
-    """A DataLoader that says every STALLED seconds what it is waiting for."""
+    """A DataLoader that says every STALLED seconds what it is waiting for.
+
+    With a Stop it does not raise what it cannot mend: it gives batches of weight 0 from then on,
+    with which a process takes part in a step until all know that this step is not taken.
+    """
+
+    stop = None
 
     def __iter__(self):
-        return self.watched(super().__iter__())  # the workers begin here, not with the first batch
+        made = super().__iter__()  # the workers begin here, not with the first batch
+        if self.num_workers and threading.current_thread() is threading.main_thread():
+            # PyTorch's handler raises the death of a worker wherever the training is just then.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return self.watched(made)
 
     def watched(self, made):
         try:
             for item in self.sampler:
-                come = threading.Event()
-                told = self.dataset, item, come
-                threading.Thread(target=report_stall, args=told, daemon=True).start()
-                try:
-                    batch = next(made)
-                finally:
-                    come.set()
-                yield batch
-        except BaseException:  # also when nobody wants the others
+                yield self.receive(made, item)
+            return
+        except BaseException as error:  # also when nobody wants the others
             # PyTorch would give each worker that waits for a shard 5 s, one after the other.
             for worker in getattr(made, "_workers", []):
                 worker.terminate()
-            raise
+            if self.stop is None or not isinstance(error, OSError | KeyboardInterrupt):
+                raise
+            self.stop.no_batch = error
+        past = dataclasses.replace(self.dataset, order=None)
+        while True:
+            yield past[len(past)]
+
+    def receive(self, made, item):
+        come = threading.Event()
+        told = self.dataset, item, come
+        threading.Thread(target=report_stall, args=told, daemon=True).start()
+        try:
+            batch = self.stop.wait(made) if self.stop else next(made)
+            return batch.open() if isinstance(batch, Parcel) else batch
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):  # else a worker was killed
+                raise
+            with transport():
+                raise
+        finally:
+            come.set()
 
 
 def report_stall(dataset, item, come):
@@ -1662,17 +1772,23 @@ def report_stall(dataset, item, come):
         print(text, file=sys.stderr, flush=True)
 
 
-def loader(batches, items, workers, pin=False):
-    """The given items (a range) of Batches, made ahead by worker processes; 0: in this process."""
-    return Loader(
+def loader(batches, items, workers, pin=False, stop=None):
+    """The given items (a range) of Batches, made ahead by worker processes; 0: in this process.
+
+    stop: a Stop, for a loop that can save what it has: see Loader.
+    """
+    made = Loader(
         batches,
         sampler=items,
         batch_size=None,
         num_workers=workers,
+        collate_fn=Parcel if workers else None,
         pin_memory=pin,
         prefetch_factor=2 if workers else None,
         worker_init_fn=partial(obey, os.getpid()),
     )
+    made.stop = stop
+    return made
 
 
 def obey(training, _):
@@ -1684,6 +1800,8 @@ def obey(training, _):
     if hasattr(signal, "sigwaitinfo"):  # on Linux
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=end_when_told, args=(training,), daemon=True).start()
+    # Of the thread that hands over shared memory: the training says what it means.
+    sys.excepthook = lambda _, error, __: print(f"loader: {one_line(error)}", file=sys.stderr)
 
 
 def end_when_told(by):
@@ -1987,9 +2105,8 @@ class TagChunks(torch.utils.data.Dataset):
         for number in range(chunk * TAG_CHUNK, end):
             try:
                 found.append(canonical(self.source.read(number)["hashtags"], self.synonyms))
-            except Unreachable:
-                raise
             except Exception as error:  # noqa: BLE001 (named and counted, whatever it was)
+                raise_if_unreachable(error)
                 found.append(set())
                 errors.append(f"{self.source.name(number)}: {one_line(error)}")
         return found, errors

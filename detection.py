@@ -1145,6 +1145,7 @@ class SceneBatches(data.Batches):
                     images[i], weight[i] = pixels, 1
                     sizes[i], scales[i] = torch.tensor(sample["size"]), torch.tensor(view.scale)
             except Exception as error:  # noqa: BLE001 (decoders raise anything: named, counted)
+                data.raise_if_unreachable(error)
                 bad.append(f"{self.source.name(number)}: {data.one_line(error)}")
             target["seed"] = int(data.random_bits(1, *key, data.DEVICE)[0] >> np.uint64(1))
             targets.append(target)

@@ -31,7 +31,6 @@ import math
 import os
 import re
 import shlex
-import signal
 import sys
 import time
 from datetime import timedelta
@@ -825,15 +824,6 @@ def learn_scenes(run, model, pieces):
     return sums
 
 
-def moved(part, device):
-    """Tensors, however deep in lists and dicts, on a device."""
-    if isinstance(part, dict):
-        return {name: moved(one, device) for name, one in part.items()}
-    if isinstance(part, list):
-        return [moved(one, device) for one in part]
-    return part.to(device, non_blocking=True) if isinstance(part, torch.Tensor) else part
-
-
 def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_labels,
           batches_of=data.Batches, methods=(), **drawn):  # fmt: skip
     """Train a model on a source; True when it came to its end, False when a signal stopped it.
@@ -911,17 +901,27 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
         say(f"attention {attention}")
     how = run.precision + (", compiled in the first step" if run.compile else "")
     say(f"run      {steps} steps, {how} on {chip}")
-    stop = []  # A signal leaves a note: the loop saves and ends. A second Ctrl-C ends it at once.
-    for name in {"SIGTERM", "SIGUSR1"} & set(dir(signal)):  # the latter: Slurm, as it is told to
-        signal.signal(getattr(signal, name), lambda *_: stop.append(1))
-    signal.signal(signal.SIGINT, lambda n, _: stop.append(signal.signal(n, signal.SIG_DFL)))
+    stop = data.Stop()  # signals from here on: the loop saves and ends
     most, parts = (5000, 3) if run.task == "detect" else (1000, 10)  # to measure is dear there
     save_every = run.save_every or min(most, -(-steps // parts))
     bar = tqdm(total=steps, initial=first_step, disable=None if run.process == 0 else True)
     items = range(first_step * pieces, steps * pieces)
-    batches = iter(data.loader(batches, items, run.workers, pin=device.type == "cuda"))
+    pin, to_device = (
+        device.type == "cuda",
+        partial(torch.Tensor.to, device=device, non_blocking=True),
+    )
+    batches = iter(data.loader(batches, items, run.workers, pin, stop))
     began = logged = time.perf_counter()
-    waited, last_logged, stopping, saved = 0.0, first_step, False, lambda: None
+    waited, last_logged, stopping, lacking = 0.0, first_step, False, False
+    done, saved_step, wait_for_save = first_step, first_step, lambda: None
+
+    def save():
+        nonlocal saved_step, wait_for_save
+        record = {"identity": identity, "bad": bad, "unlabelled": unlabelled}
+        kept = run.keep_last, run.keep_every, device.type == "cuda"
+        wait_for_save()  # the one before: never two at once
+        folder, saved_step = out / "checkpoints", done
+        wait_for_save = models.save_checkpoint(folder, done, model, optimizer, record, *kept)
 
     def pieces_of_step(unreadable):
         nonlocal waited
@@ -931,7 +931,7 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
             waited += time.perf_counter() - asked
             unreadable += batch.pop("bad")
             with models.sync_gradients(parallel, last=piece == pieces - 1):
-                yield moved(batch, device)
+                yield data.map_tensors(to_device, batch)
 
     model.train()
     gc.disable()  # it would stop each process at another moment, and all would wait for each
@@ -942,19 +942,22 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
             lr = floor + scale * (group["initial_lr"] - floor)
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
-        sums, unreadable = torch.zeros(6, device=device), []
+        sums, unreadable = torch.zeros(7, device=device), []
         sums[:3] = learn(run, parallel, pieces_of_step(unreadable))
         sums[2] -= len(unreadable)  # which are counted on their own
 
         # The one host read of a step, after backward and before the optimizer.
         gradients = [models.local(p.grad) for p in model.parameters() if p.grad is not None]
-        sums[3], sums[4] = len(unreadable), len(stop)
+        sums[3], sums[4] = len(unreadable), stop.asked
+        sums[5] = stop.no_batch is not None
         # Squares of the norm's parts add up; each copy of the model has all of them.
         copies = run.processes // (shard_group or 1)
-        sums[5] = torch.nn.utils.get_total_norm(gradients).square() / copies
+        sums[6] = torch.nn.utils.get_total_norm(gradients).square() / copies
         if run.processes > 1:
             dist.all_reduce(sums)
-        loss, weight, unknown, new_bad, stopping, norm = sums.tolist()
+        loss, weight, unknown, new_bad, stopping, lacking, norm = sums.tolist()
+        if lacking:  # a process has got no batch: this step is not taken
+            break
         norm **= 0.5
         scale = run.batch_size / max(weight, 1e-9)  # the mean is over the labels that count
         loss, norm = loss * scale, norm * scale
@@ -1005,24 +1008,24 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
             models.set_timeouts(minutes=10)  # all have started by now
             waited, last_logged, logged = 0.0, done, time.perf_counter()
 
-        # ----------------------------------------------------------------------------------- save
-        if saving or stopping:
-            record = {"identity": identity, "bad": bad, "unlabelled": unlabelled}
-            kept = run.keep_last, run.keep_every, device.type == "cuda"
-            saved()  # the one before: never two at once
-            saved = models.save_checkpoint(
-                out / "checkpoints", done, model, optimizer, record, *kept
-            )
+        if saving:
+            save()
         if stopping:
             break
-    saved()
+
+    # --------------------------------------------------------------------------------------- end
+    if done > saved_step:
+        save()
+    wait_for_save()
     bar.close()
     gc.enable()
-    for name in {"SIGTERM", "SIGUSR1"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if stopping and done < steps:
-        say(f"stopped at step {done} of {steps}, saved: the same command goes on")
+    stop.release()
+    if done < steps:
+        kept = "saved: the same command goes on" if done else "with nothing to save"
+        say(f"stopped at step {done} of {steps}, {kept}")
+        if lacking and not stopping:
+            alone = stop.no_batch is not None
+            fail(stop.no_batch or "another process has got no batch", 1, alone)
         return False
     swap_average(optimizer)
     return True

@@ -19,7 +19,6 @@ import json
 import math
 import os
 import shlex
-import signal
 import sys
 import time
 from datetime import timedelta
@@ -200,10 +199,7 @@ def train(run):
         models.set_timeouts(minutes=30)
     names = "micro_batch", "shard_group", "save_every", "out", "checkpoint"
     models.check_agreement(run.identity | {name: str(getattr(run, name)) for name in names})
-    stop = []  # A signal leaves a note: the loop saves and ends. A second Ctrl-C ends it at once.
-    for name in {"SIGTERM", "SIGUSR1"} & set(dir(signal)):  # the latter: Slurm, as it is told to
-        signal.signal(getattr(signal, name), lambda *_: stop.append(1))
-    signal.signal(signal.SIGINT, lambda n, _: stop.append(signal.signal(n, signal.SIG_DFL)))
+    stop = data.Stop()  # signals from here on: the loop saves and ends
 
     # -------------------------------------------------------------------------------- parallelize
     model = run.model
@@ -262,16 +258,27 @@ def train(run):
         forward_backward = CUDAGraph(forward_backward)
     bar = tqdm(total=run.steps, initial=first_step, disable=None if run.process == 0 else True)
     items = range(first_step * run.pieces, run.steps * run.pieces)
-    batches = iter(data.loader(run.batches, items, run.workers, pin=device.type == "cuda"))
+    pin = device.type == "cuda"
+    batches = iter(data.loader(run.batches, items, run.workers, pin, stop))
     began = logged = time.perf_counter()
-    waited, last_logged, stopping, saved = 0.0, first_step, False, lambda: None
+    waited, last_logged, stopping, lacking = 0.0, first_step, False, False
+    done, saved_step, wait_for_save = first_step, first_step, lambda: None
+
+    def save():
+        nonlocal saved_step, wait_for_save
+        record = {"identity": run.identity, "samples": done * run.batch_size, "bad": bad}
+        kept = run.keep_last, run.keep_every, device.type == "cuda"
+        wait_for_save()  # the one before: never two at once
+        folder, saved_step = out / "checkpoints", done
+        wait_for_save = models.save_checkpoint(folder, done, model, optimizer, record, *kept)
+
     gc.disable()  # it would stop each process at another moment, and all would wait for each
     for step in range(first_step, run.steps):
         lr = learning_rate(step, run)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        sums, unreadable = torch.zeros(5, device=device), []
+        sums, unreadable = torch.zeros(6, device=device), []
         for piece in range(run.pieces):
             asked = time.perf_counter()
             batch = next(batches)
@@ -285,13 +292,16 @@ def train(run):
 
         # The one host read of a step, after backward and before the optimizer.
         gradients = [models.local(p.grad) for p in model.parameters() if p.grad is not None]
-        sums[2], sums[3] = len(unreadable), len(stop)
+        sums[2], sums[3] = len(unreadable), stop.asked
+        sums[4] = stop.no_batch is not None
         # Squares of the norm's parts add up; each copy of the model has all of them.
         copies = run.processes // (run.shard_group or 1)
-        sums[4] = torch.nn.utils.get_total_norm(gradients).square() / copies
+        sums[5] = torch.nn.utils.get_total_norm(gradients).square() / copies
         if run.processes > 1:
             dist.all_reduce(sums)
-        loss, weight, new_bad, stopping, norm = sums.tolist()
+        loss, weight, new_bad, stopping, lacking, norm = sums.tolist()
+        if lacking:  # a process has got no batch: this step is not taken
+            break
         norm **= 0.5
         if weight < run.batch_size:  # unreadable ones: the mean is over the others
             scale = run.batch_size / max(weight, 1)
@@ -332,28 +342,31 @@ def train(run):
             models.set_timeouts(minutes=10)  # all have started by now
             waited, last_logged, logged = 0.0, done, time.perf_counter()
 
-        # ----------------------------------------------------------------------------------- save
-        if saving or stopping:
-            record = {"identity": run.identity, "samples": done * run.batch_size, "bad": bad}
-            kept = run.keep_last, run.keep_every, device.type == "cuda"
-            saved()  # the one before: never two at once
-            saved = models.save_checkpoint(
-                out / "checkpoints", done, model, optimizer, record, *kept
-            )
+        if saving:
+            save()
         if stopping:
             break
-    saved()
-    gc.enable()
+
+    # --------------------------------------------------------------------------------------- end
+    if done > saved_step:
+        save()
+    wait_for_save()
     bar.close()
-    if stopping and done < run.steps:
-        say(f"stopped at step {done} of {run.steps}, saved: the same command goes on")
-        weights = None
-    else:
+    gc.enable()
+    stop.release()
+    weights = None
+    if done == run.steps:
         weights = models.full_state(model)  # every process takes part
+    else:
+        kept = "saved: the same command goes on" if done else "with nothing to save"
+        say(f"stopped at step {done} of {run.steps}, {kept}")
     if run.processes > 1:
         dist.barrier()  # without it, a process may abort at exit
         dist.destroy_process_group()
     run.model = None
+    if lacking and not stopping:
+        alone = stop.no_batch is not None
+        fail(stop.no_batch or "another process has got no batch", 1, alone)
     return weights
 
 

@@ -6,6 +6,7 @@ in a million, which says that the seeds were not picked.
 """
 
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -3271,6 +3272,121 @@ def test_ctrl_c_does_not_wait_for_workers_that_wait(remote, monkeypatch):
     assert time.monotonic() - began < 5  # PyTorch gives each of the two 5 s
     signal.signal(signal.SIGINT, before)
     done.set()
+
+
+class Fails(torch.utils.data.Dataset):
+    """Numbers, until the item of which a worker runs a function."""
+
+    def __init__(self, at, function):
+        self.at, self.function = at, function
+
+    def __getitem__(self, item):
+        if item == self.at:
+            self.function()
+        return torch.tensor([item])
+
+    def about(self, item):
+        return str(item)
+
+
+def few_files():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+
+
+@pytest.mark.parametrize(
+    ("at", "function", "says"),
+    [
+        (0, few_files, "Too many open files.*--shm-size.*ulimit -n.*--workers"),
+        (9, few_files, "--shm-size.*ulimit -n.*--workers"),  # those made before are lost, too
+        (9, lambda: os.kill(os.getpid(), signal.SIGKILL), "or memory, or fewer --workers"),
+        (9, lambda: 1 / 0, None),  # a mistake stays one
+    ],
+)
+def test_a_batch_that_cannot_be_handed_over_ends_the_loader(at, function, says):
+    made, found = iter(data.loader(Fails(at, function), range(100), workers=1)), []
+    with pytest.raises(data.Unreachable if says else ZeroDivisionError, match=says):
+        found.extend(made)
+    assert found == [torch.tensor([n]) for n in range(len(found))]
+    assert len(found) in range(at - 3, at + 1)
+
+
+def test_too_few_open_files_are_not_unreadable_pictures(monkeypatch):
+    source = data.Folder(str(PICTURES))
+
+    def read(number):
+        raise OSError(errno.EMFILE, "Too many open files", "0.png")
+
+    monkeypatch.setattr(source, "read", read)
+    with pytest.raises(data.Unreachable, match="Too many open files: '0.png': .*ulimit -n 65536"):
+        data.Batches(source, (8, 8), 3, 4)[0]
+    chunks = data.TagChunks(source, {})
+    with pytest.raises(data.Unreachable, match="ulimit"):
+        chunks[0]
+    with pytest.raises(data.Unreachable, match="ulimit"):
+        list(data.read_all(source, "label", lambda sample: sample["class"], -1))
+
+
+# What a loader process (or, without workers, the training) meets at item 5 of 12. In the last two,
+# `parent` gets the signal, and the batch never comes.
+MISHAPS = {
+    "files": "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))",
+    "kill": "os.kill(os.getpid(), signal.SIGKILL)",
+    "SIGTERM": "os.kill(parent, signal.SIGTERM); time.sleep(300)",
+    "SIGINT": "os.kill(parent, signal.SIGINT); time.sleep(300)",
+}
+MISHAP = """
+import os, signal, sys, time
+import {stage} as program
+import data
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup has it ignored
+plain, parent = data.Batches.__getitem__, os.getpid()
+
+def read(batches, item):
+    batch = plain(batches, item)
+    if batches.order and item == 5 and batches.process == batches.processes - 1:
+        {mishap}
+    return batch
+
+data.Batches.__getitem__ = read
+program.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "mishap", "processes", "workers"),
+    [
+        *[("mae_pretrain", mishap, None, 1) for mishap in MISHAPS],
+        *[("mae_pretrain", mishap, 2, 1) for mishap in ("files", "SIGTERM")],
+        ("mae_pretrain", "SIGTERM", None, 0),
+        *[(name, how, None, 1) for name in ("weak_pretrain", "finetune") for how in MISHAPS][::2],
+    ],
+)
+def test_a_stage_that_gets_no_batch_saves_and_ends(program, mishap, processes, workers, tmp_path):
+    run = [*TINY, "--workers", workers]
+    if program == "weak_pretrain":
+        labels = tmp_path / "labels.jsonl"
+        lines = [{"path": f"{'ab'[i % 2]}/{i}.png", "hashtags": [f"#{i % 3}"]} for i in range(120)]
+        labels.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        data.write_hashtags(data.Folder(str(PICTURES), labels=str(labels)), tmp_path / "tags")
+        run += ["--labels", labels, "--tags", tmp_path / "tags"]
+    if program == "finetune":
+        run += ["--task", "classify", "--val-data", PICTURES]
+    if program != "mae_pretrain":
+        at = run.index("--decoder")
+        del run[at : at + 2]
+    code = MISHAP.format(stage=program, mishap=MISHAPS[mishap])
+    options = {"program": f"{program}.py", "processes": processes}
+    ran = stage(*run, "--out", tmp_path / "run", code=code, **options)
+    asked = mishap.startswith("SIG")
+    assert ran.returncode == (0 if asked else 1), ran.stderr
+    # The batches before may be lost, too, and nobody waits for them when asked to stop.
+    assert re.search("stopped at step [2-5] of 12, saved: the same command goes on", ran.stdout)
+    assert ("could not hand over a batch" in ran.stderr) == (not asked)
+    assert "Traceback" not in ran.stderr
+    assert stage(*run, "--out", tmp_path / "run", **options).returncode == 0
+    assert stage(*run, "--out", tmp_path / "whole", **options).returncode == 0
+    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "whole")
 
 
 def test_fewer_shards_than_processes_is_one_line_with_a_way_out():
