@@ -486,7 +486,7 @@ def test_two_scenes_are_learned_by_heart_and_found():
     images = torch.stack(images)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
-    for step in range(80):
+    for step in range(120):
         loss = model(images, [t | {"seed": 2 * step + i} for i, t in enumerate(targets)])[0].mean()
         optimizer.zero_grad()
         loss.backward()
