@@ -354,7 +354,7 @@ class Folder:
 
     def read(self, number):
         return {
-            "image": partial(Image.open, self.name(number)),
+            "image": partial(open_picture, self.name(number)),
             "class": int(self.labels[number]),
             "hashtags": self.tags[number],
             "captions": self.captions[number],
@@ -590,7 +590,7 @@ class Shards:
         frames = [io.BytesIO(members[kind]) for kind in sorted(kinds, key=by_number)]
         label = members.get("cls", b"").strip()
         return {
-            "image": lambda: Image.open(io.BytesIO(members[kinds[0]])),
+            "image": lambda: open_picture(io.BytesIO(members[kinds[0]])),
             "video": lambda short_side=None: video_of_pictures(frames),
             "class": int(label) if label.isdigit() else -1,
             "hashtags": hashtags_in(members),
@@ -842,8 +842,8 @@ def video_of_pictures(files):
     if not files:
         raise ValueError("there is no frame in it")
     if len(files) > 1:
-        return Video(len(files), None, lambda numbers: [Image.open(files[n]) for n in numbers])
-    image = Image.open(files[0])
+        return Video(len(files), None, lambda numbers: [open_picture(files[n]) for n in numbers])
+    image = open_picture(files[0])
 
     def frame(number):
         image.seek(number)
@@ -1331,11 +1331,8 @@ def crop_and_resize(image, size, channels, bits=None, min_crop=0.2, centre=1.0, 
     channels-last memory, bicubic with antialiasing; normalisation waits for the device.
     """
     (height, width), aspect = size, size[1] / size[0]
-    try:
-        orientation = image.getexif().get(0x0112, 1)  # EXIF's; Pillow turns a TIFF by itself
-    except Exception:  # noqa: BLE001 (damaged EXIF raises anything; the pixels may be whole)
-        orientation = 1
-    turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # those swap the sides
+    # 5 to 8 swap the sides; Pillow has done so for a TIFF.
+    turned = orientation_of(image) in (5, 6, 7, 8) and image.format != "TIFF"
     original = image.size[::-1] if turned else image.size
     if bits is None and not centre:
         box = 0, 0, *original
@@ -1348,14 +1345,13 @@ def crop_and_resize(image, size, channels, bits=None, min_crop=0.2, centre=1.0, 
     shrink = min(box[2] // (2 * width), box[3] // (2 * height), 8)
     if image.format == "JPEG" and shrink >= 2:
         image.draft(None, (image.width // shrink, image.height // shrink))
-    if orientation != 1:  # exif_transpose copies what it need not turn
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "I" and 0 <= image.getextrema()[0] <= image.getextrema()[1] < 256:
-        image = image.convert("L")  # 8 bits, stored as 32
+    image = to_mode(upright(image), channels)
     left, top, w, h = box
     sx, sy = image.width / original[0], image.height / original[1]  # 1, or what draft() gave
     edges = left * sx, top * sy, (left + w) * sx, (top + h) * sy
-    image = to_mode(image.crop(tuple(map(round, edges))), channels)
+    image = image.crop(tuple(map(round, edges)))
+    if channels == 4 and image.getextrema()[3][0] < 255:  # colours weigh as much as they show
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image).reshape(1, image.height, image.width, channels))
     pixels = pixels.permute(0, 3, 1, 2)  # (1, C, h, w)
     if image.size != (width, height):
@@ -1363,19 +1359,63 @@ def crop_and_resize(image, size, channels, bits=None, min_crop=0.2, centre=1.0, 
     return pixels[0].flip(2) if bits is not None and bits[22] & np.uint64(1) else pixels[0]
 
 
+def open_picture(file):
+    """A PIL image, not decoded yet, of a path or an open file."""
+    image = Image.open(file)
+    # Of a file whose name it knows, Pillow (13) maps plain pixels into memory, with the sides that
+    # they have once turned: a TIFF that is to be turned would come out torn.
+    image.filename = ""
+    return image
+
+
+def orientation_of(image):
+    """EXIF's orientation of a PIL image, 1 to 8: 1 is upright."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # noqa: BLE001 (damaged EXIF raises anything; the pixels may be whole)
+        return 1
+
+
+def upright(image):
+    """A PIL image, decoded, and turned as its EXIF says."""
+    image.load()  # this turns a TIFF, and may find a transparent colour
+    # exif_transpose copies what it need not turn.
+    return image if orientation_of(image) == 1 else ImageOps.exif_transpose(image)
+
+
 def to_mode(image, channels):
-    """Any picture -> 8 bits of grey (1 channel), RGB (3) or RGBA (4)."""
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits: convert() would clip, not scale
-        pixels = np.asarray(image)
-        if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
-            raise ValueError(f"mode {image.mode} with values from {pixels.min()} to {pixels.max()}")
-        image = Image.fromarray((pixels >> 8).astype(np.uint8))
-    if channels != 4 and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
+    """Any picture -> 8 bits of grey (1 channel), RGB (3) or RGBA (4).
+
+    Call it with a whole picture, not with a crop: all its pixels decide how values are scaled.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        image = to_8_bits(image)
+    if image.mode == "LAB":  # from which Pillow does not convert to grey
+        image = image.convert("RGB")
+    if channels != 4 and has_alpha(image):
         # On white: under transparent pixels there may be any colour.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
     return image if image.mode == mode else image.convert(mode)
+
+
+def has_alpha(image):
+    return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+
+
+def to_8_bits(image):
+    """Grey of 16 or 32 bits -> of 8, with alpha if one value is transparent. (convert() would clip,
+    not scale.) 32 bits may hold values of 8 or of 16; for others no scale is known."""
+    pixels, clear = np.asarray(image), image.info.get("transparency")
+    low, high = pixels.min(), pixels.max()
+    if image.mode == "F" or low < 0 or high > 65535:
+        raise ValueError(f"mode {image.mode} with values from {low} to {high}")
+    bits = 8 if image.mode == "I" and high < 256 else 16
+    image = Image.fromarray((pixels >> (bits - 8)).astype(np.uint8))
+    if clear is not None:
+        image.putalpha(Image.fromarray(np.where(pixels == clear, 0, 255).astype(np.uint8)))
+    return image
 
 
 def normalize(images):
@@ -2369,13 +2409,13 @@ def encode(path, short_side):
     kind, content = os.path.splitext(path)[1][1:].lower(), b""
     try:
         content = Path(path).read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+        with open_picture(io.BytesIO(content)) as image:
             if not short_side or min(image.size) <= short_side:
                 return kind, content
             scale = 2 * short_side / min(image.size)
             image.draft(None, tuple(math.ceil(scale * side) for side in image.size))
-            image, buffer = ImageOps.exif_transpose(image), io.BytesIO()
-            solid = image.mode in ("L", "RGB", "CMYK", "YCbCr") and "transparency" not in image.info
+            image, buffer = upright(image), io.BytesIO()
+            solid = image.mode in ("L", "RGB", "CMYK", "YCbCr") and not has_alpha(image)
             scale = short_side / min(image.size)
             size = tuple(max(1, round(scale * side)) for side in image.size)
             image = to_mode(image, 3 if solid else 4).resize(size, Image.Resampling.BICUBIC)

@@ -924,7 +924,7 @@ def open_upright(path, size):
     Turned as its EXIF says, like detectron2's; as it is stored, if only that fits. Raises
     ValueError if neither does.
     """
-    image = Image.open(path)
+    image = data.open_picture(path)
     try:
         turned = ImageOps.exif_transpose(image)
     except Exception:  # noqa: BLE001 (damaged EXIF raises anything; the pixels may be whole)

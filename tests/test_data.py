@@ -721,12 +721,15 @@ def picture_files():
     third_clear = np.where((numbers == 2)[:, :, None], 255, colours[numbers])
     fading = np.array([255, 128, 0, 64])
     fading_part = fading[numbers][:, :, None] / 255
+    palette_and_alpha = palette.convert("PA")
+    palette_and_alpha.putalpha(Image.fromarray(alpha))
     striped = colours[numbers]
 
     black = alpha // 2
     cmyk = Image.fromarray(np.dstack([255 - rgb, black]), "CMYK")
     inked = rgb * (1 - black[:, :, None] / 255)
 
+    muted = rgb // 2 + 64  # 8 bits of a and b are coarse, and deep colours are beyond RGB
     deep = np.linspace(0, 65535, height * width).round().astype(np.uint16).reshape(height, width)
     deep_rows = b"".join(
         b"\0" + (row.astype(">u2") * 257).tobytes() for row in rgb.astype(np.uint16)
@@ -777,6 +780,37 @@ def picture_files():
             1,
         ),
         "16-bit RGB": (handmade_png(width, height, 16, 2, deep_rows), rgb, 1),
+        "16-bit grey, one value clear": (
+            encoded(Image.fromarray(deep), transparency=int(deep[0, 7])),
+            grey3(np.where(deep == deep[0, 7], 255, deep / 257)),
+            1,
+        ),
+        "16-bit grey TIFF, high bytes first": (
+            encoded(
+                Image.frombytes("I;16B", (width, height), deep.astype(">u2").tobytes()), "TIFF"
+            ),
+            grey3(deep / 257),
+            1,
+        ),
+        "8-bit grey in a 32-bit TIFF": (
+            encoded(Image.fromarray(grey.astype(np.int32)), "TIFF"),
+            grey3(grey),
+            0,
+        ),
+        "grey with alpha TIFF": (
+            encoded(with_alpha(grey, "LA"), "TIFF"),
+            on_white(grey3(grey), part),
+            1,
+        ),
+        "RGBA TIFF": (encoded(with_alpha(rgb, "RGBA"), "TIFF"), on_white(rgb, part), 1),
+        "palette TIFF": (encoded(palette, "TIFF"), striped, 0),
+        "palette and alpha TIFF": (
+            encoded(palette_and_alpha, "TIFF"),
+            on_white(striped, part),
+            1,
+        ),
+        "YCbCr TIFF": (encoded(Image.fromarray(rgb).convert("YCbCr"), "TIFF"), rgb, 3),
+        "LAB TIFF": (encoded(Image.fromarray(muted).convert("LAB"), "TIFF"), muted, 6),
     }
 
 
@@ -801,6 +835,31 @@ def test_four_channels_keep_the_alpha():
     rgba = np.dstack([rgb, rgb[:, :, 1]])
     assert (decoded(encoded(rgba), (16, 24), 4) == rgba).all()
     assert decoded(FILES["palette, one colour clear"][0], (16, 24), 4)[:, :, 3].min() == 0
+    # What is hidden does not colour what shows beside it: red, fading out, over hidden blue.
+    hidden = np.zeros((12, 12, 4), np.uint8)
+    hidden[:, :5], hidden[:, 5:] = (250, 0, 0, 255), (0, 0, 250, 0)
+    shown = decoded(encoded(hidden), (4, 4), 4)
+    seen = shown[shown[:, :, 3] > 0]
+    assert len(np.unique(seen[:, 3])) > 1 and (np.abs(seen[:, :3] - [250, 0, 0]) < 8).all()
+
+
+def test_pictures_in_memory_may_have_modes_that_no_file_has():
+    image = Image.fromarray(painting(16, 24)).convert("HSV")
+    for channels, mode in ((1, "L"), (3, "RGB"), (4, "RGBA")):
+        expected = np.asarray(image.convert("RGB").convert(mode)).reshape(16, 24, channels)
+        shown = data.crop_and_resize(image, (16, 24), channels).permute(1, 2, 0)
+        assert (shown.numpy() == expected).all()
+
+
+def test_the_whole_picture_says_how_its_values_are_scaled():
+    """Not the crop: the same pixels would have another brightness in another crop."""
+    pixels = np.full((8, 16), 200, np.int32)  # the centre crop is of columns 4 to 11
+    for corner, expected in ((200, 200), (300, 200 >> 8)):
+        pixels[0, 0] = corner
+        assert (decoded(encoded(Image.fromarray(pixels), "TIFF"), (8, 8)) == expected).all()
+    pixels[0, 0] = 70_000
+    with pytest.raises(ValueError, match="from 200 to 70000"):
+        decoded(encoded(Image.fromarray(pixels), "TIFF"), (8, 8))
 
 
 def test_values_that_no_scale_is_known_for_are_refused():
@@ -843,16 +902,65 @@ def test_exif_orientations_are_all_the_same_upright_picture(orientation):
         ).all()
 
 
+TURNABLE = {"PNG": {}, "TIFF": {}, "JPEG": {"quality": 95}, "WEBP": {"lossless": True}}
+
+
+def stored_turned(content, orientation):
+    """The bytes of a picture file again, stored so that its tag turns it to what it was; None if
+    this kind of file has no tag."""
+    turn = Image.Transpose.ROTATE_90 if orientation == 6 else Image.Transpose.ROTATE_180
+    image, tags = Image.open(io.BytesIO(content)), Image.Exif()
+    if image.format not in TURNABLE:
+        return None
+    tags[274], options = orientation, TURNABLE[image.format]
+    options = {name: image.info[name] for name in ("transparency",) if name in image.info} | options
+    return encoded(image.transpose(turn), image.format, exif=tags, **options)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_packed_pictures_of_every_kind_are_those_of_the_folder(tmp_path, orientation, channels):
+    """From files and from shards, and from shards scaled down, of which the larger pictures are
+    resized by Pillow, and stored as JPEG if nothing in them can be transparent."""
+    files = {what: content for what, (content, *_) in FILES.items()}
+    if orientation != 1:
+        files = {what: stored_turned(content, orientation) for what, content in files.items()}
+    kinds = {what: Image.open(io.BytesIO(c)).format for what, c in files.items() if c}
+    files = {f"{re.sub('[^a-zA-Z0-9]', '-', w)}.{k.lower()}": files[w] for w, k in kinds.items()}
+    assert len(files) == len(kinds)  # no two have the same name
+    folder = opened(write_files(tmp_path / "pictures", files))
+    for short_side, size in ((None, (16, 24)), (8, (8, 12))):
+        data.pack(folder.root, f"{tmp_path}/{short_side}-%d.tar", short_side, shard_size=99)
+        shard = opened(f"{tmp_path}/{short_side}-0.tar")
+        for number in range(len(files)):
+            images = [source.read(number)["image"]() for source in (folder, shard)]
+            lossy = images[1].format == "JPEG" and channels > 1  # it stores colours coarsely
+            one, two = (data.crop_and_resize(i, size, channels).short() for i in images)
+            apart, name = (one - two).abs(), folder.name(number)
+            assert apart.max() <= (0 if not short_side else 32 if lossy else 4), name
+            assert apart.float().mean() < (8 if lossy else 1), name
+
+
+@pytest.mark.parametrize("what", [what for what in FILES if "TIFF" in what])
+def test_plain_turned_tiffs_are_right_from_a_folder(tmp_path, what):
+    """Pillow maps those that it opens by name into memory, with the wrong sides."""
+    content, expected, tolerance = FILES[what]
+    folder = write_files(tmp_path, {"turned.tiff": stored_turned(content, 6)})
+    shown = data.crop_and_resize(opened(folder).read(0)["image"](), (16, 24), 3)
+    assert np.abs(shown.permute(1, 2, 0).numpy().astype(int) - expected).max() <= tolerance
+
+
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
 def test_an_orientation_that_does_not_exist_is_ignored(orientation):
     upright = painting(16, 24)
     assert (decoded(photo(upright, orientation), (8, 8)) == decoded(encoded(upright), (8, 8))).all()
 
 
-def test_damaged_exif_does_not_cost_the_picture():
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_does_not_cost_the_picture(kind):
     upright = painting(16, 24)
-    expected = decoded(encoded(upright, "JPEG"), (8, 8))
-    content = encoded(upright, "JPEG", exif=b"Exif\0\0this is no TIFF header")
+    expected = decoded(encoded(upright, kind), (8, 8))
+    content = encoded(upright, kind, exif=b"Exif\0\0this is no TIFF header")
     assert (decoded(content, (8, 8)) == expected).all()
 
 
@@ -1854,6 +1962,7 @@ def test_short_side_scales_only_what_is_larger(tmp_path):
         "clear.png": encoded(clear),
         "grey.png": encoded(painting(90, 60)[:, :, 1]),
         "deep.png": encoded(Image.fromarray(painting(90, 60)[:, :, 1].astype(np.uint16) * 257)),
+        "tagged.png": encoded(painting(90, 60), exif=b"Exif\0\0this is no TIFF header"),
         "small.png": encoded(painting(10, 60)),
         "exact.jpg": encoded(painting(24, 48), "JPEG"),
         "broken.jpg": encoded(painting(120, 200), "JPEG")[:900],
@@ -1872,6 +1981,7 @@ def test_short_side_scales_only_what_is_larger(tmp_path):
         "clear": (48, 24),
         "grey": (24, 36),
         "deep": (24, 36),
+        "tagged": (24, 36),
     }
     assert all(image.getexif().get(274, 1) == 1 for image in images.values())
     # JPEG at quality 90 is off by some levels: on average less than 4 (seen: 3).

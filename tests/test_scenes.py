@@ -583,6 +583,28 @@ def test_pictures_that_are_turned_grey_damaged_or_missing(tmp_path):
         assert shown[:, row, column].min() > 200 and shown[:, height // 2, width // 2].max() < 60
 
 
+def test_pictures_of_scenes_are_read_as_those_of_folders(tmp_path):
+    """32-bit values of 8 bits, and a TIFF that is plain and turned: data.py has more kinds."""
+    pixels = np.zeros((40, 60), dtype=np.uint8)
+    pixels[:10, :10] = 200
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter to the right
+    stored = Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90)
+    Image.fromarray(pixels.astype(np.int32)).save(tmp_path / "0.tiff")
+    for number, mode in enumerate(("L", "CMYK", "RGBA", "I;16"), start=1):
+        image = stored.convert("RGB").convert(mode) if mode != "I;16" else None
+        image = image or Image.fromarray(np.asarray(stored).astype(np.uint16) * 257)
+        image.save(tmp_path / f"{number}.tiff", exif=turned)
+    images = [{"id": i, "file_name": f"{i}.tiff", "height": 40, "width": 60} for i in range(5)]
+    one = {"id": 1, "image_id": 0, "category_id": 1, "bbox": [0, 0, 10, 10]}
+    content = {"images": images, "annotations": [one], "categories": [{"id": 1, "name": "thing"}]}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    batch = batches(detection.Scenes(str(tmp_path / "x.json")), 60, batch_size=6)[0]
+    assert batch["bad"] == []
+    for image in batch["images"][:5]:
+        assert (image[:, :40].numpy() == pixels).all()
+
+
 def test_results_are_written_and_read(tmp_path):
     scenes = make_scenes(tmp_path)
     detections, path = make_detections(scenes), str(tmp_path / "results.json")
