@@ -61,7 +61,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-# A picture of more than 89 million pixels is an error, not a warning: see Batches.
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of a picture, if nothing else is said: 89 million
+# A picture of more pixels is an error, not a warning: see Batches.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 # What a random draw is for. Numbers, not names, because they are half of Philox's key.
@@ -1368,6 +1369,18 @@ def open_picture(file):
     return image
 
 
+def pixel_limit(text):
+    """For argparse: what limit_pixels takes."""
+    if int(text) < 1 << 16:  # Pillow would not even draw a line of text
+        raise argparse.ArgumentTypeError(f"{text} is not at least 65536, a picture of 256 x 256")
+    return int(text)
+
+
+def limit_pixels(most):
+    """From now on, pictures of more pixels are unreadable: here, and in a loader's processes."""
+    Image.MAX_IMAGE_PIXELS = most
+
+
 def orientation_of(image):
     """EXIF's orientation of a PIL image, 1 to 8: 1 is upright."""
     try:
@@ -1675,6 +1688,8 @@ class Batches(torch.utils.data.Dataset):
 def one_line(error):
     """What a decoder says, on one line, without the path or address that Pillow adds."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
+    bomb, limit = r"Image size \((\d+ pixels)\) exceeds limit.*", Image.MAX_IMAGE_PIXELS
+    text = re.sub(bomb, rf"\1 are over --max-pixels {limit}", text)
     return re.sub("(cannot identify image file).*", r"\1", text)
 
 
@@ -1825,15 +1840,16 @@ def loader(batches, items, workers, pin=False, stop=None):
         collate_fn=Parcel if workers else None,
         pin_memory=pin,
         prefetch_factor=2 if workers else None,
-        worker_init_fn=partial(obey, os.getpid()),
+        worker_init_fn=partial(begin_worker, os.getpid(), Image.MAX_IMAGE_PIXELS),
     )
     made.stop = stop
     return made
 
 
-def obey(training, _):
-    """In a loader process: that one decides when it ends, whatever torchrun, Slurm or a user sends
-    to all."""
+def begin_worker(training, max_pixels, _):
+    """In a loader process, which may not be a fork: the same limit, and the training process
+    decides when it ends, whatever torchrun, Slurm or a user sends to all."""
+    limit_pixels(max_pixels)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -2308,12 +2324,13 @@ def read_synonyms(path):
 # --------------------------------------------------------------------------------- the command line
 
 
-def pack(folder, pattern, short_side=None, shard_size=None):
+def pack(folder, pattern, short_side=None, shard_size=None, max_pixels=MAX_PIXELS):
     """Write the pictures of a folder into tar shards, with .cls members if it has class folders.
 
     Pictures are written as they are or, with short_side, scaled down to it and encoded again. An
     interrupted run goes on; pack.json, beside the shards, says what they were asked to be.
     """
+    limit_pixels(max_pixels)
     if not re.fullmatch(r"[^%]*%\d*d[^%/]*\.tar", pattern):
         raise ValueError(f"{pattern} must hold one number in the file's name, as in OUT-%05d.tar")
     if all(os.path.isdir(os.path.join(folder, split)) for split in ("train", "val")):
@@ -2331,6 +2348,7 @@ def pack(folder, pattern, short_side=None, shard_size=None):
     # At least 48 shards if there is enough: that is the number of lanes (see Order).
     shard_size = shard_size or max(1, min(10_000, math.ceil(total / 48)))
     asked = {"pictures": source.identity, "short_side": short_side, "shard_size": shard_size}
+    asked |= {"max_pixels": max_pixels} if max_pixels != MAX_PIXELS else {}
     if glob.glob(every) and record["packed"].get(name) != asked:
         raise ValueError(f"{every} is not of these pictures and options: move it away")
     os.makedirs(out or ".", exist_ok=True)
@@ -2412,6 +2430,7 @@ def encode(path, short_side):
         with open_picture(io.BytesIO(content)) as image:
             if not short_side or min(image.size) <= short_side:
                 return kind, content
+            # A JPEG is decoded at 1/2, 1/4 or 1/8 while twice the size is left: in that much memory.
             scale = 2 * short_side / min(image.size)
             image.draft(None, tuple(math.ceil(scale * side) for side in image.size))
             image, buffer = upright(image), io.BytesIO()
@@ -2441,6 +2460,8 @@ def main():
     command.add_argument("pattern", help="OUT-%%05d.tar")
     command.add_argument("--short-side", type=positive, help="scale larger pictures down to this")
     command.add_argument("--shard-size", type=positive, help="pictures in a shard")
+    pixels = {"type": pixel_limit, "default": MAX_PIXELS}
+    command.add_argument("--max-pixels", **pixels, help="of a picture that is read (89 million)")
     command = commands.add_parser("index", help="write the index of tar shards beside them")
     command.add_argument("shards", help="a path, a glob or {00000..00099} braces")
     command = commands.add_parser("hashtags", help="vocabulary and sampling weights of a data set")
@@ -2455,7 +2476,8 @@ def main():
     given = parser.parse_args()
     try:
         if given.command == "pack":
-            pack(given.folder, given.pattern, given.short_side, given.shard_size)
+            options = given.short_side, given.shard_size, given.max_pixels
+            pack(given.folder, given.pattern, *options)
         elif given.command == "index":
             shards = Shards(given.shards)
             write_listing(shards)

@@ -926,7 +926,7 @@ def open_upright(path, size):
     """
     image = data.open_picture(path)
     try:
-        turned = ImageOps.exif_transpose(image)
+        turned = data.upright(image)
     except Exception:  # noqa: BLE001 (damaged EXIF raises anything; the pixels may be whole)
         turned = image
     for one in (turned, image):

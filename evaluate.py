@@ -948,6 +948,8 @@ def parse_arguments(argv):
     add("--batch-size", type=int, default=64, help="at once (64; detect: fewer, if large)")
     add("--workers", type=int, help="loader processes (the cores left)")
     add("--max-bad", type=float, default=0.01, help="unreadable share to stop at (0.01)")
+    pixels = {"type": data.pixel_limit, "default": data.MAX_PIXELS}
+    add("--max-pixels", **pixels, help="of a picture: larger ones are unreadable (89 million)")
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     run = parser.parse_args(argv)
     for name, tasks in TASKS_OF_FLAGS.items():
@@ -1027,6 +1029,7 @@ def main(argv=None):
             run.options["batch_size"] = math.ceil(run.batch_size * min(1, 224**2 / math.prod(size)))
         labels = run.labels, run.val_labels
         cache = run.cache_dir, run.cache_size
+        data.limit_pixels(run.max_pixels)
         opened = run.data, run.val_data, size, *labels, cache, run.caption_key
         if run.task == "detect":
             train, val = None, detection.scenes_to_measure(run.val_data or run.data, size[0])

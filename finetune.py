@@ -153,6 +153,8 @@ def parse_arguments(argv):
     add("--lanes", type=int, help="streams that the order is dealt to (48, or the shards if fewer)")
     add("--workers", type=int, help="loader processes per training process (the cores left)")
     add("--max-bad", type=float, default=0.01, help="unreadable share to stop at (0.01)")
+    pixels = {"type": data.pixel_limit, "default": data.MAX_PIXELS}
+    add("--max-pixels", **pixels, help="of a picture: larger ones are unreadable (89 million)")
     add = parser.add_argument_group("model").add_argument
     add("--init", help="weights to start from: a model.pt or a public checkpoint")
     add("--heads", type=int, help="of an --init whose size is unknown")
@@ -279,6 +281,7 @@ def prepare(run):
     run.image_size = models.pair(run.config["image_size"])
     labels = run.labels, run.val_labels
     cache = run.cache_dir, run.cache_size
+    data.limit_pixels(run.max_pixels)
     if run.task == "detect":
         prepare_scenes(run, asked, classes_of_head)
     else:
@@ -1385,6 +1388,7 @@ def cached_features(run, model, say):
     """(n, D) features of the centres of train's pictures, nan where unreadable: a file in --out."""
     encoder = models.encoder_config(run.config)  # --heads change it, and no tensor
     facts = run.train.identity, run.origin, encoder, run.val_crop, run.pool
+    facts += (run.max_pixels,) if run.max_pixels != data.MAX_PIXELS else ()
     path = run.out / f"features-{data.stable_hash(str(facts)).hex()}.npy"
     found = path.exists()
     models.barrier()  # all have looked before the first one writes

@@ -62,6 +62,8 @@ def parse_arguments(argv):
     add("--lanes", type=int, help="streams that the order is dealt to (48, or the shards if fewer)")
     add("--workers", type=int, help="loader processes per training process (the cores left)")
     add("--max-bad", type=float, default=0.01, help="unreadable share to stop at (0.01)")
+    pixels = {"type": data.pixel_limit, "default": data.MAX_PIXELS}
+    add("--max-pixels", **pixels, help="of a picture: larger ones are unreadable (89 million)")
     add = parser.add_argument_group("model").add_argument
     add("--size", help=f"{' '.join(models.SIZES)}, or WIDTHxLAYERSxHEADS (toy)")
     add("--patch-size", type=int, help="side of a patch (the size's own)")
@@ -148,6 +150,7 @@ def prepare(run):
     run.weights, run.config, origin = models.inherit(run.init, given, names, run.heads)
     size, channels = models.pair(run.config["image_size"]), run.config.get("channels", 3)
     cache = run.cache_dir, run.cache_size
+    data.limit_pixels(run.max_pixels)
     train, run.val = data.open_sources(run.data or "toy", run.val_data, size, cache=cache)
     run.source, run.held_out = data.hold_out(train, run.val, data.HELD_OUT)
     # A plan without data says what lanes the run will need: see print_plan.

@@ -65,6 +65,8 @@ def parse_arguments(argv):
     add("--lanes", type=int, help="streams that the order is dealt to (48, or the shards if fewer)")
     add("--workers", type=int, help="loader processes per training process (the cores left)")
     add("--max-bad", type=float, default=0.01, help="unreadable share to stop at (0.01)")
+    pixels = {"type": data.pixel_limit, "default": data.MAX_PIXELS}
+    add("--max-pixels", **pixels, help="of a picture: larger ones are unreadable (89 million)")
     add = parser.add_argument_group("model").add_argument
     add("--size", help=f"{' '.join(models.SIZES)}, or WIDTHxLAYERSxHEADS (toy)")
     add("--patch-size", type=int, help="side of a patch (the size's own)")
@@ -147,6 +149,7 @@ def prepare(run):
     run.weights, config, origin = models.inherit(run.init, given, names, run.heads)
     size, channels = models.pair(config["image_size"]), config.get("channels", 3)
     cache = run.cache_dir, run.cache_size
+    data.limit_pixels(run.max_pixels)
     run.source, _ = data.open_sources(run.data or "toy", None, size, run.labels, cache=cache)
     if run.plan and not run.tags and run.size not in (None, "toy"):  # the paper's number of tags
         run.vocabulary, draws = data.Vocabulary(dict.fromkeys(map(str, range(28_000)), 1), {}), {}

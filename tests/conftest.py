@@ -36,6 +36,15 @@ def picture(seed, height=20, width=24):
     return Image.fromarray(pixels.astype(np.uint8)).resize((width, height))
 
 
+def large_pictures(folder, split=""):
+    """Eight pictures in two classes of 300 x 300, 90,000 pixels, and flags that allow them."""
+    for number in range(8):
+        path = Path(folder, split, "ab"[number % 2], f"{number}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(number, 300, 300).save(path)
+    return ["--data", folder, "--max-pixels", 90_000]
+
+
 # 120 pictures of two classes, made when the tests begin.
 PICTURES = Path(tempfile.gettempdir(), f"test-pictures-{os.getpid()}")
 

@@ -1208,6 +1208,34 @@ def test_bad_files_in_a_folder_keep_their_positions(tmp_path):
     assert "DecompressionBomb" in line  # refused by its header, before memory is asked for
 
 
+def test_the_limit_of_pixels_holds_for_all_that_is_read_and_in_spawned_workers(
+    tmp_path, monkeypatch
+):
+    """10 x 10 pixels are over the limit of 40 (at more than twice as many Pillow raises whatever
+    the filter of warnings, which pytest takes away)."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", data.MAX_PIXELS)
+    content = {"small.png": painting(5, 8), "large.png": painting(10, 10)}
+    files = {name: encoded(pixels) for name, pixels in content.items()}
+    folder = opened(write_files(tmp_path / "folder", files))
+    shard = opened(write_tar(tmp_path / "a.tar", files.items()))
+    for source in (folder, shard):
+        batches = data.Batches(source, (4, 4), 3, 2)
+        for limit, bad in ((40, 1), (100, 0)):
+            data.limit_pixels(limit)
+            assert len(batches[0]["bad"]) == bad
+            loader = data.loader(batches, range(1), 1)
+            loader.multiprocessing_context = "spawn"
+            (batch,) = loader
+            assert batch["weight"].sum() == 2 - bad
+            for line in batch["bad"]:
+                assert "large" in line
+                assert line.endswith("100 pixels are over --max-pixels 40")
+    data.limit_pixels(40)
+    write_files(tmp_path / "frames", {f"{i}.png": files["large.png"] for i in range(2)})
+    with pytest.raises(Image.DecompressionBombError):
+        data.open_video(str(tmp_path / "frames")).read([0])
+
+
 def test_bad_members_of_a_shard_keep_their_positions(tmp_path):
     def members(changes):
         for name, content in members_of(range(12)):
@@ -2078,11 +2106,56 @@ def test_pack_on_the_command_line_names_what_it_cannot_scale(tmp_path):
     result = command_line("pack", folder, tmp_path / "p-%d.tar", "--short-side", 8)
     assert result.returncode == 0, result.stderr
     (line,) = [line for line in result.stderr.splitlines() if "bomb.png" in line]
-    assert "DecompressionBombWarning" in line and "a.png" not in result.stdout + result.stderr
+    assert "DecompressionBombWarning" in line and "--max-pixels" in line
+    assert "a.png" not in result.stdout + result.stderr
     joined = {k[9:]: v for path in tmp_path.glob("*.tar") for k, v in tar_files(path).items()}
     assert joined["bomb.png"] == bomb
     where = re.search(r"--data '(.+)'", result.stdout)[1]
     assert opened(where).sizes.sum() == 2
+
+
+PACK_AND_MEASURE = """
+import resource, sys, data
+def memory(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB
+small, large, out = sys.argv[1:]
+data.pack(small, f"{out}/s-%d.tar", 64)
+before = memory()
+data.pack(large, f"{out}/l-%d.tar", 64, max_pixels=108_000_000)
+print(memory() - before)
+"""
+
+
+def test_a_huge_jpeg_is_packed_in_little_memory(tmp_path):
+    """108 megapixels, over the usual limit, decoded at an eighth of its sides. (The picture is
+    grey, and its file small, so that the test is cheap.)"""
+    small = write_files(tmp_path / "small", {"a.jpg": encoded(painting(200, 200), "JPEG")})
+    ramp = Image.linear_gradient("L").resize((12_000, 9000), Image.Resampling.BILINEAR)
+    large = write_files(tmp_path / "large", {"a.jpg": encoded(ramp, "JPEG", quality=90)})
+    command = [sys.executable, "-c", PACK_AND_MEASURE, small, large, str(tmp_path)]
+    folder = os.path.dirname(data.__file__)
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    assert float(ran.stdout.splitlines()[-1]) < 40  # decoded whole, it alone would take 108 MB
+    (content,) = tar_files(tmp_path / "l-0.tar").values()
+    shown = Image.open(io.BytesIO(content))
+    assert shown.size == (85, 64)
+    expected = np.asarray(ramp.resize((85, 64), Image.Resampling.BOX)).astype(int)
+    assert np.abs(np.asarray(shown.convert("L")) - expected).max() <= 4
+
+
+def test_another_limit_of_pixels_is_another_pack(tmp_path, monkeypatch, capsys):
+    """What an earlier pack left as it was, because it was too large, is not kept silently."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", data.MAX_PIXELS)
+    large, small = (encoded(Image.new("L", size)) for size in ((500, 400), (200, 100)))
+    folder = write_files(tmp_path / "photos", {"large.png": large, "small.png": small})
+    flags = ["pack", folder, tmp_path / "p-%d.tar", "--short-side", 50, "--shard-size", 9]
+    assert run_main(monkeypatch, *flags, "--max-pixels", 70_000) == 0
+    assert "large.png cannot be read" in capsys.readouterr().err
+    packed = tar_files(tmp_path / "p-0.tar")
+    assert large in packed.values() and small not in packed.values()
+    assert run_main(monkeypatch, *flags) == 2
+    assert "not of these pictures and options" in capsys.readouterr().err
+    assert run_main(monkeypatch, *flags, "--max-pixels", 65_535) == 2
+    assert "--max-pixels: 65535 is not at least 65536" in capsys.readouterr().err
 
 
 def run_main(monkeypatch, *arguments):

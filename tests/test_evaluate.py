@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import large_pictures
 from PIL import Image
 
 import data
@@ -414,6 +415,21 @@ def test_unreadable_pictures_are_named_and_left_out(unreadable, labelled, encode
         assert len(lines) == 4
         for name in ("ant/cut.png", "gnu/empty.jpg", "gnu/text.png", "bee/noise.jpg"):
             assert sum(name in line for line in lines) == 1
+
+
+def test_pictures_of_too_many_pixels_are_unreadable(encoder, tmp_path, capsys, monkeypatch):
+    """(Over twice the limit, because pytest takes the filter of warnings away.)"""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", data.MAX_PIXELS)
+    for split in ("train", "val"):
+        flags = large_pictures(tmp_path, split)
+    flags = ["--task", "knn", "--checkpoint", encoder.path, "--workers", 0, *flags]
+    for path in sorted(tmp_path.rglob("*.png")):
+        Image.new("RGB", (500, 300)).save(path)
+    evaluate.main(list(map(str, [*flags, "--max-pixels", 150_000])))
+    line, before = refused(capsys, *flags, "--max-pixels", 70_000)
+    assert "cannot be read" in line
+    assert before[0].endswith("150000 pixels are over --max-pixels 70000")
+    assert "65535 is not at least 65536" in refused(capsys, *flags, "--max-pixels", 65_535)[0]
 
 
 def test_over_max_bad_the_run_stops(unreadable, encoder, tmp_path, capsys):

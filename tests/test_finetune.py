@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import picture, read_metrics, stage
+from conftest import large_pictures, picture, read_metrics, stage
 from PIL import Image, ImageEnhance, ImageOps
 
 import data
@@ -629,6 +629,28 @@ def test_labels_that_no_class_has_are_counted_and_stop_the_run(tmp_path):
     assert val.returncode == 2 and "labels of val are over 1, the last class" in val.stderr
 
 
+def test_pictures_of_too_many_pixels_are_unreadable(tmp_path):
+    for split in ("train", "val"):
+        flags = large_pictures(tmp_path / "large", split)
+        names = [f"{'ab'[i % 2]}/{i}.png" for i in range(8)]
+        images = [{"id": i, "file_name": names[i], "height": 300, "width": 300} for i in range(8)]
+        box = {"bbox": [9, 9, 90, 90], "area": 8100, "category_id": 1}
+        content = {"images": images, "categories": [{"id": 1, "name": "thing"}]}
+        content["annotations"] = [box | {"id": i, "image_id": i} for i in range(8)]
+        path = tmp_path / "large" / "annotations" / f"instances_{split}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+
+    for asked in (["--task", "classify", *TINY, *flags], [*DETECT, *flags]):
+        asked += ["--steps", 1, "--save-every", 1]
+        out = tmp_path / asked[1]
+        ran = fine(*asked, "--out", out)
+        assert ran.returncode == 0 and read_metrics(out)[-1]["bad"] == 0, ran.stderr
+        ran = fine(*asked, "--max-pixels", 89_999, "--out", out / "none")
+        assert ran.returncode == 1 and "cannot be read" in ran.stderr
+        assert "90000 pixels are over --max-pixels 89999" in ran.stderr
+
+
 def test_unreadable_val_pictures_are_named_left_out_and_capped(pets, tmp_path):
     folder = tmp_path / "broken"
     shutil.copytree(pets, folder)
@@ -770,6 +792,9 @@ def test_cached_features_are_those_of_the_pictures(captions, pair, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     (tmp_path / "run" / "model.pt").unlink()
     assert "features of" not in lit(captions, tmp_path / "run", "--cache-features").stdout
+    # With another limit, others may be unreadable.
+    ran = lit(captions, tmp_path / "run", "--cache-features", "--max-pixels", 90_000)
+    assert "features of 72 pictures" in ran.stdout
 
 
 def shard_of(path, samples):

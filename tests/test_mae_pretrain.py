@@ -12,7 +12,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, picture, read_metrics, stage
+from conftest import ROOT, TINY, large_pictures, picture, read_metrics, stage
 from PIL import Image
 
 import data
@@ -272,6 +272,15 @@ def test_many_unreadable_pictures_at_once_are_named_up_to_20(tmp_path):
     ran = stage(*run, "--out", tmp_path / "run", "--max-bad", "1")
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr.count("unreadable, weight 0: ") == 20
+
+
+def test_pictures_of_too_many_pixels_are_unreadable(tmp_path):
+    run = [*TINY[2:], *large_pictures(tmp_path / "large"), "--steps", 1]
+    assert stage(*run, "--out", tmp_path / "run").returncode == 0
+    assert read_metrics(tmp_path / "run")[-1]["bad"] == 0
+    ran = stage(*run, "--max-pixels", 89_999, "--out", tmp_path / "none")
+    assert ran.returncode == 1 and "8 of 8 pictures cannot be read" in ran.stderr
+    assert "90000 pixels are over --max-pixels 89999" in ran.stderr
 
 
 def test_shapes_that_make_no_sense_are_said_to_be(capsys):

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import PICTURES, read_metrics, stage
+from conftest import PICTURES, large_pictures, read_metrics, stage
 
 import data
 import model as models
@@ -74,6 +74,20 @@ def test_a_run_leaves_an_encoder_and_a_head_and_logs_hits(plain):
     # The head begins at zero: all tags are equally likely.
     assert metrics[0]["loss"] == pytest.approx(np.log(config["classes"]), rel=1e-5)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
+
+
+def test_pictures_of_too_many_pixels_are_unreadable(tmp_path):
+    flags, labels = large_pictures(tmp_path / "large"), tmp_path / "labels.jsonl"
+    entries = [{"path": f"{'ab'[i % 2]}/{i}.png", "hashtags": ["#a", "#b"]} for i in range(8)]
+    labels.write_text("\n".join(map(json.dumps, entries)))
+    source = data.Folder(str(tmp_path / "large"), labels=str(labels))
+    data.write_hashtags(source, tmp_path / "tags", min_count=1)
+    flags += ["--labels", labels, "--tags", tmp_path / "tags", "--steps", 1]
+    ran = weak(*flags, "--out", tmp_path / "run")
+    assert ran.returncode == 0 and read_metrics(tmp_path / "run")[-1]["bad"] == 0, ran.stderr
+    ran = weak(*flags, "--max-pixels", 89_999, "--out", tmp_path / "none")
+    assert ran.returncode == 1 and "8 of 8 pictures cannot be read" in ran.stderr
+    assert "90000 pixels are over --max-pixels 89999" in ran.stderr
 
 
 CURVE = ["--batch-size", "24", "--steps", "20"]  # for 1, 2, 3 and 4 processes
