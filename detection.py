@@ -905,16 +905,25 @@ class Scenes:
 def read_annotation(one, size):
     """(whether a crowd, area, [x1, y1, x2, y2], segment or None) of an annotation of a picture.
 
-    size: the picture's (height, width). Raises one of DAMAGED where it cannot be used.
+    size: the picture's (height, width). A box or an area that is not given is the segment's, and an
+    area without a segment is the box's. Raises one of DAMAGED where it cannot be used.
     """
-    (x, y, w, h), segment = one["bbox"], one.get("segmentation") or None
-    crowd, area = bool(int(one.get("iscrowd") or 0)), float(one.get("area", w * h))
-    if isinstance(segment, dict):
-        as_rle(segment, *size)
+    segment, box, area = one.get("segmentation") or None, one.get("bbox"), one.get("area")
+    crowd = bool(int(one.get("iscrowd") or 0))
     polygons = segment if segment and not isinstance(segment, dict) else []
-    numbers = itertools.chain((x, y, w, h), *polygons)
-    if not all(abs(n) < FARTHEST for n in numbers) or not math.isfinite(area):
+    if not all(abs(n) < FARTHEST for n in itertools.chain(box or (), *polygons)):
         raise ValueError("it is not of a picture")
+    if isinstance(segment, dict) or segment and (not box or area is None):
+        mask = as_rle(segment, *size)
+        left, top, right, bottom = rle_box(mask)
+        box = box or (left, top, right - left, bottom - top)
+        area = rle_area(mask) if area is None else area
+    if not box:
+        raise ValueError("there is neither a bbox nor a segmentation")
+    x, y, w, h = box
+    area = float(w * h if area is None else area)
+    if not math.isfinite(area):
+        raise ValueError("it has no area")
     return crowd, area, [x, y, x + w, y + h], segment
 
 
@@ -1500,7 +1509,8 @@ def write_results(path, scenes, detections):
 
 
 def read_results(path, scenes):
-    """write_results' file -> detections. Raises ValueError, one line, if it is none of scenes."""
+    """write_results' file, or another in COCO's format -> detections; boxes may be left out where
+    there are masks. Raises ValueError, one line, if it is none of scenes."""
     label = {category: number for number, category in enumerate(scenes.category_ids)}
     sizes, found, entry = dict(zip(scenes.ids, scenes.sides)), {}, None
     try:

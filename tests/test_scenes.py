@@ -5,6 +5,7 @@ import contextlib
 import json
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -340,6 +341,91 @@ def test_bad_annotations_are_counted_and_left_out(tmp_path, capsys):
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="cannot read annotations from"):
         detection.Scenes(str(tmp_path / "none.json"))
+
+
+def test_boxes_and_areas_that_are_not_given_are_the_masks(tmp_path, capsys):
+    """By hand: 4 x 3 pixels from (2, 1) on, and a triangle."""
+    corner = {"size": [9, 12], "counts": [2 * 9 + 1, *[3, 6] * 3, 3, 9 * 6 + 5]}
+    square = [[2, 1, 6, 1, 6, 4, 2, 4]]
+    mask = detection.encode_mask(np.pad(np.tri(5, dtype=bool), ((3, 1), (4, 3))))  # 15 of 5 x 5
+    tri = mask | {"counts": detection.text_of_counts(mask["counts"])}
+    images = [{"id": 1, "height": 9, "width": 12, "file_name": "1.jpg"}]
+    Image.new("RGB", (12, 9)).save(tmp_path / "1.jpg")
+    cases = [  # segmentation, what else is given: box x1 y1 x2 y2, area
+        (square, {}, [2, 1, 6, 4], 12),
+        (corner, {"bbox": []}, [2, 1, 6, 4], 12),
+        (tri, {"bbox": None, "area": None}, [4, 3, 9, 8], 15),
+        (tri, {"bbox": [4, 3, 4, 4], "area": None}, [4, 3, 8, 7], 15),
+        (square, {"bbox": [2, 1, 5, 4]}, [2, 1, 7, 5], 12),
+        (square, {"area": 7.5}, [2, 1, 6, 4], 7.5),
+        (square, {"area": 0}, [2, 1, 6, 4], 0),
+        (None, {"bbox": [2, 1, 5, 4], "area": None}, [2, 1, 7, 5], 20),
+        ([], {"bbox": [2, 1, 5, 4]}, [2, 1, 7, 5], 20),
+    ]
+    common = {"image_id": 1, "category_id": 3, "iscrowd": 0}
+    content = {"images": images, "categories": [{"id": 3, "name": "thing"}], "annotations": []}
+    for number, (segment, given, *_) in enumerate(cases):
+        one = common | {"id": number, "segmentation": segment} | given
+        content["annotations"].append(one)
+    content["annotations"] += [common | {"id": 77, "bbox": []}, common | {"id": 78, "area": 9}]
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    scenes = detection.Scenes(str(tmp_path / "x.json"))
+    sample = scenes.read(0)
+    assert sample["boxes"].tolist() == [box for *_, box, _ in cases]
+    assert sample["areas"].tolist() == [area for *_, area in cases]
+    assert "damaged, left out: 2 (the first has id 77)" in capsys.readouterr().err
+    train = detection.Scenes(str(tmp_path / "x.json"), train=True).read(0)
+    assert train["boxes"].tolist() == [box for segment, _, box, _ in cases if segment]
+    results = [one | {"score": 0.5} for one in content["annotations"][:-2]]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    found = detection.read_results(str(tmp_path / "results.json"), scenes)[1]
+    assert found["boxes"].tolist() == [box for *_, box, _ in cases]
+    (tmp_path / "results.json").write_text(json.dumps([common | {"score": 0.5, "bbox": []}]))
+    with pytest.raises(ValueError, match="neither a bbox nor a segmentation") as error:
+        detection.read_results(str(tmp_path / "results.json"), scenes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_masks_without_boxes_count_as_with_pycocotools_own(tmp_path, kind, empty):
+    """Truth and results lack their boxes (or have empty ones), and truth its areas. The reference
+    has no truth without: there, pycocotools' functions fill them in."""
+    mask = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed")
+    scenes = make_scenes(tmp_path)
+    detections = make_detections(scenes)
+    content = json.loads(Path(scenes.path).read_text())
+    sides = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    bare = content | {"annotations": []}
+    for one in content["annotations"]:
+        lacking = {name: value for name, value in one.items() if name not in ("bbox", "area")}
+        bare["annotations"].append(lacking | ({"bbox": [], "area": None} if empty else {}))
+        rle = mask.frPyObjects(one["segmentation"], *sides[one["image_id"]])
+        rle = mask.merge(rle) if isinstance(rle, list) else rle
+        one |= {"bbox": mask.toBbox(rle).tolist(), "area": int(mask.area(rle))}
+    Path(scenes.path).write_text(json.dumps(content))
+    (tmp_path / "bare.json").write_text(json.dumps(bare))
+    bare = detection.Scenes(str(tmp_path / "bare.json"), str(tmp_path))
+    detection.write_results(tmp_path / "results.json", scenes, detections)
+    results = json.loads((tmp_path / "results.json").read_text())
+    for result in results:
+        result.pop("bbox")
+        result |= {"bbox": []} if empty else {}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    found = detection.read_results(str(tmp_path / "results.json"), bare)
+    for image, one in found.items():
+        boxes = [mask.toBbox(r["segmentation"]) for r in results if r["image_id"] == image]
+        detections[image]["boxes"] = np.array(boxes) + np.array(boxes)[:, [0, 1, 0, 1]] * [
+            0,
+            0,
+            1,
+            1,
+        ]
+        assert (one["boxes"] == detections[image]["boxes"]).all()
+    expected = reference(scenes, detections, kind, tmp_path)
+    measured = detection.average_precision(bare, found, kind)
+    assert list(measured.values()) == pytest.approx(expected, abs=1e-9)
+    assert measured["AP"] > 0.1
 
 
 NO_SEGMENTS = [[[1, 2, float("nan"), 2, 9, 9]], [[1, 2, 1e9, 2, 9, 9]], [1, 2, 9, 2, 9, 9], "x", 5]
