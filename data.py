@@ -336,7 +336,7 @@ class Folder:
             unknown = sorted(found - set(classes or found))
             if unknown:
                 raise ValueError(f"{root} has classes that train has not: {', '.join(unknown[:5])}")
-            self.classes = classes or sorted(found)
+            self.classes = classes or sort_classes(found)
         elif found != {None}:
             why = f"they would be the folders, two or more, of all {self.what}"
             print(f"{root}: no classes ({why})")
@@ -365,6 +365,12 @@ class Folder:
         return os.path.join(self.root, self.paths[number])
 
     where = name
+
+
+def sort_classes(names):
+    """Names of classes in their order: numbers by their value, 2 before 10, then the others."""
+    key = lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name)
+    return sorted(names, key=key)
 
 
 def pictures_below(root):

@@ -364,17 +364,14 @@ def class_embeddings(model, names, templates, tokenizer, device):
 
 
 def read_lines(path, what):
-    """The lines of a text file. ValueError where one is blank or comes again."""
+    """The lines of a text file. ValueError where one is blank."""
     try:
         lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {what} from {path}: {error}") from None
-    first = {}
-    for number, line in enumerate(lines, 1):
-        if not line:
-            raise ValueError(f"{path}: line {number} is blank: want one of the {what} in each")
-        if first.setdefault(line, number) != number:
-            raise ValueError(f"{path}: line {number} repeats line {first[line]}: {line!r}")
+    if "" in lines:
+        where = f"line {lines.index('') + 1} is blank"
+        raise ValueError(f"{path}: {where}: want one of the {what} in each")
     if not lines:
         raise ValueError(f"{path} is empty: want {what}, one in each line")
     return lines
@@ -386,12 +383,16 @@ def read_class_names(path, classes):
     path     a file with a line for each class, in their order: names separated by commas; or, after
              the class (what the data calls it) and a tab, in any order. None: the data's names
     classes  the data's, or None where it only numbers them
+
+    A list without tabs may have more lines than the data has classes: see names_of_list. Classes
+    that share their names cannot be told apart: they are counted, and said.
     """
     if not path:
         if not classes:
             raise ValueError("the data does not name its classes: give --classnames")
-        return [[name.replace("_", " ").replace("-", " ")] for name in classes]
-    lines = read_lines(path, "class names")
+        lines = [name.replace("_", " ").replace("-", " ") for name in classes]
+        return say_same_names("the data", [[line] for line in lines])
+    lines, keyed = read_lines(path, "class names"), None
     tabs = ["\t" in line for line in lines]
     if any(tabs) and not all(tabs):
         raise ValueError(f"{path}: line {tabs.index(False) + 1} has no tab, others have one")
@@ -400,16 +401,64 @@ def read_class_names(path, classes):
         if len(keyed) < len(lines):
             again = Counter(line.split("\t")[0] for line in lines).most_common(1)[0][0]
             raise ValueError(f"{path} names {again} twice")
-        order = classes or [str(i) for i in range(len(keyed))]
-        if missing := [name for name in order if name not in keyed]:
-            raise ValueError(f"{path} has no names for {', '.join(missing[:3])} ({len(missing)})")
-        lines = [keyed[name] for name in order]
+        classes = classes or [str(i) for i in range(len(keyed))]
     elif classes and len(lines) != len(classes):
-        raise ValueError(f"{path} has {len(lines)} lines, the data {len(classes)} classes")
+        order = names_of_list(len(lines), classes)
+        if not order:
+            why = f"{path} has {len(lines)} lines, the data {len(classes)} classes"
+            raise ValueError(f"{why}: begin each line with the class's name in the data, and a tab")
+        keyed = dict(zip(order, lines))
+    elif classes and all(map(str.isdecimal, classes)):
+        # Shards that were packed when numbers were sorted as texts list them in that order.
+        keyed = dict(zip(data.sort_classes(classes), lines))
+    if keyed:
+        if missing := [name for name in classes if name not in keyed]:
+            raise ValueError(f"{path} has no names for {', '.join(missing[:3])} ({len(missing)})")
+        lines = [keyed[name] for name in classes]
     names = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]
     if [] in names:
         raise ValueError(f"{path}: line {names.index([]) + 1} holds no name")
+    return say_same_names(path, names)
+
+
+def say_same_names(where, names):
+    """These lists of names. A line is printed if they name several classes alike: which of these a
+    picture is nothing can tell."""
+    counts = Counter(", ".join(sorted(set(some))) for some in names)
+    if again := [text for text, count in counts.items() if count > 1]:
+        print(f"{where}: classes that share their names ({len(again)}): {'; '.join(again[:5])}")
     return names
+
+
+def names_of_list(count, classes):
+    """What `count` classes that have no names, of a head or of a list, are called by the data.
+
+    classes  the data's names, or None where it only numbers its classes
+
+    1. If all names are numbers, they are the places in the list, from 0.
+    2. If they are of ImageNet's folders (wnids) and there is a list of these in support/ which is
+       as long, that is it: some of its classes are enough.
+    3. If there are as many, they are in the order of the data's.
+    4. Otherwise nothing tells: None.
+    """
+    if all(map(str.isdecimal, classes or ())):
+        places = {int(name): name for name in classes or ()}
+        if len(places) not in (0, count):
+            print(f"{count} classes without names: the data's numbers count among them, from 0")
+        return [places.get(number, str(number)) for number in range(count)]
+    path, wnids = Path(__file__).with_name("support") / f"imagenet_{count}.txt.xz", []
+    if path.exists():
+        import lzma  # not in every build of Python
+
+        wnids = lzma.decompress(path.read_bytes()).decode().split()
+    known = set(wnids).intersection(classes)
+    if known and (len(known) == len(classes) or len(classes) != count):
+        print(f"{count} classes without names: taken for ImageNet's, in the order of their wnids")
+        return wnids
+    if len(classes) == count:
+        print(f"{count} classes without names: taken for the data's, in the order of their names")
+        return classes
+    return None
 
 
 def read_templates(path):
@@ -417,6 +466,8 @@ def read_templates(path):
     for number, line in enumerate(lines, 1):
         if "{}" not in line:
             raise ValueError(f"{path}: line {number} has no {{}} for the name of a class: {line!r}")
+        if line in lines[: number - 1]:
+            raise ValueError(f"{path}: line {number} repeats an earlier one: {line!r}")
     return lines
 
 
@@ -590,13 +641,20 @@ def task_fewshot(model, sources, run):
 def task_classify(model, sources, run):
     """Top-1 and top-5 of a classifier's head. A picture may have several right classes."""
     source = Bordered(sources[-1], run.border) if run.border else sources[-1]
+    names = model.config.get("class_names")
+    if not (names and source.classes or run.label_map or run.real_labels):
+        names = names_of_list(model.classes, source.classes)
+        if not names:
+            why = f"the model has {model.classes} classes and no names for them"
+            raise ValueError(f"{why}, the data has {len(source.classes)}: give --label-map")
+    say_same_names(run.checkpoint, [[name] for name in names or ()])
     video = run.task == "video"
     scores, what = (over_views(model), "videos") if video else (model, "pictures")
     options, functions = run.options, {"": lambda images: best_five(scores(images))}
     options["centre"] = run.val_crop
     found, labels, numbers = extract(functions, source, model.config, **options)
     found = found[""]  # (n, 6): five classes, the probability of the first
-    answers = right_answers(model, source, labels, numbers.tolist(), run)
+    answers = right_answers(names, model.classes, source, labels, numbers.tolist(), run)
     counted = [i for i, right in enumerate(answers) if right]
     if not counted:
         raise ValueError(f"no labels in {source.identity}: want class folders or .cls files")
@@ -606,7 +664,7 @@ def task_classify(model, sources, run):
     top1 = sum(best[i][0] in answers[i] for i in counted) / len(counted)
     top5 = sum(not answers[i].isdisjoint(best[i]) for i in counted) / len(counted)
     print(f"top-1 {top1:.2%}, top-5 {top5:.2%} on {len(counted)} {what}")
-    names = model.config.get("class_names") or [str(i) for i in range(model.classes)]
+    names = model.config.get("class_names") or names or list(map(str, range(model.classes)))
     speaks = distributed()[0] == 0
     if run.confusion and speaks:
         table = torch.zeros(model.classes, model.classes, dtype=torch.int64)
@@ -655,12 +713,12 @@ class Bordered(data.Part):
         return sample | {"image": lambda: ImageOps.crop(sample["image"](), self.border)}
 
 
-def right_answers(model, source, labels, numbers, run):
+def right_answers(names, classes, source, labels, numbers, run):
     """For each picture the set of the model's classes that are right: empty where none is known.
 
-    labels are the source's class numbers. They are the model's unless both name their classes:
-    then names count; or --label-map says which of the model's classes a class of the data means;
-    or --real-labels (ImageNet-ReaL's real.json) has a list for each number in the files' names.
+    names of the model's `classes` count, and labels are the source's class numbers; or --label-map
+    says which of the model's classes a class of the data means; or --real-labels (ImageNet-ReaL's
+    real.json) has a list for each number in the files' names.
     """
     if run.real_labels:
         try:
@@ -668,34 +726,30 @@ def right_answers(model, source, labels, numbers, run):
             bases = [re.split("[/:]", source.name(number))[-1] for number in numbers]
             keys = [int(re.findall(r"val_(\d{8})", base)[-1]) for base in bases]
             answers = [set(real[key - 1]) if key > 0 else set() for key in keys]
-            if any(type(v) is not int or not 0 <= v < model.classes for a in answers for v in a):
-                raise ValueError(f"answers are numbers from 0 to {model.classes - 1}")
+            if any(type(v) is not int or not 0 <= v < classes for a in answers for v in a):
+                raise ValueError(f"answers are numbers from 0 to {classes - 1}")
             return answers
         except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
             why = f"{run.real_labels} is not real.json of these pictures ({error!r})"
             raise ValueError(f"{why}: a list for each, ILSVRC2012_val_00000001 first") from None
-    of_model = {name: i for i, name in enumerate(model.config.get("class_names") or ())}
+    given = {}  # class of the data: classes of the model, of which several may have the same name
+    for number, name in enumerate(names or ()):
+        given.setdefault(name, set()).add(number)
     found = labels[labels >= 0].unique().tolist()
     of_data = dict(enumerate(source.classes or [])) or {i: str(i) for i in found}  # label: name
     if run.label_map:
         try:
-            given = json.loads(Path(run.label_map).read_text("utf-8"))
-            given = {name: v if isinstance(v, list) else [v] for name, v in given.items()}
-            given = {n: {of_model[v] if isinstance(v, str) else v for v in given[n]} for n in given}
-            fits = (type(v) is int and 0 <= v < model.classes for m in given.values() for v in m)
+            asked = json.loads(Path(run.label_map).read_text("utf-8"))
+            asked = {name: v if isinstance(v, list) else [v] for name, v in asked.items()}
+            parts = {n: [given[v] if isinstance(v, str) else {v} for v in asked[n]] for n in asked}
+            given = {name: set().union(*some) for name, some in parts.items()}
+            fits = (type(v) is int and 0 <= v < classes for m in given.values() for v in m)
             if not all(fits) or not given.keys() & set(of_data.values()):
                 raise ValueError("classes that the model or the data has not")
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             why = f"{run.label_map} is no label map ({error!r})"
             want = "{class of the data: class of the model, or a list}"
             raise ValueError(f"{why}: want {want}") from None
-    elif of_model and source.classes:
-        given = {name: {of_model[name]} for name in of_data.values() if name in of_model}
-    elif source.classes and not all(name.isdigit() for name in of_data.values()):
-        print("the model does not name its classes: the data's are numbered by their sorted names")
-        given = {name: {i} for i, name in of_data.items() if i < model.classes}
-    else:  # numbers
-        given = {name: {int(name)} for name in of_data.values() if int(name) < model.classes}
     unknown = [name for name in of_data.values() if name not in given]
     unknown += [str(label) for label in found if label not in of_data]
     if unknown and not run.label_map:

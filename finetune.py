@@ -33,6 +33,7 @@ import re
 import shlex
 import sys
 import time
+from collections import Counter
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -369,6 +370,10 @@ def prepare(run):
     run.identity = {"stage": "finetune", "data": run.train.identity, "val": run.val.identity}
     run.identity |= {"model": run.config, "init": run.origin}
     run.identity |= {name: getattr(run, name) for name in same}
+    # A head that was learned when numbers were sorted as texts must not go on with other labels.
+    numbers = [name for name in run.train.classes or () if name.isdecimal()]
+    if numbers != sorted(numbers) and run.task not in ("lit", "detect"):
+        run.identity["class_order"] = "by number"
     run.identity = json.loads(json.dumps(run.identity))  # as it will be read again
 
 
@@ -394,10 +399,21 @@ def prepare_labels(run, classes_of_head, pool):
     if run.keep_head and (not run.weights or "head.weight" not in run.weights[0]):
         raise ValueError("--keep-head: there is no head in --init")
     if run.keep_head:
-        state = run.weights[0]
-        count, known = len(state["head.weight"]), classes_of_head or run.train.classes
-        if count != run.classes or known != run.train.classes:
-            raise ValueError("--keep-head: the head in --init is for other classes than the data's")
+        state, grid = run.weights
+        count, wanted = len(state["head.weight"]), run.train.classes
+        wanted = wanted or list(map(str, range(run.classes)))
+        names = classes_of_head or evaluate.names_of_list(count, wanted) or []
+        if names != wanted:  # some of the head's, or in another order
+            times, rows = Counter(names), dict(zip(names, range(count)))
+            if odd := [name for name in wanted if times[name] != 1]:
+                why = f"it has {count}, and not one of them is {odd[0]}"
+                why = f"the head in --init is for other classes than the data's ({why})"
+                raise ValueError(f"--keep-head: {why}: leave --keep-head out")
+            rows = [rows[name] for name in wanted]
+            head = {name: state[name][rows] for name in ("head.weight", "head.bias")}
+            run.weights = {**state, **head}, grid
+            if run.process == 0:
+                print(f"--keep-head: the data has {len(rows)} of the head's {count} classes")
         pool = pool or ("mean" if "fc_norm.weight" in state else "cls")
         if run.pool not in (None, pool):
             raise ValueError(f"--keep-head: the head in --init reads --pool {pool}")

@@ -1378,6 +1378,18 @@ def test_class_folders_are_the_first_level(tmp_path):
     assert labels == dict(zip(names, [1, 0, 0, 2, 1]))
 
 
+def test_names_that_are_numbers_are_classes_in_the_order_of_numbers(tmp_path):
+    """As ImageNetV2's folders 0 to 999; and before all others, if there are any."""
+    by_text = ["0", "1", "10", "11", *"23456789"]
+    folder = write_files(tmp_path / "a", {f"{name}/a.png": tile(1) for name in by_text})
+    source = opened(folder)
+    assert source.classes == [str(i) for i in range(12)]
+    assert {f"{label}/a.png": label for label in range(12)} == relative_labels(source, folder)
+    others = ["1", "01", "x10", "10", "x2", "\u00b2", "2a"]  # a superscript 2 is no number
+    folder = write_files(tmp_path / "b", {f"{name}/a.png": tile(1) for name in others})
+    assert opened(folder).classes == ["01", "1", "10", "2a", "x10", "x2", "\u00b2"]
+
+
 def test_the_order_of_a_folder_is_mixed_and_depends_on_the_paths_alone(tmp_path):
     names = [f"{kind}/{i:03}.png" for kind in ("cat", "dog") for i in range(100)]
     one = write_files(tmp_path / "one", {name: tile(0) for name in names})
@@ -1546,6 +1558,16 @@ def test_a_class_that_changes_is_another_data_set(tmp_path):
             labels = write_labels(tmp_path / f"labels{kind}", classes)
             found.add(data.open_sources(folder, labels=labels)[0].identity)
     assert len(found) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_in_labels_are_in_the_order_of_numbers(tmp_path, kind):
+    names = {"a.png": "10", "b.png": "9", "c.png": "100"}
+    folder = write_files(tmp_path / "p", {name: tile(i) for i, name in enumerate(names)})
+    labels = write_labels(tmp_path / f"labels{kind}", names)
+    source, _ = data.open_sources(folder, labels=labels)
+    assert source.classes == ["9", "10", "100"]
+    assert relative_labels(source, folder) == {"a.png": 1, "b.png": 0, "c.png": 2}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -2063,6 +2085,35 @@ def test_val_packed_after_train_keeps_the_numbers_of_the_classes(tmp_path):
         data.pack(more, f"{out}/more-%d.tar")
     one_line(error)
     assert not list(out.glob("more*"))
+
+
+def test_numbered_folders_are_packed_by_their_numbers(tmp_path):
+    """But an earlier pack's order stays, where an interrupted one goes on or val is added."""
+    files = {f"{i}/{j}.png": tile(10 * i + j) for i in (0, 2, 10) for j in range(2)}
+    folder, out = write_files(tmp_path / "numbered", files), tmp_path / "out"
+
+    def labels(source):
+        return sorted((source.classes[label], pixels) for _, label, pixels in everything(source))
+
+    expected = labels(opened(folder))
+    pack(folder, out / "p-%d.tar", shard_size=2)
+    assert opened(f"{out}/p-*.tar").classes == ["0", "2", "10"]
+    assert labels(opened(f"{out}/p-*.tar")) == expected
+    record = json.loads((out / "pack.json").read_text())
+    (out / "pack.json").write_text(json.dumps(record | {"classes": ["0", "10", "2"]}))
+    for path in out.glob("p-*.tar*"):
+        path.unlink()
+    pack(folder, out / "p-%d.tar", shard_size=2)
+    pack(folder, out / "q-%d.tar", shard_size=2)
+    for name in "pq":
+        source = opened(f"{out}/{name}-*.tar")
+        assert source.classes == ["0", "10", "2"] and labels(source) == expected
+    # A folder beside these shards has their numbers; shards beside the folder are refused.
+    train, val = data.open_sources(f"{out}/p-*.tar", folder)
+    assert train.classes == val.classes and labels(val) == expected
+    with pytest.raises(ValueError, match="other classes than train") as error:
+        data.open_sources(folder, f"{out}/p-*.tar")
+    one_line(error)
 
 
 def test_folders_that_number_their_classes_differently_are_not_one_source(tmp_path):

@@ -576,6 +576,17 @@ def test_features_are_written_once_with_their_keys_and_labels(labelled, encoder,
     assert {path.name for path in tmp_path.iterdir()} == {"val.npz", "train.npz"}
 
 
+def test_numbered_folders_have_their_numbers_order_in_features(encoder, tmp_path):
+    for i in (0, 1, 2, 10, 11):
+        write_picture(tmp_path / "numbered" / str(i) / "a.png", i, 100)
+    flags = ["--out", tmp_path / "out.npz", "--split", "train"]
+    evaluated("features", encoder.path, tmp_path / "numbered", *flags)
+    with np.load(tmp_path / "out.npz") as file:
+        assert file["classes"].tolist() == ["0", "1", "2", "10", "11"]
+        named = {Path(key).parent.name: label for key, label in zip(file["keys"], file["labels"])}
+    assert named == {"0": 0, "1": 1, "2": 2, "10": 3, "11": 4}
+
+
 def test_features_need_no_labels(labelled, encoder, tmp_path):
     flat = tmp_path / "flat"
     shutil.copytree(labelled / "val" / "ant", flat)
@@ -842,21 +853,21 @@ def test_unusable_input_is_refused_in_one_line(tmp_path, labelled, encoder, caps
 
 @pytest.fixture
 def classifier(tmp_path):
-    """A function that writes a classifier which answers by the mean colour of a picture: class i
-    for the highest of its channels, and the folder of pictures whose names say that colour."""
+    """A function that writes a classifier which answers by the mean colour of a picture: the class
+    answers[i] of `classes`, where channel i is the highest."""
 
-    def write(names, **changes):
+    def write(names, answers=(0, 1, 2), classes=3):
         model = models.Classifier(
-            "16x1x2", classes=3, image_size=8, patch_size=8, class_names=names
+            "16x1x2", classes=classes, image_size=8, patch_size=8, class_names=names
         )
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
             model.norm.weight.fill_(1.0)
             # the patch carries the three colours' sums into the first widths; attention copies it
-            for channel in range(3):
+            for channel, answer in enumerate(answers):
                 model.patch_embed["proj"].weight[channel, channel] = 1.0
-                model.head.weight[channel, channel] = 1.0
+                model.head.weight[answer, channel] = 1.0
             attention, block = model.blocks[0].attn, model.blocks[0]
             block.norm1.weight.fill_(1.0)
             attention.qkv.weight[32:48] = torch.eye(16)  # the values are the tokens
@@ -927,13 +938,142 @@ def test_numeric_folders_are_numbers_of_the_models_classes(classifier, tmp_path,
     maps.write_text(json.dumps({"0": 0, "1": 1, "2": 2}))
     assert classified(capsys, *where, "--data", pictures, "--label-map", maps)["top1"] == 1.0
     (tmp_path / "away").rename(pictures / "1")
-    # Sorted as texts, 10 stands before 2: the map says what is meant.
+    # Three classes have no 10: the map says what is meant.
     (pictures / "2").rename(pictures / "10")
     with pytest.raises(SystemExit):
         classified(capsys, *where, "--data", pictures)
     assert "the model knows no 10" in capsys.readouterr().err
     maps.write_text(json.dumps({"0": 0, "1": 1, "10": 2}))
     assert classified(capsys, *where, "--data", pictures, "--label-map", maps)["top1"] == 1.0
+
+
+def test_numeric_classes_of_a_head_that_was_trained_in_another_order(classifier, tmp_path, capsys):
+    """Checkpoints keep their names: what was once sorted as texts is not relabelled."""
+    pictures = coloured(tmp_path / "pictures", ["10", "2", "0"])
+    for names, answers in ((["0", "10", "2"], (1, 2, 0)), (["0", "2", "10"], (2, 1, 0))):
+        where = ["--checkpoint", classifier(names, answers), "--data", pictures]
+        assert classified(capsys, *where)["top1"] == 1.0
+
+
+WNIDS = ["n02123045", "n01440764", "n15075141"]  # a tabby cat, a tench, toilet tissue
+
+
+def packed(folder):
+    data.pack(str(folder), f"{folder}-%d.tar")
+    return f"{folder}-*.tar"
+
+
+def listed(folder):
+    """Pictures that lie in one folder, and a file of their classes: what --data is for them."""
+    rows = [f"{path.relative_to(folder)},{path.parent.name}" for path in folder.rglob("*.png")]
+    Path(f"{folder}.csv").write_text("\n".join(rows))
+    return f"{folder}", "--labels", f"{folder}.csv"
+
+
+def both_splits(folder):
+    """As train/ and val/, of which only the latter is measured, without one of the classes."""
+    shutil.copytree(folder, folder.parent / "both" / "train")
+    shutil.copytree(folder, folder.parent / "both" / "val")
+    shutil.rmtree(folder.parent / "both" / "val" / min(os.listdir(folder)))
+    return folder.parent / "both"
+
+
+@pytest.mark.parametrize("kind", [str, packed, listed, both_splits])
+def test_wnids_are_classes_of_a_released_head(kind, classifier, tmp_path, capsys):
+    """Where a head of ImageNet's 1,000 classes meets three of its folders."""
+    where = kind(coloured(tmp_path / "three", WNIDS))
+    where = where if isinstance(where, tuple) else (where,)
+    checkpoint = classifier(None, answers=(281, 0, 999), classes=1000)
+    found = classified(capsys, "--checkpoint", checkpoint, "--data", *where)
+    assert found["top1"] == 1.0 and found["pictures"] == (6 if kind is not both_splits else 4)
+    wrong = classifier(None, answers=(0, 1, 2), classes=1000)  # the places among three folders
+    assert classified(capsys, "--checkpoint", wrong, "--data", *where)["top1"] == 0.0
+
+
+def test_wnids_by_facts_that_are_known_of_the_lists():
+    """Their length, some famous places, and that they are sorted."""
+    tabby, tench, tissue = WNIDS
+    known = {1000: {tench: 0, "n02099712": 208, tabby: 281, "n02504458": 386, "n04399382": 850,
+                    "n07753592": 954, tissue: 999},  # tench, labrador, cat, elephant, teddy, banana
+             21841: {tench: 359, "n01443537": 368, "n01484850": 460, "n01491361": 475},
+             21843: {tench: 359, "n01443537": 368, "n01484850": 460, "n01491361": 475}}  # fmt: skip
+    lists = {count: evaluate.names_of_list(count, [*places]) for count, places in known.items()}
+    for count, names in lists.items():
+        assert len(set(names)) == count and names == sorted(names)
+        assert {name: names.index(name) for name in known[count]} == known[count]
+    # Google's list has two more than the release of fall 2011, which lacks the teddy bear.
+    assert set(lists[21843]) - set(lists[21841]) == {"n03931044", "n09859684"}
+    assert set(lists[1000]) - set(lists[21841]) == {"n04399382"}
+
+
+def test_without_the_lists_of_wnids_nothing_is_guessed(tmp_path, monkeypatch):
+    """Where evaluate.py was copied alone."""
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
+    assert evaluate.names_of_list(1000, WNIDS) is None
+    assert evaluate.names_of_list(3, WNIDS) == WNIDS
+
+
+def test_a_head_of_21841_classes_knows_wnids_and_says_which_it_does_not(
+    classifier, tmp_path, capsys
+):
+    pictures = coloured(tmp_path / "pictures", ["n01484850", "n01440764", "n01443537"])
+    checkpoint = classifier(None, answers=(460, 359, 368), classes=21841)
+    assert classified(capsys, "--checkpoint", checkpoint, "--data", pictures)["top1"] == 1.0
+    (pictures / "n01440764").rename(pictures / "n04399382")  # a teddy bear
+    asked = ["--task", "classify", "--checkpoint", checkpoint, "--data", pictures]
+    line, _ = refused(capsys, *map(str, asked))
+    assert "the model knows no n04399382 (1 of the data's classes): give --label-map" in line
+
+
+def test_pictures_of_mistakes_name_the_classes_of_a_released_head(
+    classifier, tmp_path, capsys, monkeypatch
+):
+    lines = []
+    monkeypatch.setattr(evaluate, "draw_mistakes", lambda *given: lines.extend(given[1]))
+    monkeypatch.setattr(evaluate, "draw_confusion", lambda *given: lines.extend(given[1]))
+    where = ["--data", coloured(tmp_path / "pictures", WNIDS)]
+    where += ["--checkpoint", classifier(None, answers=(281, 850, 999), classes=1000)]
+    for flag in ("--mistakes", "--confusion"):
+        classified(capsys, *where, flag, tmp_path / "drawn.png")
+        if flag == "--mistakes":
+            assert len(lines) == 2 and all(line.startswith("n04399382 (") for line in lines)
+            assert all(line.endswith("), is n01440764") for line in lines)
+            lines.clear()
+    assert len(lines) == 1000 and lines[281] == "n02123045"
+
+
+def test_a_head_without_names_and_other_numbers_of_classes_is_refused(
+    classifier, tmp_path, capsys, monkeypatch
+):
+    pictures = coloured(tmp_path / "pictures", ["a", "b", "c"])
+    where = ["--checkpoint", classifier(None), "--data", pictures]
+    assert classified(capsys, *where)["top1"] == 1.0  # as many as the head has: in their order
+    (pictures / "a").rename(tmp_path / "away")
+    asked = ["--task", "classify", *map(str, where)]
+    monkeypatch.setattr(evaluate, "extract", None)  # would fail: before anything is computed
+    line, _ = refused(capsys, *asked)
+    assert "the model has 3 classes and no names for them, the data has 2: give --label-map" in line
+    where[1] = classifier(None, classes=1000)  # these are no wnids
+    assert "has 1000 classes" in refused(capsys, *asked)[0]
+    monkeypatch.undo()
+    (tmp_path / "map.json").write_text(json.dumps({"b": 1, "c": 2}))
+    assert classified(capsys, *where, "--label-map", tmp_path / "map.json")["top1"] == 1.0
+
+
+def test_classes_of_a_head_that_share_a_name_both_count(classifier, tmp_path, capsys):
+    """ImageNet has two cranes: where the data has one of that name, either is right."""
+    pictures = coloured(tmp_path / "pictures", ["crane", "ox", "yak"])
+    for answer in (0, 3):
+        checkpoint = classifier(["crane", "ox", "yak", "crane"], (answer, 1, 2), 4)
+        assert classified(capsys, "--checkpoint", checkpoint, "--data", pictures)["top1"] == 1.0
+    where = ["--checkpoint", checkpoint, "--data", coloured(tmp_path / "more", ["a", "ox", "yak"])]
+    (tmp_path / "map.json").write_text(json.dumps({"a": "crane", "ox": "ox", "yak": ["yak"]}))
+    evaluate.main(
+        ["--task", "classify", "--label-map", str(tmp_path / "map.json"), *map(str, where)]
+    )
+    printed = capsys.readouterr().out
+    assert "classes that share their names (1): crane" in printed
+    assert json.loads(printed.splitlines()[-1])["top1"] == 1.0
 
 
 def test_real_labels_have_several_answers_or_none(classifier, tmp_path, capsys):
@@ -1060,13 +1200,49 @@ def test_names_of_classes(tmp_path):
     assert evaluate.read_class_names(path, ["n01", "n02"]) == [["shark"], ["ox", "bull"]]
 
 
+def test_a_line_of_names_belongs_to_the_folder_of_its_number(tmp_path):
+    """The third line to the folder 2, also of shards that list 10 before 2."""
+    path = tmp_path / "names.txt"
+    path.write_text("\n".join(f"name {i}" for i in range(12)))
+    for i in range(12):
+        write_picture(tmp_path / "numbered" / str(i) / "a.png", i, 100)
+    in_order = [str(i) for i in range(12)]
+    for classes in (data.Folder(str(tmp_path / "numbered")).classes, in_order, sorted(in_order)):
+        found = evaluate.read_class_names(path, classes)
+        assert dict(zip(classes, found)) == {str(i): [f"name {i}"] for i in range(12)}
+    # Some of the folders; and folders from 1 on, which are as many as the lines.
+    assert evaluate.read_class_names(path, ["2", "10"]) == [["name 2"], ["name 10"]]
+    from_one = [str(i) for i in range(1, 13)]
+    assert evaluate.read_class_names(path, from_one) == [[f"name {i}"] for i in range(12)]
+
+
+def test_names_of_all_of_imagenet_for_some_of_its_folders(tmp_path, capsys):
+    """And two classes may share a name, as the missiles of the list that CLIP's authors use."""
+    path = tmp_path / "names.txt"
+    names = [f"name {i}" for i in range(1000)]
+    names[657] = names[744] = "missile"
+    path.write_text("\n".join(names))
+    found = evaluate.read_class_names(path, ["n15075141", "n01440764", "n02123045"])
+    assert found == [["name 999"], ["name 0"], ["name 281"]]
+    assert "share" not in capsys.readouterr().out
+    found = evaluate.read_class_names(path, None)
+    assert len(found) == 1000 and found[657] == found[744] == ["missile"]
+    assert "classes that share their names (1): missile\n" in capsys.readouterr().out
+    path.write_text("a\tox, bull\nb\tbull,ox\nc\tbull\n")  # the same of several names
+    found = evaluate.read_class_names(path, ["c", "b", "a"])
+    assert found == [["bull"], ["bull", "ox"], ["ox", "bull"]]
+    assert "classes that share their names (1): bull, ox\n" in capsys.readouterr().out
+    assert evaluate.read_class_names(None, ["a_b", "a-b"]) == [["a b"], ["a b"]]
+    assert "share their names (1): a b" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("text", "classes", "said"),
     [
         ("ox\n\ncat\n", None, "line 2 is blank"),
-        ("ox\ncat\nox\n", None, "line 3 repeats line 1"),
         ("", None, "is empty"),
-        ("ox\ncat\n", ["a"], "has 2 lines, the data 1 classes"),
+        ("ox\ncat\n", ["a"], "has 2 lines, the data 1 classes: begin each line with the class"),
+        ("ox\ncat\n", ["0", "1", "2"], "no names for 2 (1)"),
         ("a\tox\ncat\n", None, "line 2 has no tab"),
         ("a\tox\nb\tcat\n", ["a", "c"], "no names for c (1)"),
         ("a\tox\na\tcat\n", ["a"], "names a twice"),
@@ -1085,6 +1261,9 @@ def test_unusable_names_of_classes_are_refused(text, classes, said, tmp_path):
 def test_a_template_without_a_place_for_the_name_is_refused(tmp_path):
     (tmp_path / "templates.txt").write_text("a {}\na photo\n")
     with pytest.raises(ValueError, match="line 2 has no {}"):
+        evaluate.read_templates(tmp_path / "templates.txt")
+    (tmp_path / "templates.txt").write_text("a {}\nthe {}\na {}")
+    with pytest.raises(ValueError, match="line 3 repeats"):
         evaluate.read_templates(tmp_path / "templates.txt")
     assert all("{}" in template for template in evaluate.read_templates(None))
 

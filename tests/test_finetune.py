@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import shutil
 import tarfile
 
@@ -575,6 +576,69 @@ def test_unusable_input_is_refused_in_one_line(pets, photos, tmp_path, capsys):
     line = refused(capsys, *common, *numbered, "--val-data", unlabelled)
     assert "no labels in" in line  # before a step is trained
     assert not (tmp_path / "run").exists()
+
+
+def test_numbered_classes_are_learned_in_the_order_of_their_numbers(
+    pets, tmp_path, monkeypatch, capsys
+):
+    """A run that began when they were sorted as texts is not continued with other labels."""
+    for split in ("train", "val"):
+        for number, name in (("2", "cats"), ("10", "dogs"), ("1", "owls")):
+            shutil.copytree(pets / split / name, tmp_path / "pets" / split / number)
+    asked = ["--task", "classify", *TINY, "--workers", "0", "--steps", "2", "--save-every", "1"]
+    asked += ["--data", str(tmp_path / "pets"), "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(data, "sort_classes", sorted)
+    finetune.main(asked)
+    monkeypatch.undo()
+    assert models.read_weights(tmp_path / "run/model.pt")[1]["class_names"] == ["1", "10", "2"]
+    assert "class_order was None, is by number" in refused(capsys, *asked)
+    asked[-1] = str(tmp_path / "new")
+    finetune.main(asked)
+    assert models.read_weights(tmp_path / "new/model.pt")[1]["class_names"] == ["1", "2", "10"]
+    finetune.main(asked)  # it goes on
+    # The order of others is what it was, and so are their runs.
+    for split in ("train", "val"):
+        (tmp_path / "pets" / split / "10").rename(tmp_path / "pets" / split / "3")
+    asked[-1] = str(tmp_path / "as before")
+    monkeypatch.setattr(data, "sort_classes", sorted)
+    finetune.main(asked)
+    monkeypatch.undo()
+    finetune.main(asked)
+
+
+def test_a_kept_head_finds_the_classes_of_the_data(pets, tmp_path, capsys):
+    """Of a released head, of one whose classes are in another order, and of some of them."""
+    names = {"cats": "n02123045", "dogs": "n01440764", "owls": "n15075141"}
+    for split in ("train", "val"):
+        for name, wnid in names.items():
+            shutil.copytree(pets / split / name, tmp_path / "wnids" / split / wnid)
+    asked = ["--task", "classify", *TINY, "--workers", "0", "--lr", "1e-30", "--steps", "1"]
+    asked += ["--keep-head"]
+
+    def kept(count, class_names, data, name):
+        model = models.Classifier("16x2x2", count, image_size=16, patch_size=4, head_std=1.0)
+        config = model.config | {"class_names": class_names}
+        models.save_weights(tmp_path / f"{name}.pt", model.state_dict(), config)
+        where = ["--init", f"{tmp_path}/{name}.pt", "--data", data, "--out", tmp_path / name]
+        finetune.main(list(map(str, asked + where)))
+        state, config = models.read_weights(tmp_path / name / "model.pt")
+        assert config["class_names"] == sorted(os.listdir(data / "train"))
+        return state, model.state_dict()
+
+    for case in ((1000, None, tmp_path / "wnids", "released", [0, 281, 999]),
+                 (5, ["owls", "x", "cats", "x", "dogs"], pets, "named", [2, 4, 0]),
+                 (3, None, pets, "unnamed", [0, 1, 2])):  # fmt: skip
+        state, before = kept(*case[:-1])
+        for name in ("head.weight", "head.bias"):
+            torch.testing.assert_close(state[name], before[name][case[-1]])
+    capsys.readouterr()
+    for count, class_names, odd in ((4, None, "cats"), (4, ["cats", "dogs", "owls", "owls"], "owls"),
+                                    (3, ["cats", "dogs", "emus"], "owls")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            kept(count, class_names, pets, "refused")
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"it has {count}, and not one of them is {odd}): leave --keep-head out" in line
+        assert not (tmp_path / "refused").exists()
 
 
 def test_a_kept_head_reads_what_it_was_trained_on(pets, tmp_path):

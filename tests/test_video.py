@@ -269,6 +269,18 @@ def test_folders_of_frames_and_animations(tmp_path):
         data.VideoFolder(str(tmp_path / "empty"))
 
 
+def test_numbers_are_in_their_order_as_classes_of_videos(tmp_path):
+    for i in (10, 2, 0):
+        frames_of(tmp_path / "numbered" / str(i) / "clip", 2)
+    source = data.VideoFolder(str(tmp_path / "numbered"))
+    assert source.classes == ["0", "2", "10"]
+    (tmp_path / "list.csv").write_text("2/clip,7\n10/clip,70\n0/clip,8\n")
+    source, _ = data.open_sources(str(tmp_path / "numbered"), None, (8, 8), f"{tmp_path}/list.csv",
+                                  videos=True)  # fmt: skip
+    assert source.classes == ["7", "8", "70"]
+    assert dict(zip(source.paths, source.labels)) == {"2/clip": 0, "0/clip": 1, "10/clip": 2}
+
+
 def test_shards_with_several_frames_or_an_animation(tmp_path, capsys):
     stream = io.BytesIO()
     grey(50).save(stream, "GIF", save_all=True, append_images=[grey(60), grey(70)])
@@ -569,6 +581,19 @@ def test_evaluation_is_the_mean_over_all_views_in_any_batch(run, videos):
             evaluate.over_views(model)(data.normalize(batch["images"])), mean.log()
         )
     assert found["top1"] == (mean.argmax(dim=1) == batch["labels"]).float().mean().item()
+
+
+def test_a_head_without_names_wants_as_many_classes(run, videos, tmp_path):
+    state, config = models.read_weights(run[0] / "model.pt")
+    models.save_weights(tmp_path / "model.pt", state, config | {"class_names": None})
+    how = "--data", videos, "--clips", 2, "--crops", 3, "--stride", 2
+    assert evaluated(tmp_path, *how) == evaluated(run[0], *how)
+    shutil.copytree(videos / "val", tmp_path / "more")
+    shutil.copytree(tmp_path / "more/a", tmp_path / "more/c")
+    how = "--task", "video", "--checkpoint", tmp_path / "model.pt", "--data", tmp_path / "more"
+    done = stage(*how, program="evaluate.py")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "has 2 classes and no names for them, the data has 3: give --label-map" in done.stderr
 
 
 def test_what_is_wrong_is_said_in_one_line(videos, tmp_path):
