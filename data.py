@@ -238,8 +238,9 @@ def open_sources(
     videos       of these instead: a folder has folders of frames and video files in it, or is that
                  of a list of them, data itself: see read_video_labels
 
-    Without val_data, toy has its own, and so has a folder with train/ and val/ in it (unless labels
-    list its pictures). Raises ValueError with one line that says what to do.
+    Without val_data, toy has its own, and so has a folder with train/ and val/ in it, or what else
+    these are called: see SPLITS. Its test/ is left out. (Where labels list a folder's pictures,
+    folders mean nothing.) Raises ValueError with one line that says what to do.
     """
     if videos and data.endswith(LISTS) and os.path.isfile(data):
         data, labels = os.path.dirname(data) or ".", labels or data
@@ -247,17 +248,82 @@ def open_sources(
         val_data, val_labels = os.path.dirname(val_data) or ".", val_labels or val_data
     if labels and not os.path.isdir(data) or val_labels and not os.path.isdir(val_data or data):
         raise ValueError("--labels and --val-labels want a folder that their paths lie in")
-    folders = [os.path.join(data, name) for name in ("train", "val")]
+    if val_data and not val_labels and find_splits(val_data):
+        raise ValueError(f"{val_data} holds several splits: give one of its folders as --val-data")
     if data == "toy":
         val_data = val_data or "toy"
-    elif all(map(os.path.isdir, folders)) and not labels:
-        data, val_data = folders[0], val_data or folders[1]
+    elif not labels and (splits := find_splits(data)):
+        data, own = choose_splits(data, splits)
+        val_data = val_data or own
     elif val_labels:
         val_data = val_data or data
     how = cache, caption_key, videos
     train = open_source(data, size, None, "train", labels, *how)
     val = val_data and open_source(val_data, size, train.classes, "val", val_labels, *how)
     return train, val or None
+
+
+# What folders of splits are called, in any case.
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+SPLITS |= {"test": "test", "testing": "test"}
+
+
+def find_splits(root):
+    """{"train", "val", "test", "other": names of the folders below root that are this split, or
+    none, but hold pictures or videos}; {} where root is no folder, or has no splits.
+
+    A folder train is none if no other folder holds pictures: then all of them are to train on. Nor
+    is it among folders with other names if there are pictures in it, not folders of them: then it
+    is a class, of trains.
+    """
+    found, others = {}, []
+    for name in sorted(os.listdir(root)) if os.path.isdir(root) else ():
+        if name.lower() in SPLITS and os.path.isdir(os.path.join(root, name)):
+            found.setdefault(SPLITS[name.lower()], []).append(name)
+        elif name[0] != "." and os.path.isdir(os.path.join(root, name)):
+            others.append(name)
+    others = [name for name in others if found and holds_pictures(os.path.join(root, name))]
+    if list(found) == ["train"] and len(found["train"]) == 1:
+        within = os.listdir(os.path.join(root, *found["train"]))
+        found = {} if not others or any(map(is_media, within)) else found
+    return found | ({"other": others} if found and others else {})
+
+
+def holds_pictures(folder):
+    """Whether there are pictures or videos anywhere below a folder."""
+    try:
+        return any(is_media(name) for _, names in walk(folder) for name in names)
+    except ValueError:  # it cannot be read: lost+found, say
+        return False
+
+
+def is_media(name):
+    return name.lower().endswith(PICTURES + VIDEOS) and not name.startswith(".")
+
+
+def choose_splits(root, found):
+    """(folder to train on, folder to measure on or None) of what find_splits found in root.
+
+    Says that test is left out. Raises ValueError with the line to type where there are other
+    folders with pictures, which may be classes; two folders of a split; or nothing to train on.
+    """
+    train, val, test, other = (found.get(split, []) for split in ("train", "val", "test", "other"))
+    splits, files = ", ".join(train + val + test), list(filter(is_media, os.listdir(root)))
+    train, val, test = ([os.path.join(root, name) for name in some] for some in (train, val, test))
+    other = other or ([] if train else sorted(files))
+    if len(train) != 1 or len(val) > 1 or other:
+        typed = ["--data", (train or val or test)[0]]
+        typed += ["--val-data", val[0]] if train and val else []
+        beside = f" beside {', '.join(other[:3])}" if other else ""
+        unless = ", or move the splits elsewhere (if they are classes: --labels)" if other else ""
+        why = f"{root} holds the splits {splits}{beside}"
+        raise ValueError(f"{why}: type {shlex.join(typed)}{unless}")
+    if os.environ.get("RANK", "0") == "0":
+        for path in test:
+            print(f"{path}: left out (to measure on it, give it as --val-data)")
+        if files:
+            print(f"{root}: {len(files)} files beside the folders of its splits are left out")
+    return train[0], val[0] if val else None
 
 
 def open_source(data, size, classes, split, labels, cache, caption_key, videos):
@@ -2339,8 +2405,10 @@ def pack(folder, pattern, short_side=None, shard_size=None, max_pixels=MAX_PIXEL
     limit_pixels(max_pixels)
     if not re.fullmatch(r"[^%]*%\d*d[^%/]*\.tar", pattern):
         raise ValueError(f"{pattern} must hold one number in the file's name, as in OUT-%05d.tar")
-    if all(os.path.isdir(os.path.join(folder, split)) for split in ("train", "val")):
-        raise ValueError(f"pack {folder}/train and {folder}/val one after the other")
+    if splits := find_splits(folder):
+        names = [name for split in ("train", "val", "test") for name in splits.get(split, [])]
+        parts = ", ".join(os.path.join(folder, name) for name in names)
+        raise ValueError(f"{folder} holds splits: pack {parts} one after the other")
     out, name = os.path.split(pattern)
     every = re.sub(r"%\d*d", "[0-9]*", glob.escape(pattern))
     record = pack_record(out)

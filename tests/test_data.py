@@ -1425,6 +1425,120 @@ def test_train_and_val_of_a_folder_share_their_classes(tmp_path, named):
     one_line(error)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train", "val", "test"),
+        ("train", "valid", "test"),  # of Roboflow and ultralytics
+        ("training", "validation", "testing"),
+        ("Train", "VAL", "Test"),
+        ("train", "valid", None),
+        ("train", None, "test"),
+    ],
+)
+@pytest.mark.parametrize("videos", [False, True])
+def test_folders_of_splits_are_known_by_their_usual_names(tmp_path, capsys, names, videos):
+    """And test is never trained on, nor measured on without --val-data."""
+    train, val, test = names
+    files = {f"{split}/{kind}/{i}/{split}.png": tile(i) for split in names if split
+             for kind in ("cat", "dog") for i in range(2)}  # fmt: skip
+    folder = write_files(tmp_path / "pets", files | {"notes/readme.txt": b"hello"})
+    opened = data.open_sources(folder, videos=videos)
+    assert [source and source.root for source in opened] == [
+        f"{folder}/{train}",
+        val and f"{folder}/{val}",
+    ]
+    for source in filter(None, opened):
+        assert source.classes == ["cat", "dog"] and source.sizes.sum() == 4
+    left_out = f"{folder}/{test}: left out (to measure on it, give it as --val-data)\n"
+    assert capsys.readouterr().out == (left_out if test else "")
+    if test:
+        measured = data.open_sources(folder, f"{folder}/{test}", videos=videos)[1]
+        assert measured.root == f"{folder}/{test}" and measured.sizes.sum() == 4
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        (
+            ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/dog/d.png", "emu/e.png"),
+            "the splits train, val beside emu: type --data {0}/train --val-data {0}/val, or move",
+        ),
+        (("train/cat/a.png", "emu/b.png"), "splits train beside emu: type --data {0}/train, or"),
+        (("cat/a.png", "dog/b.png", "Test/c.png"), "Test beside cat, dog: type --data {0}/Test,"),
+        (("a.png", "b.png", "test/c.png"), "test beside a.png, b.png: type --data {0}/test, or"),
+        (("test/cat/a.png", "test/dog/a.png"), "the splits test: type --data {0}/test"),
+        (("valid/a.png", "test/b.png"), "the splits valid, test: type --data {0}/valid"),
+        (
+            ("train/a/a.png", "val/a/a.png", "valid/a/a.png"),
+            "the splits train, val, valid: type --data {0}/train --val-data {0}/val",
+        ),
+        (("train/a.png", "training/a.png"), "train, training: type --data {0}/train"),
+    ],
+)
+def test_splits_beside_classes_are_refused_with_the_line_to_type(tmp_path, names, said):
+    folder = write_files(tmp_path / "mixed", {name: tile(1) for name in names})
+    for videos in (False, True):
+        with pytest.raises(ValueError) as error:
+            data.open_sources(folder, videos=videos)
+        assert said.format(folder) in one_line(error)
+    with pytest.raises(ValueError, match="one after the other") as error:
+        data.pack(folder, f"{tmp_path}/out/p-%d.tar")
+    first = said.split("/")[-1].split()[0].rstrip(",")
+    assert f"{folder}/{first}" in one_line(error) and not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="give one of its folders as --val-data") as error:
+        data.open_sources("toy", folder)
+    one_line(error)
+
+
+def test_a_line_that_a_refusal_says_can_be_typed(tmp_path):
+    names = ["train/cat/a.png", "train/test/b.png", "val/cat/c.png", "val/test/d.png", "x/e.png"]
+    folder = write_files(tmp_path / "my pets", {name: tile(i) for i, name in enumerate(names)})
+    with pytest.raises(ValueError) as error:
+        data.open_sources(folder)
+    typed = shlex.split(re.search("type (.*), or", str(error.value))[1])
+    assert typed == ["--data", f"{folder}/train", "--val-data", f"{folder}/val"]
+
+
+def test_folders_that_are_no_splits(tmp_path, monkeypatch, capsys):
+    """A class of vehicles; train/ alone; folders without pictures, hidden or that nobody may read;
+    and what the pictures' labels or the chosen folder decide."""
+    names = ["bus/a.png", "train/b.png", "boat/c.png"]
+    folder = write_files(tmp_path / "vehicles", {name: tile(i) for i, name in enumerate(names)})
+    assert opened(folder).classes == ["boat", "bus", "train"]
+    data.pack(folder, f"{tmp_path}/out/p-%d.tar")
+    assert opened(f"{tmp_path}/out/p-*.tar").classes == ["boat", "bus", "train"]
+    files = {"train/cat/a.png": tile(1), "train/dog/b.png": tile(2), ".test/c.png": tile(3)}
+    folder = write_files(tmp_path / "alone", files | {"labels/train/a.txt": b"0"})
+    source, val = data.open_sources(folder)
+    assert source.sizes.sum() == 2 and source.classes is val is None
+    # As before there were names of splits: checkpoints of runs hold it.
+    assert source.identity == "2 pictures, a476d200ab2586d6"
+    files = {"train/test/a.png": tile(1), "train/val/b.png": tile(2), "val/test/c.png": tile(3)}
+    folder = write_files(tmp_path / "inside", files | {"lost+found/d.png": tile(4)})
+    scandir = os.scandir
+
+    def unreadable(path):
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", unreadable)
+    train, val = data.open_sources(folder)
+    assert train.classes == val.classes == ["test", "val"] and val.sizes.sum() == 1
+    monkeypatch.undo()
+    labels = tmp_path / "labels.csv"
+    labels.write_text("train/test/a.png,x\nval/test/c.png,y\n")
+    source, _ = data.open_sources(folder, labels=str(labels))
+    assert source.classes == ["x", "y"]
+    capsys.readouterr()
+    write_files(folder, {"stray.png": tile(5)})
+    shutil.rmtree(f"{folder}/lost+found")
+    assert data.open_sources(folder)[0].sizes.sum() == 2
+    line = "1 files beside the folders of its splits are left out\n"
+    assert capsys.readouterr().out.endswith(line)
+
+
 def test_val_data_takes_the_place_of_a_folders_own_val(tmp_path):
     names = ["train/cat/a.png", "train/dog/b.png", "val/dog/c.png", "val/cat/d.png"]
     folder = write_files(tmp_path / "pets", {name: tile(i) for i, name in enumerate(names)})

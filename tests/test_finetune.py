@@ -606,6 +606,22 @@ def test_numbered_classes_are_learned_in_the_order_of_their_numbers(
     finetune.main(asked)
 
 
+def test_splits_are_no_classes(pets, tmp_path, capsys):
+    """train, valid and test of a folder: the first is learned, the second measured."""
+    for split, name in (("train", "train"), ("val", "valid"), ("val", "test")):
+        shutil.copytree(pets / split, tmp_path / "pets" / name)
+    asked = ["--task", "classify", *TINY, "--workers", "0", "--steps", "1"]
+    asked += ["--out", str(tmp_path / "run"), "--data", str(tmp_path / "pets")]
+    finetune.main(asked)
+    where = ["--checkpoint", str(tmp_path / "run" / "model.pt"), *asked[-2:], "--workers", "0"]
+    assert models.read_weights(where[1])[1]["class_names"] == ["cats", "dogs", "owls"]
+    for more in ([], ["--val-data", str(tmp_path / "pets" / "test")]):
+        evaluate.main(["--task", "classify", *where, *more])
+        printed = capsys.readouterr().out
+        assert f"{tmp_path}/pets/test: left out (to measure on it" in printed
+        assert json.loads(printed.splitlines()[-1])["pictures"] == 12
+
+
 def test_a_kept_head_finds_the_classes_of_the_data(pets, tmp_path, capsys):
     """Of a released head, of one whose classes are in another order, and of some of them."""
     names = {"cats": "n02123045", "dogs": "n01440764", "owls": "n15075141"}

@@ -336,6 +336,23 @@ def test_an_unreadable_held_out_picture_does_not_end_a_run(photos, tmp_path):
     assert "no more is shown: no readable picture" in ran.stdout
 
 
+def test_pictures_of_the_test_split_are_never_trained_on(photos, tmp_path, capsys):
+    """They are unreadable here: one that was drawn would be counted."""
+    (tmp_path / "split" / "test").mkdir(parents=True)
+    photos.rename(tmp_path / "split" / "Train")
+    for i in range(40):
+        (tmp_path / "split" / "test" / f"{i}.png").touch()
+    ran = stage(*TINY, "--data", tmp_path / "split", "--out", tmp_path / "run")
+    assert ran.returncode == 0, ran.stderr
+    assert f"{tmp_path}/split/test: left out" in ran.stdout
+    assert "38 of them" in ran.stdout and "2 others to measure on" in ran.stdout
+    assert all(line["bad"] == 0 for line in read_metrics(tmp_path / "run"))
+    (tmp_path / "split" / "cats").mkdir()
+    (tmp_path / "split" / "cats" / "a.png").touch()
+    line = refused(capsys, *TINY, "--data", str(tmp_path / "split"))
+    assert f"type --data {tmp_path}/split/Train, or move the splits elsewhere" in line
+
+
 def test_few_pictures_without_classes_are_enough(photos, tmp_path):
     for path in sorted(photos.iterdir())[10:]:
         path.unlink()
