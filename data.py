@@ -397,13 +397,16 @@ class Folder:
         self.paths = sorted(entries, key=lambda path: (stable_hash(path), path))
         self.sizes = np.ones(len(self.paths), dtype=np.int64)
         names = [entries[path].get("class") for path in self.paths]
-        found, self.classes = set(names), None
-        if None not in found and (classes or labels or len(found) > 1):
+        found, self.classes = set(names) - {None}, None
+        if found and (labels or None not in names) and (classes or labels or len(found) > 1):
             unknown = sorted(found - set(classes or found))
             if unknown:
                 raise ValueError(f"{root} has classes that train has not: {', '.join(unknown[:5])}")
             self.classes = classes or sort_classes(found)
-        elif found != {None}:
+            if None in names:
+                text = f"{labels}: {self.what} without a class: {names.count(None)}"
+                print(text, file=sys.stderr)
+        elif found:
             why = f"they would be the folders, two or more, of all {self.what}"
             print(f"{root}: no classes ({why})")
         numbers = {name: number for number, name in enumerate(self.classes or [])}
@@ -472,9 +475,9 @@ def read_labels(path, caption_key="caption"):
 
     .jsonl: lines of {"path", and "class", "hashtags" or "caption", a text or a list of texts}.
     .csv: lines of path,class, perhaps under a head line; or the columns of a head line that names
-    "path" and "caption". .json: iNaturalist's, {"images": [{"id", "file_name"}], "annotations":
+    "path", and "class" or "caption"; spaces around cells do not count. .json: iNaturalist's, {"images": [{"id", "file_name"}], "annotations":
     [{"image_id", "category_id"}], "categories": [{"id", "name"}]}. A picture's captions may stand
-    in several entries. Entries that are damaged, name no picture or contradict an earlier one are
+    in several entries. An empty class is none. Entries that are damaged, name no picture or contradict an earlier one are
     counted and left out. Raises ValueError, one line, when the file is none of these.
     """
     found, bad, kind = {}, 0, path.rpartition(".")[2]
@@ -482,19 +485,27 @@ def read_labels(path, caption_key="caption"):
         raise ValueError(f"{path} is no file of labels: want .jsonl, .csv or .json")
     try:
         with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            rows, head = file, ["path", "class"]
+            rows, head, first = file, ["path", "class"], []
             if kind == "csv":
-                rows = csv.reader(file, strict=True)
+                rows = filter(None, csv.reader(file, strict=True, skipinitialspace=True))
+                first = [cell.strip() for cell in next(rows, [])]
+                head = first if {"path", caption_key} & set(first) else head
+                rows = itertools.chain([first], rows)
             elif kind == "json":
                 content = json.load(file)
                 names = {entry["id"]: entry["name"] for entry in content["categories"]}
+                counts = Counter(map(str, names.values()))
+                if again := [name for name, count in counts.items() if count > 1]:
+                    why = f"categories of the same name, each of which is one class ({len(again)})"
+                    print(f"{path}: {why}: {', '.join(again[:5])}", file=sys.stderr)
                 files = {entry["id"]: entry["file_name"] for entry in content["images"]}
                 rows = content["annotations"]
             for number, row in enumerate(filter(None, rows)):
                 try:
                     if kind == "csv":
-                        head = row if number == 0 and caption_key in row else head
                         facts = dict(zip(head, row, strict=True))
+                        # Captions stay as they are: they are part of what a data set is told by.
+                        facts |= {n: facts[n].strip() for n in head if n != caption_key}
                     elif kind == "jsonl":
                         facts = json.loads(row)
                     else:
@@ -503,7 +514,9 @@ def read_labels(path, caption_key="caption"):
                     if not is_picture(os.path.basename(name)) or "\ufffd" in str(row):
                         raise ValueError(name)
                     entry = {"hashtags": facts["hashtags"]} if "hashtags" in facts else {}
-                    entry |= {} if facts.get("class") is None else {"class": str(facts["class"])}
+                    label = facts.get("class")
+                    label = "" if label is None else str(label).strip()
+                    entry |= {"class": label} if label else {}
                     known = found.setdefault(os.path.normpath(name), {**entry, "captions": []})
                     if known != {**entry, "captions": known["captions"]}:
                         raise ValueError(name)
@@ -515,8 +528,17 @@ def read_labels(path, caption_key="caption"):
     if bad:
         why = "damaged, naming no picture, or against an earlier one"
         print(f"{path}: entries that are left out ({why}): {bad}", file=sys.stderr)
+    line = f"{','.join(first)!r:.80}"
     if not found:
-        raise ValueError(f"{path} lists no pictures: see read_labels in data.py")
+        want = "see read_labels in data.py"
+        if kind == "csv":
+            want = (
+                "want lines of path,class (with commas), perhaps under a head line, or a head line"
+            )
+            want += f" that names path, and class or {caption_key}; the first line is {line}"
+        raise ValueError(f"{path} lists no pictures: {want}")
+    if first and first != head and not is_picture(os.path.basename(first[0])):
+        print(f"{path}: {line} is taken for a head line that means path,class", file=sys.stderr)
     return found
 
 
@@ -858,8 +880,8 @@ def videos_below(root):
 def read_video_labels(path, root):
     """{path, relative to root, of a video file or a folder of frames: {"class": name}} of a list.
 
-    .csv, .txt: lines of path,class or, without a comma, of path and class after a space (Kinetics,
-    as PySlowFast lists it); perhaps under a head line. .json: Something-Something's [{"id",
+    .csv, .txt: lines of path,class or, without a comma, of path and class after a tab or a space
+    (Kinetics, as PySlowFast lists it); perhaps under a head line. .json: Something-Something's [{"id",
     "template"}], of id.webm, another file or a folder of this name; the class is the template
     without its brackets. Lines that are damaged or contradict an earlier one are counted and left
     out. Raises ValueError, one line, when the file is none of these.
@@ -873,8 +895,9 @@ def read_video_labels(path, root):
                 rows = [(str(i), re.sub(r"[][]", "", str(template))) for i, template in facts]
                 rows = [(i and files.get(i, f"{i}.webm"), template) for i, template in rows]
             else:
-                lines = filter(None, map(str.strip, file))
-                rows = [next(csv.reader([x])) if "," in x else x.rsplit(None, 1) for x in lines]
+                lines = list(filter(None, map(str.strip, file)))
+                first = lines[0] if lines else ""
+                rows = [cells_of(line) for line in lines]
                 head = rows[0][0] if rows else ""
                 there = os.path.exists(os.path.join(root, head))  # it may be a whole path
                 if not head.lower().endswith(VIDEOS) and not there:
@@ -889,8 +912,19 @@ def read_video_labels(path, root):
         why = "damaged, or against an earlier one"
         print(f"{path}: lines that are left out ({why}): {bad}", file=sys.stderr)
     if not found:
-        raise ValueError(f"{path} lists no videos: see read_video_labels in data.py")
+        want = "see read_video_labels in data.py"
+        if not path.endswith(".json"):
+            want = f"want lines of path,class or of path and class; the first is {first!r:.80}"
+        raise ValueError(f"{path} lists no videos: {want}")
     return found
+
+
+def cells_of(line):
+    """The cells of a line of a list of videos."""
+    path, tab, _ = line.partition("\t")
+    if tab and "," not in path:
+        return line.split("\t")
+    return next(csv.reader([line], skipinitialspace=True)) if "," in line else line.rsplit(None, 1)
 
 
 def by_number(name):

@@ -1735,6 +1735,90 @@ def test_damaged_lines_of_labels_are_counted_and_left_out(tmp_path, capsys):
         data.read_labels(str(table))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        'path, class\na.png, cat\nb.png,cat \n c.png ,"dog, or so"\n',
+        'a.png , cat\nb.png,\tcat\nc.png, "dog, or so"\n',
+        'class , path,split\n cat,a.png,x\n"cat ", b.png,x\n"dog, or so", c.png,x\n',
+    ],
+)
+def test_spaces_around_the_cells_of_a_csv_do_not_count(tmp_path, capsys, text):
+    folder = write_files(tmp_path / "p", {f"{name}.png": tile(0) for name in "abc"})
+    (tmp_path / "labels.csv").write_text(text)
+    source, _ = data.open_sources(folder, labels=f"{tmp_path}/labels.csv")
+    assert source.classes == ["cat", "dog, or so"]
+    assert relative_labels(source, folder) == {"a.png": 0, "b.png": 0, "c.png": 1}
+    assert capsys.readouterr().err == ""
+    # What it was before spaces were looked at, for a file that has none.
+    (tmp_path / "labels.csv").write_text('path,class\na.png,cat\nb.png,cat\nc.png,"dog, or so"')
+    again, _ = data.open_sources(folder, labels=f"{tmp_path}/labels.csv")
+    assert again.identity == source.identity == "3 pictures, 2aa9086567593bba"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_label_is_none_and_is_counted(tmp_path, capsys, kind, empty):
+    names = {"a.png": "cat", "b.png": empty, "c.png": "dog ", "d.png": "dog"}
+    folder = write_files(tmp_path / "p", {name: tile(0) for name in names})
+    labels = write_labels(tmp_path / f"labels{kind}", names)
+    source, _ = data.open_sources(folder, labels=labels)
+    assert source.classes == ["cat", "dog"]
+    assert relative_labels(source, folder) == {"a.png": 0, "b.png": -1, "c.png": 1, "d.png": 1}
+    assert capsys.readouterr().err == f"{labels}: pictures without a class: 1\n"
+    _, val = data.open_sources(folder, folder, labels=labels, val_labels=labels)
+    assert relative_labels(val, folder)["b.png"] == -1
+
+
+def test_categories_of_one_name_are_one_class_and_that_is_said(tmp_path, capsys):
+    folder = write_files(tmp_path / "p", {"a.png": tile(0), "b.png": tile(1)})
+    content = {"images": [{"id": i, "file_name": f"{'ab'[i]}.png"} for i in range(2)]}
+    content["categories"] = [{"id": i, "name": "crane"} for i in range(2)]
+    content["annotations"] = [{"image_id": i, "category_id": i} for i in range(2)]
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    source, _ = data.open_sources(folder, labels=f"{tmp_path}/labels.json")
+    assert source.classes == ["crane"] and source.labels.tolist() == [0, 0]
+    assert "categories of the same name, each of which is one class (1): crane" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    "text, key, first",
+    [
+        ("path\tclass\na.png\tcat\n", "caption", r"'path\tclass'"),
+        ("a.png;cat\n", "caption", "'a.png;cat'"),
+        ("filepath,title\na.png,a cat\n", "title", "'filepath,title'"),
+        ("name,path,class\na.png,cat\n", "caption", "'name,path,class'"),
+        ("id,split,label,file\n1,train,cat,a.png\n", "caption", "'id,split,label,file'"),
+    ],
+)
+def test_a_csv_that_is_refused_says_what_it_wants_and_what_it_found(tmp_path, text, key, first):
+    folder = write_files(tmp_path / "p", {"a.png": tile(0)})
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(ValueError, match="labels.csv lists no pictures: want lines of") as error:
+        data.open_sources(folder, labels=f"{tmp_path}/labels.csv", caption_key=key)
+    said = f"or a head line that names path, and class or {key}; the first line is {first}"
+    assert one_line(error).endswith(said)
+
+
+def test_a_head_line_that_names_no_path_is_said(tmp_path, capsys):
+    folder = write_files(tmp_path / "p", {"a.png": tile(0)})
+    labels = tmp_path / "labels.csv"
+    for text, said in (
+        ("image, label\na.png,cat\n", True),
+        ("a.jfif,dog\na.png,cat\n", True),
+        ("path,class\na.png,cat\n", False),
+        ("a.png,cat\n", False),
+    ):
+        labels.write_text(text)
+        source, _ = data.open_sources(folder, labels=str(labels))
+        assert source.classes == ["cat"]
+        first = repr(text.splitlines()[0].replace(" ", ""))
+        line = f"{labels}: {first} is taken for a head line that means path,class\n"
+        assert capsys.readouterr().err == (line if said else "")
+
+
 INATURALIST = {
     "images": [{"id": 1, "file_name": "a.png"}],
     "categories": [{"id": 2, "name": "cat"}],

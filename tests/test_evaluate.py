@@ -1122,6 +1122,12 @@ def test_labels_may_stand_in_a_file(classifier, tmp_path, capsys):
     where = ["--checkpoint", classifier(["red", "green", "blue"]), "--data", pictures]
     found = classified(capsys, *where, "--labels", tmp_path / "labels.csv")
     assert (found["top1"], found["pictures"]) == (1.0, 6)
+    # With spaces, and one without a label, which does not count.
+    rows = [row.replace(",", ", ") + " " for row in rows]
+    rows[0] = rows[0].partition(",")[0] + ","
+    (tmp_path / "labels.csv").write_text("path, class\n" + "\n".join(rows))
+    found = classified(capsys, *where, "--labels", tmp_path / "labels.csv")
+    assert (found["top1"], found["pictures"]) == (1.0, 5)
 
 
 def test_a_border_is_cut_off_and_a_squashed_picture_is_whole(classifier, tmp_path, capsys):

@@ -334,6 +334,31 @@ def test_lists_of_videos(tmp_path, name, capsys):
     assert (left_out in capsys.readouterr().err) == (name == "commas.csv")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a/x, jump rope\nb/y,\tskiing \n",
+        'path , label\na/x, "jump rope"\nb/y,skiing\n',
+        "a/x\tjump rope\nb/y\tskiing\n",
+    ],
+)
+def test_spaces_and_tabs_in_lists_of_videos(tmp_path, text, capsys):
+    frames_of(tmp_path / "a/x", 2)
+    frames_of(tmp_path / "b/y", 2)
+    (tmp_path / "list.csv").write_text(text)
+    found = data.read_video_labels(str(tmp_path / "list.csv"), str(tmp_path))
+    assert found == {"a/x": {"class": "jump rope"}, "b/y": {"class": "skiing"}}
+    (tmp_path / "list.csv").write_text(f"{text}c/z,\nc/z, \n")  # no label: left out, and counted
+    assert data.read_video_labels(str(tmp_path / "list.csv"), str(tmp_path)) == found
+    assert "left out (damaged, or against an earlier one): 2" in capsys.readouterr().err
+
+
+def test_a_list_of_videos_that_is_refused_says_what_it_found(tmp_path):
+    (tmp_path / "list.csv").write_text("filepath;title\na.mp4;skiing\n")
+    with pytest.raises(ValueError, match="lists no videos: want lines of .* 'filepath;title'"):
+        data.read_video_labels(str(tmp_path / "list.csv"), str(tmp_path))
+
+
 def test_a_list_is_all_of_data_or_beside_a_folder(tmp_path):
     for folder in ("x", "y", "z"):
         frames_of(tmp_path / folder, 2)
