@@ -242,9 +242,9 @@ def open_sources(
     these are called: see SPLITS. Its test/ is left out. (Where labels list a folder's pictures,
     folders mean nothing.) Raises ValueError with one line that says what to do.
     """
-    if videos and data.endswith(LISTS) and os.path.isfile(data):
+    if videos and data.lower().endswith(LISTS) and os.path.isfile(data):
         data, labels = os.path.dirname(data) or ".", labels or data
-    if videos and val_data and val_data.endswith(LISTS) and os.path.isfile(val_data):
+    if videos and val_data and val_data.lower().endswith(LISTS) and os.path.isfile(val_data):
         val_data, val_labels = os.path.dirname(val_data) or ".", val_labels or val_data
     if labels and not os.path.isdir(data) or val_labels and not os.path.isdir(val_data or data):
         raise ValueError("--labels and --val-labels want a folder that their paths lie in")
@@ -336,7 +336,7 @@ def open_source(data, size, classes, split, labels, cache, caption_key, videos):
     if os.path.isdir(data):
         return (VideoFolder if videos else Folder)(data, classes, labels, caption_key)
     remote = re.match(r"pipe:|\w+://", data)
-    if not remote and not data.endswith(".tar") and not re.search(r"[*?\[{]", data):
+    if not remote and not data.lower().endswith(".tar") and not re.search(r"[*?\[{]", data):
         state = "is not a folder or a .tar" if os.path.exists(data) else "does not exist"
         raise ValueError(f"{data} {state}: --data wants toy, a folder of pictures or tar shards")
     shards = RemoteShards(data, *cache) if remote else Shards(data)
@@ -480,7 +480,7 @@ def read_labels(path, caption_key="caption"):
     in several entries. An empty class is none. Entries that are damaged, name no picture or contradict an earlier one are
     counted and left out. Raises ValueError, one line, when the file is none of these.
     """
-    found, bad, kind = {}, 0, path.rpartition(".")[2]
+    found, bad, kind = {}, 0, path.rpartition(".")[2].lower()
     if kind not in ("jsonl", "csv", "json"):
         raise ValueError(f"{path} is no file of labels: want .jsonl, .csv or .json")
     try:
@@ -680,7 +680,9 @@ class Shards:
         content = self.block(number)
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
             files = [(kind, member) for _, kind, member in sample_files(tar)]
-        members = {kind: content[m.offset_data : m.offset_data + m.size] for kind, m in files}
+        members = {}
+        for kind, m in files:  # of X.jpg and X.JPG, the first
+            members.setdefault(kind, content[m.offset_data : m.offset_data + m.size])
         kinds = [kind for kind in members if is_picture(f"x.{kind}")]
         frames = [io.BytesIO(members[kind]) for kind in sorted(kinds, key=by_number)]
         label = members.get("cls", b"").strip()
@@ -732,7 +734,7 @@ def expand(pattern):
     if (texts := braces(pattern)) != [pattern]:
         return list(itertools.chain(*map(expand, texts)))
     if re.search(r"[*?\[]", pattern):
-        return sorted(path for path in glob.glob(pattern) if path.endswith(".tar"))
+        return sorted(path for path in glob.glob(pattern) if path.lower().endswith(".tar"))
     raise ValueError(f"there is no shard {pattern}")
 
 
@@ -815,14 +817,14 @@ def scan_tar(path):
 
 
 def sample_files(tar):
-    """(key, extension, member) of each file in an open tar that belongs to a sample."""
+    """(key, extension in lower case, member) of each file in an open tar that is of a sample."""
     while member := tar.next():
         tar.members.clear()  # it would keep them all
         folder, slash, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
         # No hidden files, none without a type. A link gives no bytes: it is counted as unreadable.
         if not member.isdir() and stem and extension:
-            yield folder + slash + stem, extension, member
+            yield folder + slash + stem, extension.lower(), member
 
 
 # ------------------------------------------------------------------------------------------- videos
@@ -889,7 +891,7 @@ def read_video_labels(path, root):
     found, bad = {}, 0
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
-            if path.endswith(".json"):
+            if path.lower().endswith(".json"):
                 files = {os.path.splitext(name)[0]: name for name in os.listdir(root)}
                 facts = [(one.get("id", ""), one.get("template") or "") for one in json.load(file)]
                 rows = [(str(i), re.sub(r"[][]", "", str(template))) for i, template in facts]

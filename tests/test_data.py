@@ -1917,6 +1917,37 @@ def test_shards_hold_what_tarfile_finds(tmp_path, capsys, kind):
     assert everything(opened(path)) == expected  # and from the index
 
 
+def test_extensions_in_a_shard_count_in_any_case(tmp_path):
+    facts = {"JSON": b'{"hashtags": ["#a"]}', "TXT": b"a text", "CLS": b"3"}
+    upper = [("0.JPG", encoded(painting(8, 8), "JPEG")), *((f"0.{k}", v) for k, v in facts.items())]
+    mixed = [("1.Txt", b"we like #b"), ("1.Cls", b"4"), ("1.pNg", tile(1))]
+    twice = [("2.PNG", tile(2)), ("2.png", tile(3)), ("2.CLS", b"5"), ("2.cls", b"6")]  # the first
+    path = write_tar(tmp_path / "a.TAR", upper + mixed + twice)
+    os.link(path, tmp_path / "a.tar")
+    data.write_listing(data.Shards(f"{tmp_path}/a.tar"))
+    for where in (path, f"{tmp_path}/*.TAR", f"pipe:cat {tmp_path}/a.tar"):
+        source, _ = data.open_sources(where, cache=(f"{tmp_path}/cache", "1M"))
+        found = [source.read(number) for number in range(int(source.sizes.sum()))]
+        assert [sample["class"] for sample in found] == [3, 4, 5]
+        assert [sample["captions"] for sample in found] == [["a text"], ["we like #b"], []]
+        tags = [data.canonical(sample["hashtags"], {}) for sample in found]
+        assert tags == [{"a"}, {"b"}, set()]
+        assert found[0]["image"]().format == "JPEG"
+        shown = [np.asarray(sample["image"]()) for sample in found[1:]]
+        expected = [np.asarray(Image.open(io.BytesIO(tile(number)))) for number in (1, 2)]
+        assert np.array_equal(shown, expected)
+
+
+def test_extensions_of_lists_count_in_any_case(tmp_path):
+    folder = write_files(tmp_path / "p", {"a.png": tile(0), "b.png": tile(1)})
+    contents = {"l.CSV": "path,class\na.png,cat\nb.png,dog\n"}
+    contents["l.JSONL"] = '{"path": "a.png", "class": "cat"}\n{"path": "b.png", "class": "dog"}\n'
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+        source, _ = data.open_sources(folder, labels=str(tmp_path / name))
+        assert source.classes == ["cat", "dog"]
+
+
 def test_a_link_in_a_shard_is_counted_as_unreadable(tmp_path):
     """tar stores the second of two hard-linked files without its bytes."""
     path = write_tar(tmp_path / "a.tar", members_of(range(2)))

@@ -357,6 +357,15 @@ def test_a_list_of_videos_that_is_refused_says_what_it_found(tmp_path):
     (tmp_path / "list.csv").write_text("filepath;title\na.mp4;skiing\n")
     with pytest.raises(ValueError, match="lists no videos: want lines of .* 'filepath;title'"):
         data.read_video_labels(str(tmp_path / "list.csv"), str(tmp_path))
+@pytest.mark.parametrize("name", LISTINGS)
+def test_a_list_may_have_its_extension_in_upper_case(tmp_path, name):
+    frames_of(tmp_path / "a" / "x", 2)
+    (tmp_path / name.upper()).write_text(LISTINGS[name])
+    source, _ = data.open_sources(str(tmp_path / name.upper()), videos=True)
+    expected = {path.replace("8.mp4", "8.webm"): label for path, label in LISTED[name].items()}
+    expected = {path if path != "7" else "7.webm": label for path, label in expected.items()}
+    classes = [source.classes[number] for number in source.labels]
+    assert dict(zip(source.paths, classes)) == expected
 
 
 def test_a_list_is_all_of_data_or_beside_a_folder(tmp_path):
