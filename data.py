@@ -706,25 +706,28 @@ class Shards:
 
 
 def hashtags_in(members):
-    """From .json (a list, a text, or either under "hashtags"), else .txt; None if it is damaged."""
+    """From .json (a list, a text, or either under "hashtags") or, where that has none, .txt; None
+    if it is damaged."""
     try:
-        if "json" not in members:
-            return members.get("txt", b"").decode()
-        content = json.loads(members["json"])
+        content = json.loads(members.get("json", b"[]"))
+        tags = content.get("hashtags") if isinstance(content, dict) else content
+        if tags is None or not canonical(tags, {}):  # img2dataset's .json describes the picture
+            tags = members.get("txt", b"").decode()
+        return tags
     except ValueError:
         return None
-    return content.get("hashtags", []) if isinstance(content, dict) else content
 
 
 def captions_in(members, key):
-    """From .json (a text or a list of texts under `key`), else .txt; None if it is damaged."""
+    """From .json (a text or a list of texts under `key`) or, where that has none, .txt; None if it
+    is damaged."""
     try:
         content = json.loads(members.get("json", b"{}"))
         texts = texts_in(content.get(key) if isinstance(content, dict) else None)
     except ValueError:
         return None
     text = members.get("txt", b"").decode("utf-8-sig", "replace").strip()
-    return texts or [text] * bool(text)
+    return texts if any(map(clean, texts)) else [text] * bool(text)
 
 
 def expand(pattern):

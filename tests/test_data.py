@@ -2692,6 +2692,54 @@ def test_hashtags_of_all_that_may_hold_them(tmp_path):
     assert found == [{"one"}, {"zw\u00f6lf"}]
 
 
+IMG2DATASET = b'{"url": "http://x", "caption": "a #cat", "key": "0", "width": 4, "sha256": "0"}'
+HASHTAGS_OF = [  # ({extension: bytes}, tags, None if damaged)
+    ({"json": IMG2DATASET, "txt": b"a #cat and a #Dog"}, {"cat", "dog"}),
+    ({"txt": b"a #cat", "json": IMG2DATASET}, {"cat"}),  # whichever comes first in the tar
+    ({"json": b'{"hashtags": ["#a"]}', "txt": b"#b"}, {"a"}),
+    ({"json": b'{"hashtags": "we like #a"}', "txt": b"#b"}, {"a"}),
+    ({"json": b'{"hashtags": []}', "txt": b"#b"}, {"b"}),
+    ({"json": b'{"hashtags": ["#", ""]}', "txt": b"#b"}, {"b"}),
+    ({"json": b'{"hashtags": ""}', "txt": b"#b"}, {"b"}),
+    ({"json": b'{"hashtags": "none"}', "txt": b"#b"}, {"b"}),
+    ({"json": b'{"hashtags": null}', "txt": b"#b"}, {"b"}),
+    ({"json": b"[]", "txt": b"#b"}, {"b"}),
+    ({"json": b"null", "txt": b"#b"}, {"b"}),
+    ({"json": b'"no tag"', "txt": b"#b"}, {"b"}),
+    ({"json": b'["#a"]', "txt": b"#b"}, {"a"}),
+    ({"json": b'{"hashtags": []}'}, set()),
+    ({"json": IMG2DATASET}, set()),
+    ({"json": IMG2DATASET, "txt": b"none"}, set()),
+    ({}, set()),
+    ({"json": b'{"hashtags": [3]}', "txt": b"#b"}, None),  # damaged is not "none"
+    ({"json": b'{"hashtags": 5}', "txt": b"#b"}, None),
+    ({"json": b'{"hashtags": false}', "txt": b"#b"}, None),
+    ({"json": b"{broken", "txt": b"#b"}, None),
+    ({"json": IMG2DATASET, "txt": b"caf\xe9 #b"}, None),
+]
+
+
+def test_hashtags_are_those_of_the_first_file_that_has_any(tmp_path, capsys):
+    path = captioned(tmp_path / "a.tar", [files for files, _ in HASHTAGS_OF])
+    data.write_listing(data.Shards(path))
+    expected = Counter(tag for _, tags in HASHTAGS_OF for tag in tags or ())
+    names = [f"{number:05}" for number, (_, tags) in enumerate(HASHTAGS_OF) if tags is None]
+    for where in (path, f"pipe:cat {path}"):
+        source, _ = data.open_sources(where, cache=(f"{tmp_path}/cache", "1M"))
+        for number, (_, tags) in enumerate(HASHTAGS_OF):
+            found = source.read(number)["hashtags"]
+            assert (None if found is None else data.canonical(found, {})) == tags
+        vocabulary = data.count_hashtags(source, min_count=1)
+        assert vocabulary.counts == expected
+        lines = [line for line in capsys.readouterr().err.splitlines() if "unreadable" in line]
+        assert [line.split(": ")[1][-5:] for line in lines] == names
+        batch = data.Batches(source, (4, 4), 3, len(HASHTAGS_OF), vocabulary=vocabulary)[0]
+        ids = [sorted(vocabulary.numbers[tag] for tag in tags or ()) for _, tags in HASHTAGS_OF]
+        assert [[i for i in row if i >= 0] for row in batch["tags"].tolist()] == ids
+        assert batch["weight"].tolist() == [float(bool(tags)) for _, tags in HASHTAGS_OF]
+        assert [line.split(": ")[0][-5:] for line in batch["bad"]] == names
+
+
 def test_a_vocabulary_counts_pictures_and_is_cut_at_both_ends(tagged):
     source = opened(tagged)
     vocabulary = data.count_hashtags(source, min_count=1)
@@ -2919,9 +2967,11 @@ def test_a_text_file_is_one_caption_and_holds_hashtags_too(tmp_path):
     files = [{"txt": text.encode()} for text in texts]
     files += [{"txt": b"caf\xe9 noir"}, {"txt": b"the text", "json": b'{"id": 7}'}]
     files += [{"txt": b"the text", "json": b'{"caption": "the json"}'}, {}]
+    files += [{"txt": b"the text", "json": b'{"caption": %s}' % c} for c in (b'""', b'[" ", "#"]')]
     source = opened(captioned(tmp_path / "a.tar", files))
-    found = [source.read(number)["captions"] for number in range(7)]
-    assert found == [["a red\n  star #sky"], [], ["\u0441\u043e\u0431\u0430\u043a\u0430"],
+    found = [source.read(number)["captions"] for number in range(9)]
+    assert found[7:] == [["the text"]] * 2  # a caption of no word hides nothing
+    assert found[:7] == [["a red\n  star #sky"], [], ["\u0441\u043e\u0431\u0430\u043a\u0430"],
                      ["caf\ufffd noir"], ["the text"], ["the json"], []]  # fmt: skip
     assert data.canonical(source.read(0)["hashtags"], {}) == {"sky"}
 
