@@ -626,7 +626,8 @@ def hold_out(train, val, count, share=0.05):
 #
 # A WebDataset shard is a tar in which the files of a sample are neighbours and share a key, the
 # path up to the base name's first dot: 00012.jpg, 00012.cls, 00012.json. Its index says where each
-# sample begins and ends; pack.json beside the shards names the classes, if pack made them.
+# sample begins and ends, and what is wrong with it; pack.json beside the shards names the classes,
+# if pack made them.
 
 
 class Shards:
@@ -642,19 +643,23 @@ class Shards:
         classes = [pack_record(folder)["classes"] for folder in folders]
         with ThreadPoolExecutor() as threads:
             bar = partial(tqdm, total=len(self.paths), desc="opening shards", leave=False)
-            sizes = [
-                len(index) for index in bar(threads.map(shard_index, self.paths), disable=None)
-            ]
-        names = map(os.path.basename, self.paths)
-        self.describe(pattern, classes, [*zip(names, map(os.path.getsize, self.paths), sizes)])
+            heads = threads.map(partial(shard_index, whole=False), self.paths)
+            heads = [head for head, _ in bar(heads, disable=None)]
+        names, sizes = map(os.path.basename, self.paths), map(os.path.getsize, self.paths)
+        facts = [(name, size, head[0]) for name, size, head in zip(names, sizes, heads)]
+        faults = {path: head[1:] for path, head in zip(self.paths, heads) if any(head[1:])}
+        self.describe(pattern, classes, facts, faults)
 
-    def describe(self, pattern, classes, facts):
+    def describe(self, pattern, classes, facts, faults):
         """classes: of each folder. facts: (base name, bytes, samples) of each shard; the same ones
-        are the same data."""
+        are the same data. faults: {path: see scan_tar} of shards that have any."""
         self.classes, *others = classes or [None]
         if any(names != self.classes for names in others):
             raise ValueError(f"{pattern}: the folders number their classes differently")
         self.facts, self.sizes = facts, np.array([n for *_, n in facts], dtype=np.int64)
+        self.faults = faults
+        if os.environ.get("RANK", "0") == "0":
+            warn_of_faults(pattern, faults)
         if not self.sizes.any():
             raise ValueError(f"{pattern}: the shards hold no pictures")
         self.edges = running_sum(self.sizes)
@@ -664,7 +669,7 @@ class Shards:
     @lru_cache(64)  # noqa: B019 (each loader process keeps its last 64)
     def open(self, shard):
         """(file, index) of a shard."""
-        return io.FileIO(self.paths[shard]), shard_index(self.paths[shard])
+        return io.FileIO(self.paths[shard]), shard_index(self.paths[shard])[1]
 
     def block(self, number):
         """The bytes of a sample's stretch of its shard."""
@@ -684,10 +689,12 @@ class Shards:
         for kind, m in files:  # of X.jpg and X.JPG, the first
             members.setdefault(kind, content[m.offset_data : m.offset_data + m.size])
         kinds = [kind for kind in members if is_picture(f"x.{kind}")]
-        frames = [io.BytesIO(members[kind]) for kind in sorted(kinds, key=by_number)]
+        plain, numbered = plain_and_numbered(kinds)
+        frames = sorted(numbered or plain[:1] or kinds, key=by_number)
+        frames = [io.BytesIO(members[kind]) for kind in frames]
         label = members.get("cls", b"").strip()
         return {
-            "image": lambda: open_picture(io.BytesIO(members[kinds[0]])),
+            "image": lambda: open_picture(io.BytesIO(members[(plain or numbered or kinds)[0]])),
             "video": lambda short_side=None: video_of_pictures(frames),
             "class": int(label) if label.isdigit() else -1,
             "hashtags": hashtags_in(members),
@@ -703,6 +710,13 @@ class Shards:
 
     def where(self, number):
         return self.paths[int(np.searchsorted(self.edges, number, "right")) - 1]
+
+
+def plain_and_numbered(kinds):
+    """Of the extensions of a sample's pictures, those of KEY.jpg, and those of KEY.000.jpg, the
+    frames of a video. Others, as KEY.depth.png, are read only where there is none of these."""
+    stems = [(kind, kind.rpartition(".")[0]) for kind in kinds]
+    return [kind for kind, stem in stems if not stem], [k for k, stem in stems if stem.isdigit()]
 
 
 def hashtags_in(members):
@@ -754,42 +768,63 @@ def braces(pattern):
     return list(itertools.chain(*(braces(head + item + tail) for item in items)))
 
 
-def shard_index(path):
-    """(n, 2) int64: where each sample begins and ends in a shard, in bytes.
+def shard_index(path, whole=True):
+    """(head, rows) of a shard: see scan_tar. Without `whole` rows are not read, and None: of 300,000
+    shards, a start reads only the heads.
 
-    Kept beside it as SHARD.tar.index (numpy's format) or, where that cannot be written, in the
-    folder for temporary files. The first row there is the shard's size and time of change: where
-    these are not right, it is made again.
+    Kept beside it as SHARD.tar.index or, where that cannot be written, in the folder for temporary
+    files. Where it is of another size or time of change, or damaged, it is made again.
     """
     stamp = [os.path.getsize(path), os.stat(path).st_mtime_ns]
     elsewhere = stable_hash(os.path.abspath(path)).hex()
     places = f"{path}.index", os.path.join(tempfile.gettempdir(), f"{elsewhere}.tar.index")
     for place in places:
-        try:
-            index = np.load(place, mmap_mode="r")  # of 300,000 shards, only the sizes are read
-            if index.dtype == np.int64 and index.shape[1:] == (2,) and index[0].tolist() == stamp:
-                return index[1:]
-        except (OSError, ValueError, EOFError):  # none, or a damaged one
-            pass
-    index = np.array([stamp, *scan_tar(path)], dtype=np.int64)
+        with suppress(OSError), open(place, "rb") as file:
+            if index := read_index(file, stamp, whole):
+                return index
+    head, rows = scan_tar(path)
     for place in places:
         try:
-            with open(f"{place}.{os.getpid()}", "wb") as file:  # others may be at it, too
-                np.save(file, index)
-            os.replace(file.name, place)
+            replace_file(place, index_bytes(stamp, head, rows))
             break
         except OSError as error:
             tqdm.write(f"cannot write the index of a shard: {error}", file=sys.stderr)
-    return index[1:]
+    return head, rows
+
+
+def index_bytes(stamp, head, rows):
+    """An index as bytes, of 64-bit words: the shard's stamp (2) and head (4), a checksum of the
+    rows, a checksum of these seven, and the rows."""
+    content = rows.tobytes()
+    start = np.array([*stamp, *head], dtype="<i8").tobytes() + checksum(content)
+    return start + checksum(start) + content
+
+
+def read_index(file, stamp, whole=True):
+    """(head, rows) of an index, from where a file stands; None if damaged or of another stamp."""
+    start = file.read(64)
+    if checksum(start[:-8]) != start[-8:]:
+        return None
+    words = np.frombuffer(start, dtype="<i8").tolist()
+    head, content = words[2:6], file.read(16 * words[2]) if whole else b""
+    if words[:2] != stamp or whole and checksum(content) != start[48:56]:
+        return None
+    return head, np.frombuffer(content, dtype="<i8").reshape(-1, 2) if whole else None
+
+
+def checksum(content):
+    return hashlib.blake2b(content, digest_size=8).digest()
 
 
 def scan_tar(path):
-    """[(begin, end)] in bytes of the files of each sample with a picture.
+    """(head, rows) of a shard. rows: (samples, 2) int64, where the files of each sample with a
+    picture begin and end, in bytes. head: the number of samples, and what is wrong, or 0: at which
+    byte it is damaged; how many samples have no picture; how many have several.
 
     A tar that is cut or damaged gives what it has; a last file that is cut off is still given:
     reading it will fail, and be counted. Raises ValueError if it is no tar at all.
     """
-    samples = []  # [key, begin, end, number of pictures]
+    samples = []  # [key, begin, end, extensions of its pictures]
     with open(path, "rb") as file:
         try:
             tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (it owns nothing to close)
@@ -799,24 +834,37 @@ def scan_tar(path):
         try:
             for key, extension, member in sample_files(tar):
                 if not samples or samples[-1][0] != key:
-                    samples.append([key, member.offset, 0, 0])
+                    samples.append([key, member.offset, 0, []])
                 samples[-1][2] = tar.offset  # where the next file begins
-                samples[-1][3] += is_picture(f"x.{extension}")
+                if is_picture(f"x.{extension}"):
+                    samples[-1][3].append(extension)
             file.seek(tar.offset)
             end = file.read(512)  # zeros, of a whole tar; tarfile does not say what it met
             damaged = any(end) or not end
         except tarfile.ReadError:
             damaged = True
     kept = [sample for sample in samples if sample[3]]
-    several, warn = sum(pictures > 1 for *_, pictures in kept), partial(tqdm.write, file=sys.stderr)
-    if damaged:
-        warn(f"{path}: cut or damaged at byte {tar.offset}; the samples before it are used")
-    if len(kept) < len(samples):
-        warn(f"{path}: {len(samples) - len(kept)} samples without a picture are left out")
-    if several:
-        why = "frames of a video, or else one is used"
-        warn(f"{path}: {several} names, up to the first dot, have several pictures: {why}")
-    return [sample[1:3] for sample in kept]
+    head = [len(kept), tar.offset * damaged, len(samples) - len(kept), 0]
+    for *_, kinds in kept:
+        plain, numbered = plain_and_numbered(kinds)
+        head[3] += len(plain + numbered or kinds) > 1
+    return head, np.array([sample[1:3] for sample in kept], dtype="<i8").reshape(-1, 2)
+
+
+def warn_of_faults(pattern, faults):
+    """Say what is wrong with shards, {path: see scan_tar}: at every start, not at the first alone."""
+    texts = (
+        "{shards} shards are cut or damaged, the samples before are used: {path} at byte {first}",
+        "{total} samples without a picture are left out, the first in {path}",
+        "{total} names, up to the first dot, have several pictures: frames of a video, or else "
+        + "the first NAME.jpg or, without one, the first is used; see {path}",
+    )
+    for kind, text in enumerate(texts):
+        found = {path: fault[kind] for path, fault in faults.items() if fault[kind]}
+        if found:
+            counts = {"shards": len(found), "total": sum(found.values())}
+            path, first = next(iter(found.items()))
+            print(f"{pattern}: {text.format(path=path, first=first, **counts)}", file=sys.stderr)
 
 
 def sample_files(tar):
@@ -1119,7 +1167,7 @@ class RemoteShards(Shards):
             known = {"s3": "aws s3 cp {} -", "gs": "gcloud storage cat {}"}
             command = known.get(scheme, "COMMAND-THAT-PRINTS {}").replace("{}", pattern)
             raise ValueError(f"{scheme}:// is read by a command that you give: 'pipe:{command}'")
-        self.paths, facts, listings = braces(pattern), [], {}
+        self.paths, facts, faults, listings = braces(pattern), [], {}, {}
         for path in self.paths:
             head, *name = re.split(r"([^\s/'\"=]+\.tar)(?=[?#'\"\s]|$)", path)
             if len(name) != 2 or re.search(r"[*?\[]", name[0]):
@@ -1129,22 +1177,28 @@ class RemoteShards(Shards):
             index = f"{head}index.json{tail}"
             if index not in listings:
                 listings[index] = read_listing(index)
-            listed = listings[index][1]
+            _, listed, faulty = listings[index]
             if name not in listed:
                 raise ValueError(f"{index} lists {len(listed)} shards, but no {name}")
             facts.append((name, *listed[name]))
-        self.describe(pattern, [classes for classes, _ in listings.values()], facts)
+            faults |= {path: faulty[name]} if name in faulty else {}
+        self.describe(pattern, [classes for classes, *_ in listings.values()], facts, faults)
         self.cache = Cache(folder, size, {p: size for p, (_, size, _) in zip(self.paths, facts)})
 
     @lru_cache(64)  # noqa: B019 (each loader process keeps its last 64)
     def index(self, shard):
         """Where a shard's samples begin and end."""
-        with open(self.cache.fetch(self.paths[shard]), "rb") as file:
-            file.seek(self.facts[shard][1])
-            index = np.load(file)
-        if len(index) != self.sizes[shard]:
-            raise ValueError(f"{len(index)} samples, but {self.sizes[shard]} in index.json")
-        return index
+        address, size = self.paths[shard], self.facts[shard][1]
+        for _ in range(2):
+            with open(self.cache.fetch(address), "rb") as file:
+                file.seek(size)
+                index = read_index(file, [size, 0])
+            if index and len(index[1]) != self.sizes[shard]:
+                raise ValueError(f"{len(index[1])} samples, but {self.sizes[shard]} in index.json")
+            if index:
+                return index[1]
+            self.cache.remove(address)  # damaged on the disk: it is fetched again
+        raise ValueError("its copy in the cache is damaged, and was a second time")
 
     def block(self, number):
         # No file is kept open: one that is removed from the cache would keep its place on the disk.
@@ -1164,14 +1218,16 @@ class RemoteShards(Shards):
 
 
 def read_listing(address):
-    """(class names or None, {base name: (bytes, samples)}) of an index.json."""
+    """(class names or None, {base name: (bytes, samples)}, {base name: its faults, if there are
+    any}) of an index.json."""
     content, pipe = bytearray(), address.startswith("pipe:")
     try:  # of a command it is not known what its failing means: it is not tried again
         for at, chunk in download(address, patience=0 if pipe else PATIENCE):
             content[at:] = chunk
         listing = json.loads(content)
         shards = {name: (int(b), int(n)) for name, (b, n) in listing["shards"].items()}
-        return listing["classes"], shards
+        faults = {n: [int(a), int(b), int(c)] for n, (a, b, c) in listing.get("faults", {}).items()}
+        return listing["classes"], shards, faults
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, Unreachable) and not pipe:
             raise
@@ -1217,7 +1273,8 @@ class Cache:
 
     def path(self, address):
         # Nobody calls files of their own like this: what else is in the folder is never touched.
-        digest = stable_hash(f"{self.shards[address]} {address}").hex()
+        # 2: a shard has no npy file behind it, as it had once, but an index with checksums.
+        digest = stable_hash(f"2 {self.shards[address]} {address}").hex()
         return os.path.join(self.folder, f"cached-{digest}.tar")
 
     def has(self, address):
@@ -1245,9 +1302,10 @@ class Cache:
                         file.seek(at)
                         file.write(chunk)
                     file.flush()
-                    index = np.array(scan_tar(file.name), dtype=np.int64).reshape(-1, 2)
+                    head, rows = scan_tar(file.name)
                     file.seek(size)
-                    np.save(file, index.clip(max=size))  # a last sample may be cut off
+                    rows = rows.clip(max=size)  # a last sample may be cut off
+                    file.write(index_bytes([size, 0], head, rows))
                     file.flush()
                     with self.accounting():
                         os.utime(file.name)
@@ -1260,6 +1318,10 @@ class Cache:
                 why = f"cannot write {address} to the cache {self.folder} ({error.strerror})"
                 raise Unreachable(f"{why}: make room, or give another --cache-dir") from None
         raise Missing(self.missing[address])
+
+    def remove(self, address):
+        with self.accounting(), suppress(FileNotFoundError):
+            os.remove(self.path(address))
 
     @contextmanager
     def reserved(self, path, size):
@@ -2466,7 +2528,7 @@ def pack(folder, pattern, short_side=None, shard_size=None, max_pixels=MAX_PIXEL
         raise ValueError(f"{every} is not of these pictures and options: move it away")
     os.makedirs(out or ".", exist_ok=True)
     record["packed"][name], record["classes"] = asked, record["classes"] or source.classes
-    replace_text(Path(out, "pack.json"), json.dumps(record))
+    replace_file(Path(out, "pack.json"), json.dumps(record).encode())
     with ThreadPoolExecutor() as threads:  # Pillow works outside Python's lock
         starts = range(0, total, shard_size)
         for start in tqdm(starts, desc="packing", unit=" shards", disable=None):
@@ -2484,27 +2546,35 @@ def pack(folder, pattern, short_side=None, shard_size=None, max_pixels=MAX_PIXEL
 def write_listing(shards):
     """index.json, beside the shards: what those who read them from elsewhere know beforehand.
 
-    {"classes": names or None, "shards": {base name: [bytes, samples]}}. What it lists already, and
-    still exists, stays. (No offsets: of 3 billion samples they would be 48 GB. They are found when
-    a shard has arrived.)
+    {"classes": names or None, "shards": {base name: [bytes, samples]}, "faults": {base name: see
+    scan_tar}}. What it lists already, and still exists, stays. (No offsets: of 3 billion samples
+    they would be 48 GB. They are found when a shard has arrived.)
     """
     for folder in sorted({os.path.dirname(path) for path in shards.paths}):
         path = Path(folder, "index.json")
         try:
-            listed = dict(json.loads(path.read_text())["shards"]) if path.exists() else {}
+            listing = json.loads(path.read_text()) if path.exists() else {"shards": {}}
+            listed, faults = dict(listing["shards"]), dict(listing.get("faults", {}))
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is no list that data.py wrote: move it away") from None
         for place, (name, *fact) in zip(shards.paths, shards.facts):
-            listed |= {name: fact} if os.path.dirname(place) == folder else {}
+            if os.path.dirname(place) == folder:
+                listed[name], faults[name] = fact, shards.faults.get(place)
         listed = {name: fact for name, fact in listed.items() if Path(folder, name).exists()}
-        content = {"classes": pack_record(folder)["classes"], "shards": listed}
-        replace_text(path, json.dumps(content))
+        faults = {name: fault for name, fault in faults.items() if name in listed and fault}
+        content = {"classes": pack_record(folder)["classes"], "shards": listed, "faults": faults}
+        replace_file(path, json.dumps(content).encode())
 
 
-def replace_text(path, text):
-    """Write a file whole or not at all."""
-    Path(f"{path}.tmp").write_text(text)
-    os.replace(f"{path}.tmp", path)
+def replace_file(path, content):
+    """Write a file whole or not at all, whoever else may be writing it."""
+    new = f"{path}.{os.urandom(8).hex()}.tmp"
+    try:
+        Path(new).write_bytes(content)
+        os.replace(new, path)
+    finally:
+        with suppress(OSError):  # it is there only where that has failed
+            os.remove(new)
 
 
 def write_shard(path, source, numbers, short_side, threads):

@@ -1505,7 +1505,7 @@ def write_results(path, scenes, detections):
                 mask = as_rle(found["masks"][i], *found["masks"][i]["size"])
                 entry["segmentation"] = mask | {"counts": text_of_counts(mask["counts"])}
             results.append(entry)
-    data.replace_text(path, json.dumps(results))
+    data.replace_file(path, json.dumps(results).encode())
 
 
 def read_results(path, scenes):

@@ -1277,7 +1277,7 @@ def test_a_tar_that_is_cut_gives_the_samples_before_the_cut(tmp_path, capsys):
     (line,) = batch["bad"]
     assert line.startswith(f"{cut}:00007: ")
     os.truncate(cut, member.offset)  # between two files
-    assert len(data.scan_tar(cut)) == 7 and "cut" in capsys.readouterr().err
+    assert opened(cut).sizes.tolist() == [7] and "cut" in capsys.readouterr().err
 
 
 def test_a_label_that_is_cut_is_not_taken_for_another(tmp_path):
@@ -1948,6 +1948,85 @@ def test_extensions_of_lists_count_in_any_case(tmp_path):
         assert source.classes == ["cat", "dog"]
 
 
+def grey_png(value):
+    return encoded(np.full((4, 4), value, "u1"))
+
+
+# {extension: grey value} of a sample in this order -> (the picture's value, the frames' values,
+# whether the choice is said).
+SEVERAL = {
+    "depth": ({"depth.png": 1, "png": 2, "mask.png": 3}, 2, [2], False),
+    "capitals": ({"Depth.PNG": 1, "PNG": 2}, 2, [2], False),
+    "one with dots": ({"x.y.png": 1}, 1, [1], False),
+    "two plain": ({"webp": 1, "png": 2}, 1, [1], True),
+    "two plain, one not": ({"depth.png": 1, "png": 2, "webp": 3}, 2, [2], True),
+    "capitals of the same": ({"PNG": 1, "png": 2}, 1, [1], True),
+    "frames": ({"10.png": 1, "9.png": 2, "0.png": 3}, 1, [3, 2, 1], True),
+    "frames, masks": ({"0.mask.png": 1, "0.png": 2, "1.mask.png": 3, "1.png": 4}, 2, [2, 4], True),
+    "frames and a cover": ({"0.png": 1, "1.png": 2, "png": 3}, 3, [1, 2], True),
+    "a frame and its depth": ({"0.depth.png": 1, "0.png": 2}, 2, [2], False),
+    "none is plain": ({"b.png": 1, "a.png": 2}, 1, [2, 1], True),
+    "no picture": ({"json": 1}, None, None, False),
+}
+
+
+@pytest.fixture
+def several(tmp_path):
+    """A shard with the samples of SEVERAL, and its listing."""
+    kinds = {"webp": {"kind": "WEBP", "lossless": True}}
+    members = [
+        (f"{key}.{kind}", encoded(np.full((4, 4, 3), 9 * v, "u1"), **kinds.get(kind, {})))
+        for key, (values, *_) in SEVERAL.items()
+        for kind, v in values.items()
+    ]
+    path = write_tar(tmp_path / "several.tar", members)
+    data.write_listing(data.Shards(path))
+    return path
+
+
+def test_the_picture_of_a_sample_with_several_is_the_plain_one(several, tmp_path):
+    def values(images):
+        return [np.asarray(image.convert("L")).mean() / 9 for image in images]
+
+    expected = [rest for rest in SEVERAL.values() if rest[1]]
+    for where in (several, f"pipe:cat {several}"):
+        source, _ = data.open_sources(where, cache=(f"{tmp_path}/cache", "1M"))
+        assert source.sizes.tolist() == [len(expected)]
+        for number, (_, picture, frames, _) in enumerate(expected):
+            sample = source.read(number)
+            assert values([sample["image"]()]) == [picture]
+            video = sample["video"]()
+            assert values(video.read(list(range(video.count)))) == frames
+
+
+@pytest.mark.parametrize("pipe", ["", "pipe:cat "])
+def test_what_is_wrong_with_shards_is_said_at_every_start(
+    several, tmp_path, monkeypatch, capsys, pipe
+):
+    write_tar(tmp_path / "whole.tar", members_of(range(3)))
+    cut = write_tar(tmp_path / "cut.tar", members_of(range(3)))
+    with tarfile.open(cut) as tar:
+        offset = tar.getmember("00001.png").offset
+    os.truncate(cut, offset)
+    data.write_listing(data.Shards(f"{tmp_path}/*.tar"))
+    (tmp_path / "cut.tar.index").unlink()  # this one is made at the first start, the others were
+    capsys.readouterr()
+    cache = f"{tmp_path}/cache", "1M"
+    for _ in range(3):
+        data.open_sources(f"{pipe}{tmp_path}/{{whole,several,cut}}.tar", cache=cache)
+        damage, bare, choice = capsys.readouterr().err.splitlines()
+        assert "1 shards are cut or damaged" in damage and f"cut.tar at byte {offset}" in damage
+        assert "1 samples without a picture are left out, the first in" in bare
+        said = sum(told for *_, told in SEVERAL.values())
+        assert f"{said} names, up to the first dot, have several pictures" in choice
+        assert bare.endswith("several.tar") and choice.endswith("several.tar")
+        data.open_sources(f"{pipe}{tmp_path}/whole.tar", cache=cache)
+        monkeypatch.setenv("RANK", "3")  # the first process of a run says it for all
+        data.open_sources(f"{pipe}{tmp_path}/cut.tar", cache=cache)
+        monkeypatch.delenv("RANK")
+        assert capsys.readouterr().err == ""
+
+
 def test_a_link_in_a_shard_is_counted_as_unreadable(tmp_path):
     """tar stores the second of two hard-linked files without its bytes."""
     path = write_tar(tmp_path / "a.tar", members_of(range(2)))
@@ -1988,14 +2067,13 @@ def test_the_index_says_where_samples_lie_and_is_made_once(shards, monkeypatch):
     tars = sorted(folder.glob("*.tar"))
     indexes = [Path(f"{path}.index") for path in tars]
     assert sorted(folder.iterdir()) == sorted([*tars, *indexes])
-    for path, index in zip(tars, indexes):
+    for path in tars:
         with tarfile.open(path) as tar:
             members = tar.getmembers()
         edges = [m.offset for m in members if m.name.endswith(".png")]  # a .cls comes after it
         edges += [m.offset_data + 512 for m in members[-1:]]  # of one byte, so in one block
         samples_of_it = [list(pair) for pair in itertools.pairwise(edges)]
-        rows = [[path.stat().st_size, path.stat().st_mtime_ns], *samples_of_it]
-        assert np.load(index).tolist() == rows
+        assert data.shard_index(path)[1].tolist() == samples_of_it
 
     def refuse(_):
         raise AssertionError("a shard is scanned again")
@@ -2029,6 +2107,9 @@ DAMAGED = {
     "cut in a number": lambda content: content[:-4],
     "cut after a sample": lambda content: content[:-16],
     "cut before the first sample": lambda content: content[:32],
+    "cut after the first sample": lambda content: content[:80],
+    "longer numbers": lambda content: content[:64] + b"\x7f" * (len(content) - 64),
+    "of numpy, as it once was": lambda content: npy(np.arange(26).reshape(13, 2)),
 }
 
 
@@ -2041,6 +2122,76 @@ def test_a_missing_or_damaged_index_is_made_again(shards, damage):
     assert everything(opened(pattern)) == samples and index.read_bytes() == content
     index.unlink()
     assert everything(opened(pattern)) == samples and index.read_bytes() == content
+
+
+def test_an_index_without_checksums_is_made_again(shards):
+    """As an earlier version wrote them: right, or with two samples in each other's place."""
+    folder, pattern = shards
+    samples, path = everything(opened(pattern)), folder / "s-03.tar"
+    index, stat = Path(f"{path}.index"), path.stat()
+    content, rows = index.read_bytes(), data.shard_index(path)[1].tolist()
+    for order in (rows, [rows[1], rows[0], *rows[2:]]):
+        index.write_bytes(npy(np.array([[stat.st_size, stat.st_mtime_ns], *order])))
+        assert everything(opened(pattern)) == samples and index.read_bytes() == content
+
+
+def test_whatever_byte_of_an_index_is_wrong_the_samples_are_right(tmp_path):
+    samples = [*members_of(range(3)), ("x.a.png", tile(7)), ("x.b.png", tile(8)), ("y.txt", b"")]
+    path = write_tar(tmp_path / "a.tar", samples)
+    expected, index = everything(opened(path)), tmp_path / "a.tar.index"
+    content = index.read_bytes()
+    for place in range(len(content)):
+        for change in (1, 128):
+            damaged = bytearray(content)
+            damaged[place] ^= change
+            index.write_bytes(damaged)
+            assert everything(opened(path)) == expected, place
+            assert index.read_bytes() == content, place
+    for end in range(0, len(content), 5):
+        index.write_bytes(content[:end])
+        assert everything(opened(path)) == expected and index.read_bytes() == content, end
+    draws = np.random.RandomState(0)
+    for _ in range(100):
+        damaged = np.frombuffer(content, np.uint8).copy()
+        damaged[draws.randint(0, len(content), 8)] ^= draws.randint(1, 256, 8).astype(np.uint8)
+        index.write_bytes(damaged.tobytes())
+        assert everything(opened(path)) == expected and index.read_bytes() == content
+
+
+def test_an_index_that_is_damaged_under_an_open_source_is_made_again(shards):
+    folder, pattern = shards
+    source, index = opened(pattern), folder / "s-03.tar.index"
+    content = index.read_bytes()
+    index.write_bytes(content[:64] + content[80:96] + content[64:80] + content[96:])
+    assert everything(source) == everything(opened(pattern)) and index.read_bytes() == content
+
+
+def read_often(pattern, times, answers):
+    """Open and read all samples this many times. (In a process.)"""
+    answers.put([everything(opened(pattern)) for _ in range(times)])
+
+
+def test_processes_that_make_the_same_index_read_the_right_samples(shards):
+    folder, pattern = shards
+    expected, files = everything(opened(pattern)), sorted(folder.iterdir())
+    content = {path: path.read_bytes() for path in folder.glob("*.index")}
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    for path in content:
+        path.unlink()
+    readers = [context.Process(target=read_often, args=(pattern, 8, answers)) for _ in range(3)]
+    [reader.start() for reader in readers]
+    for number in range(40):  # meanwhile they are damaged, removed and cut again and again
+        for path in content:
+            damaged = (content[path][:-1], b"\x93NUMPY", None)[number % 3]
+            path.unlink(missing_ok=True) if damaged is None else path.write_bytes(damaged)
+        time.sleep(0.005)
+    for _ in readers:
+        assert answers.get(timeout=60) == [expected] * 8
+    [reader.join() for reader in readers]
+    assert everything(opened(pattern)) == expected
+    assert {path: path.read_bytes() for path in folder.glob("*.index")} == content
+    assert sorted(folder.iterdir()) == files  # nothing half written is left
 
 
 @pytest.fixture
@@ -2090,7 +2241,8 @@ def test_where_no_index_can_be_written_shards_are_read_all_the_same(
     monkeypatch.setattr(os, "replace", refuse)
     assert everything(opened(pattern)) == expected
     assert "cannot write the index" in capsys.readouterr().err
-    assert not list(folder.glob("*.index")) + list(temporary.glob("*.index"))
+    assert not [path for path in folder.iterdir() if path.suffix != ".tar"]
+    assert not list(temporary.iterdir())
 
 
 def test_held_out_samples_are_the_last_of_train_at_most_5_percent(shards):
@@ -3566,6 +3718,42 @@ def test_what_was_left_of_a_fetch_is_not_used(remote, shards, ending):
     source.read(0)  # room is made for another shard
     assert not left.exists() and not list(cache.glob("*.part"))
     assert samples_of(source) == samples_of(opened(shards[1]))
+
+
+DAMAGED_COPIES = {
+    "another number": lambda tar, index: tar + index[:72] + b"\x01" + index[73:],
+    "two samples in each other's place": lambda tar, index: (
+        tar + index[:64] + index[80:96] + index[64:80] + index[96:]
+    ),
+    "fewer samples": lambda tar, index: tar + index[:16] + b"\x05" + index[17:],
+    "of numpy": lambda tar, index: tar + npy(np.arange(24).reshape(12, 2)),
+    "cut in the index": lambda tar, index: tar + index[:-3],
+    "no index": lambda tar, index: tar,
+    "cut in the tar": lambda tar, index: tar[:9000],
+    "empty": lambda tar, index: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_COPIES)
+def test_a_copy_in_the_cache_that_is_damaged_is_fetched_again(remote, shards, damage):
+    server, pattern, cache = remote
+    source, expected = opened_remote(pattern, cache), samples_of(opened(shards[1]))
+    assert samples_of(source) == expected
+    copy, size = Path(source.cache.path(source.where(10))), (shards[0] / "s-03.tar").stat().st_size
+    content = copy.read_bytes()
+    copy.write_bytes(DAMAGED_COPIES[damage](content[:size], content[size:]))
+    assert samples_of(opened_remote(pattern, cache)) == expected
+    assert copy.read_bytes() == content and server.asked()["s-03.tar"] == 2
+    assert samples_of(opened_remote(pattern, cache)) == expected
+    assert server.asked()["s-03.tar"] == 2 and server.asked()["s-00.tar"] == 1
+
+
+def test_a_copy_in_the_cache_that_is_always_damaged_is_counted(remote, monkeypatch):
+    _, pattern, cache = remote
+    monkeypatch.setattr(data, "index_bytes", lambda *_: bytes(64))
+    batch = data.Batches(opened_remote(pattern, cache), (4, 4), 3, 8)[0]
+    assert batch["weight"].tolist() == [0] * 8
+    assert all("damaged" in line and "s-0" in line for line in batch["bad"])
 
 
 def test_a_shard_in_the_cache_that_is_used_outlives_one_that_is_not(remote):
