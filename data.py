@@ -884,7 +884,8 @@ def sample_files(tar):
 # the pictures of a sample in a shard (KEY.000.jpg, KEY.001.jpg ...), or a file that the ffmpeg
 # program decodes. Only the last have a clock. A clip's frames are numbers.
 
-VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
+VIDEOS += (".3gp", ".ogv")
 ANIMATIONS = (".gif", ".webp")
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg"  # of no file that only names other files
 LISTS = (".csv", ".txt", ".json")
@@ -906,8 +907,9 @@ class VideoFolder(Folder):
 
     def entries(self, root, labels, caption_key):
         entries = read_video_labels(labels, root) if labels else videos_below(root)
-        if not shutil.which("ffmpeg") and any(path.lower().endswith(VIDEOS) for path in entries):
-            raise ValueError(f"{labels or root} has video files, and {NO_FFMPEG}")
+        files = sum(path.lower().endswith(VIDEOS) for path in entries)
+        if files and not shutil.which("ffmpeg"):
+            raise ValueError(f"{labels or root} has video files ({files}), and {NO_FFMPEG}")
         return entries
 
     def read(self, number):
@@ -989,8 +991,8 @@ def open_video(path, short_side=None):
     """A Video of a file or a folder of frames. short_side: what ffmpeg scales larger ones down to.
     Raises OSError or ValueError where it is damaged."""
     if path.lower().endswith(VIDEOS):
-        count, rate = probe(path)
-        return Video(count, rate, partial(decode, path, rate, short_side))
+        count, rate, start = probe(path)
+        return Video(count, rate, partial(decode, path, rate, short_side, start=start))
     if not os.path.isdir(path):
         return video_of_pictures([path])
     names = sorted(filter(is_picture, os.listdir(path)), key=by_number)
@@ -1016,7 +1018,8 @@ def video_of_pictures(files):
 
 def ffmpeg(path, *arguments, seek=0.0):
     """The ended process, with its stdout and stderr. It opens no other file, and no address."""
-    command = ["ffmpeg", "-hide_banner", "-nostdin", "-threads", "1", "-ss", f"{seek:.6f}"]
+    command = ["ffmpeg", "-hide_banner", "-nostdin", "-threads", "1"]
+    command += ["-ss", f"{seek:.6f}"] if seek > 0 else []  # 0 makes some files end at once
     command += ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS]
     command += ["-i", f"file:{path}", *arguments]
     how = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 300}
@@ -1025,34 +1028,72 @@ def ffmpeg(path, *arguments, seek=0.0):
 
 @lru_cache(1 << 16)
 def probe(path):
-    """(number of frames, frames per second) of a video file, as ffmpeg says of its input."""
-    said = ffmpeg(path).stderr.decode(errors="replace")  # it fails, as no output is asked for
-    length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", said)
+    """(number of frames, frames per second, when the first is shown) of a video file.
+
+    They are of the video stream alone, and of the packets that it has: a container is as long as
+    its longest stream, or does not say. The last is None where packets do not all have a time, or
+    cannot be sought by it (MPEG's streams and FLV have no index): frames are counted, by decoding.
+    """
+    done = ffmpeg(path, "-map", "0:v:0", "-map", "0:a?", "-c", "copy", "-f", "framecrc", "pipe:1")
+    said = done.stderr.decode(errors="replace")
     rate = re.search(r"Video: .*?([\d.]+)(k?) (fps|tbr)", said)
-    if not length or not rate:
-        raise ValueError(f"ffmpeg finds no video of known length in it: {last_line(said)}")
-    hours, minutes, seconds = map(float, length.groups())
+    streams = packets(done.stdout)
+    if not rate or 0 not in streams:
+        why = last_line(said) or f"exit status {done.returncode}"
+        why = why if done.returncode else "no frame, or no rate of frames"
+        raise ValueError(f"ffmpeg finds no video in it: {why}")
     rate = float(rate[1]) * (1000 if rate[2] else 1)
-    return max(1, round((3600 * hours + 60 * minutes + seconds) * rate)), rate
+    if length := re.search(r"Duration: (\d+):(\d+):([\d.]+)", said):
+        hours, minutes, seconds = map(float, length.groups())
+        seconds += 3600 * hours + 60 * minutes
+        there = max(times[0].max() for times in streams.values()) + 1 / rate
+        if 2 * there < seconds:
+            raise ValueError(f"it is cut: {there:.1f} of {seconds:.1f} seconds are there")
+    shown = streams[0][1]
+    if not np.isnan(shown).any() and not re.search(r"Input #0, (mpegts|mpeg|flv),", said):
+        return round((shown.max() - shown.min()) * rate) + 1, rate, float(shown.min())
+    wanted = ["-map", "0:v:0", "-vf", f"setpts=N/{rate}/TB", "-r", str(rate)]
+    decoded = packets(ffmpeg(path, *wanted, "-f", "framecrc", "pipe:1").stdout)
+    if not decoded:
+        raise ValueError("ffmpeg decodes no frame of it")
+    return decoded[0].shape[1], rate, None
 
 
-def decode(path, rate, short_side, numbers):
+def packets(table):
+    """{stream: (2, n) times of decoding and of showing, in seconds, nan if unknown} that ffmpeg's
+    framecrc lists."""
+    found = re.findall(rb"^(\d+), *(-?\d+), *(-?\d+)", table, re.MULTILINE)
+    rows, streams = np.array(found, dtype=object).reshape(-1, 3).astype(np.int64), {}
+    for stream, ticks, second in re.findall(rb"^#tb (\d+): (\d+)/(\d+)", table, re.MULTILINE):
+        times = rows[rows[:, 0] == int(stream), 1:]
+        if len(times):
+            unknown = times == np.iinfo(np.int64).min
+            times = np.where(unknown, np.nan, times * (int(ticks) / int(second)))
+            streams[int(stream)] = times.T
+    return streams
+
+
+def decode(path, rate, short_side, numbers, start=0.0):
     """The frames of a video file with these rising numbers, as PIL images.
 
     ffmpeg seeks to the first one, and writes no other frames into the pipe. (Of a file that ends
     before its length says, the last one found is repeated, if at least half of them are there.)
     Frames come as PPM, whose header says their size: a film may be turned by its metadata.
+    start: when the first frame of all is shown, or None: see probe.
     """
-    chosen = "+".join(f"eq(n\\,{number - numbers[0]})" for number in numbers)
+    first = 0 if start is None else numbers[0]
+    chosen = "+".join(f"eq(n\\,{number - first})" for number in numbers)
     # Constant frame rate, so that numbers are times; then numbered anew, so that no gap is filled.
-    steps = [f"fps={rate}:start_time=0", f"select={chosen}", f"setpts=N/{rate}/TB"]
+    steps = [f"fps={rate}:start_time={0 if first else start}"] if start is not None else []
+    steps += [f"select={chosen}", f"setpts=N/{rate}/TB"]
     if short_side:
         sides = f"'if(gt(iw,ih),-1,min(iw,{short_side}))':'if(gt(iw,ih),min(ih,{short_side}),-1)'"
         steps.append(f"scale={sides}:flags=bicubic")  # which is antialiased there
     wanted = ["-map", "0:v:0", "-vf", ",".join(steps), "-r", str(rate)]
     wanted += ["-frames:v", str(len(numbers)), "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt"]
     # A quarter of a frame early: times in files are rounded.
-    done = ffmpeg(path, *wanted, "rgb24", "pipe:1", seek=max(0, numbers[0] - 0.25) / rate)
+    seek = start + (first - 0.25) / rate if first else 0
+    done = ffmpeg(path, *wanted, "rgb24", "pipe:1", seek=seek)
     if done.returncode:
         said = last_line(done.stderr.decode(errors="replace"))
         raise ValueError(f"ffmpeg: exit status {done.returncode}: {said}")

@@ -400,25 +400,41 @@ def test_without_ffmpeg_one_line_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "b").mkdir()
     monkeypatch.setenv("PATH", "")
     assert len(data.VideoFolder(str(tmp_path)).paths) == 1  # frames do not need it
-    (tmp_path / "b" / "y.mp4").touch()
-    with pytest.raises(ValueError, match="there is no ffmpeg program on the PATH: install it"):
-        data.VideoFolder(str(tmp_path))
+    names = [f"y{extension}" for extension in data.VIDEOS] + ["Z.TS", "z.Wmv"]
+    for count, name in enumerate(names, start=1):
+        (tmp_path / "b" / name).touch()
+        files = rf"video files \({count}\), and there is no ffmpeg program on the PATH: install it"
+        with pytest.raises(ValueError, match=files):
+            data.VideoFolder(str(tmp_path))
+    (tmp_path / "list.csv").write_text("a/x,one\nb/y.flv,two\nb/y.m4v,two\n")
+    with pytest.raises(ValueError, match=r"list.csv has video files \(2\)"):
+        data.open_sources(str(tmp_path / "list.csv"), videos=True)
+
+
+LOSSLESS = ("-c:v", "ffv1", "-pix_fmt", "bgr0")
 
 
 @pytest.fixture
 def film(tmp_path):
-    """film(name, size): path of 20 frames of grey 0, 10, ... 190 at 10 a second, without loss."""
+    """film(name, size, codec, rate, seconds of sound): path of 20 frames of grey 0, 10, ... 190."""
 
-    def make(name="film.mkv", size=(24, 16)):
+    def make(name="film.mkv", size=(24, 16), codec=LOSSLESS, rate=10, sound=0, pipe=False):
         frames = tmp_path / f"{name} frames"
         frames.mkdir()
         for i in range(20):
             grey(10 * i, size).save(frames / f"{i:02}.png")
         (tmp_path / "films").mkdir(exist_ok=True)
         path = tmp_path / "films" / name
-        given = ["-v", "error", "-framerate", "10", "-i", f"{frames}/%02d.png"]
-        how = ["-c:v", "ffv1", "-pix_fmt", "bgr0"]
-        subprocess.run(["ffmpeg", *given, *how, str(path)], check=True)
+        given = ["-v", "error", "-framerate", str(rate), "-i", f"{frames}/%02d.png"]
+        if sound:
+            given += ["-f", "lavfi", "-i", f"sine=duration={sound}"]
+        if pipe:  # what is written so knows no length
+            given += [*codec, "-f", path.suffix[1:], "pipe:1"]
+            path.write_bytes(
+                subprocess.run(["ffmpeg", *given], check=True, capture_output=True).stdout
+            )
+        else:
+            subprocess.run(["ffmpeg", *given, *codec, str(path)], check=True)
         return str(path)
 
     return make
@@ -442,6 +458,89 @@ def test_ffmpeg_gives_the_frames_that_are_asked_for(film, monkeypatch):
         assert images[0].size == (24, 16)
         # And no other frame goes through the pipe: 13 bytes of a head, three for each pixel.
         assert len(piped[-1].stdout) == len(wanted) * (13 + 3 * 24 * 16)
+
+
+MPEG4 = ("-c:v", "mpeg4", "-q:v", "1", "-g", "6")
+MPEG2 = ("-c:v", "mpeg2video", "-q:v", "1", "-g", "6", "-bf", "2")
+H264 = ("-c:v", "libx264", "-crf", "1", "-g", "6", "-bf", "2", "-pix_fmt", "yuv420p")
+VP8 = ("-c:v", "libvpx", "-crf", "4", "-b:v", "1M", "-g", "6")
+FILMS = {  # name: how it is coded
+    "a.mkv": LOSSLESS,
+    "a.mp4": H264,
+    "a.mov": MPEG4,
+    "a.m4v": H264,
+    "a.3gp": (*MPEG4, "-c:a", "aac"),
+    "a.avi": (*MPEG4, "-c:a", "pcm_s16le"),
+    "b-frames.avi": (*H264, "-c:a", "pcm_s16le"),  # of which AVI does not keep the times
+    "a.webm": VP8,
+    "a.wmv": ("-c:v", "wmv2", "-q:v", "1", "-g", "6"),
+    "a.flv": ("-c:v", "flv", "-q:v", "1", "-g", "6"),
+    "a.ts": MPEG2,
+    "b-frames.ts": H264,
+    "a.mpg": MPEG2,
+    "a.mpeg": ("-c:v", "mpeg1video", "-q:v", "1", "-f", "mpeg"),
+    "A.MPG": MPEG2,
+}
+
+
+@has_ffmpeg
+@pytest.mark.parametrize("sound", [0, 3])
+@pytest.mark.parametrize("name", FILMS)
+def test_a_film_is_as_long_as_its_pictures_and_each_is_found(film, name, sound):
+    rate = 25 if "mpeg" in FILMS[name][1] else 10
+    path = film(name, (32, 32), FILMS[name], rate, sound)
+    video = data.open_video(path)
+    assert (video.count, video.rate) == (20, rate)
+    for wanted in ([0], [19], [0, 1, 5], [4, 5, 7], [9, 10, 18], [13, 19], list(range(20))):
+        images = list(map(level, video.read(wanted)))
+        assert images == pytest.approx([10 * n for n in wanted], abs=3)
+    last = data.Clips(4, span=4 / rate).numbers(video, np.full(24, 2**64 - 1, np.uint64))
+    assert last.tolist() == [[16, 17, 18, 19]]  # of the pictures, not of the sound
+    source = data.VideoFolder(os.path.dirname(path))
+    assert [source.name(n) for n in range(len(source.paths))] == [path]
+
+
+@has_ffmpeg
+@pytest.mark.parametrize("sound", [0, 3])
+@pytest.mark.parametrize("name", ["live.webm", "live.mkv", "live.flv"])
+def test_a_film_of_a_recorder_that_knew_no_length_is_as_long_as_its_pictures(film, name, sound):
+    codec = {"live.webm": VP8, "live.mkv": LOSSLESS, "live.flv": FILMS["a.flv"]}[name]
+    if name == "live.mkv":
+        path = film(name, codec=(*codec, "-f", "matroska", "-live", "1"), sound=sound)
+    else:
+        path = film(name, codec=codec, sound=sound, pipe=True)
+    video = data.open_video(path)
+    assert (video.count, video.rate) == (20, 10.0)
+    for wanted in ([0, 1, 5], [4, 5, 7], [18, 19]):
+        images = list(map(level, video.read(wanted)))
+        assert images == pytest.approx([10 * n for n in wanted], abs=3)
+
+
+@has_ffmpeg
+@pytest.mark.parametrize("delay", ["0.04", "0.5", "0.54"])
+def test_frames_are_numbered_from_the_first_where_sound_begins_earlier(film, delay, tmp_path):
+    path, late = film("whole.mkv", (32, 32)), str(tmp_path / "late.mkv")
+    given = ["-v", "error", "-f", "lavfi", "-i", "sine=duration=3", "-itsoffset", delay, "-i", path]
+    subprocess.run(["ffmpeg", *given, *LOSSLESS, late], check=True)
+    video = data.open_video(late)
+    assert video.count == 20
+    for wanted in ([0, 1, 5], [1, 2], [4, 5, 7], [18, 19], list(range(20))):
+        assert list(map(level, video.read(wanted))) == [10 * n for n in wanted]
+
+
+@has_ffmpeg
+@pytest.mark.parametrize("sound", [0, 3])
+def test_a_film_that_is_cut_in_its_first_half_is_named_and_weighs_nothing(film, sound):
+    noise = ("-vf", "noise=alls=60:allf=t", *LOSSLESS)
+    path = film("cut.mkv", (64, 48), noise, sound=sound)
+    content = Path(path).read_bytes()
+    for share, good in ((0.3, 0), (0.8, 1)):
+        Path(path).write_bytes(content[: int(share * len(content))])
+        data.probe.cache_clear()
+        source = data.VideoFolder(os.path.dirname(path))
+        batch = data.Batches(source, (8, 8), 3, 1, clips=data.Clips(2, span=1))[0]
+        assert batch["weight"].tolist() == [good] and len(batch["bad"]) == 1 - good
+        assert good or f"{path}: ValueError: it is cut" in batch["bad"][0]
 
 
 @has_ffmpeg
