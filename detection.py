@@ -1588,22 +1588,32 @@ def draw_detections(path, scenes, detections, numbers=range(8), most=10, least=0
 # ----------------------------------------------------------------------------- a detector on scenes
 
 
+def is_detector(content):
+    """True if what a file of weights holds is a Detector's."""
+    config = content.get("config") if isinstance(content, dict) else None
+    return isinstance(config, dict) and "anchor_sizes" in config
+
+
 def read_detector(path):
     """(state, config) of a Detector's model.pt. Raises ValueError, one line, if it is none."""
     content, path = models.open_weights(path)
-    config = content.get("config") if isinstance(content, dict) else None
-    state = content.get("model") if isinstance(config, dict) else None
-    if not isinstance(state, dict) or "anchor_sizes" not in config:
+    if not is_detector(content):
         raise ValueError(f"{path} holds no detector: finetune.py --task detect makes one")
-    return state, config
+    try:
+        with torch.device("meta"):  # shapes without memory
+            model = Detector(**content["config"])
+        model.load_state_dict(content["model"], assign=True)  # all of it, and nothing else
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        why = f"{data.one_line(error):.200}"
+        raise ValueError(f"{path} is damaged, or another version's: {why}") from None
+    return content["model"], model.config
 
 
 def read_weights(path, heads=None):
     """The same, or models.read_weights of what is no detector."""
-    try:
+    if is_detector(models.open_weights(path)[0]):
         return read_detector(path)
-    except ValueError:
-        return models.read_weights(path, heads)
+    return models.read_weights(path, heads)
 
 
 @torch.inference_mode()

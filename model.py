@@ -94,6 +94,8 @@ def triple(text, wanted="WIDTHxLAYERSxHEADS"):
         raise Unusable(f"size {text!r} is unknown: it must be {wanted}") from None
     if min(width, layers, heads) < 1 or width % (4 * heads):
         raise Unusable(f"size {text!r}: the width must be a multiple of 4 x heads")
+    if width > 2**16 or layers > 999:  # a typing error, or a damaged config: it would take for ever
+        raise Unusable(f"size {text!r}: at most {2**16} wide and 999 layers deep")
     return width, layers, heads
 
 
@@ -104,6 +106,8 @@ def pair(image_size):
         height, width = map(int, sides if len(sides) == 2 else (*sides, *sides))
     except (ValueError, TypeError):
         raise Unusable(f"image size {image_size!r} is neither a side nor HEIGHTxWIDTH") from None
+    if not 0 < min(height, width) <= max(height, width) <= 2**16:
+        raise Unusable(f"image size {image_size!r}: sides are from 1 to {2**16} pixels")
     return height, width
 
 
@@ -372,7 +376,8 @@ class MAE(ViT):
         self, size="B", decoder=None, mask_ratio=0.75, normalize_targets=True, **encoder_arguments
     ):
         super().__init__(size, **encoder_arguments)
-        decoder = width, layers, heads = tuple(decoder or DECODERS.get(size, DEFAULT_DECODER))
+        decoder = decoder or DECODERS.get(size, DEFAULT_DECODER)
+        decoder = width, layers, heads = triple("x".join(map(str, decoder)))
         self.num_visible = int(self.num_patches * (1 - mask_ratio))  # 49 of 196, 64 of 256
         if not 0 < self.num_visible < self.num_patches:
             shares = (
@@ -1378,25 +1383,50 @@ def save_safetensors(state, path):
 def open_weights(path):
     """(content, path) of a file of weights, or of that in a folder of transformers.
 
-    No code runs from the file. Raises ValueError, one line, when it cannot be read.
+    Several files, whose tensors an index.json beside them lists, are one. No code runs from a file.
+    Raises ValueError, one line, when one cannot be read.
     """
     path = Path(path)
     if path.is_dir():
-        files = [path / "model.safetensors", path / "pytorch_model.bin"]
-        path = files[0] if files[0].is_file() else files[1]
+        names = ("model.safetensors", "pytorch_model.bin")
+        names = [name + end for name in names for end in ("", ".index.json")]
+        path = next((path / name for name in names if (path / name).is_file()), path / names[0])
+    return (open_shards if path.name.endswith(".index.json") else open_file)(path), path
+
+
+def open_shards(index):
+    """The tensors, by name, of the files that an index.json lists. See open_weights."""
+    try:
+        listed = set(json.loads(index.read_text())["weight_map"].items())
+        paths = {file: index.with_name(file) for _, file in listed}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} lists no files of weights ({last_line(error):.200})") from None
+    files = {file: open_file(path) for file, path in paths.items()}
+    found = {(name, file) for file, content in files.items() for name in content}
+    if differing := sorted(listed ^ found):
+        name, file = differing[0]
+        where = "the index alone" if differing[0] in listed else f"{file} alone"
+        raise ValueError(f"{index} and its files differ: {name} is in {where}")
+    return {name: tensor for content in files.values() for name, tensor in content.items()}
+
+
+def open_file(path):
+    """The content of one file: see open_weights."""
     if not path.is_file():
         raise ValueError(f"no weights at {path}: give a model.pt or a public checkpoint")
     safe = import_safetensors() if path.suffix == ".safetensors" else None
     try:
         if safe:
-            return safe.load_file(path), path
+            return safe.load_file(path)
         # The public MAE code stores its arguments beside the weights: plain values in a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Mapped, not read: processes share it, and each takes no more than its part of it.
             mapped = zipfile.is_zipfile(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), path
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # noqa: BLE001 (torch.load says "damaged" in a dozen ways)
         why = f"{type(error).__name__}: damaged, or more than tensors and plain values in it"
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):  # torch's message has ten lines
+            why = f"torch refuses the {refused[1]} in it: save its tensors and plain values alone"
         raise ValueError(f"cannot read weights from {path} ({why}): nothing was run") from None
 
 
@@ -1480,13 +1510,17 @@ def read_weights(path, heads=None):
             eps = 1e-12 if style == "Hugging Face" else 1e-6
             config = infer_config(state, heads, config, eps)
         model = network(state, config)
+        # A model that the config asks for is never made in memory before this.
+        wanted = {name: t.shape for name, t in model.state_dict().items() if name in state}
+        misfits = [name for name in wanted if state[name].shape != wanted[name]]
+        if misfits and style == "our own":
+            name, shape = misfits[0], tuple(state[misfits[0]].shape)
+            raise ValueError(f"{name} is {shape}, wanted {tuple(wanted[name])}")
     except KeyError as error:
         raise ValueError(f"the {source} in {path} lacks {error}") from None
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
-        raise ValueError(f"the {source} in {path} cannot be used: {error}") from None
-    of_frame = kernel[:, :, 0] if "frames" in config else kernel
-    if model.patch_embed["proj"].weight.shape != of_frame.shape:
-        raise ValueError(f"the config in {path} is not that of its weights")
+        why = f"{last_line(error):.300}"
+        raise ValueError(f"the {source} in {path} cannot be used: {why}") from None
     if heads not in (None, model.heads):
         raise ValueError(f"{path} has {model.heads} heads: leave --heads {heads} out")
     return state, config
@@ -1511,8 +1545,8 @@ def read_text_weights(path, heads=None):
             wanted = TextTower(**config).state_dict()
         if misfits := [n for n in wanted if n not in state or state[n].shape != wanted[n].shape]:
             raise ValueError(f"{', '.join(misfits[:3])} are missing or of another shape")
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
-        raise ValueError(f"the weights in {path} cannot be used: {error}") from None
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"the weights in {path} cannot be used: {last_line(error):.300}") from None
     return state, config
 
 
@@ -1695,8 +1729,10 @@ def network(state, config):
     kinds |= {"mask_token": (MAE, "decoder mask_ratio normalize_targets")}
     kinds |= {"head.weight": (Classifier, "pool class_names")}
     kind, keys = next((kinds[name] for name in kinds if name in state), (ViT, ""))
+    if "frames" in config:
+        kind, keys = VideoClassifier, f"{keys} frames relative_positions"
     arguments = {key: config[key] for key in keys.split() if key in config}
-    if kind is Classifier:
+    if issubclass(kind, Classifier):
         arguments["classes"] = len(state["head.weight"])
         arguments.setdefault("pool", "mean" if "fc_norm.weight" in state else "cls")
     with torch.device("meta"):  # shapes without memory
@@ -1967,8 +2003,12 @@ def load_checkpoint(path, model, optimizer):
 
 
 def last_line(error):
-    """What an error says, in one line: DCP's hold a whole traceback, some others nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+    """What an error says, in one line: DCP's hold a whole traceback, some others nothing.
+
+    After what it has to say, torch's C++ code may list its own frames.
+    """
+    said = str(error).partition("\nException raised from ")[0].strip()
+    return (said or type(error).__name__).splitlines()[-1]
 
 
 def read_metadata(path):

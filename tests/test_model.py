@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 from argparse import Namespace
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import detection
+import evaluate
 import model as models
 from model import MAE, TwoTowers, ViT
 
@@ -869,6 +872,93 @@ def test_code_in_a_weights_file_is_refused_and_never_runs(tmp_path, zipped):
     assert not sprung.exists()
     torch.load(path, weights_only=False)
     assert sprung.exists()  # so it was a live one
+
+
+REFUSED = {
+    r"numpy\S+\.scalar": np.float64(0.5),
+    r"numpy\S+\._reconstruct": np.zeros(3),
+    r"pathlib\S+Path": argparse.Namespace(output_dir=Path("runs")),
+    r"collections\.defaultdict": {"scores": defaultdict(list)},
+    r"torch\.nn\.modules\.linear\.Linear": torch.nn.Linear(2, 2),
+}
+READERS = {
+    "weights": models.read_weights,
+    "text": models.read_text_weights,
+    "detector": detection.read_detector,
+    "trunk": detection.read_weights,
+    "evaluate": lambda path: evaluate.load_model(path, "knn", "cpu"),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle"])
+@pytest.mark.parametrize("reader", READERS)
+def test_the_type_that_torch_refuses_is_named(tmp_path, reader, zipped):
+    for name, value in REFUSED.items():
+        content = {"model": public_tensors(32, 1, 8, 6), "best": value}
+        torch.save(content, tmp_path / "m.pt", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ValueError, match=rf"m\.pt \(torch refuses the {name} in it") as error:
+            READERS[reader](tmp_path / "m.pt")
+        assert one_line(error)
+
+
+SMALL_TEXT = {"text": {**TINY_TEXT, "positions": 9}, "shared_width": 8}
+KINDS = {
+    "features": (ViT, SMALL),
+    "reconstruct": (MAE, SMALL_MAE),
+    "classify": (models.Classifier, {**SMALL, "classes": 3}),
+    "video": (models.VideoClassifier, {**SMALL, "classes": 3, "frames": 4}),
+    "zeroshot": (TwoTowers, {**SMALL, **SMALL_TEXT}),
+    "detect": (detection.Detector, {"size": "toy", "image_size": 32, "classes": 2}),
+}
+HUGE = {
+    "features": {
+        "image_size": [2**40, [2**40, 2**40], [2**70, 16], "9" * 5000, [16, 24, "a" * 500], None],
+        "size": [f"{2**40}x3x4", f"{2**70}x3x4", f"32x{2**40}x4", "x" * 5000],
+        "patch_size": [2**40, 2**70, -8],
+        "channels": [2**40, 2**70, -3, None],
+        "positions": ["x" * 5000],
+    },
+    "reconstruct": {"decoder": [[2**40, 2, 2], [16, 2**40, 2], [16], "16x2x2", 7]},
+    "video": {"frames": [2**40, 2**70, "many"]},
+    "zeroshot": {
+        "shared_width": [2**40, 2**70],
+        "text": [{**SMALL_TEXT["text"], name: 2**n} for name in TINY_TEXT for n in (40, 70)]
+        + [{**SMALL_TEXT["text"], "positions": 2**40}, {"size": f"16x{2**40}x2"}],
+    },
+    "detect": {"image_size": [2**40, [2**40, 2**40], None], "classes": [2**40, 2**70]},
+}
+HUGE = [
+    pytest.param(task, {name: value}, id=f"{task}-{name}-{value!s:.20}")
+    for task in HUGE
+    for name, values in {**(HUGE["features"] if task != "detect" else {}), **HUGE[task]}.items()
+    for value in values
+]
+
+
+@pytest.mark.parametrize("task, change", HUGE)
+def test_a_config_that_cannot_be_its_weights_is_one_line(tmp_path, task, change):
+    """Nothing of the size that it asks for is made."""
+    kind, arguments = KINDS[task]
+    model, path = kind(**arguments), tmp_path / "model.pt"
+    models.save_weights(path, model.state_dict(), model.config | change)
+    readers = [lambda: evaluate.load_model(path, task, "cpu")]
+    readers.append(lambda: models.inherit(path, {}, ("size",), read=detection.read_weights))
+    readers += [lambda: models.read_text_weights(path)] if "text" in change else []
+    for read in readers:
+        with pytest.raises(ValueError, match=re.escape(str(path))) as error:
+            read()
+        assert one_line(error) and len(str(error.value)) < 400 + len(str(path))
+        # What torch says is there, without the frames of its C++ code.
+        assert re.search(": .*[a-z]{3}", str(error.value)) and "frame #" not in str(error.value)
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_the_config_of_each_kind_is_that_of_its_weights(tmp_path, task):
+    kind, arguments = KINDS[task]
+    model, path = kind(**arguments), tmp_path / "model.pt"
+    models.save_weights(path, model.state_dict(), model.config)
+    found = evaluate.load_model(path, task, "cpu")[0]
+    assert type(found) is kind and equal_states(found.state_dict(), model.state_dict())
 
 
 @pytest.fixture(scope="module")

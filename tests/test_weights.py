@@ -144,6 +144,72 @@ def test_hugging_face_s_vits_compute_the_same_here(transformers, tmp_path, capsy
     close(ours(images(32)), theirs(images(32)).logits)
 
 
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@torch.no_grad()
+def test_a_folder_whose_weights_are_in_several_files_is_one(transformers, tmp_path, safe, capsys):
+    theirs = randomize(transformers.ViTModel(transformers.ViTConfig(**TINY, layer_norm_eps=0.1)))
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="40kB")
+    files = sorted((tmp_path / "hf").glob("*.safetensors"))
+    assert len(files) > 2
+    if not safe:  # as older versions of theirs wrote them
+        index = tmp_path / "hf" / "model.safetensors.index.json"
+        text = index.read_text().replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
+        (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(text)
+        for path in files:
+            name = f"pytorch_{path.name}".replace(".safetensors", ".bin")
+            torch.save(safetensors.load_file(path), path.with_name(name))
+            path.unlink()
+        index.unlink()
+    (index,) = (tmp_path / "hf").glob("*.index.json")
+    for path in (tmp_path / "hf", index):  # the folder, or the index itself
+        ours, _ = load(ViT, path)
+        assert f"{index}: Hugging Face ViT; of no use here: pooler" in capsys.readouterr().out
+        close(ours(images(32)), theirs(images(32)).last_hidden_state)
+    theirs.save_pretrained(tmp_path / "whole")  # a resumed run compares this
+    own, whole = (models.read_weights(tmp_path / name)[0] for name in ("hf", "whole"))
+    assert models.origin_of(own) == models.origin_of(whole)
+
+
+def changed(index, change):
+    listed = json.loads(index.read_text())
+    change(listed["weight_map"])
+    index.write_text(json.dumps(listed))
+
+
+BROKEN_INDEX = {
+    "lists no files": lambda index, _: index.write_text("{"),
+    "lists no files of weights (list indices": lambda index, _: index.write_text("[1]"),
+    "lists no files of weights ('weight_map'": lambda index, _: index.write_text("{}"),
+    "lists no files of weights (Invalid name": lambda index, _: changed(
+        index, lambda listed: listed.update(a="../a.safetensors")
+    ),
+    "2.safetensors: give": lambda _, file: file.unlink(),
+    "cannot read weights": lambda _, file: file.write_bytes(file.read_bytes()[:-9]),
+    "head.weight is in the index alone": lambda index, file: changed(
+        index, lambda listed: listed.update({"head.weight": file.name})
+    ),
+    "norm.bias is in model-2.safetensors alone": lambda index, _: changed(
+        index, lambda listed: listed.pop("norm.bias")
+    ),
+}
+
+
+@pytest.mark.parametrize("words", BROKEN_INDEX)
+def test_an_index_and_files_that_differ_are_one_line(tmp_path, words):
+    state = ViT(**SMALL).state_dict()
+    files = [tmp_path / f"model-{part}.safetensors" for part in (1, 2)]
+    for part, file in enumerate(files):
+        safetensors.save_file(dict([*state.items()][part::2]), file)
+    names = {n: file.name for part, file in enumerate(files) for n in [*state][part::2]}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    assert models.read_weights(tmp_path, 4)[0].keys() == state.keys()
+    BROKEN_INDEX[words](index, files[1])
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        models.read_weights(tmp_path, 4)
+    assert "\n" not in str(error.value)
+
+
 @HOW
 @torch.no_grad()
 def test_hugging_face_s_bare_vit_leaves_its_pooler(transformers, tmp_path, capsys, how):
