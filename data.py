@@ -272,9 +272,9 @@ def find_splits(root):
     """{"train", "val", "test", "other": names of the folders below root that are this split, or
     none, but hold pictures or videos}; {} where root is no folder, or has no splits.
 
-    A folder train is none if no other folder holds pictures: then all of them are to train on. Nor
-    is it among folders with other names if there are pictures in it, not folders of them: then it
-    is a class, of trains.
+    A folder train is no split if no other folder holds pictures: all pictures are to train on. Nor
+    is it one beside folders with other names alone, if it has pictures directly in it: it is a
+    class, of vehicles.
     """
     found, others = {}, []
     for name in sorted(os.listdir(root)) if os.path.isdir(root) else ():

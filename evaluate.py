@@ -422,8 +422,8 @@ def read_class_names(path, classes):
 
 
 def say_same_names(where, names):
-    """These lists of names. A line is printed if they name several classes alike: which of these a
-    picture is nothing can tell."""
+    """names, a list for each class. Prints those that several classes have: these classes cannot be
+    told apart."""
     counts = Counter(", ".join(sorted(set(some))) for some in names)
     if again := [text for text, count in counts.items() if count > 1]:
         print(f"{where}: classes that share their names ({len(again)}): {'; '.join(again[:5])}")
@@ -431,15 +431,15 @@ def say_same_names(where, names):
 
 
 def names_of_list(count, classes):
-    """What `count` classes that have no names, of a head or of a list, are called by the data.
+    """Names for `count` classes that came without names, of a head or of a list, so that the data's
+    classes can be found among them; None if that cannot be known.
 
     classes  the data's names, or None where it only numbers its classes
 
-    1. If all names are numbers, they are the places in the list, from 0.
-    2. If they are of ImageNet's folders (wnids) and there is a list of these in support/ which is
-       as long, that is it: some of its classes are enough.
-    3. If there are as many, they are in the order of the data's.
-    4. Otherwise nothing tells: None.
+    1. If all of the data's names are numbers, they are places among the classes, from 0.
+    2. If they are names of ImageNet's folders (wnids), and it has a list of as many in support/,
+       the classes are that list. The data may have some of them only.
+    3. If the data has as many classes, they are the same, in the same order.
     """
     if all(map(str.isdecimal, classes or ())):
         places = {int(name): name for name in classes or ()}
