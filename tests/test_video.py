@@ -357,6 +357,8 @@ def test_a_list_of_videos_that_is_refused_says_what_it_found(tmp_path):
     (tmp_path / "list.csv").write_text("filepath;title\na.mp4;skiing\n")
     with pytest.raises(ValueError, match="lists no videos: want lines of .* 'filepath;title'"):
         data.read_video_labels(str(tmp_path / "list.csv"), str(tmp_path))
+
+
 @pytest.mark.parametrize("name", LISTINGS)
 def test_a_list_may_have_its_extension_in_upper_case(tmp_path, name):
     frames_of(tmp_path / "a" / "x", 2)
