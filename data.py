@@ -36,6 +36,7 @@ import re
 import shlex
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import tarfile
@@ -44,6 +45,7 @@ import threading
 import time
 import unicodedata
 import urllib.error
+import urllib.parse
 import urllib.request
 import warnings
 from collections import Counter
@@ -336,8 +338,10 @@ def open_source(data, size, classes, split, labels, cache, caption_key, videos):
     if os.path.isdir(data):
         return (VideoFolder if videos else Folder)(data, classes, labels, caption_key)
     remote = re.match(r"pipe:|\w+://", data)
-    if not remote and not data.lower().endswith(".tar") and not re.search(r"[*?\[{]", data):
-        state = "is not a folder or a .tar" if os.path.exists(data) else "does not exist"
+    there = os.path.exists(data)
+    named = data.lower().endswith(".tar") or not there and re.search(r"[*?\[{]", data)
+    if not remote and not named:
+        state = "is not a folder or a .tar" if there else "does not exist"
         raise ValueError(f"{data} {state}: --data wants toy, a folder of pictures or tar shards")
     shards = RemoteShards(data, *cache) if remote else Shards(data)
     shards.caption_key = caption_key
@@ -745,13 +749,22 @@ def captions_in(members, key):
 
 
 def expand(pattern):
-    """Shard paths from a path, a glob, or {00000..00099} and {a,b} braces."""
-    if os.path.isfile(pattern):  # whatever is in its name
+    """Shard paths from a path, a glob, or {00000..00099} and {a,b} braces.
+
+    What exists as it is written, a file or the folders that the pattern begins with, is no pattern,
+    whatever its name holds.
+    """
+    if os.path.isfile(pattern):
         return [pattern]
-    if (texts := braces(pattern)) != [pattern]:
-        return list(itertools.chain(*map(expand, texts)))
-    if re.search(r"[*?\[]", pattern):
-        return sorted(path for path in glob.glob(pattern) if path.lower().endswith(".tar"))
+    folder, rest = os.path.split(pattern)
+    while folder and not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+        rest = os.path.join(name, rest)
+    if (texts := braces(rest)) != [rest]:
+        return list(itertools.chain(*(expand(os.path.join(folder, text)) for text in texts)))
+    if re.search(r"[*?\[]", rest):
+        found = glob.glob(os.path.join(glob.escape(folder), rest))
+        return sorted(path for path in found if path.lower().endswith(".tar"))
     raise ValueError(f"there is no shard {pattern}")
 
 
@@ -1211,16 +1224,16 @@ class RemoteShards(Shards):
         self.paths, facts, faults, listings = braces(pattern), [], {}, {}
         for path in self.paths:
             head, *name = re.split(r"([^\s/'\"=]+\.tar)(?=[?#'\"\s]|$)", path)
-            if len(name) != 2 or re.search(r"[*?\[]", name[0]):
-                why = "one word that ends in .tar must name a shard, with {000..099} but no * ? ["
-                raise ValueError(f"{path}: {why}")
+            if len(name) != 2:
+                raise ValueError(f"{path}: one word that ends in .tar must name a shard")
             name, tail = name
             index = f"{head}index.json{tail}"
             if index not in listings:
                 listings[index] = read_listing(index)
             _, listed, faulty = listings[index]
             if name not in listed:
-                raise ValueError(f"{index} lists {len(listed)} shards, but no {name}")
+                why = " (give {000..099}, no * ? [ ])" * bool(re.search(r"[*?\[]", name))
+                raise ValueError(f"{index} lists {len(listed)} shards, but no {name}{why}")
             facts.append((name, *listed[name]))
             faults |= {path: faulty[name]} if name in faulty else {}
         self.describe(pattern, [classes for classes, *_ in listings.values()], facts, faults)
@@ -1472,7 +1485,10 @@ def download(address, size=None, patience=0):
 
 def http_body(url, start, size):
     """(offset, bytes), ... of a URL from `start` on, or from 0 if the server knows no ranges."""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    host = re.match(r"\w+://[^/]*", url)[0]
+    # As browsers do, of spaces, say. What is quoted already stays as it is.
+    quoted = host + urllib.parse.quote(url.removeprefix(host), safe=string.punctuation)
+    request = urllib.request.Request(quoted, headers={"Range": f"bytes={start}-"} if start else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         at, headers = start if answer.status == 206 else 0, answer.headers
         if at and not headers.get("Content-Range", "").startswith(f"bytes {start}-"):
@@ -2545,14 +2561,15 @@ def pack(folder, pattern, short_side=None, shard_size=None, max_pixels=MAX_PIXEL
     interrupted run goes on; pack.json, beside the shards, says what they were asked to be.
     """
     limit_pixels(max_pixels)
-    if not re.fullmatch(r"[^%]*%\d*d[^%/]*\.tar", pattern):
-        raise ValueError(f"{pattern} must hold one number in the file's name, as in OUT-%05d.tar")
+    out, name = os.path.split(pattern)
+    if not re.fullmatch(r"[^%{}]*%\d*d[^%{}]*\.tar", name):
+        want = "one number, and no braces, in the file's name, as in OUT-%05d.tar"
+        raise ValueError(f"{pattern} must hold {want}")
     if splits := find_splits(folder):
         names = [name for split in ("train", "val", "test") for name in splits.get(split, [])]
         parts = ", ".join(os.path.join(folder, name) for name in names)
         raise ValueError(f"{folder} holds splits: pack {parts} one after the other")
-    out, name = os.path.split(pattern)
-    every = re.sub(r"%\d*d", "[0-9]*", glob.escape(pattern))
+    every = os.path.join(glob.escape(out), re.sub(r"%\d*d", "[0-9]*", glob.escape(name)))
     record = pack_record(out)
     # Classes are numbered as those packed into the same place before: train first, then val.
     try:
@@ -2566,20 +2583,20 @@ def pack(folder, pattern, short_side=None, shard_size=None, max_pixels=MAX_PIXEL
     asked = {"pictures": source.identity, "short_side": short_side, "shard_size": shard_size}
     asked |= {"max_pixels": max_pixels} if max_pixels != MAX_PIXELS else {}
     if glob.glob(every) and record["packed"].get(name) != asked:
-        raise ValueError(f"{every} is not of these pictures and options: move it away")
+        raise ValueError(f"{pattern} is not of these pictures and options: move it away")
     os.makedirs(out or ".", exist_ok=True)
     record["packed"][name], record["classes"] = asked, record["classes"] or source.classes
     replace_file(Path(out, "pack.json"), json.dumps(record).encode())
     with ThreadPoolExecutor() as threads:  # Pillow works outside Python's lock
         starts = range(0, total, shard_size)
         for start in tqdm(starts, desc="packing", unit=" shards", disable=None):
-            shard = pattern % (start // shard_size)
+            shard = os.path.join(out, name % (start // shard_size))
             if not os.path.exists(shard):
                 numbers = range(start, min(start + shard_size, total))
                 write_shard(f"{shard}.tmp", source, numbers, short_side, threads)
                 os.replace(f"{shard}.tmp", shard)
-    first, last = (re.search(r"%\d*d", pattern)[0] % number for number in (0, len(starts) - 1))
-    written = re.sub(r"%\d*d", f"{{{first}..{last}}}", pattern)
+    first, last = (re.search(r"%\d*d", name)[0] % number for number in (0, len(starts) - 1))
+    written = os.path.join(out, re.sub(r"%\d*d", f"{{{first}..{last}}}", name))
     print(f"{total} pictures in {len(starts)} shards: --data {shlex.quote(written)}")
     write_listing(Shards(written))  # which writes their indexes
 

@@ -757,7 +757,8 @@ def find_annotations(where, split):
     if where.endswith(".json"):
         return where
     name = re.compile(rf"(instances|lvis_v1)_{split}\w*\.json")
-    found = [p for p in glob.glob(f"{where}/annotations/*") if name.fullmatch(os.path.basename(p))]
+    paths = glob.glob(f"{glob.escape(where)}/annotations/*")
+    found = [path for path in paths if name.fullmatch(os.path.basename(path))]
     if len(found) != 1:
         wanted = f"{where}/annotations/instances_{split}*.json or lvis_v1_{split}*.json"
         raise ValueError(f"there must be one {wanted}, not {len(found)}: or name a .json")

@@ -36,6 +36,17 @@ def picture(seed, height=20, width=24):
     return Image.fromarray(pixels.astype(np.uint8)).resize((width, height))
 
 
+# Names of folders and files that look like patterns, and names that these patterns match.
+ODD_NAMES = {
+    "coco [v2]": "coco v",
+    "[!a]": "b",
+    "what?*": "whatever",
+    "{0..3}": "2",
+    "{a,b}": "a",
+    "50%d": "500",
+}
+
+
 def large_pictures(folder, split=""):
     """Eight pictures in two classes of 300 x 300, 90,000 pixels, and flags that allow them."""
     for number in range(8):

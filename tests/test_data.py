@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 import tracemalloc
+import urllib.parse
 import zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,7 +36,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PICTURES, TINY, read_metrics, stage
+from conftest import ODD_NAMES, PICTURES, TINY, read_metrics, stage
 from PIL import Image
 
 import data
@@ -1620,6 +1621,76 @@ def test_globs_braces_and_commas_expand_in_order(tmp_path):
         assert names("a-*") == ["a-08", "a-09", "a-10", "a-11"]  # not what lies beside them
 
 
+def test_a_missing_shard_is_said_in_any_folder(tmp_path):
+    for name in ODD_NAMES:
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "a-0.tar", members_of([0]))
+        for pattern in ("a-{0..1}.tar", "a-1.tar"):
+            with pytest.raises(ValueError, match="there is no shard .*a-1.tar"):
+                opened(tmp_path / name / pattern)
+
+
+def odd_photos(folder, name):
+    """Four pictures in two classes, in folders and files of odd names."""
+    files = {f"{kind}/{name} {i}.png": tile(i) for kind in (name, "plain") for i in range(2)}
+    return write_files(folder / "photos", files), files
+
+
+@pytest.mark.parametrize("name, match", ODD_NAMES.items())
+def test_what_exists_as_it_is_written_is_no_pattern(tmp_path, monkeypatch, capsys, name, match):
+    """Pictures, shards and indexes, beside what the name would match as a pattern."""
+    folder, other = tmp_path / name, tmp_path / match
+    photos = opened(odd_photos(folder, name)[0])
+    assert photos.sizes.sum() == 4 and photos.classes == sorted([name, "plain"])
+    command = ["pack", folder / "photos", folder / "p-%d.tar", "--shard-size"]
+    assert run_main(monkeypatch, *command, 1) == 0
+    (where,) = shlex.split(capsys.readouterr().out.split("--data ")[1])
+    assert run_main(monkeypatch, *command, 2) == 2  # it sees what is there
+    assert run_main(monkeypatch, *command, 1) == 0
+    other.mkdir()
+    for number in range(9):
+        write_tar(other / f"p-{number}.tar", members_of(range(30)))
+    expected = [sample[1:] for sample in everything(photos)]
+    assert [sample[1:] for sample in everything(opened(where))] == expected
+    patterns = {"p-{0..3}.tar": 4, "p-*.tar": 4, "p-?.tar": 4, "p-[12].tar": 2, "{p-0,p-3}.tar": 2}
+    for pattern, count in (patterns | {"p-1.tar": 1}).items():
+        assert opened(folder / pattern).sizes.tolist() == [1] * count
+    shutil.copy(folder / "p-0.tar", folder / f"{name}.tar")
+    assert opened(folder / f"{name}.tar").sizes.tolist() == [1]  # a file, too
+    assert run_main(monkeypatch, "index", folder / "p-*.tar") == 0
+    assert len(json.loads((folder / "index.json").read_text())["shards"]) == 4
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_labels_and_tags_may_have_odd_names(tmp_path, name):
+    photos, files = odd_photos(tmp_path / name, name)
+    entries = [{"path": path, "class": "x", "hashtags": ["#a", "#b"]} for path in files]
+    jsonl, csv = (tmp_path / name / f"{name}.{kind}" for kind in ("jsonl", "csv"))
+    jsonl.write_text("\n".join(map(json.dumps, entries)))
+    csv.write_text("\n".join(f'"{path}",x' for path in files))
+    for labels in (csv, jsonl):
+        source = data.open_sources(photos, labels=str(labels))[0]
+        assert sorted(source.paths) == sorted(files) and len(everything(source)) == 4
+    data.write_hashtags(source, tmp_path / name / "tags", min_count=1)
+    assert len(data.open_hashtags(source, str(tmp_path / name / "tags"))[0]) == 2
+
+
+def test_patterns_of_folders_go_on_working(tmp_path):
+    for name in ("d-1", "d-2", "d-3"):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "a.tar", members_of([0]))
+    patterns = {"d-[12]/*": 2, "d-?/a.tar": 3, "{d-1,d-3}/a.tar": 2, "*/a.tar": 3}
+    for pattern, count in patterns.items():
+        assert len(opened(tmp_path / pattern).paths) == count
+    assert opened(tmp_path / "{d-1/a,d-2/a}.tar").sizes.sum() == 2  # braces across a /
+    for missing in ("d-[89]/a.tar", "d [v2]", "none/*.tar"):
+        with pytest.raises(ValueError, match="no shard matches"):
+            opened(tmp_path / missing)
+    write_files(tmp_path, {"notes [v2]": b"hello"})
+    with pytest.raises(ValueError, match="is not a folder or a .tar"):
+        opened(tmp_path / "notes [v2]")
+
+
 # ------------------------------------------------------------------------------------------- labels
 
 
@@ -2506,7 +2577,9 @@ def test_folders_that_number_their_classes_differently_are_not_one_source(tmp_pa
     one_line(error)
 
 
-@pytest.mark.parametrize("pattern", ["out.tar", "out-%s-%s.tar", "out-%d-%d.tar", "out-%.tar"])
+@pytest.mark.parametrize(
+    "pattern", ["out.tar", "out-%s-%s.tar", "out-%d-%d.tar", "out-%.tar", "o{a,b}-%d.tar"]
+)
 def test_a_pattern_without_one_number_is_refused(pets, tmp_path, pattern):
     with pytest.raises(ValueError, match=r"%05d") as error:
         data.pack(str(pets[0]), f"{tmp_path}/new/{pattern}")
@@ -3466,7 +3539,7 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        name, wanted = self.path[1:], self.headers["Range"]
+        name, wanted = urllib.parse.unquote(self.path[1:]), self.headers["Range"]
         self.server.requests.append((name, wanted))
         path = Path(self.server.folder, name)
         content = path.read_bytes() if path.is_file() else None
@@ -3811,6 +3884,27 @@ def test_shards_of_a_pipe(shards, tmp_path, monkeypatch, capfd):
             source.read(10)
         assert one_line(error).startswith(source.paths[3])
     assert not list((tmp_path / "other").glob("*.tar"))
+
+
+def test_remote_names_and_caches_may_be_odd(remote, shards, tmp_path):
+    """Addresses are written as they are or, as browsers do, with %20 for a space."""
+    server, _, _ = remote
+    folder, pattern = shards
+    local = samples_of(opened(pattern))
+    shutil.copytree(folder, server.folder / "a [v2], é?")
+    index = json.loads((server.folder / "a [v2], é?" / "index.json").read_text())
+    for number in range(5):
+        place = server.folder / "a [v2], é?"
+        (place / f"s-{number:02}.tar").rename(place / f"s[{number}].tar")
+        index["shards"][f"s[{number}].tar"] = index["shards"].pop(f"s-{number:02}.tar")
+    (server.folder / "a [v2], é?" / "index.json").write_text(json.dumps(index))
+    for number, where in enumerate(("a [v2], é%3F", "a%20[v2],%20%C3%A9%3F")):
+        for name in ODD_NAMES:
+            cache = tmp_path / f"{name} {number}"
+            found = opened_remote(f"{server.url}/{where}/s[{{0..4}}].tar", cache)
+            assert samples_of(found) == local
+    where = f"pipe:cat '{server.folder}/a [v2], é?/s[{{0..4}}].tar'"
+    assert samples_of(opened_remote(where, tmp_path / "pipe")) == local
 
 
 @pytest.mark.parametrize(

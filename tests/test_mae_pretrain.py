@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, large_pictures, picture, read_metrics, stage
+from conftest import ODD_NAMES, PICTURES, ROOT, TINY, large_pictures, picture, read_metrics, stage
 from PIL import Image
 
 import data
@@ -256,6 +257,33 @@ def test_kills_within_the_first_save_lose_nothing(tmp_path, capsys):
     ran = stage(*resume)
     assert f"going on from {first}/checkpoints/step-00000008" in ran.stdout, ran.stderr
     assert read_metrics(second) == read_metrics(first)
+
+
+def test_names_of_runs_and_data_may_look_like_patterns(tmp_path):
+    """All of a run: data, --out, checkpoints, --init, and what evaluate.py reads of it."""
+    name = " ".join(ODD_NAMES)
+    shutil.copytree(PICTURES, tmp_path / name / "photos")
+    shutil.copytree(PICTURES, tmp_path / "plain")
+    run = ["--data", tmp_path / name / "photos", *TINY[2:], "--out", tmp_path / name / "run"]
+    ran = stage(*run)
+    assert ran.returncode == 0, ran.stderr
+    plain = ["--data", tmp_path / "plain", *TINY[2:], "--out", tmp_path / "run"]
+    assert stage(*plain).returncode == 0
+    whole = read_metrics(tmp_path / name / "run")
+    assert whole == read_metrics(tmp_path / "run")
+    shutil.rmtree(tmp_path / name / "run" / "checkpoints" / "step-00000012")
+    (tmp_path / name / "run" / "checkpoints" / "LATEST").write_text("step-00000008")
+    (tmp_path / name / "run" / "model.pt").unlink()
+    ran = stage(*run)
+    assert "step-00000008" in ran.stdout and read_metrics(tmp_path / name / "run") == whole
+    again = [*run[:-1], tmp_path / name / "again", "--resume"]
+    assert stage(*again, tmp_path / name / "run").returncode == 0
+    (_, command) = ran.stdout.split("next: python ")
+    program, *flags = shlex.split(command)
+    ran = stage(*flags, program=program)
+    assert ran.returncode == 0, ran.stderr
+    init = ["--init", tmp_path / name / "run" / "model.pt", "--out", tmp_path / name / "init"]
+    assert stage(*run[:-2], *init).returncode == 0
 
 
 def test_the_same_weights_under_another_name_are_the_same(tmp_path):

@@ -3,6 +3,7 @@ against values worked out by hand, and against what must hold."""
 
 import contextlib
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ODD_NAMES
 from PIL import Image
 
 import data
@@ -496,6 +498,25 @@ def test_folders_of_coco_and_lvis(tmp_path):
     assert detection.Scenes(mine.path).root == str(tmp_path / "val")
     toys = detection.open_scenes("toy")
     assert [len(toy.sizes) for toy in toys] == [65536, 4096] and len(toys[0].classes) == 10
+
+
+@pytest.mark.parametrize("name, match", ODD_NAMES.items())
+def test_folders_whose_names_look_like_patterns(tmp_path, name, match):
+    folder = tmp_path / name
+    scenes = make_scenes(folder)
+    shutil.copytree(folder, tmp_path / match)  # what the name would match as a pattern
+    annotations = folder / "annotations"
+    shutil.copy(annotations / "instances_val.json", annotations / "instances_train.json")
+    pictures_for(scenes, folder)
+    for where in (str(folder), str(annotations / "instances_val.json")):
+        train, val = detection.open_scenes(str(folder), where)
+        assert train.root == val.root == str(folder) and len(val.sizes) == 24
+        assert val.read(0)["image"]().size == val.sides[0][::-1]
+    detection.write_results(folder / f"{name}.json", val, make_detections(val))
+    assert detection.read_results(str(folder / f"{name}.json"), val)
+    detection.draw_detections(folder / f"{name}.png", val, {}, range(2))
+    with pytest.raises(ValueError, match="there must be one"):
+        detection.open_scenes(str(tmp_path / "none [v2]"))
 
 
 def test_repeat_factors(tmp_path):

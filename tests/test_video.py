@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import picture, read_metrics, stage
+from conftest import ODD_NAMES, picture, read_metrics, stage
 from PIL import Image
 
 import data
@@ -368,6 +368,24 @@ def test_a_list_may_have_its_extension_in_upper_case(tmp_path, name):
     expected = {path if path != "7" else "7.webm": label for path, label in expected.items()}
     classes = [source.classes[number] for number in source.labels]
     assert dict(zip(source.paths, classes)) == expected
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_names_of_videos_may_look_like_patterns(tmp_path, name):
+    frames_of(tmp_path / name / f"clip {name}", 3)
+    (tmp_path / name / f"{name}.csv").write_text(f'"clip {name}","class of {name}"\n')
+    for where in (tmp_path / name, tmp_path / name / f"{name}.csv"):
+        source, _ = data.open_sources(str(where), videos=True)
+        assert list(map(level, source.read(0)["video"]().read([0, 2]))) == [0, 20]
+    assert source.classes == [f"class of {name}"]
+
+
+@has_ffmpeg
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_names_of_films_may_look_like_patterns(film, tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    shutil.move(film("film.mkv"), folder / f"{name}.mkv")
+    video = data.VideoFolder(str(folder)).read(0)["video"]()
+    assert video.count == 20 and list(map(level, video.read([3, 7]))) == [30, 70]
 
 
 def test_a_list_is_all_of_data_or_beside_a_folder(tmp_path):
