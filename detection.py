@@ -1610,11 +1610,11 @@ def read_detector(path):
     return content["model"], model.config
 
 
-def read_weights(path, heads=None):
+def read_weights(path, *of_others):
     """The same, or models.read_weights of what is no detector."""
     if is_detector(models.open_weights(path)[0]):
         return read_detector(path)
-    return models.read_weights(path, heads)
+    return models.read_weights(path, *of_others)
 
 
 @torch.inference_mode()

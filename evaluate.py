@@ -898,14 +898,20 @@ TASKS = {
 }
 
 
-def load_model(path, task, device, heads=None):
-    """(model in inference mode, one line on what became of the weights) of a checkpoint."""
+def load_model(path, task, device, heads=None, image_size=None, entry=None, **of_autoencoder):
+    """(model in inference mode, one line on what became of the weights) of a checkpoint.
+
+    heads, image_size, entry: see models.read_weights; positions are resampled to the image_size.
+    of_autoencoder: arguments of an MAE that are other than the checkpoint says.
+    """
     if task == "detect":
         state, config = detection.read_detector(path)
         model = detection.Detector(**config)
         model.load_state_dict(state)
         return model.to(device).eval(), f"a detector: {len(state)} tensors loaded"
-    state, config = models.read_weights(path, heads)
+    state, config = models.read_weights(path, heads, image_size, entry)
+    grid = [side // config["patch_size"] for side in config["image_size"]]
+    config |= {"image_size": [*image_size]} if image_size else {}
     if task in ("zeroshot", "retrieval"):
         if "text" not in config:
             raise ValueError(f"{path} has no text tower: finetune.py --task lit makes one")
@@ -917,7 +923,9 @@ def load_model(path, task, device, heads=None):
     elif task == "reconstruct":
         if "decoder" not in config:
             raise ValueError(f"{path} has no decoder: --task reconstruct needs stage 1's model.pt")
-        model = models.MAE(**config)
+        if "normalize_targets" not in config | of_autoencoder:
+            print("what was predicted is taken for normalised patches: if it was not, --raw-pixels")
+        model = models.MAE(**config | of_autoencoder)
     elif task in ("classify", "video"):
         if "head.weight" not in state:
             raise ValueError(f"{path} has no head: --task {task} needs one, finetune.py makes it")
@@ -935,7 +943,7 @@ def load_model(path, task, device, heads=None):
         model.config |= squashed
     else:
         model = models.ViT(**models.encoder_config(config))
-    line = models.load_weights(model, state, keep_head=task in ("classify", "video"))
+    line = models.load_weights(model, state, grid, keep_head=task in ("classify", "video"))
     return model.to(device).eval(), line
 
 
@@ -954,9 +962,16 @@ TASKS_OF_FLAGS = {
     "out": "features reconstruct attention detect",
     "count": "reconstruct attention classify detect",
     "results": "detect",
-    "seed": "reconstruct",
+    **dict.fromkeys(("seed", "raw_pixels", "mask_ratio"), "reconstruct"),
+    **dict.fromkeys(("image_size", "entry"), " ".join(name for name in TASKS if name != "detect")),
 }
-RANGES = [("val_crop", 0, 1), ("max_bad", 0, 1), ("border", 0, 2**20), ("seed", 0, 2**62)]
+RANGES = [
+    ("val_crop", 0, 1),
+    ("mask_ratio", 0, 1),
+    ("max_bad", 0, 1),
+    ("border", 0, 2**20),
+    ("seed", 0, 2**62),
+]
 RANGES += [("count", 1, 1000), ("batch_size", 1, 2**20), ("clips", 1, 1000), ("span", 0, 1e6)]
 RANGES += [("stride", 0, 1e6), ("short_side", 8, 2**16)]
 
@@ -967,6 +982,8 @@ def parse_arguments(argv):
     add("--task", required=True, choices=TASKS)
     add("--checkpoint", required=True, help="model.pt of any stage, or a public checkpoint")
     add("--heads", type=int, help="of a public checkpoint whose size is unknown")
+    add("--entry", help="of one with several networks: state_dict_ema, or a prefix of names")
+    add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (the checkpoint's)")
     add("--data", default="toy", help="a folder with train/ and val/, tar shards, or toy (toy)")
     add("--val-data", help="the val pictures, where --data holds only those to train on")
     add("--labels", help="of the folder --data: .csv (path,class), .jsonl, or iNaturalist's .json")
@@ -995,6 +1012,9 @@ def parse_arguments(argv):
     add("--out", help="the file that is written (features.npz; pictures: beside the checkpoint)")
     add("--count", type=int, default=8, help="rows of a picture (8)")
     add("--seed", type=int, default=0, help="of the masks in a picture (0)")
+    option = argparse.BooleanOptionalAction
+    add("--raw-pixels", action=option, help="reconstruct: what was predicted (the checkpoint's)")
+    add("--mask-ratio", type=float, help="reconstruct: share that is hidden (the checkpoint's)")
     add("--batch-size", type=int, default=64, help="at once (64; detect: fewer, if large)")
     add("--workers", type=int, help="loader processes (the cores left)")
     add("--max-bad", type=float, default=0.01, help="unreadable share to stop at (0.01)")
@@ -1063,7 +1083,10 @@ def main(argv=None):
         measured = run.task == "detect" and run.checkpoint.endswith(".json")  # results
         model, line = None, f"results of {run.checkpoint}"
         if not measured:
-            model, line = load_model(run.checkpoint, run.task, device, run.heads)
+            known = {"mask_ratio": run.mask_ratio} if run.mask_ratio is not None else {}
+            known |= {} if run.raw_pixels is None else {"normalize_targets": not run.raw_pixels}
+            of_file = run.heads, run.image_size, run.entry
+            model, line = load_model(run.checkpoint, run.task, device, *of_file, **known)
         print(line)
         size, video = models.pair(model.config["image_size"] if model else 128), run.task == "video"
         if run.val_crop is None:  # pairs see the whole centre (maws repository), and so do clips

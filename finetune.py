@@ -159,6 +159,7 @@ def parse_arguments(argv):
     add = parser.add_argument_group("model").add_argument
     add("--init", help="weights to start from: a model.pt or a public checkpoint")
     add("--heads", type=int, help="of an --init whose size is unknown")
+    add("--entry", help="of an --init with several networks: state_dict_ema, or a prefix of names")
     add("--size", help=f"without --init: {' '.join(models.SIZES)}, or WIDTHxLAYERSxHEADS")
     add("--patch-size", type=int, help="side of a patch (the size's own)")
     add("--pool", choices=("cls", "mean"), help="what the head reads (classify: mean; else cls)")
@@ -277,7 +278,9 @@ def prepare(run):
     names += ("text", "shared_width") if run.task == "lit" else ()
     names += ("frames", "relative_positions") if run.task == "video" else ()
     read = detection.read_weights if run.task == "detect" else models.read_weights
-    run.weights, run.config, run.origin = models.inherit(run.init, given, names, run.heads, read)
+    run.weights, run.config, run.origin = models.inherit(
+        run.init, given, names, run.heads, read, run.entry
+    )
     classes_of_head, pool = run.config.pop("class_names", None), run.config.pop("pool", None)
     run.image_size = models.pair(run.config["image_size"])
     labels = run.labels, run.val_labels
@@ -350,7 +353,7 @@ def prepare(run):
         warmup = 0.0  # see vitdet_schedule
     if toy_recipe:
         epochs, warmup = TOY_EPOCHS[run.task], max(warmup, 0.05)
-    run.batch_size = run.batch_size or batch_size
+    run.batch_size = run.batch_size or models.planned_batch(batch_size, run)
     if run.batch_size % 2:
         raise ValueError(f"--batch-size {run.batch_size}: want an even number (mixup needs pairs)")
     count = int(run.train.sizes.sum())
@@ -843,6 +846,14 @@ def learn_scenes(run, model, pieces):
     return sums
 
 
+def check_pieces(run, share, micro_batch):
+    """Raise ValueError where micro-batches are not whole parts of a process's share of a batch."""
+    whole = share == micro_batch if run.batch_norm else share % micro_batch == 0
+    if not whole or micro_batch % 2:
+        wanted = "all of it with --batch-norm" if run.batch_norm else "an even divisor"
+        raise ValueError(f"--micro-batch {micro_batch} of a process's {share}: want {wanted}")
+
+
 def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_labels,
           batches_of=data.Batches, methods=(), **drawn):  # fmt: skip
     """Train a model on a source; True when it came to its end, False when a signal stopped it.
@@ -872,9 +883,7 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
     drawn |= {"order": order, "seed": run.seed}
     shape = run.image_size, run.config["channels"], run.batch_size
     batches = batches_of(source, *shape, **dealt, **drawn)
-    if pieces * micro_batch != share or micro_batch % 2 or (run.batch_norm and pieces > 1):
-        wanted = "all of it with --batch-norm" if run.batch_norm else "an even divisor"
-        raise ValueError(f"--micro-batch {micro_batch} of a process's {share}: want {wanted}")
+    check_pieces(run, share, micro_batch)
 
     # -------------------------------------------------------------------------------- parallelize
     model = model.to(device)
@@ -1108,6 +1117,9 @@ def classify(run, say):
         run.shard_group = models.settle_sharding(model, run)
         run.micro_batch = run.micro_batch or models.fitting_batch(model, share, run)
         run.pieces = share // run.micro_batch
+        dealt = run.batch_size, run.process, run.processes  # as it would be: else a ValueError
+        data.Batches(run.train, run.image_size, run.config["channels"], *dealt)
+        check_pieces(run, share, run.micro_batch)
         return run.process or models.print_plan(model, run)
     model = build_trunk(run, say)
     config = model.config

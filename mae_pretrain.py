@@ -69,9 +69,11 @@ def parse_arguments(argv):
     add("--patch-size", type=int, help="side of a patch (the size's own)")
     add("--decoder", type=models.triple, help="WIDTHxLAYERSxHEADS (512x8x16; toy, T: smaller)")
     add("--mask-ratio", type=float, help="share of the patches that is hidden (0.75)")
-    add("--raw-pixels", action="store_true", help="predict raw pixels, not normalised patches")
+    option = argparse.BooleanOptionalAction
+    add("--raw-pixels", action=option, help="predict raw pixels, not normalised patches (no)")
     add("--init", help="weights to start from: a model.pt or a public MAE checkpoint")
     add("--heads", type=int, help="of an --init whose size is unknown")
+    add("--entry", help="of an --init with several networks: state_dict_ema, or a prefix of names")
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=int, help="global, over all processes (4096; toy size: 32)")
     add("--micro-batch", type=int, help="images at once on a process (what should fit)")
@@ -87,7 +89,6 @@ def parse_arguments(argv):
     add("--out", type=Path, default="runs/mae", help="where everything is written (runs/mae)")
     add("--resume", help="a run, or one of its checkpoints, to go on from (the one in --out)")
     add("--precision", choices=("bf16", "fp32"), help="of the compute (CUDA: bf16, else fp32)")
-    option = argparse.BooleanOptionalAction
     add("--compile", action=option, default=None, help="torch.compile the model (CUDA: yes)")
     add("--cuda-graph", action="store_true", help="one GPU: replay a recording of each micro-batch")
     add("--checkpoint-activations", action="store_true", help="less memory, a third more compute")
@@ -143,11 +144,13 @@ def prepare(run):
     # --------------------------------------------------------------------------------------- data
     names = ("size", "patch_size", "channels", "decoder", "mask_ratio", "image_size")
     given = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
-    given |= {"normalize_targets": False} if run.raw_pixels else {}
+    given |= {} if run.raw_pixels is None else {"normalize_targets": not run.raw_pixels}
     if not run.init:
         given = {"size": "toy", "image_size": recipe(run.size or "toy")[2], **given}
     names += ("positions", "norm_eps", "normalize_targets")
-    run.weights, run.config, origin = models.inherit(run.init, given, names, run.heads)
+    run.weights, run.config, origin = models.inherit(
+        run.init, given, names, run.heads, entry=run.entry
+    )
     size, channels = models.pair(run.config["image_size"]), run.config.get("channels", 3)
     cache = run.cache_dir, run.cache_size
     data.limit_pixels(run.max_pixels)
@@ -162,7 +165,7 @@ def prepare(run):
         run.model = models.MAE(**run.config)
     run.config = run.model.config
     batch_size, base_lr, _, samples = recipe(run.config["size"])
-    run.batch_size = run.batch_size or batch_size
+    run.batch_size = run.batch_size or models.planned_batch(batch_size, run)
     run.shard_group = models.settle_sharding(run.model, run)
     share = run.batch_size // run.processes
     run.micro_batch = run.micro_batch or models.fitting_batch(run.model, share, run)

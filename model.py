@@ -979,6 +979,23 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def planned_batch(batch_size, run):
+    """A recipe's batch size or, of a plan, the nearest that its processes can share; that is said.
+
+    run: a stage's arguments, of which --batch-size is not given.
+    """
+    unit = run.processes * math.lcm(2, run.micro_batch or 2)  # samples are dealt in pairs
+    nearest = unit * max(1, round(batch_size / unit))
+    if not run.plan or nearest == batch_size:
+        return batch_size
+    if run.process == 0:
+        shares = f"to {run.processes} processes"
+        shares += f" in micro-batches of {run.micro_batch}" if run.micro_batch else ""
+        why = f"the recipe's {batch_size:,} cannot be dealt {shares}"
+        print(f"batch size   {nearest:,}, which the run wants as --batch-size: {why}")
+    return nearest
+
+
 def print_plan(model, run):
     """What a training run takes, from shapes alone. run: a stage's settled arguments."""
     parts, root = dict.fromkeys(("encoder", "decoder", "head"), 0), 0
@@ -1312,9 +1329,17 @@ TORCHTEXT, TORCHTEXT_OLD = (
 FORMATS = [("timm-named", TIMM), ("Hugging Face", HF_FILE), ("Hugging Face", HF_FILE_5)]
 FORMATS += [("Hugging Face", HF_MEMORY_5), ("Hugging Face", XLMR)]
 FORMATS += [("torchtext-named", TORCHTEXT), ("torchtext-named", TORCHTEXT_OLD)]
-# Names that some files put before all others, or before a part; layers that we have no use for.
-PREFIXES = r"(module\.)?(vit\.|roberta\.|text_encoder\.)?"
+# Names that some files put before a part of a network; layers that we have no use for.
+PARTS = r"(vit\.|roberta\.|text_encoder\.)?"
 UNUSED = ("pooler.", "lm_head.", "embeddings.position_ids")
+# Names before a whole one: of data parallelism, Lightning, solo-learn and the like. They may begin
+# another's own names, too ("encoder.layer.0"): what they are is told from the embedding's name.
+WRAPPERS = r"((module|model|backbone|encoder)\.)*"
+EMBEDDINGS = ("patch_embed.proj", "text.token_embedding")
+EMBEDDINGS = {
+    re.escape(table[name]) for _, table in FORMATS for name in EMBEDDINGS if name in table
+}
+NETWORK = re.compile(rf"(|.+?\.){PARTS}({'|'.join(EMBEDDINGS)})\.weight")
 
 
 def tensor_names(table, depth):
@@ -1332,9 +1357,14 @@ def depth_of(state):
     return 1 + max(numbers, default=0)
 
 
+def networks_in(names):
+    """What is before the names of each network: see WRAPPERS."""
+    return sorted({found[1] for name in names if (found := NETWORK.fullmatch(str(name)))})
+
+
 def recognise(state):
     """(format, tensors by our names, those of no use, those that nothing explains) of a file's."""
-    bare = {re.sub(f"^{PREFIXES}", "", name): tensor for name, tensor in state.items()}
+    bare = {re.sub(f"^(module\\.)?{PARTS}", "", name): tensor for name, tensor in state.items()}
     if len(bare) < len(state):
         raise RuntimeError("some have the same name but for a prefix")
     state = bare
@@ -1430,46 +1460,103 @@ def open_file(path):
         raise ValueError(f"cannot read weights from {path} ({why}): nothing was run") from None
 
 
-def read_file(path):
+def one_network(content, entry=None):
+    """(tensors, config, {title: what to say of it}, other networks) of what a file holds.
+
+    Of several networks, one is read: in the entry "model" or "state_dict", below no more than
+    WRAPPERS; or where `entry` says, which is an entry or a prefix. Its names come without these.
+    """
+    held = content if isinstance(content, dict) else {}
+    entries = {key: part for key, part in held.items() if isinstance(part, dict)}
+    networks = [key for key in entries if networks_in(entries[key])]
+    usual = [key for key in ("model", "state_dict") if key in (networks or entries)]
+    chosen = entry if entry in entries else next(iter(usual), None)
+    below = f"{entry}." if entry and entry != chosen else ""
+    config = held.get("config", {}) if chosen and not below else {}
+    tensors = entries.get(chosen, held).items()
+    tensors = {str(name): tensor for name, tensor in tensors if isinstance(tensor, torch.Tensor)}
+    # torch.compile's may be before every name, or before those of blocks that are compiled alone.
+    plain = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
+    if len(plain) < len(tensors):
+        raise RuntimeError("some have the same name but for a prefix")
+    found = networks_in(plain)
+    fitting = [prefix for prefix in found if re.fullmatch(re.escape(below) + WRAPPERS, prefix)]
+    prefix = fitting[0] if len(fitting) == 1 else below
+    state = {n.removeprefix(prefix): t for n, t in plain.items() if n.startswith(prefix)}
+    if odd := [n for n, t in state.items() if t.layout != torch.strided or t.is_meta]:
+        raise RuntimeError(f"{odd[0]} is sparse, or a shape without numbers")
+    others = [other for other in found if other != prefix]
+    left = [name.split(".") for name in plain if not name.startswith((prefix, *others))]
+    depth = max(1, prefix.count("."))
+    left = {".".join(words[:depth][: len(words) - 1] or words) for words in left}
+    notes = {
+        "entry": [entry] if entry and not below else [],
+        "stripped": [prefix] * bool(prefix) + ["_orig_mod."] * (plain.keys() != tensors.keys()),
+        "left": left,
+    }
+    others = [str(key) for key in networks if key != chosen] + [o.rstrip(".") for o in others if o]
+    return state, config, notes, others
+
+
+def read_file(path, entry=None, flag="--entry"):
     """(path, format, tensors by our names, config or {}) of a file or folder of weights.
 
-    The config is ours or, beside Hugging Face's tensors, transformers'. Raises ValueError, one
-    line, when the tensors cannot be read, are no network that is known here, or more than one.
+    The config is ours or, beside Hugging Face's tensors, transformers'; or what the public MAE
+    code's arguments say, by the names of the latter. entry: see one_network; flag: how a program
+    is told it. Raises ValueError, one line, when the tensors cannot be read, or are no network that
+    is known here.
     """
     content, path = open_weights(path)
-    state, config = content, {}
-    for key in ("state_dict", "model") if isinstance(content, dict) else ():
-        if isinstance(content.get(key), dict):
-            state, config = content[key], content.get("config", {})
-    state = state if isinstance(state, dict) else {}
-    state = {str(n): t for n, t in state.items() if isinstance(t, torch.Tensor)}
-    if odd := [n for n, t in state.items() if t.layout != torch.strided or t.is_meta]:
-        raise ValueError(f"{path} cannot be used: {odd[0]} is sparse, or a shape without numbers")
     try:
+        state, config, notes, others = one_network(content, entry)
         style, named, unused, strange = recognise(state)
     except (RuntimeError, LookupError) as error:
         raise ValueError(f"the tensors in {path} cannot be used: {last_line(error)}") from None
     patches = 5 if "frames" in config else 4  # (D, C, 2, P, P) is a VideoClassifier's
     shapes = {patches: "patch_embed.proj.weight", 2: "text.token_embedding.weight"}
     found = {name: t.ndim for name, t in named.items() if t.numel()}
+    hint = f"; {flag} reads what is in {' or '.join(others)}" if others and flag else ""
     if not any(found.get(name) == n for n, name in shapes.items()):
-        there = ", ".join([*(state or content)][:3]) if isinstance(content, dict) else content
-        why = f"no (D, C, P, P) patches' and no tokens' embedding among {there!s:.120}"
-        raise ValueError(f"{path} holds no ViT or text tower that is known here: {why}")
+        there, where = state or content, f" in {entry}" if entry else ""
+        there = ", ".join(map(str, [*there][:3])) if isinstance(there, dict) else there
+        why = f"no (D, C, P, P) patches' and no tokens' embedding among {there!s:.120}{hint}"
+        raise ValueError(f"{path} holds no ViT or text tower that is known here{where}: {why}")
     if strange:
         more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
         why = f"but nothing explains {', '.join(sorted(strange)[:3])}{more}"
-        raise ValueError(f"{path} looks {style}, {why}: it is of another architecture")
+        raise ValueError(f"{path} looks {style}, {why}: it is of another architecture{hint}")
     style = "our own" if config else style
     if style == "Hugging Face":
         config = published_config(path, named)
+    if style == "timm-named" and "mask_token" in named:
+        config, notes["its args"] = public_arguments(content, named)
     if os.environ.get("RANK", "0") == "0":
         kind = "ViT" if shapes[patches] in named else "XLM-R"
         kind = "ViTMAE" if "mask_token" in named else kind
         kind = "CLIP pair" if named.keys() >= {*shapes.values()} else kind
-        families = ", ".join(sorted({name.split(".")[0] for name in unused}))
-        print(f"{path}: {style} {kind}" + (f"; of no use here: {families}" if families else ""))
+        notes["of no use here"] = {name.split(".")[0] for name in unused}
+        notes["also there" + (f" ({flag} reads it)" if flag else "")] = others
+        notes = [f"{title}: {', '.join(sorted(some))}" for title, some in notes.items() if some]
+        print("; ".join([f"{path}: {style} {kind}", *notes]))
     return path, style, named, config
+
+
+def public_arguments(content, state):
+    """({transformers' name: value}, what to print) of the public MAE code's arguments beside a MAE.
+
+    What is of another kind, or of another image size than the positions, is not used, and said.
+    """
+    args = content.get("args") if isinstance(content, dict) else None
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    args = args if isinstance(args, dict) else {}
+    is_flag = lambda value: isinstance(value, int) and value in (0, 1)
+    is_share = lambda value: isinstance(value, float) and 0 < value < 1
+    tests = {"norm_pix_loss": is_flag, "mask_ratio": is_share, "input_size": partial(fits, state)}
+    used = {name: args[name] for name, test in tests.items() if name in args and test(args[name])}
+    said = [f"{n} {args[n]!r:.20}{'' if n in used else ' (not used)'}" for n in tests if n in args]
+    if "input_size" in used:
+        used["image_size"] = used.pop("input_size")
+    return used, said
 
 
 def published_config(path, state):
@@ -1492,15 +1579,17 @@ def published_config(path, state):
     return config if "model_type" in config else {}
 
 
-def read_weights(path, heads=None):
+def read_weights(path, heads=None, image_size=None, entry=None):
     """(state, config) by our own names of a file, or a Hugging Face folder, of weights: FORMATS.
 
     It may be a ViT, a MAE, a classifier or a pair of towers; the first line printed says what. No
     code runs from it. Without a config, the architecture is read off the tensors' shapes, and the
-    number of heads off the sizes that are known; or `heads` says it.
+    number of heads off the sizes that are known; or `heads` says it. Positions that nothing is said
+    of are taken for a square grid's; what is none may be that of the `image_size`. entry: see
+    one_network.
     Raises ValueError or OSError, one line, when there is nothing usable in the file.
     """
-    path, style, state, config = read_file(path)
+    path, style, state, config = read_file(path, entry)
     kernel = state.get("patch_embed.proj.weight")
     if kernel is None or kernel.ndim != (5 if "frames" in config else 4):
         raise ValueError(f"{path} is a text tower alone: no (D, C, P, P) patch_embed.proj.weight")
@@ -1508,7 +1597,7 @@ def read_weights(path, heads=None):
     try:
         if style != "our own":
             eps = 1e-12 if style == "Hugging Face" else 1e-6
-            config = infer_config(state, heads, config, eps)
+            config = infer_config(state, heads, config, eps, image_size)
         model = network(state, config)
         # A model that the config asks for is never made in memory before this.
         wanted = {name: t.shape for name, t in model.state_dict().items() if name in state}
@@ -1531,7 +1620,7 @@ def read_text_weights(path, heads=None):
 
     Raises ValueError, one line, when it holds none, or not all of one.
     """
-    path, style, state, config = read_file(path)
+    path, style, state, config = read_file(path, flag=None)
     state = {n.removeprefix("text."): t for n, t in state.items() if n.startswith("text.")}
     wanted = ("size", "vocabulary", "positions", "norm_eps")
     try:
@@ -1566,11 +1655,22 @@ def name_of(shape, sizes):
     return next(known, "x".join(map(str, shape)))
 
 
-def infer_config(state, heads=None, published=None, norm_eps=1e-6):
+def fits(state, image_size):
+    """True if the position table among a ViT's tensors is for images of this size."""
+    try:
+        rows, P = state["pos_embed"].shape[1], state["patch_embed.proj.weight"].shape[-1]
+        return rows == 1 + math.prod(side // P for side in pair(image_size))
+    except (ValueError, LookupError):
+        return False
+
+
+def infer_config(state, heads=None, published=None, norm_eps=1e-6, image_size=None):
     """The config of tensors by our names that come without one.
 
-    published: what a config.json of transformers says of them. Where it says nothing, the image is
-    square, and norm_eps is that of those who write such files.
+    published: what a config.json of transformers says of them, or the public MAE code's arguments.
+    Where it says nothing, the image is square or, if it cannot be, of the image_size that is given,
+    and norm_eps is that of those who write such files. What is left open about a decoder is left
+    out.
     """
     width, channels, P, _ = state["patch_embed.proj.weight"].shape
     published = published or {}
@@ -1578,13 +1678,18 @@ def infer_config(state, heads=None, published=None, norm_eps=1e-6):
     shape = infer_shape(state, "blocks", width, SIZES.values(), heads)
     if "pos_embed" not in state or state["pos_embed"].ndim != 3:
         raise ValueError("there is no (1, 1 + patches, width) pos_embed among the weights")
-    rows = state["pos_embed"].shape[1]
-    image_size = [*pair(published.get("image_size", math.isqrt(rows - 1) * P))]
-    if rows != 1 + math.prod(side // P for side in image_size):
-        raise ValueError(f"pos_embed has {rows} rows: want a class token's and a square grid's")
+    rows, said = state["pos_embed"].shape[1], published.get("image_size")
+    sizes = (math.isqrt(max(0, rows - 1)) * P, image_size) if said is None else (said,)
+    if not any(fits(state, size) for size in sizes):
+        why = f"pos_embed has {rows} rows, which are not a class token's and "
+        why += "a square grid's" if said is None else f"those of image_size {said!s:.20}"
+        more = f": give the weights' own --image-size HEIGHTxWIDTH, of {rows - 1} patches of {P}"
+        more += " (to model.py convert, if another is wanted)"
+        raise ValueError(why + (more if said is None else ""))
+    image_size = pair(next(size for size in sizes if fits(state, size)))
     config = {
         "size": name_of(shape, SIZES),
-        "image_size": image_size,
+        "image_size": [*image_size],
         "patch_size": P,
         "channels": channels,
         "positions": "sincos",
@@ -1595,8 +1700,8 @@ def infer_config(state, heads=None, published=None, norm_eps=1e-6):
         heads = published.get("decoder_num_attention_heads")
         width = state["mask_token"].shape[-1]
         config["decoder"] = [*infer_shape(state, "decoder_blocks", width, known, heads)]
-        config["mask_ratio"] = published.get("mask_ratio", 0.75)
-        config["normalize_targets"] = published.get("norm_pix_loss", True)
+        known = {"mask_ratio": "mask_ratio", "norm_pix_loss": "normalize_targets"}
+        config |= {ours: published[name] for name, ours in known.items() if name in published}
     if "head.weight" in state:
         config["classes"] = len(state["head.weight"])
         config["pool"] = "mean" if "fc_norm.weight" in state else "cls"
@@ -1634,20 +1739,22 @@ def encoder_config(config):
     return {key: config[key] for key in keys} | {"norm_eps": config.get("norm_eps", 1e-6)}
 
 
-def inherit(init, given, names, heads=None, read=read_weights):
+def inherit(init, given, names, heads=None, read=read_weights, entry=None):
     """(weights to start from, config, origin) of the file `init` with what is `given` changed.
 
     names: the entries of the config that the model to be built knows; the others are left out.
     Without a file: (None, given, None). Another size, patch or number of channels is a ValueError.
-    heads, read: see read_weights, or read is another like it.
+    heads, entry, read: see read_weights, or read is another like it.
     The weights are (state, grid of its position table), as load_weights takes them; for the origin,
     see origin_of.
     """
     if not init:
         if heads:
             raise ValueError("--heads is for the weights in --init: without it, see --size")
+        if entry:
+            raise ValueError(f"--entry {entry} is of the weights in --init: there is none")
         return None, given, None
-    state, config = read(init, heads)
+    state, config = read(init, heads, given.get("image_size"), entry)
     for name in ("size", "patch_size", "channels"):
         if given.get(name, config[name]) != config[name]:
             raise ValueError(f"{init} has {name} {config[name]}: it cannot be changed")
@@ -1681,11 +1788,12 @@ def load_weights(model, state, old_grid=None, keep_head=False):
     of_video, inflated = ("time_embed", *(name for name in own if ".rel_pos_" in name)), False
     kept = {name for name in state if keep_head or not name.startswith("head.")}
     loaded, resampled, problems = {}, [], []
+    moved = old_grid and tuple(old_grid) != model.grid  # 8x2 has as many positions as 4x4
     for name, tensor in state.items():
         if name not in own or name not in kept:
             continue
         table = name.endswith("pos_embed") and tensor.ndim == 3
-        if table and tensor.shape[1] != own[name].shape[1]:
+        if table and (moved or tensor.shape[1] != own[name].shape[1]):
             grid = old_grid or (math.isqrt(tensor.shape[1] - 1),) * 2
             if math.prod(grid) != tensor.shape[1] - 1:
                 problems.append(f"{name} does not have {grid[0]}x{grid[1]} positions")
@@ -1739,7 +1847,7 @@ def network(state, config):
         return kind(**encoder_config(config), **arguments)
 
 
-def convert(source, out, format, heads=None):
+def convert(source, out, format, heads=None, image_size=None, entry=None):
     """Write what read_weights can read as another library reads it. Returns how to load it there.
 
     format  "timm": tensors for VisionTransformer, .pt, .pth or .safetensors; "hf": a folder for
@@ -1756,9 +1864,12 @@ def convert(source, out, format, heads=None):
         raise ValueError(f"{out} must end in {' or '.join(suffixes[format])}")
     if format == "hf" or out.suffix == ".safetensors":
         import_safetensors()  # now, not when all is read
-    state, config = read_weights(source, heads)
+    state, config = read_weights(source, heads, image_size, entry)
     if "frames" in config:
         raise ValueError(f"{source} is of videos: no other library's ViT has such weights")
+    if image_size and pair(image_size) != pair(config["image_size"]):
+        known = "x".join(map(str, config["image_size"]))
+        raise ValueError(f"{source} is of images of {known}: leave --image-size out")
     model = network(state, config)
     print(load_weights(model, state, keep_head=True))  # onto nothing: it is only compared
     if missing := model.state_dict().keys() - state.keys():
@@ -2248,9 +2359,12 @@ def main(argv=None):
     add("out", metavar="OUT", help="a new file; for hf, a new folder")
     add("--format", required=True, choices=("timm", "hf", "own"), help="of OUT")
     add("--heads", type=int, help="of an IN whose size is unknown")
+    add("--image-size", type=pair, help="of an IN whose positions are no square: HEIGHTxWIDTH")
+    add("--entry", help="of an IN with several networks: state_dict_ema, or a prefix of names")
     run = parser.parse_args(argv)
     try:
-        line = convert(run.source, run.out, run.format, run.heads)
+        of_source = run.heads, run.image_size, run.entry
+        line = convert(run.source, run.out, run.format, *of_source)
     except (ValueError, OSError) as error:
         fail(error, 2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:

@@ -72,6 +72,7 @@ def parse_arguments(argv):
     add("--patch-size", type=int, help="side of a patch (the size's own)")
     add("--init", help="weights to start from: stage 1's model.pt, or a public MAE checkpoint")
     add("--heads", type=int, help="of an --init whose size is unknown")
+    add("--entry", help="of an --init with several networks: state_dict_ema, or a prefix of names")
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=int, help="global, over all processes (8192; toy size: 64)")
     add("--micro-batch", type=int, help="images at once on a process (what should fit)")
@@ -146,7 +147,7 @@ def prepare(run):
     if not run.init:
         given = {"size": "toy", "image_size": recipe(run.size or "toy")[2], **given}
     names += ("positions", "norm_eps")
-    run.weights, config, origin = models.inherit(run.init, given, names, run.heads)
+    run.weights, config, origin = models.inherit(run.init, given, names, run.heads, entry=run.entry)
     size, channels = models.pair(config["image_size"]), config.get("channels", 3)
     cache = run.cache_dir, run.cache_size
     data.limit_pixels(run.max_pixels)
@@ -165,7 +166,7 @@ def prepare(run):
         run.model = models.Classifier(classes=len(run.vocabulary), **config)
     run.config = run.model.config
     batch_size, base_lr, _, crop, samples, run.beta2, run.clip = recipe(run.config["size"])
-    run.batch_size = run.batch_size or batch_size
+    run.batch_size = run.batch_size or models.planned_batch(batch_size, run)
     run.min_crop = crop if run.min_crop is None else run.min_crop
     run.shard_group = models.settle_sharding(run.model, run)
     share = run.batch_size // run.processes

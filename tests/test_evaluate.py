@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tarfile
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -692,6 +693,37 @@ def test_reconstructions_show_the_picture_the_visible_patches_and_the_painted_re
     assert len({tuple(row) for row in visible.tolist()}) > 1  # each picture has its own mask
 
 
+RAW, HALF = {"normalize_targets": False}, {"mask_ratio": 0.5}
+# What a public MAE's arguments say, flags, and how it must be drawn.
+DRAWN = [
+    ({}, [], {}),
+    ({}, ["--raw-pixels"], RAW),
+    ({}, ["--raw-pixels", "--mask-ratio", 0.5], RAW | HALF),
+    ({"norm_pix_loss": False}, [], RAW),
+    ({"norm_pix_loss": False, "mask_ratio": 0.5}, [], RAW | HALF),
+    ({"norm_pix_loss": False, "mask_ratio": 0.5}, ["--no-raw-pixels"], HALF),
+    ({"norm_pix_loss": True, "mask_ratio": 0.25}, ["--mask-ratio", 0.5], HALF),
+    ({"norm_pix_loss": True}, ["--raw-pixels"], RAW),
+]
+
+
+@pytest.mark.parametrize("said, flags, drawn", DRAWN)
+def test_a_public_mae_s_pictures_are_what_it_predicted(said, flags, drawn, gallery, tmp_path):
+    own, public = tmp_path / "own.pt", tmp_path / "public.pth"
+    arguments = {"size": "toy", "image_size": SHAPE["image_size"], **drawn}
+    model = save_model(own, models.MAE, **arguments)
+    args = Namespace(input_size=[*SHAPE["image_size"]], **said)
+    torch.save({"model": model.state_dict(), "args": args}, public)
+    pictures = []
+    for path, more in ((own, []), (public, flags)):
+        out = tmp_path / f"{path.stem}.png"
+        _, printed = evaluated("reconstruct", path, gallery.root, *more, "--out", out)
+        pictures.append(out.read_bytes())
+    assert pictures[0] == pictures[1]
+    unsaid = "norm_pix_loss" not in said and not flags
+    assert ("taken for normalised patches: if it was not, --raw-pixels" in printed) == unsaid
+
+
 def test_the_same_seed_draws_the_same_picture(autoencoder, gallery, tmp_path):
     contents = []
     for number, seed in enumerate((0, 0, 1)):
@@ -836,6 +868,9 @@ def test_unusable_input_is_refused_in_one_line(tmp_path, labelled, encoder, caps
         ({"--batch-size": 2**40}, "out of range"),
         ({"--task": "reconstruct", "--seed": 2**70}, "--seed"),
         ({"--seed": 1}, "--seed is for --task reconstruct"),
+        ({"--mask-ratio": 0.5}, "--mask-ratio is for --task reconstruct"),
+        ({"--task": "reconstruct", "--mask-ratio": 2}, "--mask-ratio 2.0 is out of range"),
+        ({"--image-size": "20"}, "not divisible by patch 8"),
         ({"--confusion": tmp_path / "a.png"}, "--confusion is for --task classify"),
         ({"--task": "features", "--shots": "1"}, "--shots is for --task fewshot"),
         ({"--val-data": "toy"}, "other classes"),

@@ -17,8 +17,10 @@ from conftest import ODD_NAMES, PICTURES, ROOT, TINY, large_pictures, picture, r
 from PIL import Image
 
 import data
+import finetune
 import mae_pretrain
 import model as models
+import weak_pretrain
 
 
 def settled(*arguments):
@@ -100,6 +102,29 @@ def test_init_inherits_the_architecture_and_says_what_became_of_the_weights(tmp_
     assert "newly initialised: decoder_blocks" in ran.stdout
     _, config = models.read_weights(tmp_path / "run" / "model.pt")
     assert (config["size"], config["image_size"]) == ("16x2x2", [24, 24])
+
+
+def test_init_may_be_a_public_mae_whose_arguments_say_what_it_predicts(tmp_path):
+    model = models.MAE("toy", image_size=16, mask_ratio=0.5, normalize_targets=False)
+    models.save_weights(tmp_path / "own.pt", model.state_dict(), model.config)
+    args = Namespace(norm_pix_loss=False, mask_ratio=0.5, input_size=16)
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "public.pth")
+    # The first loss, and one of what is held out, are those of our own weights with this config.
+    common = [*TINY[:2], *TINY[-2:], "--batch-size", "8", "--steps", "1", "--log-every", "1"]
+    found = []
+    for name in ("own.pt", "public.pth"):
+        ran = stage(*common, "--init", tmp_path / name, "--out", tmp_path / name[:3])
+        assert ran.returncode == 0, ran.stderr
+        found.append(read_metrics(tmp_path / name[:3]))
+    assert found[0] == found[1] and "held_out_loss" in found[0][-1]
+    flags = ("--no-raw-pixels", "--mask-ratio", "0.25")
+    for name in ("own.pt", "public.pth"):
+        init = ("--init", str(tmp_path / name), "--out", str(tmp_path / "run"))
+        config = settled(*init).config
+        assert (config["normalize_targets"], config["mask_ratio"]) == (False, 0.5)
+        config = settled(*init, *flags).config
+        assert (config["normalize_targets"], config["mask_ratio"]) == (True, 0.25)
+        assert not settled(*init, "--raw-pixels").config["normalize_targets"]
 
 
 def test_init_may_be_of_a_later_stage(tmp_path):
@@ -391,6 +416,33 @@ def test_few_pictures_without_classes_are_enough(photos, tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert "0 others to measure on" in ran.stdout and "probe" not in ran.stdout
     assert (tmp_path / "run" / "model.pt").exists()
+
+
+@pytest.mark.parametrize("program", [mae_pretrain, weak_pretrain, finetune])
+def test_a_plan_without_a_batch_size_takes_one_that_can_be_dealt(capsys, program):
+    task = ["--task", "classify"] if program is finetune else []
+    recipe = {mae_pretrain: 4096, weak_pretrain: 8192, finetune: 1024}[program]
+    nearest = {"96": 192 * round(recipe / 192), "128": recipe, "3": 6 * round(recipe / 6)}
+    for gpus, batch_size in [*nearest.items(), ("toy", 256)]:
+        size = ["toy", "128"] if gpus == "toy" else ["B", gpus]
+        program.main([*task, "--plan", "--size", size[0], "--gpus", size[1]])
+        printed = capsys.readouterr().out
+        assert f" of {batch_size:,} images: " in printed
+        said = f"batch size   {batch_size:,}, which the run wants as --batch-size: the recipe's"
+        assert (said in printed) == (batch_size != recipe)
+    program.main([*task, "--plan", "--size", "B", "--gpus", "96", "--micro-batch", "6"])
+    printed = capsys.readouterr().out
+    unit = 96 * 6
+    batch_size = unit * round(recipe / unit)
+    assert "cannot be dealt to 96 processes in micro-batches of 6\n" in printed
+    assert f"96 processes x {batch_size // unit} micro-batches of 6 images" in printed
+    for flags, why in (
+        (["--batch-size", "100"], "a batch of 100 cannot be dealt to 128 processes in pairs"),
+        (["--batch-size", "1024", "--micro-batch", "6"], "--micro-batch 6"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            program.main([*task, "--plan", "--size", "toy", "--gpus", "128", *flags])
+        assert stopped.value.code == 2 and why in capsys.readouterr().err
 
 
 def test_lanes_are_checked_for_the_gpus_that_are_planned_for(capsys):

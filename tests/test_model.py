@@ -763,6 +763,54 @@ def test_a_public_mae_checkpoint_loads_by_name(tmp_path):
     torch.testing.assert_close(model(images, ids), expected, rtol=1e-10, atol=1e-10)
 
 
+# The arguments beside a public MAE's weights, what is read of them, and what is said.
+ARGUMENTS = {
+    "none": (None, {}, "timm-named ViTMAE\n"),
+    "others": (Namespace(lr=1e-3, input_size=None), {}, "its args: input_size None (not used)\n"),
+    "raw": (
+        Namespace(norm_pix_loss=False, mask_ratio=0.5, input_size=16),
+        {"normalize_targets": False, "mask_ratio": 0.5},
+        "its args: input_size 16, mask_ratio 0.5, norm_pix_loss False\n",
+    ),
+    "normalised": (
+        {"norm_pix_loss": True, "mask_ratio": 0.25},  # a dict, as some keep them
+        {"normalize_targets": True, "mask_ratio": 0.25},
+        "its args: mask_ratio 0.25, norm_pix_loss True\n",
+    ),
+    "a number": (Namespace(norm_pix_loss=0), {"normalize_targets": False}, "norm_pix_loss 0\n"),
+    "no square": (
+        Namespace(input_size=[8, 32]),
+        {"image_size": [8, 32]},
+        "its args: input_size [8, 32]\n",
+    ),
+    "unusable": (
+        Namespace(norm_pix_loss="False", mask_ratio=[0.5], input_size=224),
+        {},
+        "input_size 224 (not used), mask_ratio [0.5] (not used), norm_pix_loss 'False' (not used)\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_the_arguments_of_the_public_mae_code_say_what_was_predicted(tmp_path, capsys, case):
+    arguments, known, said = ARGUMENTS[case]
+    tensors, path = public_tensors(192, 3, 8, 4, decoder=(512, 8)), tmp_path / "public.pth"
+    torch.save({"model": tensors, "args": arguments}, path)
+    state, config = models.read_weights(path)
+    assert capsys.readouterr().out.endswith(said)
+    assert config["image_size"] == known.get("image_size", [16, 16])
+    model = MAE(**config).double()
+    models.load_weights(model, state)
+    images, ids = random_images(model), random_ids(model)
+    visible = int(4 * (1 - known.get("mask_ratio", 0.75)))
+    normalize = known.get("normalize_targets", True)
+    expected = public_mae(dict(model.named_parameters()), images, ids, visible, 6, 16, normalize)
+    torch.testing.assert_close(model(images, ids), expected, rtol=1e-10, atol=1e-10)
+    models.convert(path, tmp_path / "own.pt", "own")
+    converted = models.read_weights(tmp_path / "own.pt")[1]
+    assert converted.items() >= {"mask_ratio": 0.75, "normalize_targets": True, **known}.items()
+
+
 @pytest.mark.parametrize("size", ["toy", "T", "B", "H"])
 def test_the_architecture_is_read_off_the_tensors(size):
     with torch.device("meta"):
@@ -815,7 +863,7 @@ def test_a_mae_into_a_vit_drops_the_decoder_and_a_head():
     assert equal_states(model.state_dict(), {name: tensors[name] for name in model.state_dict()})
 
 
-@pytest.mark.parametrize("patches, old_grid", [(9, None), (8, (4, 2))])
+@pytest.mark.parametrize("patches, old_grid", [(9, None), (8, (4, 2)), (6, (6, 1))])
 def test_positions_of_another_grid_are_resampled(patches, old_grid):
     tensors = public_tensors(32, 3, 8, patches, decoder=(16, 2))
     model = MAE(**SMALL_MAE)

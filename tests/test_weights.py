@@ -9,13 +9,17 @@ import re
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from conftest import stage
+from conftest import picture, stage
 from torch import nn
 
 import evaluate
+import finetune
+import mae_pretrain
 import model as models
+import weak_pretrain
 from model import MAE, Classifier, TextTower, TwoTowers, ViT
 
 safetensors = pytest.importorskip("safetensors.torch", reason="pip install safetensors")
@@ -104,6 +108,54 @@ def test_timm_s_vits_compute_the_same_here(timm, tmp_path, capsys, case):
     close(ours(pictures), theirs.forward_features(pictures))
 
 
+@torch.no_grad()
+def test_timm_s_weights_of_images_that_are_no_square_want_an_image_size(timm, tmp_path, capsys):
+    sizes = {"img_size": (40, 24), "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    theirs = randomize(timm.models.VisionTransformer(num_classes=3, **sizes))
+    path, own = tmp_path / "timm.pt", tmp_path / "own.pt"
+    torch.save(theirs.state_dict(), path)
+    pictures = torch.randn(2, 3, 40, 24, generator=torch.Generator().manual_seed(1))
+    asked = ["--heads", 4, "--image-size", "40x24"]
+    model, line = evaluate.load_model(path, "classify", "cpu", 4, (40, 24))
+    assert "positions as they were" in line
+    close(model(pictures), theirs(pictures))
+    assert "wrote" in converted(path, own, *asked, capsys=capsys)
+    assert models.read_weights(own)[1]["image_size"] == [40, 24]
+    for case in STAGES:
+        square = ["--image-size", "40x24"] if case != "detect" else ["--image-size", "48"]
+        file, flags = (path, square) if case != "detect" else (own, square)
+        weights, grid = prepared(case, file, *flags).weights
+        assert tuple(grid) == (5, 3)
+        assert torch.equal(weights["pos_embed"], theirs.pos_embed)
+    # Without it, or with one that it cannot be: what to type.
+    why = "pos_embed has 16 rows, .* give the weights' own --image-size HEIGHTxWIDTH, of 15 patches"
+    for image_size in (None, (24, 24), (48, 24)):
+        for use in (
+            lambda size: models.read_weights(path, 4, size),
+            lambda size: evaluate.load_model(path, "knn", "cpu", 4, size),
+            lambda size: models.inherit(path, {"image_size": size}, (), 4),
+            lambda size: models.convert(path, tmp_path / "out.pt", "own", 4, size),
+        ):
+            with pytest.raises(ValueError, match=why) as error:
+                use(image_size)
+            assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="own.pt is of images of 40x24: leave --image-size out"):
+        models.convert(own, tmp_path / "out.pt", "own", image_size=(24, 40))
+
+
+@torch.no_grad()
+def test_an_image_size_that_the_weights_are_not_of_resamples_their_positions(timm, tmp_path):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    theirs = randomize(timm.models.VisionTransformer(num_classes=3, **sizes))
+    torch.save(theirs.state_dict(), tmp_path / "timm.pt")
+    for size in ((64, 16), (48, 24)):  # as many patches as there are, and others
+        model, line = evaluate.load_model(tmp_path / "timm.pt", "classify", "cpu", 4, size)
+        grid = size[0] // 8, size[1] // 8
+        assert f"resampled: pos_embed from 4x4 to {grid[0]}x{grid[1]}" in line
+        table = models.resample_positions(theirs.pos_embed, (4, 4), grid)
+        assert torch.equal(model.pos_embed, table) and model.config["image_size"] == [*size]
+
+
 @pytest.mark.parametrize("pool", ["token", "avg"])
 @pytest.mark.parametrize("wrapped", ["bare", "state_dict", "module"])
 @torch.no_grad()
@@ -118,6 +170,213 @@ def test_timm_s_classifiers_compute_the_same_here(timm, tmp_path, pool, wrapped)
     assert ours.config["pool"] == ("mean" if pool == "avg" else "cls") and ours.classes == 5
     assert "dropped" not in line and "newly" not in line
     close(ours(images(32)), theirs(images(32)))
+
+
+def below(prefix, state):
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+# {case: (content of a file, by the state of the wanted network and of another, what is said)}
+LOSS = {"loss.weight": torch.ones(3), "loss.step": torch.tensor(2)}
+WRAPPED = {
+    "compiled": (lambda a, b: below("_orig_mod.", a), "stripped: _orig_mod."),
+    "blocks compiled": (
+        lambda a, b: {re.sub(r"(blocks\.\d\.)", r"\1_orig_mod.", n): t for n, t in a.items()},
+        "stripped: _orig_mod.",
+    ),
+    "compiled in replicas": (
+        lambda a, b: {"model": below("_orig_mod.module.", a)},
+        "stripped: _orig_mod., module.",
+    ),
+    "replicas compiled": (lambda a, b: below("module._orig_mod.", a), "_orig_mod., module."),
+    "averaged": (
+        lambda a, b: below("module.", a) | {"n_averaged": LOSS["loss.step"]},
+        "n_averaged",
+    ),
+    "Lightning": (
+        lambda a, b: {"state_dict": below("model.", a) | LOSS, "epoch": 3},
+        "stripped: model.; left: loss",
+    ),
+    "Lightning, averages beside": (
+        lambda a, b: {"state_dict": below("model.", a) | below("model_ema.module.", b) | LOSS},
+        "stripped: model.; left: loss; also there (--entry reads it): model_ema.module",
+    ),
+    "a head of its own": (
+        lambda a, b: below("model.encoder.", a) | {"model.head.weight": torch.ones(3)} | LOSS,
+        "stripped: model.encoder.; left: loss, model.head",
+    ),
+    "solo-learn": (
+        lambda a, b: {"state_dict": below("backbone.", a) | below("momentum_backbone.", b)},
+        "stripped: backbone.; also there (--entry reads it): momentum_backbone",
+    ),
+    "another's decoder": (
+        lambda a, b: below("encoder.", a) | {"decoder.weight": torch.ones(3)},
+        "stripped: encoder.; left: decoder",
+    ),
+    "timm": (
+        lambda a, b: {"state_dict": a, "state_dict_ema": b, "optimizer": {"state": {0: LOSS}}},
+        "also there (--entry reads it): state_dict_ema",
+    ),
+    "DeiT": (lambda a, b: {"model": a, "model_ema": b}, "(--entry reads it): model_ema"),
+    "both usual entries": (lambda a, b: {"state_dict": b, "model": a}, "reads it): state_dict"),
+    "one of both": (lambda a, b: {"state_dict": a, "model": LOSS}, "ViT"),
+}
+ENTRIES = {
+    "state_dict_ema": (
+        lambda a, b: {"state_dict": b, "state_dict_ema": below("module.", a)},
+        "entry: state_dict_ema; stripped: module.; also there (--entry reads it): state_dict",
+    ),
+    "teacher": (  # DINO
+        lambda a, b: {
+            "student": below("module.backbone.", b),
+            "teacher": below("backbone.", a) | {"head.mlp.0.weight": torch.ones(3)},
+        },
+        "entry: teacher; stripped: backbone.; left: head; also there (--entry reads it): student",
+    ),
+    "model_ema": (
+        lambda a, b: {"state_dict": below("model.", b) | below("model_ema._orig_mod.", a) | LOSS},
+        "stripped: _orig_mod., model_ema.; left: loss; also there (--entry reads it): model",
+    ),
+    "visual.trunk": (  # open_clip
+        lambda a, b: below("visual.trunk.", a) | {"text.weight": torch.ones(3)},
+        "stripped: visual.trunk.; left: text",
+    ),
+    "encoder": (lambda a, b: below("encoder.", a) | below("backbone.", b), "stripped: encoder."),
+}
+
+
+@pytest.mark.parametrize("case", [*WRAPPED, *ENTRIES])
+def test_one_network_of_a_file_is_read_and_the_rest_is_said(tmp_path, capsys, case):
+    wanted, other = (randomize(Classifier(**SMALL, classes=3), seed) for seed in (0, 1))
+    content, said = (WRAPPED | ENTRIES)[case]
+    torch.save(content(wanted.state_dict(), other.state_dict()), tmp_path / "file.pt")
+    entry = case if case in ENTRIES else None
+    state, _ = models.read_weights(tmp_path / "file.pt", 4, entry=entry)
+    assert state.keys() == wanted.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in wanted.state_dict().items())
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module.encoder.", "_orig_mod."])
+@torch.no_grad()
+def test_a_prefix_that_begins_another_s_own_names_is_told_from_these(
+    transformers, tmp_path, prefix
+):
+    """Hugging Face's blocks are below "encoder.", and so are torchtext's texts."""
+    config = transformers.ViTConfig(**TINY, num_labels=3)
+    kinds = (transformers.ViTModel(config), transformers.ViTForImageClassification(config))
+    for theirs in map(randomize, kinds):
+        torch.save(below(prefix, theirs.state_dict()), tmp_path / "vit.pt")
+        ours, _ = load(ViT, tmp_path / "vit.pt", 4, norm_eps=1e-12)
+        close(ours(images(32)), getattr(theirs, "vit", theirs)(images(32)).last_hidden_state)
+    text = randomize(TorchtextRoberta(60, 128, 3, 4))
+    torch.save(below(prefix, text.state_dict()), tmp_path / "text.pt")
+    state, arguments = models.read_text_weights(tmp_path / "text.pt")
+    tower = TextTower(**arguments)
+    tower.load_state_dict(state)
+    close(tower(texts(60)), text(texts(60)))
+    pair = TwoTowers(**OURS["TwoTowers"][1])
+    content = {"model": below(prefix, pair.state_dict()), "config": pair.config}
+    torch.save(content, tmp_path / "pair.pt")
+    assert lost(tmp_path / "pair.pt", pair) == set()
+
+
+AMBIGUOUS = {
+    "student or teacher": lambda a: below("student.", a) | below("teacher.", a),
+    "backbone or model.encoder": lambda a: below("model.encoder.", a) | below("backbone.", a),
+    "in encoder": lambda a: a | below("encoder.", a),
+    "in weights": lambda a: {"weights": a, "epoch": 3},
+    "student or teacher ": lambda a: {"student": a, "teacher": a},
+}
+
+
+@pytest.mark.parametrize("words", AMBIGUOUS)
+def test_of_several_networks_none_is_chosen_in_silence(tmp_path, words):
+    path = tmp_path / "file.pt"
+    torch.save(AMBIGUOUS[words](ViT(**SMALL).state_dict()), path)
+    for use in (
+        lambda: models.read_weights(path, 4),
+        lambda: models.convert(path, tmp_path / "own.pt", "own", 4),
+        lambda: evaluate.load_model(path, "knn", "cpu", 4),
+    ):
+        with pytest.raises(
+            ValueError, match=f"; --entry reads what is .*{words.strip()}$"
+        ) as error:
+            use()
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError) as error:  # --text-init has no such flag
+        models.read_text_weights(path, 4)
+    assert "--entry" not in str(error.value)
+
+
+STAGES = {
+    "stage 1": (mae_pretrain, ["--decoder", "16x1x2"]),
+    "stage 2": (weak_pretrain, []),
+    "classify": (finetune, ["--task", "classify"]),
+    "linear": (finetune, ["--task", "linear"]),
+    "lowshot": (finetune, ["--task", "lowshot"]),
+    "lit": (finetune, ["--task", "lit"]),
+    "video": (finetune, ["--task", "video"]),
+    "detect": (finetune, ["--task", "detect"]),
+}
+
+
+def prepared(case, path, *arguments):
+    """What a stage has settled, of its smallest data, before anything is written."""
+    program, task = STAGES[case]
+    common = ["--init", path, "--heads", 4, "--out", path.with_name("run"), "--batch-size", 8]
+    run = program.parse_arguments([*task, *map(str, (*common, *arguments))])
+    program.prepare(run)
+    return run
+
+
+@pytest.mark.parametrize("case", STAGES)
+def test_each_stage_takes_the_entry_that_it_is_told(tmp_path, capsys, case):
+    usual, average = (randomize(ViT(**SMALL), seed).state_dict() for seed in (0, 1))
+    torch.save({"state_dict": usual, "state_dict_ema": average}, tmp_path / "file.pt")
+    entry = ["--entry", "state_dict_ema"]
+    for flags, wanted, other in (([], usual, "state_dict_ema"), (entry, average, "state_dict")):
+        state = prepared(case, tmp_path / "file.pt", *flags).weights[0]
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in state.items())
+        assert f"also there (--entry reads it): {other}\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--entry teacher is of the weights in --init"):
+        models.inherit(None, {}, (), entry="teacher")
+
+
+def test_evaluate_and_convert_take_the_entry_that_they_are_told(tmp_path, capsys):
+    usual, average = (randomize(ViT(**SMALL), seed).state_dict() for seed in (0, 1))
+    path, own = tmp_path / "file.pt", tmp_path / "own.pt"
+    torch.save({"state_dict": usual, "state_dict_ema": average}, path)
+    arguments = ["convert", path, own, "--format", "own", "--heads", 4, "--entry", "state_dict_ema"]
+    models.main(list(map(str, arguments)))
+    assert torch.equal(models.read_weights(own)[0]["norm.bias"], average["norm.bias"])
+    for i in range(2):
+        picture(i, 40, 40).save(tmp_path / f"{i}.png")
+    found = []
+    for file, flags in ((own, []), (path, arguments[-4:]), (path, arguments[-4:-2])):
+        asked = ["--task", "features", "--split", "train", "--data", tmp_path, "--checkpoint", file]
+        out = tmp_path / f"{len(found)}.npz"
+        evaluate.main(list(map(str, [*asked, *flags, "--out", out, "--workers", 0])))
+        with np.load(out) as arrays:
+            found.append(arrays["features"])
+    assert np.array_equal(found[0], found[1]) and not np.allclose(found[0], found[2])
+    asked = ["--task", "detect", "--checkpoint", path, "--entry", "a"]
+    with pytest.raises(SystemExit):
+        evaluate.main(list(map(str, asked)))
+    assert "--entry is for --task classify" in capsys.readouterr().err
+
+
+def test_what_is_not_explained_within_a_prefix_is_refused(tmp_path):
+    state = below("model.", ViT(**SMALL).state_dict()) | LOSS
+    torch.save(state | {"model.blocks.0.ls1.gamma": torch.ones(32)}, tmp_path / "vit.pt")
+    with pytest.raises(ValueError, match="nothing explains blocks.0.ls1.gamma: it is of another"):
+        models.read_weights(tmp_path / "vit.pt", 4)
+    torch.save(state | {"model._orig_mod.cls_token": torch.ones(1)}, tmp_path / "vit.pt")
+    with pytest.raises(ValueError, match="same name but for a prefix"):
+        models.read_weights(tmp_path / "vit.pt", 4)
+    torch.save({"model": state}, tmp_path / "vit.pt")
+    with pytest.raises(ValueError, match="known here in teacher: "):
+        models.read_weights(tmp_path / "vit.pt", 4, entry="teacher")
 
 
 def hf_file(model, tmp_path, how):
@@ -366,6 +625,12 @@ def test_a_released_pair_computes_the_same_here(timm, tmp_path, capsys, old):
 
 
 # ---------------------------------------------------------------------------------- python model.py
+
+
+def converted(*arguments, capsys):
+    models.main(["convert", *map(str, arguments), "--format", "own"])
+    return capsys.readouterr().out
+
 
 SMALL = {"size": "32x2x4", "image_size": 32, "patch_size": 8}
 NAMED = {"classes": 3, "class_names": ["a", "b", "c"], "head_std": 0.1}
