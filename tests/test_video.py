@@ -368,6 +368,8 @@ def test_a_list_may_have_its_extension_in_upper_case(tmp_path, name):
     expected = {path if path != "7" else "7.webm": label for path, label in expected.items()}
     classes = [source.classes[number] for number in source.labels]
     assert dict(zip(source.paths, classes)) == expected
+
+
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_names_of_videos_may_look_like_patterns(tmp_path, name):
     frames_of(tmp_path / name / f"clip {name}", 3)
