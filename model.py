@@ -1841,7 +1841,7 @@ def network(state, config):
         kind, keys = VideoClassifier, f"{keys} frames relative_positions"
     arguments = {key: config[key] for key in keys.split() if key in config}
     if issubclass(kind, Classifier):
-        arguments["classes"] = len(state["head.weight"])
+        arguments["classes"] = len(state.get("head.weight", (0,)))
         arguments.setdefault("pool", "mean" if "fc_norm.weight" in state else "cls")
     with torch.device("meta"):  # shapes without memory
         return kind(**encoder_config(config), **arguments)
