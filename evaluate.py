@@ -965,15 +965,9 @@ TASKS_OF_FLAGS = {
     **dict.fromkeys(("seed", "raw_pixels", "mask_ratio"), "reconstruct"),
     **dict.fromkeys(("image_size", "entry"), " ".join(name for name in TASKS if name != "detect")),
 }
-RANGES = [
-    ("val_crop", 0, 1),
-    ("mask_ratio", 0, 1),
-    ("max_bad", 0, 1),
-    ("border", 0, 2**20),
-    ("seed", 0, 2**62),
-]
+RANGES = [("val_crop", 0, 1), ("max_bad", 0, 1), ("border", 0, 2**20), ("seed", 0, 2**62)]
 RANGES += [("count", 1, 1000), ("batch_size", 1, 2**20), ("clips", 1, 1000), ("span", 0, 1e6)]
-RANGES += [("stride", 0, 1e6), ("short_side", 8, 2**16)]
+RANGES += [("stride", 0, 1e6), ("short_side", 8, 2**16), ("mask_ratio", 0, 1)]
 
 
 def parse_arguments(argv):

@@ -1432,7 +1432,8 @@ def open_shards(index):
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} lists no files of weights ({last_line(error):.200})") from None
     files = {file: open_file(path) for file, path in paths.items()}
-    found = {(name, file) for file, content in files.items() for name in content}
+    files = {file: part if isinstance(part, dict) else {} for file, part in files.items()}
+    found = {(str(name), file) for file, content in files.items() for name in content}
     if differing := sorted(listed ^ found):
         name, file = differing[0]
         where = "the index alone" if differing[0] in listed else f"{file} alone"

@@ -435,6 +435,11 @@ def changed(index, change):
     index.write_text(json.dumps(listed))
 
 
+def only_a_list(index):
+    torch.save([torch.ones(3), 4], index.with_name("list.bin"))
+    index.write_text(json.dumps({"weight_map": {"cls_token": "list.bin"}}))
+
+
 BROKEN_INDEX = {
     "lists no files": lambda index, _: index.write_text("{"),
     "lists no files of weights (list indices": lambda index, _: index.write_text("[1]"),
@@ -444,6 +449,7 @@ BROKEN_INDEX = {
     ),
     "2.safetensors: give": lambda _, file: file.unlink(),
     "cannot read weights": lambda _, file: file.write_bytes(file.read_bytes()[:-9]),
+    "cls_token is in the index alone": lambda index, _: only_a_list(index),
     "head.weight is in the index alone": lambda index, file: changed(
         index, lambda listed: listed.update({"head.weight": file.name})
     ),
