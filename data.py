@@ -479,10 +479,11 @@ def read_labels(path, caption_key="caption"):
 
     .jsonl: lines of {"path", and "class", "hashtags" or "caption", a text or a list of texts}.
     .csv: lines of path,class, perhaps under a head line; or the columns of a head line that names
-    "path", and "class" or "caption"; spaces around cells do not count. .json: iNaturalist's, {"images": [{"id", "file_name"}], "annotations":
-    [{"image_id", "category_id"}], "categories": [{"id", "name"}]}. A picture's captions may stand
-    in several entries. An empty class is none. Entries that are damaged, name no picture or contradict an earlier one are
-    counted and left out. Raises ValueError, one line, when the file is none of these.
+    "path", and "class" or "caption"; spaces around cells do not count. .json: iNaturalist's,
+    {"images": [{"id", "file_name"}], "annotations": [{"image_id", "category_id"}], "categories":
+    [{"id", "name"}]}. A picture's captions may stand in several entries. An empty class is none.
+    Entries that are damaged, name no picture or contradict an earlier one are counted and left
+    out. Raises ValueError, one line, when the file is none of these.
     """
     found, bad, kind = {}, 0, path.rpartition(".")[2].lower()
     if kind not in ("jsonl", "csv", "json"):
@@ -782,8 +783,8 @@ def braces(pattern):
 
 
 def shard_index(path, whole=True):
-    """(head, rows) of a shard: see scan_tar. Without `whole` rows are not read, and None: of 300,000
-    shards, a start reads only the heads.
+    """(head, rows) of a shard: see scan_tar. Without `whole` rows are None: a start reads only the
+    heads, of 300,000 shards perhaps.
 
     Kept beside it as SHARD.tar.index or, where that cannot be written, in the folder for temporary
     files. Where it is of another size or time of change, or damaged, it is made again.
@@ -865,7 +866,7 @@ def scan_tar(path):
 
 
 def warn_of_faults(pattern, faults):
-    """Say what is wrong with shards, {path: see scan_tar}: at every start, not at the first alone."""
+    """Say what is wrong with shards, {path: see scan_tar}. Every start does, not just the first."""
     texts = (
         "{shards} shards are cut or damaged, the samples before are used: {path} at byte {first}",
         "{total} samples without a picture are left out, the first in {path}",
@@ -949,10 +950,10 @@ def read_video_labels(path, root):
     """{path, relative to root, of a video file or a folder of frames: {"class": name}} of a list.
 
     .csv, .txt: lines of path,class or, without a comma, of path and class after a tab or a space
-    (Kinetics, as PySlowFast lists it); perhaps under a head line. .json: Something-Something's [{"id",
-    "template"}], of id.webm, another file or a folder of this name; the class is the template
-    without its brackets. Lines that are damaged or contradict an earlier one are counted and left
-    out. Raises ValueError, one line, when the file is none of these.
+    (Kinetics, as PySlowFast lists it); perhaps under a head line. .json: Something-Something's
+    [{"id", "template"}], of id.webm, another file or a folder of this name; the class is the
+    template without its brackets. Lines that are damaged or contradict an earlier one are counted
+    and left out. Raises ValueError, one line, when the file is none of these.
     """
     found, bad = {}, 0
     try:
@@ -1197,7 +1198,7 @@ class Missing(OSError):
 
 
 class Unreachable(OSError):
-    """A shard or a batch cannot be had now. This ends a run: to go on would lose samples silently."""
+    """A shard or a batch cannot be had now. This ends a run: else samples were lost silently."""
 
     def __init__(self, message):
         # A DataLoader makes a worker's exception anew, from its traceback: the last line is ours.
@@ -2671,7 +2672,8 @@ def encode(path, short_side):
         with open_picture(io.BytesIO(content)) as image:
             if not short_side or min(image.size) <= short_side:
                 return kind, content
-            # A JPEG is decoded at 1/2, 1/4 or 1/8 while twice the size is left: in that much memory.
+            # A JPEG is decoded at 1/2, 1/4 or 1/8, which needs less memory, if at least twice the
+            # size is left.
             scale = 2 * short_side / min(image.size)
             image.draft(None, tuple(math.ceil(scale * side) for side in image.size))
             image, buffer = upright(image), io.BytesIO()
