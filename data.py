@@ -1924,7 +1924,8 @@ def one_line(error):
     return re.sub("(cannot identify image file).*", r"\1", text)
 
 
-STALLED = 60  # seconds
+STALLED = 60  # seconds without a batch until the user is told so
+GRACE = 5  # seconds that a run which was asked to stop waits for a batch
 
 
 class Stop:
@@ -1933,32 +1934,36 @@ class Stop:
     asked     True if there was one. The run ends after this step, and saves. The second Ctrl-C
               ends it at once.
     no_batch  why a Loader has no more batches, an exception; None while it has
+
+    Until release() all Loaders of this process keep to it.
     """
+
+    active = None  # a process has one set of signals
 
     def __init__(self):
         self.asked, self.no_batch, self.waiting = False, None, False  # in Loader, for a batch
         for name in {"SIGTERM", "SIGUSR1", "SIGINT"} & set(dir(signal)):
             signal.signal(getattr(signal, name), self.ask)
+        Stop.active = self
 
     def release(self):
-        """From here on signals do what they do in other programs."""
+        """Restore the default actions of the signals."""
+        Stop.active = None
         for name in {"SIGTERM", "SIGUSR1"} & set(dir(signal)):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def ask(self, number, _):
+        if self.asked and self.waiting:
+            raise KeyboardInterrupt  # no library takes it for a failure that it may hide
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
         self.asked = True
-        if self.waiting:
-            raise KeyboardInterrupt  # no library takes it for a failure that it may hide
 
     def wait(self, made):
-        """The next batch. Raises KeyboardInterrupt if the run shall end."""
-        self.waiting = True
+        """The next batch. Raises KeyboardInterrupt if it does not come, and the run shall end."""
         try:
-            if self.asked:
-                raise KeyboardInterrupt
+            self.waiting = True
             return next(made)
         finally:
             self.waiting = False
@@ -1972,26 +1977,32 @@ class Parcel:
     """
 
     def __init__(self, batch):
-        with transport():
+        try:
             self.content = bytes(ForkingPickler.dumps(batch))
+        except (OSError, RuntimeError) as error:
+            raise lost_batch(error) from None
 
     def open(self):
-        with transport():
+        try:
             return pickle.loads(self.content)
+        except (OSError, EOFError, RuntimeError) as error:
+            raise lost_batch(error) from None
 
     def pin_memory(self):  # a DataLoader calls it
         return map_tensors(torch.Tensor.pin_memory, self.open())
 
 
-@contextmanager
-def transport():
-    """Errors in here are those of a machine that has too little of something."""
-    try:
-        yield
-    except (OSError, EOFError, RuntimeError) as error:
-        why = f"a loader process could not hand over a batch ({one_line(error)}): give more"
-        why += " shared memory (docker run --shm-size=8g), open files (ulimit -n 65536) or memory,"
-        raise Unreachable(f"{why} or fewer --workers (0: none)") from None
+def lost_batch(error):
+    """The Unreachable to raise when a batch did not get from a loader process to this one."""
+    short = {
+        "open files (ulimit -n 65536)": "Too many open files",
+        "shared memory (docker run --shm-size=8g)": "No space left|shared memory",
+    }
+    short = [what for what, words in short.items() if re.search(words, str(error))]
+    short = short[:1] or ["memory, shared memory (--shm-size=8g) or open files (ulimit -n 65536)"]
+    why = one_line(error).removesuffix(":")
+    why = f"a loader process could not hand over a batch ({why}): give it more {short[0]}"
+    return Unreachable(f"{why}, or fewer --workers (0: none)")
 
 
 def map_tensors(function, part):
@@ -2006,11 +2017,9 @@ def map_tensors(function, part):
 class Loader(torch.utils.data.DataLoader):
     """A DataLoader that says every STALLED seconds what it is waiting for.
 
-    With a Stop it does not raise what it cannot mend: it gives batches of weight 0 from then on,
-    with which a process takes part in a step until all know that this step is not taken.
+    While a Stop is active, an error is kept in its no_batch, and batches of weight 0 follow, so
+    that this process still takes part in the collectives of the step, which is then dropped.
     """
-
-    stop = None
 
     def __iter__(self):
         made = super().__iter__()  # the workers begin here, not with the first batch
@@ -2021,18 +2030,18 @@ class Loader(torch.utils.data.DataLoader):
 
     def watched(self, made):
         try:
-            for item in self.sampler:
+            for number, item in enumerate(self.sampler):
                 yield self.receive(made, item)
             return
         except BaseException as error:  # also when nobody wants the others
             # PyTorch would give each worker that waits for a shard 5 s, one after the other.
             for worker in getattr(made, "_workers", []):
                 worker.terminate()
-            if self.stop is None or not isinstance(error, OSError | KeyboardInterrupt):
+            if not Stop.active or not isinstance(error, OSError | KeyboardInterrupt):
                 raise
-            self.stop.no_batch = error
+            Stop.active.no_batch = error
         past = dataclasses.replace(self.dataset, order=None)
-        while True:
+        for _ in range(number, len(self.sampler)):
             yield past[len(past)]
 
     def receive(self, made, item):
@@ -2040,30 +2049,32 @@ class Loader(torch.utils.data.DataLoader):
         told = self.dataset, item, come
         threading.Thread(target=report_stall, args=told, daemon=True).start()
         try:
-            batch = self.stop.wait(made) if self.stop else next(made)
+            batch = Stop.active.wait(made) if Stop.active else next(made)
             return batch.open() if isinstance(batch, Parcel) else batch
         except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):  # else a worker was killed
-                raise
-            with transport():
-                raise
+            if "exited unexpectedly" in str(error):  # a worker was killed
+                raise lost_batch(error) from None
+            raise
         finally:
             come.set()
 
 
 def report_stall(dataset, item, come):
-    began = time.monotonic()
-    while not come.wait(STALLED):
-        text = f"no batch for {time.monotonic() - began:.0f} s: {dataset.about(item)}"
-        print(text, file=sys.stderr, flush=True)
+    """In a thread: say that a batch has not come, and end the waiting if the run shall stop."""
+    began, said = time.monotonic(), 0
+    while not come.wait(min(1, STALLED, GRACE)):
+        waited = time.monotonic() - began
+        if waited >= (said + 1) * STALLED:
+            said += 1
+            text = f"no batch for {waited:.0f} s: {dataset.about(item)}"
+            print(text, file=sys.stderr, flush=True)
+        if Stop.active and Stop.active.asked and waited >= GRACE:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
 
-def loader(batches, items, workers, pin=False, stop=None):
-    """The given items (a range) of Batches, made ahead by worker processes; 0: in this process.
-
-    stop: a Stop, for a loop that can save what it has: see Loader.
-    """
-    made = Loader(
+def loader(batches, items, workers, pin=False):
+    """The given items (a range) of Batches, made ahead by worker processes; 0: in this process."""
+    return Loader(
         batches,
         sampler=items,
         batch_size=None,
@@ -2073,8 +2084,6 @@ def loader(batches, items, workers, pin=False, stop=None):
         prefetch_factor=2 if workers else None,
         worker_init_fn=partial(begin_worker, os.getpid(), Image.MAX_IMAGE_PIXELS),
     )
-    made.stop = stop
-    return made
 
 
 def begin_worker(training, max_pixels, _):
@@ -2087,8 +2096,8 @@ def begin_worker(training, max_pixels, _):
     if hasattr(signal, "sigwaitinfo"):  # on Linux
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=end_when_told, args=(training,), daemon=True).start()
-    # Of the thread that hands over shared memory: the training says what it means.
-    sys.excepthook = lambda _, error, __: print(f"loader: {one_line(error)}", file=sys.stderr)
+    # The thread that hands over shared memory prints its errors; the training process says them.
+    sys.excepthook = lambda *_: None
 
 
 def end_when_told(by):

@@ -207,6 +207,26 @@ def print_probe(weights, config, train, test, pool, seed, samples=math.inf, **op
         print(f"  {name:12} top-1 {accuracy(scores, y_test, 1):.1%}")
 
 
+def unless_lacking(stop, measure, *arguments):
+    """measure(*arguments) or, if a process has got no batch for it, None: see data.Stop.
+
+    Every process must call it. What went wrong is said; the training's next step ends the run.
+    """
+    found, wrong = None, None
+    try:
+        found = measure(*arguments)
+    except ValueError as error:  # perhaps for lack of batches
+        wrong = error
+    lacking = torch.tensor([int(stop.no_batch is not None)])
+    if dist.is_initialized():
+        dist.all_reduce(lacking)
+    if stop.no_batch is not None:
+        print(f"not measured: {str(stop.no_batch) or 'asked to stop'}", file=sys.stderr)
+    if wrong and not lacking:
+        raise wrong
+    return None if lacking else found
+
+
 @torch.no_grad()
 def masked_loss(model, batches, device):
     """An MAE's mean loss on a data.Batches, whose crops and masks are always the same.

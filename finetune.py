@@ -934,11 +934,8 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
     save_every = run.save_every or min(most, -(-steps // parts))
     bar = tqdm(total=steps, initial=first_step, disable=None if run.process == 0 else True)
     items = range(first_step * pieces, steps * pieces)
-    pin, to_device = (
-        device.type == "cuda",
-        partial(torch.Tensor.to, device=device, non_blocking=True),
-    )
-    batches = iter(data.loader(batches, items, run.workers, pin, stop))
+    batches = iter(data.loader(batches, items, run.workers, pin=device.type == "cuda"))
+    to_device = partial(torch.Tensor.to, device=device, non_blocking=True)
     began = logged = time.perf_counter()
     waited, last_logged, stopping, lacking = 0.0, first_step, False, False
     done, saved_step, wait_for_save = first_step, first_step, lambda: None
@@ -1026,7 +1023,7 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
             entry["eta_seconds"] = (now - began) / (done - first_step) * (steps - done)
             if saving and run.measure:
                 swap_average(optimizer)
-                entry |= run.measure(model)
+                entry |= evaluate.unless_lacking(stop, run.measure, model) or {}
                 swap_average(optimizer)
             if run.process == 0:
                 with open(out / "metrics.jsonl", "a") as file:

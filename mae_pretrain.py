@@ -264,8 +264,7 @@ def train(run):
         forward_backward = CUDAGraph(forward_backward)
     bar = tqdm(total=run.steps, initial=first_step, disable=None if run.process == 0 else True)
     items = range(first_step * run.pieces, run.steps * run.pieces)
-    pin = device.type == "cuda"
-    batches = iter(data.loader(run.batches, items, run.workers, pin, stop))
+    batches = iter(data.loader(run.batches, items, run.workers, pin=device.type == "cuda"))
     began = logged = time.perf_counter()
     waited, last_logged, stopping, lacking = 0.0, first_step, False, False
     done, saved_step, wait_for_save = first_step, first_step, lambda: None
@@ -339,7 +338,9 @@ def train(run):
             entry["eta_seconds"] = (now - began) / (done - first_step) * (run.steps - done)
             # Measuring never costs more than the training before it (backward counts two).
             if saving and 3 * done * run.batch_size >= run.held_out_batches.total > 0:
-                entry["held_out_loss"] = evaluate.masked_loss(model, run.held_out_batches, device)
+                entry["held_out_loss"] = evaluate.unless_lacking(
+                    stop, evaluate.masked_loss, model, run.held_out_batches, device
+                )
             if run.process == 0:
                 with open(out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(entry) + "\n")

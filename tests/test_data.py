@@ -4091,9 +4091,9 @@ def few_files():
 @pytest.mark.parametrize(
     ("at", "function", "says"),
     [
-        (0, few_files, "Too many open files.*--shm-size.*ulimit -n.*--workers"),
-        (9, few_files, "--shm-size.*ulimit -n.*--workers"),  # those made before are lost, too
-        (9, lambda: os.kill(os.getpid(), signal.SIGKILL), "or memory, or fewer --workers"),
+        (0, few_files, r"Too many open files.*more open files \(ulimit -n 65536\), or"),
+        (9, few_files, "--workers"),  # those made before are lost, too
+        (9, lambda: os.kill(os.getpid(), signal.SIGKILL), "give it more memory.* --workers"),
         (9, lambda: 1 / 0, None),  # a mistake stays one
     ],
 )
@@ -4102,7 +4102,7 @@ def test_a_batch_that_cannot_be_handed_over_ends_the_loader(at, function, says):
     with pytest.raises(data.Unreachable if says else ZeroDivisionError, match=says):
         found.extend(made)
     assert found == [torch.tensor([n]) for n in range(len(found))]
-    assert len(found) in range(at - 3, at + 1)
+    assert len(found) <= at
 
 
 def test_too_few_open_files_are_not_unreadable_pictures(monkeypatch):
@@ -4121,7 +4121,7 @@ def test_too_few_open_files_are_not_unreadable_pictures(monkeypatch):
         list(data.read_all(source, "label", lambda sample: sample["class"], -1))
 
 
-# What a loader process (or, without workers, the training) meets at item 5 of 12. In the last two,
+# What a loader process (or, without workers, the training) meets at item {item}. In the last two,
 # `parent` gets the signal, and the batch never comes.
 MISHAPS = {
     "files": "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))",
@@ -4135,11 +4135,12 @@ import {stage} as program
 import data
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup has it ignored
-plain, parent = data.Batches.__getitem__, os.getpid()
+plain, parent, data.GRACE = data.Batches.__getitem__, os.getpid(), 0.5
 
 def read(batches, item):
     batch = plain(batches, item)
-    if batches.order and item == 5 and batches.process == batches.processes - 1:
+    trains = batches.order is not None
+    if trains == {trains} and item == {item} and batches.process == batches.processes - 1:
         {mishap}
     return batch
 
@@ -4148,17 +4149,10 @@ program.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize(
-    ("program", "mishap", "processes", "workers"),
-    [
-        *[("mae_pretrain", mishap, None, 1) for mishap in MISHAPS],
-        *[("mae_pretrain", mishap, 2, 1) for mishap in ("files", "SIGTERM")],
-        ("mae_pretrain", "SIGTERM", None, 0),
-        *[(name, how, None, 1) for name in ("weak_pretrain", "finetune") for how in MISHAPS][::2],
-    ],
-)
-def test_a_stage_that_gets_no_batch_saves_and_ends(program, mishap, processes, workers, tmp_path):
-    run = [*TINY, "--workers", workers]
+def same_run_of(program, tmp_path, **options):
+    """A function: flags, and code that is run instead -> what a program, at a run of 12 steps with
+    a checkpoint every 4, printed."""
+    run = [*TINY]
     if program == "weak_pretrain":
         labels = tmp_path / "labels.jsonl"
         lines = [{"path": f"{'ab'[i % 2]}/{i}.png", "hashtags": [f"#{i % 3}"]} for i in range(120)]
@@ -4170,18 +4164,83 @@ def test_a_stage_that_gets_no_batch_saves_and_ends(program, mishap, processes, w
     if program != "mae_pretrain":
         at = run.index("--decoder")
         del run[at : at + 2]
-    code = MISHAP.format(stage=program, mishap=MISHAPS[mishap])
-    options = {"program": f"{program}.py", "processes": processes}
-    ran = stage(*run, "--out", tmp_path / "run", code=code, **options)
+    return lambda *more, **others: stage(*run, *more, program=f"{program}.py", **options, **others)
+
+
+@pytest.mark.parametrize(
+    ("program", "mishap", "processes", "flags"),
+    [
+        ("mae_pretrain", "files", None, []),
+        ("mae_pretrain", "kill", None, []),
+        ("mae_pretrain", "SIGTERM", None, []),
+        ("mae_pretrain", "SIGINT", None, []),
+        ("mae_pretrain", "SIGTERM", None, ["--workers", "0"]),
+        ("mae_pretrain", "files", 2, []),
+        ("mae_pretrain", "SIGTERM", 2, ["--shard-group", "2"]),
+        ("weak_pretrain", "kill", None, []),
+        ("weak_pretrain", "SIGTERM", None, []),
+        ("finetune", "kill", None, []),
+        ("finetune", "SIGTERM", None, []),
+    ],
+)
+def test_a_stage_that_gets_no_batch_saves_and_ends(program, mishap, processes, flags, tmp_path):
+    run = same_run_of(program, tmp_path, processes=processes)
+    code = MISHAP.format(stage=program, mishap=MISHAPS[mishap], trains=True, item=5)
+    ran = run(*flags, "--out", tmp_path / "run", code=code)
     asked = mishap.startswith("SIG")
     assert ran.returncode == (0 if asked else 1), ran.stderr
-    # The batches before may be lost, too, and nobody waits for them when asked to stop.
+    # The mishap comes while item 5 is made, ahead of the training.
     assert re.search("stopped at step [2-5] of 12, saved: the same command goes on", ran.stdout)
-    assert ("could not hand over a batch" in ran.stderr) == (not asked)
-    assert "Traceback" not in ran.stderr
-    assert stage(*run, "--out", tmp_path / "run", **options).returncode == 0
-    assert stage(*run, "--out", tmp_path / "whole", **options).returncode == 0
+    said = [line for line in ran.stderr.splitlines() if line.startswith(f"{program}.py: ")]
+    assert len(said) == (0 if asked else processes or 1)
+    assert sum("could not hand over a batch" in line for line in said) == (not asked)
+    assert len(ran.stderr.splitlines()) < 5
+    assert run("--out", tmp_path / "run", *flags).returncode == 0
+    assert run("--out", tmp_path / "whole", *flags).returncode == 0
     assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "whole")
+
+
+def test_a_signal_amid_micro_batches_lets_the_step_end(tmp_path):
+    code = MISHAP.format(
+        stage="mae_pretrain", mishap="os.kill(parent, signal.SIGTERM)", trains=True, item=13
+    )
+    run = same_run_of("mae_pretrain", tmp_path)
+    flags = ["--micro-batch", "2", "--workers", "0", "--out", tmp_path / "run"]
+    assert "stopped at step 4 of 12, saved" in run(*flags, code=code).stdout  # 13 is of the fourth
+
+
+@pytest.mark.parametrize(
+    ("program", "mishap", "processes"),
+    [
+        ("mae_pretrain", "SIGTERM", None),
+        ("mae_pretrain", "files", 2),
+        ("weak_pretrain", "SIGTERM", 2),
+        ("finetune", "kill", None),
+        ("finetune", "SIGTERM", 2),
+    ],
+)
+def test_what_goes_wrong_in_measuring_costs_no_step(program, mishap, processes, tmp_path):
+    run = same_run_of(program, tmp_path, processes=processes)
+    mishap_of = MISHAPS[mishap]
+    if (program, mishap) == ("mae_pretrain", "files"):  # it measures without workers
+        mishap_of = "raise data.Unreachable('Unreachable: a shard is gone')"
+    code = MISHAP.format(stage=program, mishap=mishap_of, trains=False, item=0)
+    ran = run("--out", tmp_path / "run", code=code)
+    assert ran.returncode == (0 if mishap == "SIGTERM" else 1), ran.stderr
+    assert "stopped at step 4 of 12, saved: the same command goes on" in ran.stdout
+    assert ran.stderr.count("not measured: ") == 1 and "Traceback" not in ran.stderr
+    measured = {"held_out_loss", "hit_1", "hit_5", "top1", "top5"}
+    assert not any(line.get(name) for line in read_metrics(tmp_path / "run") for name in measured)
+    assert run("--out", tmp_path / "run").returncode == 0
+    assert run("--out", tmp_path / "whole").returncode == 0
+    plain = [
+        [
+            {k: v for k, v in line.items() if k not in measured}
+            for line in read_metrics(tmp_path / out)
+        ]
+        for out in ("run", "whole")
+    ]
+    assert plain[0] == plain[1]
 
 
 def test_fewer_shards_than_processes_is_one_line_with_a_way_out():
