@@ -1577,12 +1577,15 @@ def crop_and_resize(image, size, channels, bits=None, min_crop=0.2, centre=1.0, 
     shrink = min(box[2] // (2 * width), box[3] // (2 * height), 8)
     if image.format == "JPEG" and shrink >= 2:
         image.draft(None, (image.width // shrink, image.height // shrink))
-    image = to_mode(upright(image), channels)
+    image = to_8_bits(upright(image))  # the whole picture: all its pixels decide the scale
     left, top, w, h = box
     sx, sy = image.width / original[0], image.height / original[1]  # 1, or what draft() gave
     edges = left * sx, top * sy, (left + w) * sx, (top + h) * sy
     image = image.crop(tuple(map(round, edges)))
-    if channels == 4 and image.getextrema()[3][0] < 255:  # colours weigh as much as they show
+    with_alpha = channels == 4 and image.has_transparency_data
+    image = to_mode(image, channels)
+    if with_alpha and image.getchannel(3).getextrema()[0] < 255:
+        # Colours weigh as much as they show.
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image).reshape(1, image.height, image.width, channels))
     pixels = pixels.permute(0, 3, 1, 2)  # (1, C, h, w)
@@ -1602,9 +1605,11 @@ def open_picture(file):
 
 def pixel_limit(text):
     """For argparse: what limit_pixels takes."""
-    if int(text) < 1 << 16:  # Pillow would not even draw a line of text
-        raise argparse.ArgumentTypeError(f"{text} is not at least 65536, a picture of 256 x 256")
-    return int(text)
+    with suppress(ValueError):
+        if int(text) >= 1 << 16:  # with less, Pillow would not even draw a line of text
+            return int(text)
+    want = "the number of pixels of 256 x 256"
+    raise argparse.ArgumentTypeError(f"{text} is not at least 65536, {want}")
 
 
 def limit_pixels(most):
@@ -1630,10 +1635,9 @@ def upright(image):
 def to_mode(image, channels):
     """Any picture -> 8 bits of grey (1 channel), RGB (3) or RGBA (4).
 
-    Call it with a whole picture, not with a crop: all its pixels decide how values are scaled.
+    Call it with a whole picture, or with a crop of what to_8_bits has made of the whole one.
     """
-    if image.mode.startswith("I") or image.mode == "F":
-        image = to_8_bits(image)
+    image = to_8_bits(image)
     if image.mode == "LAB":  # from which Pillow does not convert to grey
         image = image.convert("RGB")
     if channels != 4 and has_alpha(image):
@@ -1649,8 +1653,13 @@ def has_alpha(image):
 
 
 def to_8_bits(image):
-    """Grey of 16 or 32 bits -> of 8, with alpha if one value is transparent. (convert() would clip,
-    not scale.) 32 bits may hold values of 8 or of 16; for others no scale is known."""
+    """Grey of 16 or 32 bits -> of 8, with alpha if one value is transparent; other modes as they are.
+
+    (convert() would clip, not scale.) Call it with a whole picture, not with a crop: 32 bits may
+    hold values of 8 or of 16, which all pixels decide; for others no scale is known.
+    """
+    if not image.mode.startswith("I") and image.mode != "F":
+        return image
     pixels, clear = np.asarray(image), image.info.get("transparency")
     low, high = pixels.min(), pixels.max()
     if image.mode == "F" or low < 0 or high > 65535:
@@ -2087,8 +2096,8 @@ def loader(batches, items, workers, pin=False):
 
 
 def begin_worker(training, max_pixels, _):
-    """In a loader process, which may not be a fork: the same limit, and the training process
-    decides when it ends, whatever torchrun, Slurm or a user sends to all."""
+    """In a loader process, also where it is spawned, not forked: the same limit of pixels; and the
+    training process decides when it ends, whatever torchrun, Slurm or a user sends to all."""
     limit_pixels(max_pixels)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):

@@ -916,9 +916,10 @@ def read_annotation(one, size):
         raise ValueError("it is not of a picture")
     if isinstance(segment, dict) or segment and (not box or area is None):
         mask = as_rle(segment, *size)
-        left, top, right, bottom = rle_box(mask)
-        box = box or (left, top, right - left, bottom - top)
         area = rle_area(mask) if area is None else area
+        if not box:
+            left, top, right, bottom = rle_box(mask)
+            box = left, top, right - left, bottom - top
     if not box:
         raise ValueError("there is neither a bbox nor a segmentation")
     x, y, w, h = box
@@ -1520,7 +1521,9 @@ def read_results(path, scenes):
                 if entry["image_id"] not in sizes or entry["category_id"] not in label:
                     raise ValueError("there is no such picture or category")
                 mine = found.setdefault(entry["image_id"], [])
-                _, _, box, mask = read_annotation(entry, sizes[entry["image_id"]])
+                # Nothing uses a result's area: with one given, none is computed of the mask.
+                one = entry | {"area": 0.0}
+                _, _, box, mask = read_annotation(one, sizes[entry["image_id"]])
                 score = float(entry["score"])
                 if not math.isfinite(score):
                     raise ValueError("a score that is no number")
