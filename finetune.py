@@ -373,6 +373,8 @@ def prepare(run):
     run.identity = {"stage": "finetune", "data": run.train.identity, "val": run.val.identity}
     run.identity |= {"model": run.config, "init": run.origin}
     run.identity |= {name: getattr(run, name) for name in same}
+    usual = run.max_pixels == data.MAX_PIXELS  # as in runs from before there was this flag: None
+    run.identity["max_pixels"] = None if usual else run.max_pixels
     # A head that was learned when numbers were sorted as texts must not go on with other labels.
     numbers = [name for name in run.train.classes or () if name.isdecimal()]
     if numbers != sorted(numbers) and run.task not in ("lit", "detect"):
@@ -1189,6 +1191,8 @@ def finish(run, weights, config, result):
         usual = 1.0 if pairs or run.clips else evaluate.usual_crop(run.image_size)
         if run.val_crop != usual and run.task != "detect":
             flags += ["--val-crop", str(run.val_crop)]
+        if run.max_pixels != data.MAX_PIXELS:
+            flags += ["--max-pixels", str(run.max_pixels)]
         task = run.task if run.task in ("video", "detect") else "classify"
         task = task if not pairs else "zeroshot" if run.val.classes else "retrieval"
         if task == "retrieval" and run.caption_key != "caption":

@@ -188,6 +188,8 @@ def prepare(run):
     run.identity = {"stage": "mae_pretrain", "data": run.source.identity, "model": run.config}
     run.identity |= {"held_out": run.held_out.identity, "lanes": order.lanes, "init": origin}
     run.identity |= {name: getattr(run, name) for name in same}
+    usual = run.max_pixels == data.MAX_PIXELS  # as in runs from before there was this flag: None
+    run.identity["max_pixels"] = None if usual else run.max_pixels
     if not run.plan:
         run.checkpoint = models.find_checkpoint(run.out, run.resume, run.identity)
 
@@ -404,6 +406,8 @@ def finish(run, weights):
     flags = ["--data", run.data or "toy", *(["--val-data", run.val_data] if run.val_data else [])]
     task = "knn" if run.val and run.val.classes and run.source.classes else "attention"
     flags = ["--task", task, "--checkpoint", str(run.out / "model.pt"), *flags]
+    if run.max_pixels != data.MAX_PIXELS:
+        flags += ["--max-pixels", str(run.max_pixels)]
     print(f"next: python evaluate.py {shlex.join(flags)}")
 
 

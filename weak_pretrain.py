@@ -188,6 +188,8 @@ def prepare(run):
     run.identity = {"stage": "weak_pretrain", "data": run.source.identity, "model": run.config}
     run.identity |= {"tags": run.vocabulary.identity, "lanes": order.lanes, "init": origin}
     run.identity |= {name: getattr(run, name) for name in same}
+    usual = run.max_pixels == data.MAX_PIXELS  # as in runs from before there was this flag: None
+    run.identity["max_pixels"] = None if usual else run.max_pixels
     if not run.plan:
         run.checkpoint = models.find_checkpoint(run.out, run.resume, run.identity)
 
@@ -408,6 +410,8 @@ def finish(run, weights):
         sources, samples = (run.source, run.held_out), run.steps * run.batch_size
         evaluate.print_probe(weights, config, *sources, "cls", run.seed, samples, **options)
     flags = ["--checkpoint", str(run.out / "model.pt"), "--data", "DIR" if run.data else "toy"]
+    if run.max_pixels != data.MAX_PIXELS:
+        flags += ["--max-pixels", str(run.max_pixels)]
     hint = "  (DIR holds train/CLASS/* and val/CLASS/*)" if run.data else ""
     print(f"next: python evaluate.py --task fewshot --pool cls {shlex.join(flags)}{hint}")
 

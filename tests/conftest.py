@@ -56,6 +56,31 @@ def large_pictures(folder, split=""):
     return ["--data", folder, "--max-pixels", 90_000]
 
 
+def check_that_the_limit_is_the_runs(run, folder):
+    """A run goes on with its own --max-pixels only, and hands it on to evaluate.py.
+
+    run(*flags): a finished process of a stage with large_pictures' flags and these.
+    """
+    ran = run("--out", folder / "run")
+    assert ran.returncode == 0 and read_metrics(folder / "run")[-1]["bad"] == 0, ran.stderr
+    assert " --max-pixels 90000" in ran.stdout.split("next: ")[1]
+    usual = ["--max-pixels", 89_478_485]  # the default
+    for flags, shown in ((["--max-pixels", 89_999], 89_999), (usual, None)):
+        ran = run(*flags, "--out", folder / "run")
+        assert ran.returncode == 2 and f"(max_pixels was 90000, is {shown})" in ran.stderr
+    usual += ["--out", folder / "usual"]
+    ran = run(*usual)
+    assert ran.returncode == 0 and "--max-pixels" not in ran.stdout.split("next: ")[1], ran.stderr
+    (path,) = (folder / "usual").glob("checkpoints/*/state.json")
+    record = json.loads(path.read_text())
+    assert record["identity"].pop("max_pixels") is None  # what older checkpoints do not have
+    path.write_text(json.dumps(record))
+    ran = run(*usual)
+    assert ran.returncode == 0 and "going on from" in ran.stdout, ran.stderr
+    ran = run("--out", folder / "usual")
+    assert ran.returncode == 2 and "(max_pixels was None, is 90000)" in ran.stderr
+
+
 # 120 pictures of two classes, made when the tests begin.
 PICTURES = Path(tempfile.gettempdir(), f"test-pictures-{os.getpid()}")
 
