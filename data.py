@@ -1582,6 +1582,7 @@ def crop_and_resize(image, size, channels, bits=None, min_crop=0.2, centre=1.0, 
     sx, sy = image.width / original[0], image.height / original[1]  # 1, or what draft() gave
     edges = left * sx, top * sy, (left + w) * sx, (top + h) * sy
     image = image.crop(tuple(map(round, edges)))
+    # (has_alpha, which decides what is put on white, does not know palettes of RGBA, as in TGA.)
     with_alpha = channels == 4 and image.has_transparency_data
     image = to_mode(image, channels)
     if with_alpha and image.getchannel(3).getextrema()[0] < 255:
