@@ -210,10 +210,10 @@ class Order:
 #
 # A source has: sizes (S,) int64, samples per shard; classes, a list of names, or None; identity;
 # name(number); where(number), the shard or picture, known without opening it; and read(number) ->
-# {"image": a function that opens the PIL image, "class": int, -1 if unknown, "hashtags": a list of
-# tags, or a text with #tags in it, "captions": a list of texts}. (None for tags or captions: what
-# should hold them is damaged.) So who wants labels, tags or captions reads the same, and opens no
-# picture. Numbers run through the shards. Remote shards have a cache, too. Sources of videos have
+# {"image": a function that opens the PIL image, "class": int, -1 if unknown, "hashtags": one that
+# gives a list of tags, or a text with #tags in it, "captions": one that gives a list of texts}.
+# (They raise ValueError where that is damaged.) So who wants labels, tags or captions reads the
+# same, and opens no picture. Numbers run through the shards. Remote shards have a cache, too. Sources of videos have
 # "video" instead, shards have both: see "videos".
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -430,8 +430,8 @@ class Folder:
         return {
             "image": partial(open_picture, self.name(number)),
             "class": int(self.labels[number]),
-            "hashtags": self.tags[number],
-            "captions": self.captions[number],
+            "hashtags": lambda: self.tags[number],
+            "captions": lambda: self.captions[number],
         }
 
     def name(self, number):
@@ -567,14 +567,7 @@ def all_labels(source):
 
 def all_captions(source):
     """The captions of each sample of a source, as they are: a list of lists of texts."""
-    return list(read_all(source, "caption", captions_of, []))
-
-
-def captions_of(sample):
-    """The captions of a source's sample. Raises ValueError where they are damaged."""
-    if sample["captions"] is None:
-        raise ValueError("the file of its captions is damaged")
-    return sample["captions"]
+    return list(read_all(source, "caption", lambda sample: sample["captions"](), []))
 
 
 def read_all(source, name, value_of, unknown):
@@ -702,8 +695,8 @@ class Shards:
             "image": lambda: open_picture(io.BytesIO(members[(plain or numbered or kinds)[0]])),
             "video": lambda short_side=None: video_of_pictures(frames),
             "class": int(label) if label.isdigit() else -1,
-            "hashtags": hashtags_in(members),
-            "captions": captions_in(members, self.caption_key),
+            "hashtags": partial(hashtags_in, members),
+            "captions": partial(captions_in, members, self.caption_key),
         }
 
     def name(self, number):
@@ -725,26 +718,26 @@ def plain_and_numbered(kinds):
 
 
 def hashtags_in(members):
-    """From .json (a list, a text, or either under "hashtags") or, where that has none, .txt; None
-    if it is damaged."""
+    """From .json (a list, a text, or either under "hashtags") or, where that has none, .txt.
+    Raises ValueError if it is damaged."""
     try:
         content = json.loads(members.get("json", b"[]"))
         tags = content.get("hashtags") if isinstance(content, dict) else content
         if tags is None or not canonical(tags, {}):  # img2dataset's .json describes the picture
             tags = members.get("txt", b"").decode()
         return tags
-    except ValueError:
-        return None
+    except ValueError as error:
+        raise ValueError(f"the file of its hashtags is damaged ({error})") from None
 
 
 def captions_in(members, key):
-    """From .json (a text or a list of texts under `key`) or, where that has none, .txt; None if it
-    is damaged."""
+    """From .json (a text or a list of texts under `key`) or, where that has none, .txt. Raises
+    ValueError if it is damaged."""
     try:
         content = json.loads(members.get("json", b"{}"))
         texts = texts_in(content.get(key) if isinstance(content, dict) else None)
-    except ValueError:
-        return None
+    except ValueError as error:
+        raise ValueError(f"the file of its captions is damaged ({error})") from None
     text = members.get("txt", b"").decode("utf-8-sig", "replace").strip()
     return texts if any(map(clean, texts)) else [text] * bool(text)
 
@@ -1889,7 +1882,7 @@ class Batches(torch.utils.data.Dataset):
                     images[i] = self.pixels(sample, bits, (self.seed, epoch, position))
                 known = True
                 if self.vocabulary is not None:
-                    tags[i] = self.vocabulary.ids(sample["hashtags"])
+                    tags[i] = self.vocabulary.ids(sample["hashtags"]())
                     known = len(tags[i]) > 0
                 if self.tokenizer is not None:
                     texts[i] = self.caption(sample, epoch, position)
@@ -1920,7 +1913,7 @@ class Batches(torch.utils.data.Dataset):
 
     def caption(self, sample, epoch, position):
         """One of a sample's captions, cleaned; "" if all are empty."""
-        texts = list(filter(None, map(clean, captions_of(sample)))) or [""]
+        texts = list(filter(None, map(clean, sample["captions"]()))) or [""]
         if not self.order:
             return texts[0]
         return texts[int(random_bits(1, self.seed, epoch, position, CAPTION)[0] % len(texts))]
@@ -2304,8 +2297,8 @@ def toy_sample(number, size=64):
         "masks": lambda: toy_render(scene, size, masks=True)[2],
         "class": labels[0],
         "labels": labels,
-        "hashtags": toy_hashtags(scene, number),
-        "captions": [f"a {' and a '.join(things)} on {ground}"],
+        "hashtags": lambda: toy_hashtags(scene, number),
+        "captions": lambda: [f"a {' and a '.join(things)} on {ground}"],
     }
 
 
@@ -2410,7 +2403,7 @@ class TagChunks(torch.utils.data.Dataset):
         end = min((chunk + 1) * TAG_CHUNK, int(self.source.sizes.sum()))
         for number in range(chunk * TAG_CHUNK, end):
             try:
-                found.append(canonical(self.source.read(number)["hashtags"], self.synonyms))
+                found.append(canonical(self.source.read(number)["hashtags"](), self.synonyms))
             except Exception as error:  # noqa: BLE001 (named and counted, whatever it was)
                 raise_if_unreachable(error)
                 found.append(set())

@@ -1573,7 +1573,7 @@ def test_toy_has_both_splits_and_no_number_in_common():
     sample = val.read(3)
     assert min(sample["image"]().size) >= 48 and 0 <= sample["class"] < 10
     number = int(val.name(3).split(":")[1])
-    assert sample["captions"] == data.toy_sample(number)["captions"]
+    assert sample["captions"]() == data.toy_sample(number)["captions"]()
 
 
 @pytest.mark.parametrize(
@@ -1794,7 +1794,7 @@ def test_damaged_lines_of_labels_are_counted_and_left_out(tmp_path, capsys):
                        "c.png": {"captions": []}}  # fmt: skip
     labels.write_text(lines[0])
     source, _ = data.open_sources(folder, labels=str(labels))
-    assert source.classes == ["1"] and source.read(0)["hashtags"] == ["#x"]
+    assert source.classes == ["1"] and source.read(0)["hashtags"]() == ["#x"]
     table = tmp_path / "labels.csv"
     lines = ["path,class", "a.png,cat", "", "b.png;dog", "b.png,dog,1", "b.jfif,dog", "a.png,dog"]
     table.write_text("\n".join([*lines, "../p/b.png,cat"]))  # a path, though it begins with a dot
@@ -2000,8 +2000,8 @@ def test_extensions_in_a_shard_count_in_any_case(tmp_path):
         source, _ = data.open_sources(where, cache=(f"{tmp_path}/cache", "1M"))
         found = [source.read(number) for number in range(int(source.sizes.sum()))]
         assert [sample["class"] for sample in found] == [3, 4, 5]
-        assert [sample["captions"] for sample in found] == [["a text"], ["we like #b"], []]
-        tags = [data.canonical(sample["hashtags"], {}) for sample in found]
+        assert [sample["captions"]() for sample in found] == [["a text"], ["we like #b"], []]
+        tags = [data.canonical(sample["hashtags"](), {}) for sample in found]
         assert tags == [{"a"}, {"b"}, set()]
         assert found[0]["image"]().format == "JPEG"
         shown = [np.asarray(sample["image"]()) for sample in found[1:]]
@@ -2752,9 +2752,8 @@ VAL = data.TOY_VAL  # the first number of val
 def same_sample(one, other):
     assert one["image"]().tobytes() == other["image"]().tobytes()
     assert (one["boxes"]() == other["boxes"]()).all()
-    assert [one[k] for k in ("class", "captions", "hashtags")] == [
-        other[k] for k in ("class", "captions", "hashtags")
-    ]
+    assert one["class"] == other["class"]
+    assert all(one[k]() == other[k]() for k in ("captions", "hashtags"))
 
 
 def test_a_toy_sample_is_a_pure_function_of_its_number():
@@ -2773,7 +2772,7 @@ def test_a_toy_scene_is_the_same_at_any_size():
         assert np.allclose(small["boxes"]() * 4, large["boxes"](), atol=1e-3)
         shrunk = np.asarray(large["image"]().reduce(4), np.float64)
         assert np.abs(shrunk - np.asarray(small["image"]())).mean() < 6  # edges; seen: 3
-        assert small["captions"] == large["captions"]
+        assert small["captions"]() == large["captions"]()
 
 
 def test_toy_classes_are_about_equally_frequent_and_are_the_largest_objects_shape():
@@ -2849,11 +2848,11 @@ def test_toy_captions_and_hashtags_speak_of_the_scene():
     true_tags = 0
     for number in range(100):
         scene, sample = data.toy_scene(number), data.toy_sample(number, 16)
-        words = re.sub(r"(plain|striped|dotted|checked) ", "", *sample["captions"])
+        words = re.sub(r"(plain|striped|dotted|checked) ", "", *sample["captions"]())
         for thing in scene["objects"]:
             assert re.search(rf"\b{thing['colour']} {thing['shape']}\b", words)
         assert scene["background"]["colour"] in words.rpartition(" on ")[2]
-        tags = sample["hashtags"]
+        tags = sample["hashtags"]()
         assert tags and len(set(tags)) == len(tags)
         assert all(re.fullmatch("#[a-z0-9]+", tag) for tag in tags)
         shape = data.TOY_CLASSES[sample["class"]]
@@ -2914,11 +2913,11 @@ def tagged(tmp_path):
 def test_hashtags_of_all_that_may_hold_them(tmp_path):
     samples = [["#a", "b"], "we like #a", {"hashtags": ["#a"], "caption": "#no"}, {"x": 1}, None]
     source = opened(write_tar(tmp_path / "a.tar", tagged_members(samples)))
-    found = [data.canonical(source.read(i)["hashtags"], {}) for i in range(5)]
+    found = [data.canonical(source.read(i)["hashtags"](), {}) for i in range(5)]
     assert found == [{"a", "b"}, {"a"}, {"a"}, set(), set()]
     texts = [b"first #one", "\u00fcber #zw\u00f6lf".encode()]
     source = opened(write_tar(tmp_path / "b.tar", tagged_members(texts, "txt")))
-    found = [data.canonical(source.read(i)["hashtags"], {}) for i in range(2)]
+    found = [data.canonical(source.read(i)["hashtags"](), {}) for i in range(2)]
     assert found == [{"one"}, {"zw\u00f6lf"}]
 
 
@@ -2958,7 +2957,11 @@ def test_hashtags_are_those_of_the_first_file_that_has_any(tmp_path, capsys):
         source, _ = data.open_sources(where, cache=(f"{tmp_path}/cache", "1M"))
         for number, (_, tags) in enumerate(HASHTAGS_OF):
             found = source.read(number)["hashtags"]
-            assert (None if found is None else data.canonical(found, {})) == tags
+            if tags is None:
+                with pytest.raises(ValueError, match="the file of its hashtags is damaged"):
+                    found()
+            else:
+                assert data.canonical(found(), {}) == tags
         vocabulary = data.count_hashtags(source, min_count=1)
         assert vocabulary.counts == expected
         lines = [line for line in capsys.readouterr().err.splitlines() if "unreadable" in line]
@@ -2968,6 +2971,14 @@ def test_hashtags_are_those_of_the_first_file_that_has_any(tmp_path, capsys):
         assert [[i for i in row if i >= 0] for row in batch["tags"].tolist()] == ids
         assert batch["weight"].tolist() == [float(bool(tags)) for _, tags in HASHTAGS_OF]
         assert [line.split(": ")[0][-5:] for line in batch["bad"]] == names
+
+
+def test_hashtags_and_captions_are_read_only_where_they_are_used(tmp_path, monkeypatch):
+    """Stage 1 uses neither, and its loader must not wait for them."""
+    source = opened(captioned(tmp_path / "a.tar", [{"json": b'{"hashtags": ["#a"]}'}] * 3))
+    monkeypatch.setattr(data.json, "loads", lambda content: pytest.fail("a .json was read"))
+    batch = data.Batches(source, (4, 4), 3, 3)[0]
+    assert batch["bad"] == [] and batch["weight"].tolist() == [1, 1, 1]
 
 
 def test_a_vocabulary_counts_pictures_and_is_cut_at_both_ends(tagged):
@@ -3187,9 +3198,15 @@ def test_captions_of_all_that_may_hold_them(tmp_path):
             data.open_sources(where, cache=(f"{tmp_path}/cache", "1M"), caption_key=key)[0]
             for key in ("caption", "title")
         ]
-        assert [sources[0].read(i)["captions"] for i in range(12)] == [*expected.values()]
-        found = [sources[1].read(i)["captions"] for i in range(12)]
-        assert found == [[], ["x"], [], ["a moon"], [], [], [], [], [], None, None, None]
+        titles = [[], ["x"], [], ["a moon"], [], [], [], [], [], None, None, None]
+        for source, wanted in zip(sources, (expected.values(), titles)):
+            for number, texts in enumerate(wanted):
+                found = source.read(number)["captions"]
+                if texts is None:
+                    with pytest.raises(ValueError, match="the file of its captions is damaged"):
+                        found()
+                else:
+                    assert found() == texts
 
 
 def test_a_text_file_is_one_caption_and_holds_hashtags_too(tmp_path):
@@ -3199,11 +3216,11 @@ def test_a_text_file_is_one_caption_and_holds_hashtags_too(tmp_path):
     files += [{"txt": b"the text", "json": b'{"caption": "the json"}'}, {}]
     files += [{"txt": b"the text", "json": b'{"caption": %s}' % c} for c in (b'""', b'[" ", "#"]')]
     source = opened(captioned(tmp_path / "a.tar", files))
-    found = [source.read(number)["captions"] for number in range(9)]
+    found = [source.read(number)["captions"]() for number in range(9)]
     assert found[7:] == [["the text"]] * 2  # a caption of no word hides nothing
     assert found[:7] == [["a red\n  star #sky"], [], ["\u0441\u043e\u0431\u0430\u043a\u0430"],
                      ["caf\ufffd noir"], ["the text"], ["the json"], []]  # fmt: skip
-    assert data.canonical(source.read(0)["hashtags"], {}) == {"sky"}
+    assert data.canonical(source.read(0)["hashtags"](), {}) == {"sky"}
 
 
 def test_captions_of_a_folder_come_from_its_labels(tmp_path, capsys):
@@ -3224,16 +3241,16 @@ def test_captions_of_a_folder_come_from_its_labels(tmp_path, capsys):
     for name, key in (("a.csv", "caption"), ("b.csv", "title"), ("a.jsonl", "caption"),
                       ("b.jsonl", "caption")):  # fmt: skip
         source, _ = data.open_sources(folder, labels=f"{tmp_path}/{name}", caption_key=key)
-        found = {path: source.read(i)["captions"] for i, path in enumerate(source.paths)}
+        found = {path: source.read(i)["captions"]() for i, path in enumerate(source.paths)}
         assert found == {"a.png": ["a dog", 'a "big" dog, or two'], "b.png": [""], "c.png": ["x"]}
         identities.add(source.identity)
     assert capsys.readouterr().err == "" and len(identities) == 1
     source, _ = data.open_sources(folder, labels=f"{tmp_path}/c.csv")
-    assert source.read(0)["captions"] == ["a dog"] and source.classes == ["cat"]
+    assert source.read(0)["captions"]() == ["a dog"] and source.classes == ["cat"]
     (tmp_path / "a.csv").write_text("\n".join([*rows, "c.png,y"]))  # another data set
     source, _ = data.open_sources(folder, labels=f"{tmp_path}/a.csv")
     assert source.identity not in identities
-    assert all(opened(folder).read(number)["captions"] == [] for number in range(3))
+    assert all(opened(folder).read(number)["captions"]() == [] for number in range(3))
 
 
 def test_damaged_captions_of_labels_are_counted_and_left_out(tmp_path, capsys):
@@ -3266,7 +3283,7 @@ def test_all_captions_of_a_source_are_read_without_its_pictures(tmp_path, monkey
     assert data.all_captions(opened(path)) == [["a #dog", "b"], [], ["c"], []]
     printed = capsys.readouterr().err
     assert "unreadable caption: " in printed and f"{path}:00001" in printed
-    assert data.all_captions(data.Part(opened("toy"), [5])) == [data.toy_sample(5)["captions"]]
+    assert data.all_captions(data.Part(opened("toy"), [5])) == [data.toy_sample(5)["captions"]()]
 
 
 def test_cleaned_captions_by_hand():
@@ -3432,7 +3449,7 @@ class Captioned(Memory):
 
     def read(self, number):
         captions = [f"#caption {c} of {number}" for c in range(number % 4)]
-        return super().read(number) | {"captions": captions}
+        return super().read(number) | {"captions": lambda: captions}
 
 
 def text_of(row):
