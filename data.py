@@ -274,21 +274,26 @@ def find_splits(root):
     """{"train", "val", "test", "other": names of the folders below root that are this split, or
     none, but hold pictures or videos}; {} where root is no folder, or has no splits.
 
-    A folder train is no split if no other folder holds pictures: all pictures are to train on. Nor
-    is it one beside folders with other names alone, if it has pictures directly in it: it is a
-    class, of vehicles.
+    A train/ alone is no split: all pictures are trained on. Beside other folders, a train/ with
+    pictures directly in it is a class.
     """
-    found, others = {}, []
-    for name in sorted(os.listdir(root)) if os.path.isdir(root) else ():
-        if name.lower() in SPLITS and os.path.isdir(os.path.join(root, name)):
+    if not os.path.isdir(root):
+        return {}
+    with os.scandir(root) as entries:  # it knows folders without a look at every picture
+        folders = sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
+    found = {}
+    for name in folders:
+        if name.lower() in SPLITS:
             found.setdefault(SPLITS[name.lower()], []).append(name)
-        elif name[0] != "." and os.path.isdir(os.path.join(root, name)):
-            others.append(name)
-    others = [name for name in others if found and holds_pictures(os.path.join(root, name))]
+    if not found:
+        return {}
+    paths = {name: os.path.join(root, name) for name in folders}
+    others = [n for n in folders if n.lower() not in SPLITS and holds_pictures(paths[n])]
     if list(found) == ["train"] and len(found["train"]) == 1:
-        within = os.listdir(os.path.join(root, *found["train"]))
-        found = {} if not others or any(map(is_media, within)) else found
-    return found | ({"other": others} if found and others else {})
+        with os.scandir(paths[found["train"][0]]) as entries:
+            if not others or any(is_media(entry.name) for entry in entries):
+                return {}
+    return found | ({"other": others} if others else {})
 
 
 def holds_pictures(folder):
@@ -309,17 +314,18 @@ def choose_splits(root, found):
     Says that test is left out. Raises ValueError with the line to type where there are other
     folders with pictures, which may be classes; two folders of a split; or nothing to train on.
     """
-    train, val, test, other = (found.get(split, []) for split in ("train", "val", "test", "other"))
-    splits, files = ", ".join(train + val + test), list(filter(is_media, os.listdir(root)))
-    train, val, test = ([os.path.join(root, name) for name in some] for some in (train, val, test))
-    other = other or ([] if train else sorted(files))
+    paths = {split: [os.path.join(root, name) for name in names] for split, names in found.items()}
+    train, val, test = (paths.get(split, []) for split in ("train", "val", "test"))
+    files = sorted(filter(is_media, os.listdir(root)))
+    other = found.get("other") or ([] if train else files)
     if len(train) != 1 or len(val) > 1 or other:
-        typed = ["--data", (train or val or test)[0]]
-        typed += ["--val-data", val[0]] if train and val else []
+        typed = ["--data", train[0]] if train else []
+        typed += ["--val-data", (val or test)[0]] if val or not train else []
+        want = shlex.join(typed) + ("" if train else " beside a --data to train on")
+        splits = ", ".join(map(os.path.basename, train + val + test))
         beside = f" beside {', '.join(other[:3])}" if other else ""
         unless = ", or move the splits elsewhere (if they are classes: --labels)" if other else ""
-        why = f"{root} holds the splits {splits}{beside}"
-        raise ValueError(f"{why}: type {shlex.join(typed)}{unless}")
+        raise ValueError(f"{root} holds the splits {splits}{beside}: type {want}{unless}")
     if os.environ.get("RANK", "0") == "0":
         for path in test:
             print(f"{path}: left out (to measure on it, give it as --val-data)")
@@ -441,9 +447,9 @@ class Folder:
 
 
 def sort_classes(names):
-    """Names of classes in their order: numbers by their value, 2 before 10, then the others."""
-    key = lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name)
-    return sorted(names, key=key)
+    """Names of classes in their order: by value, 2 before 10, if all are numbers, else as texts."""
+    names = sorted(names)
+    return sorted(names, key=int) if all(map(str.isdecimal, names)) else names
 
 
 def pictures_below(root):
@@ -479,22 +485,26 @@ def read_labels(path, caption_key="caption"):
 
     .jsonl: lines of {"path", and "class", "hashtags" or "caption", a text or a list of texts}.
     .csv: lines of path,class, perhaps under a head line; or the columns of a head line that names
-    "path", and "class" or "caption"; spaces around cells do not count. .json: iNaturalist's,
-    {"images": [{"id", "file_name"}], "annotations": [{"image_id", "category_id"}], "categories":
-    [{"id", "name"}]}. A picture's captions may stand in several entries. An empty class is none.
-    Entries that are damaged, name no picture or contradict an earlier one are counted and left
-    out. Raises ValueError, one line, when the file is none of these.
+    "path", and "class" or "caption". Spaces around a path or class do not count. .json:
+    iNaturalist's, {"images": [{"id", "file_name"}], "annotations": [{"image_id", "category_id"}],
+    "categories": [{"id", "name"}]}. A picture's captions may stand in several entries. An empty
+    class is none. Entries that are damaged, name no picture or contradict an earlier one are
+    counted and left out. Raises ValueError, one line, when the file is none of these.
     """
     found, bad, kind = {}, 0, path.rpartition(".")[2].lower()
     if kind not in ("jsonl", "csv", "json"):
         raise ValueError(f"{path} is no file of labels: want .jsonl, .csv or .json")
     try:
         with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            rows, head, first = file, ["path", "class"], []
+            rows, head, first, headed = file, ["path", "class"], [], False
             if kind == "csv":
                 rows = filter(None, csv.reader(file, strict=True, skipinitialspace=True))
                 first = [cell.strip() for cell in next(rows, [])]
-                head = first if {"path", caption_key} & set(first) else head
+                headed = not any(map(is_picture, first))
+                if headed and (caption_key in first or {"path", "class"} <= set(first)):
+                    head = first
+                # Captions stay as they are: they are part of what a data set is told by.
+                rows = csv.reader(file, strict=True, skipinitialspace=caption_key not in head)
                 rows = itertools.chain([first], rows)
             elif kind == "json":
                 content = json.load(file)
@@ -509,7 +519,6 @@ def read_labels(path, caption_key="caption"):
                 try:
                     if kind == "csv":
                         facts = dict(zip(head, row, strict=True))
-                        # Captions stay as they are: they are part of what a data set is told by.
                         facts |= {n: facts[n].strip() for n in head if n != caption_key}
                     elif kind == "jsonl":
                         facts = json.loads(row)
@@ -527,7 +536,7 @@ def read_labels(path, caption_key="caption"):
                         raise ValueError(name)
                     known["captions"] += captions
                 except (ValueError, KeyError, TypeError):
-                    bad += number > 0 or kind != "csv"  # a head line names no picture
+                    bad += number > 0 or not headed
     except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
         raise ValueError(f"cannot read labels from {path}: {one_line(error)}") from None
     if bad:
@@ -542,8 +551,9 @@ def read_labels(path, caption_key="caption"):
             )
             want += f" that names path, and class or {caption_key}; the first line is {line}"
         raise ValueError(f"{path} lists no pictures: {want}")
-    if first and first != head and not is_picture(os.path.basename(first[0])):
-        print(f"{path}: {line} is taken for a head line that means path,class", file=sys.stderr)
+    if headed and first != head:
+        why = "is taken as a header; its columns are read as path and class"
+        print(f"{path}: {line} {why}", file=sys.stderr)
     return found
 
 

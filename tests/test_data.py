@@ -1380,15 +1380,24 @@ def test_class_folders_are_the_first_level(tmp_path):
 
 
 def test_names_that_are_numbers_are_classes_in_the_order_of_numbers(tmp_path):
-    """As ImageNetV2's folders 0 to 999; and before all others, if there are any."""
+    """As ImageNetV2's folders 0 to 999. Beside others they are in the order of texts, as before:
+    runs that began with them go on."""
     by_text = ["0", "1", "10", "11", *"23456789"]
     folder = write_files(tmp_path / "a", {f"{name}/a.png": tile(1) for name in by_text})
     source = opened(folder)
     assert source.classes == [str(i) for i in range(12)]
     assert {f"{label}/a.png": label for label in range(12)} == relative_labels(source, folder)
-    others = ["1", "01", "x10", "10", "x2", "\u00b2", "2a"]  # a superscript 2 is no number
-    folder = write_files(tmp_path / "b", {f"{name}/a.png": tile(1) for name in others})
-    assert opened(folder).classes == ["01", "1", "10", "2a", "x10", "x2", "\u00b2"]
+    for i, names in enumerate(
+        (
+            ["18-25", "30", "4", "60"],
+            ["10", "2", "x"],
+            ["01", "1", "10", "2", "\u00b2"],  # a superscript 2 is no number
+        )
+    ):
+        folder = write_files(tmp_path / f"b{i}", {f"{name}/a.png": tile(1) for name in names})
+        assert opened(folder).classes == names
+    folder = write_files(tmp_path / "c", {f"{name}/a.png": tile(1) for name in ("1", "10", "01")})
+    assert opened(folder).classes == ["01", "1", "10"]
 
 
 def test_the_order_of_a_folder_is_mixed_and_depends_on_the_paths_alone(tmp_path):
@@ -1466,10 +1475,22 @@ def test_folders_of_splits_are_known_by_their_usual_names(tmp_path, capsys, name
             "the splits train, val beside emu: type --data {0}/train --val-data {0}/val, or move",
         ),
         (("train/cat/a.png", "emu/b.png"), "splits train beside emu: type --data {0}/train, or"),
-        (("cat/a.png", "dog/b.png", "Test/c.png"), "Test beside cat, dog: type --data {0}/Test,"),
-        (("a.png", "b.png", "test/c.png"), "test beside a.png, b.png: type --data {0}/test, or"),
-        (("test/cat/a.png", "test/dog/a.png"), "the splits test: type --data {0}/test"),
-        (("valid/a.png", "test/b.png"), "the splits valid, test: type --data {0}/valid"),
+        (
+            ("cat/a.png", "dog/b.png", "Test/c.png"),
+            "beside cat, dog: type --val-data {0}/Test beside a --data to train on, or move",
+        ),
+        (
+            ("a.png", "b.png", "test/c.png"),
+            "test beside a.png, b.png: type --val-data {0}/test beside a --data to train on",
+        ),
+        (
+            ("test/cat/a.png", "test/dog/a.png"),
+            "the splits test: type --val-data {0}/test beside a --data to train on",
+        ),
+        (
+            ("valid/a.png", "test/b.png"),
+            "the splits valid, test: type --val-data {0}/valid beside a --data to train on",
+        ),
         (
             ("train/a/a.png", "val/a/a.png", "valid/a/a.png"),
             "the splits train, val, valid: type --data {0}/train --val-data {0}/val",
@@ -1485,7 +1506,7 @@ def test_splits_beside_classes_are_refused_with_the_line_to_type(tmp_path, names
         assert said.format(folder) in one_line(error)
     with pytest.raises(ValueError, match="one after the other") as error:
         data.pack(folder, f"{tmp_path}/out/p-%d.tar")
-    first = said.split("/")[-1].split()[0].rstrip(",")
+    first = re.findall(r"\{0\}/(\w+)", said)[-1]
     assert f"{folder}/{first}" in one_line(error) and not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="give one of its folders as --val-data") as error:
         data.open_sources("toy", folder)
@@ -1499,6 +1520,32 @@ def test_a_line_that_a_refusal_says_can_be_typed(tmp_path):
         data.open_sources(folder)
     typed = shlex.split(re.search("type (.*), or", str(error.value))[1])
     assert typed == ["--data", f"{folder}/train", "--val-data", f"{folder}/val"]
+
+
+def test_looking_for_splits_costs_the_same_for_any_number_of_pictures(tmp_path, monkeypatch):
+    """No look at each picture of a flat folder: there are millions, on a network."""
+    calls = Counter()
+
+    def counted(name, function):
+        def call(*arguments, **options):
+            calls[name] += 1
+            return function(*arguments, **options)
+
+        return call
+
+    for place in ("", "train/"):
+        found = []
+        for count in (3, 60):
+            files = {f"{place}{i}.png": b"" for i in range(count)}
+            folder = write_files(tmp_path / f"{place}{count}", files)
+            with monkeypatch.context() as patch:
+                for name in ("stat", "lstat"):
+                    patch.setattr(os, name, counted(name, getattr(os, name)))
+                patch.setattr(os.path, "isdir", counted("isdir", os.path.isdir))
+                assert data.find_splits(folder) == {}
+            found.append(dict(calls))
+            calls.clear()
+        assert found[0] == found[1]
 
 
 def test_folders_that_are_no_splits(tmp_path, monkeypatch, capsys):
@@ -1873,6 +1920,35 @@ def test_a_csv_that_is_refused_says_what_it_wants_and_what_it_found(tmp_path, te
     assert one_line(error).endswith(said)
 
 
+@pytest.mark.parametrize(
+    "text, classes",
+    [
+        ("path,label\na.png,x\nb.png,y", ["x", "y"]),
+        ("path,hashtags\na.png,x\nb.png,y", ["x", "y"]),
+        ("a.png,path\nb.png,road", ["path", "road"]),  # classes of these names
+        ("a.png,caption\nb.png,class", ["caption", "class"]),
+        ("class,path\nx,a.png\ny,b.png", ["x", "y"]),
+    ],
+)
+def test_columns_are_known_by_a_head_line_that_names_them(tmp_path, capsys, text, classes):
+    """Others are path and class; and a first row that names a picture is no head line."""
+    folder = write_files(tmp_path / "p", {"a.png": tile(0), "b.png": tile(1)})
+    labels = tmp_path / "labels.csv"
+    labels.write_text(text)
+    source, _ = data.open_sources(folder, labels=str(labels))
+    assert source.classes == classes
+    assert relative_labels(source, folder) == {"a.png": 0, "b.png": 1}
+    other = text.startswith(("path,label", "path,hashtags"))
+    assert ("is taken as a header" in capsys.readouterr().err) is other
+
+
+def test_a_first_row_that_is_damaged_is_counted(tmp_path, capsys):
+    write_files(tmp_path, {"labels.csv": b"a.png,cat,dog\nb.png,cat\n"})
+    entries = data.read_labels(f"{tmp_path}/labels.csv")
+    assert entries == {"b.png": {"class": "cat", "captions": []}}
+    assert capsys.readouterr().err.endswith("against an earlier one): 1\n")
+
+
 def test_a_head_line_that_names_no_path_is_said(tmp_path, capsys):
     folder = write_files(tmp_path / "p", {"a.png": tile(0)})
     labels = tmp_path / "labels.csv"
@@ -1886,7 +1962,8 @@ def test_a_head_line_that_names_no_path_is_said(tmp_path, capsys):
         source, _ = data.open_sources(folder, labels=str(labels))
         assert source.classes == ["cat"]
         first = repr(text.splitlines()[0].replace(" ", ""))
-        line = f"{labels}: {first} is taken for a head line that means path,class\n"
+        why = "is taken as a header; its columns are read as path and class"
+        line = f"{labels}: {first} {why}\n"
         assert capsys.readouterr().err == (line if said else "")
 
 
@@ -3251,6 +3328,26 @@ def test_captions_of_a_folder_come_from_its_labels(tmp_path, capsys):
     source, _ = data.open_sources(folder, labels=f"{tmp_path}/a.csv")
     assert source.identity not in identities
     assert all(opened(folder).read(number)["captions"]() == [] for number in range(3))
+
+
+def test_captions_of_a_csv_keep_their_spaces(tmp_path):
+    """They are part of what a checkpoint compares. Paths and classes are stripped."""
+    folder = write_files(tmp_path / "p", {f"{name}.png": tile(0) for name in "abc"})
+    text = 'path,caption\na.png, a cat \nb.png,"a ""big"" dog, or two "\nc.png, a "b" c\n'
+    (tmp_path / "a.csv").write_text(text)
+    source, _ = data.open_sources(folder, labels=f"{tmp_path}/a.csv")
+    found = {path: source.read(number)["captions"]() for number, path in enumerate(source.paths)}
+    expected = {"a.png": [" a cat "], "b.png": ['a "big" dog, or two '], "c.png": [' a "b" c']}
+    assert found == expected
+    assert source.identity == "3 pictures, 1a7ee00735acd09f"  # as before spaces were looked at
+    (tmp_path / "a.csv").write_text(
+        'class, caption ,path\n cat , a "b" c, a.png \n"dog, 2",x,b.png'
+    )
+    found = data.read_labels(f"{tmp_path}/a.csv")
+    assert found == {
+        "a.png": {"class": "cat", "captions": [' a "b" c']},
+        "b.png": {"class": "dog, 2", "captions": ["x"]},
+    }
 
 
 def test_damaged_captions_of_labels_are_counted_and_left_out(tmp_path, capsys):
