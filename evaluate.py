@@ -450,33 +450,44 @@ def say_same_names(where, names):
     return names
 
 
+# Folders of Google's list of 21,843 classes that the 21,841 of ImageNet's fall 2011 release lack.
+NOT_IN_FALL_2011 = "n03931044", "n09859684"
+
+
 def names_of_list(count, classes):
     """Names for `count` classes that came without names, of a head or of a list, so that the data's
     classes can be found among them; None if that cannot be known.
 
     classes  the data's names, or None where it only numbers its classes
 
-    1. If all of the data's names are numbers, they are places among the classes, from 0.
+    1. If all of the data's names are numbers below `count`, they are places among the classes,
+       from 0.
     2. If they are names of ImageNet's folders (wnids), and it has a list of as many in support/,
        the classes are that list. The data may have some of them only.
     3. If the data has as many classes, they are the same, in the same order.
     """
-    if all(map(str.isdecimal, classes or ())):
-        places = {int(name): name for name in classes or ()}
+    numbers = all(map(str.isdecimal, classes or ()))
+    places = {int(name): name for name in classes or ()} if numbers else {}
+    if numbers and max(places, default=-1) < count:
         if len(places) not in (0, count):
-            print(f"{count} classes without names: the data's numbers count among them, from 0")
+            print(f"{count} classes without names: the data's class N is number N of them, from 0")
         return [places.get(number, str(number)) for number in range(count)]
-    path, wnids = Path(__file__).with_name("support") / f"imagenet_{count}.txt.xz", []
+    size = 21843 if count == 21841 else count  # the latter's classes but two
+    path, wnids = Path(__file__).with_name("support") / f"imagenet_{size}.txt.xz", []
     if path.exists():
-        import lzma  # not in every build of Python
-
+        try:
+            import lzma  # not in every build of Python
+        except ImportError as error:
+            why = f"{path} cannot be read ({error})"
+            raise ValueError(f"{why}: use a Python that was built with lzma") from None
         wnids = lzma.decompress(path.read_bytes()).decode().split()
+        wnids = [wnid for wnid in wnids if count == size or wnid not in NOT_IN_FALL_2011]
     known = set(wnids).intersection(classes)
     if known and (len(known) == len(classes) or len(classes) != count):
         print(f"{count} classes without names: taken for ImageNet's, in the order of their wnids")
         return wnids
     if len(classes) == count:
-        print(f"{count} classes without names: taken for the data's, in the order of their names")
+        print(f"{count} classes without names: taken for the data's, in its order")
         return classes
     return None
 

@@ -975,13 +975,32 @@ def test_numeric_folders_are_numbers_of_the_models_classes(classifier, tmp_path,
     maps.write_text(json.dumps({"0": 0, "1": 1, "2": 2}))
     assert classified(capsys, *where, "--data", pictures, "--label-map", maps)["top1"] == 1.0
     (tmp_path / "away").rename(pictures / "1")
-    # Three classes have no 10: the map says what is meant.
+    # Three classes have no 10, but there are as many folders: they are in their order.
     (pictures / "2").rename(pictures / "10")
+    assert classified(capsys, *where, "--data", pictures)["top1"] == 1.0
+    # Of two folders of which one has no place the map says what is meant.
+    (pictures / "1").rename(tmp_path / "away")
     with pytest.raises(SystemExit):
         classified(capsys, *where, "--data", pictures)
-    assert "the model knows no 10" in capsys.readouterr().err
-    maps.write_text(json.dumps({"0": 0, "1": 1, "10": 2}))
+    why = "the model has 3 classes and no names for them, the data has 2: give --label-map"
+    assert why in capsys.readouterr().err
+    maps.write_text(json.dumps({"0": 0, "10": 2}))
     assert classified(capsys, *where, "--data", pictures, "--label-map", maps)["top1"] == 1.0
+
+
+def test_folders_that_are_numbered_from_1_are_as_many_classes(classifier, tmp_path, capsys):
+    where = ["--checkpoint", classifier(None), "--data"]
+    pictures = coloured(tmp_path / "pictures", ["1", "2", "3"])
+    evaluate.main(["--task", "classify", "--workers", "0", *map(str, [*where, pictures])])
+    printed = capsys.readouterr().out
+    assert json.loads(printed.splitlines()[-1])["top1"] == 1.0
+    assert "3 classes without names: taken for the data's, in its order" in printed
+    # Of these alone, 1 and 2, each is the class of its number.
+    shutil.rmtree(pictures / "3")
+    evaluate.main(["--task", "classify", "--workers", "0", *map(str, [*where, pictures])])
+    printed = capsys.readouterr().out
+    assert json.loads(printed.splitlines()[-1])["top1"] == 0.0
+    assert "3 classes without names: the data's class N is number N of them, from 0" in printed
 
 
 def test_numeric_classes_of_a_head_that_was_trained_in_another_order(classifier, tmp_path, capsys):
@@ -1048,6 +1067,15 @@ def test_without_the_lists_of_wnids_nothing_is_guessed(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
     assert evaluate.names_of_list(1000, WNIDS) is None
     assert evaluate.names_of_list(3, WNIDS) == WNIDS
+
+
+def test_a_python_without_lzma_is_one_line(classifier, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lzma", None)
+    pictures = coloured(tmp_path / "pictures", WNIDS)
+    asked = ["--task", "classify", "--checkpoint", classifier(None, classes=1000)]
+    line, _ = refused(capsys, *map(str, [*asked, "--data", pictures]))
+    assert "imagenet_1000.txt.xz cannot be read" in line and "use a Python" in line
+    assert evaluate.names_of_list(1000, ["3", "7"])[7] == "7"  # which needs no list
 
 
 def test_a_head_of_21841_classes_knows_wnids_and_says_which_it_does_not(
@@ -1285,7 +1313,8 @@ def test_names_of_all_of_imagenet_for_some_of_its_folders(tmp_path, capsys):
         ("ox\n\ncat\n", None, "line 2 is blank"),
         ("", None, "is empty"),
         ("ox\ncat\n", ["a"], "has 2 lines, the data 1 classes: begin each line with the class"),
-        ("ox\ncat\n", ["0", "1", "2"], "no names for 2 (1)"),
+        ("ox\ncat\n", ["0", "1", "2"], "has 2 lines, the data 3 classes: begin each line"),
+        ("ox\ncat\nemu\n", ["0", "3"], "has 3 lines, the data 2 classes: begin each line"),
         ("a\tox\ncat\n", None, "line 2 has no tab"),
         ("a\tox\nb\tcat\n", ["a", "c"], "no names for c (1)"),
         ("a\tox\na\tcat\n", ["a"], "names a twice"),
