@@ -376,8 +376,10 @@ def prepare(run):
     usual = run.max_pixels == data.MAX_PIXELS  # as in runs from before there was this flag: None
     run.identity["max_pixels"] = None if usual else run.max_pixels
     # A head that was learned when numbers were sorted as texts must not go on with other labels.
-    numbers = [name for name in run.train.classes or () if name.isdecimal()]
-    if numbers != sorted(numbers) and run.task not in ("lit", "detect"):
+    # (Other classes may be in any order: the toy world's are.)
+    classes = run.train.classes or []
+    by_number = classes != sorted(classes) and all(map(str.isdecimal, classes))
+    if by_number and run.task not in ("lit", "detect"):
         run.identity["class_order"] = "by number"
     run.identity = json.loads(json.dumps(run.identity))  # as it will be read again
 
@@ -411,7 +413,9 @@ def prepare_labels(run, classes_of_head, pool):
         if names != wanted:  # some of the head's, or in another order
             times, rows = Counter(names), dict(zip(names, range(count)))
             if odd := [name for name in wanted if times[name] != 1]:
-                why = f"it has {count}, and not one of them is {odd[0]}"
+                why = (
+                    f"{times[odd[0]]} of its {count} classes are called {odd[0]}, and one is needed"
+                )
                 why = f"the head in --init is for other classes than the data's ({why})"
                 raise ValueError(f"--keep-head: {why}: leave --keep-head out")
             rows = [rows[name] for name in wanted]

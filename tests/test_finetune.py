@@ -598,13 +598,16 @@ def test_numbered_classes_are_learned_in_the_order_of_their_numbers(
     assert models.read_weights(tmp_path / "new/model.pt")[1]["class_names"] == ["1", "2", "10"]
     finetune.main(asked)  # it goes on
     # The order of others is what it was, and so are their runs.
-    for split in ("train", "val"):
-        (tmp_path / "pets" / split / "10").rename(tmp_path / "pets" / split / "3")
-    asked[-1] = str(tmp_path / "as before")
-    monkeypatch.setattr(data, "sort_classes", sorted)
-    finetune.main(asked)
-    monkeypatch.undo()
-    finetune.main(asked)
+    for before, after in (("10", "3"), ("3", "18-25")):
+        for split in ("train", "val"):
+            (tmp_path / "pets" / split / before).rename(tmp_path / "pets" / split / after)
+        asked[-1] = str(tmp_path / f"as before {after}")
+        monkeypatch.setattr(data, "sort_classes", sorted)
+        finetune.main(asked)
+        monkeypatch.undo()
+        finetune.main(asked)
+        names = models.read_weights(f"{asked[-1]}/model.pt")[1]["class_names"]
+        assert names == sorted(os.listdir(tmp_path / "pets" / "train"))
 
 
 def test_splits_are_no_classes(pets, tmp_path, capsys):
@@ -649,12 +652,15 @@ def test_a_kept_head_finds_the_classes_of_the_data(pets, tmp_path, capsys):
         for name in ("head.weight", "head.bias"):
             torch.testing.assert_close(state[name], before[name][case[-1]])
     capsys.readouterr()
-    for count, class_names, odd in ((4, None, "cats"), (4, ["cats", "dogs", "owls", "owls"], "owls"),
-                                    (3, ["cats", "dogs", "emus"], "owls")):  # fmt: skip
+    for count, class_names, odd in (
+        (4, None, "0 of its 4 classes are called cats"),
+        (4, ["cats", "dogs", "owls", "owls"], "2 of its 4 classes are called owls"),
+        (3, ["cats", "dogs", "emus"], "0 of its 3 classes are called owls"),
+    ):
         with pytest.raises(SystemExit):
             kept(count, class_names, pets, "refused")
         line = capsys.readouterr().err.strip().splitlines()[-1]
-        assert f"it has {count}, and not one of them is {odd}): leave --keep-head out" in line
+        assert f"({odd}, and one is needed): leave --keep-head out" in line
         assert not (tmp_path / "refused").exists()
 
 
