@@ -985,7 +985,7 @@ def read_video_labels(path, root):
         print(f"{path}: lines that are left out ({why}): {bad}", file=sys.stderr)
     if not found:
         want = "see read_video_labels in data.py"
-        if not path.endswith(".json"):
+        if not path.lower().endswith(".json"):
             want = f"want lines of path,class or of path and class; the first is {first!r:.80}"
         raise ValueError(f"{path} lists no videos: {want}")
     return found
@@ -1051,22 +1051,30 @@ def probe(path):
     its longest stream, or does not say. The last is None where packets do not all have a time, or
     cannot be sought by it (MPEG's streams and FLV have no index): frames are counted, by decoding.
     """
-    done = ffmpeg(path, "-map", "0:v:0", "-map", "0:a?", "-c", "copy", "-f", "framecrc", "pipe:1")
+    # Of long files only the first packets and the last ten seconds are read. Fewer than 32 packets
+    # are a short file, or there is an edit list, with packets in front of it that are not shown.
+    listed = ["-c", "copy", "-copyts", "-start_at_zero", "-f", "framecrc", "pipe:1"]
+    done = ffmpeg(path, "-map", "0:v:0", "-frames:v", "32", *listed)
     said = done.stderr.decode(errors="replace")
     rate = re.search(r"Video: .*?([\d.]+)(k?) (fps|tbr)", said)
-    streams = packets(done.stdout)
+    length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", said)
+    hours, minutes, seconds = map(float, length.groups()) if length else (0, 0, 0)
+    seconds += 3600 * hours + 60 * minutes
+    begin = packets(done.stdout).get(0, np.empty((2, 0)))
+    listed = ["-map", "0:v:0", "-map", "0:a?", *listed]
+    seek = seconds - 10 if begin.shape[1] == 32 else 0
+    streams = packets(ffmpeg(path, *listed, seek=seek).stdout)
+    if 0 not in streams:  # the sound is longer, or the file is cut
+        streams = packets(ffmpeg(path, *listed).stdout)
     if not rate or 0 not in streams:
         why = last_line(said) or f"exit status {done.returncode}"
         why = why if done.returncode else "no frame, or no rate of frames"
         raise ValueError(f"ffmpeg finds no video in it: {why}")
     rate = float(rate[1]) * (1000 if rate[2] else 1)
-    if length := re.search(r"Duration: (\d+):(\d+):([\d.]+)", said):
-        hours, minutes, seconds = map(float, length.groups())
-        seconds += 3600 * hours + 60 * minutes
-        there = max(times[0].max() for times in streams.values()) + 1 / rate
-        if 2 * there < seconds:
-            raise ValueError(f"it is cut: {there:.1f} of {seconds:.1f} seconds are there")
-    shown = streams[0][1]
+    there = max(times[0].max() for times in streams.values()) + 1 / rate
+    if 2 * there < seconds:
+        raise ValueError(f"it is cut: {there:.1f} of {seconds:.1f} seconds are there")
+    shown = np.append(begin[1], streams[0][1])
     if not np.isnan(shown).any() and not re.search(r"Input #0, (mpegts|mpeg|flv),", said):
         return round((shown.max() - shown.min()) * rate) + 1, rate, float(shown.min())
     wanted = ["-map", "0:v:0", "-vf", f"setpts=N/{rate}/TB", "-r", str(rate)]
@@ -1078,13 +1086,14 @@ def probe(path):
 
 def packets(table):
     """{stream: (2, n) times of decoding and of showing, in seconds, nan if unknown} that ffmpeg's
-    framecrc lists."""
-    found = re.findall(rb"^(\d+), *(-?\d+), *(-?\d+)", table, re.MULTILINE)
+    framecrc lists. (Packets with flag 4 are left out: they are decoded, and not shown.)"""
+    row = rb"^(\d+), *(-?\d+), *(-?\d+)(?!.*F=0x[0-9A-F]*[4-7C-F]\b)"
+    found = re.findall(row, table, re.MULTILINE)
     rows, streams = np.array(found, dtype=object).reshape(-1, 3).astype(np.int64), {}
     for stream, ticks, second in re.findall(rb"^#tb (\d+): (\d+)/(\d+)", table, re.MULTILINE):
         times = rows[rows[:, 0] == int(stream), 1:]
         if len(times):
-            unknown = times == np.iinfo(np.int64).min
+            unknown = np.abs(times.astype(float)) > 2**53  # Ogg that was cut may have such times
             times = np.where(unknown, np.nan, times * (int(ticks) / int(second)))
             streams[int(stream)] = times.T
     return streams
@@ -1099,7 +1108,10 @@ def decode(path, rate, short_side, numbers, start=0.0):
     start: when the first frame of all is shown, or None: see probe.
     """
     first = 0 if start is None else numbers[0]
-    chosen = "+".join(f"eq(n\\,{number - first})" for number in numbers)
+    terms = [f"eq(n\\,{number - first})" for number in numbers]
+    # In groups: ffmpeg refuses sums of more than 100 terms.
+    sums = ["+".join(terms[i : i + 50]) for i in range(0, len(terms), 50)]
+    chosen = "+".join(f"({some})" for some in sums)
     # Constant frame rate, so that numbers are times; then numbered anew, so that no gap is filled.
     steps = [f"fps={rate}:start_time={0 if first else start}"] if start is not None else []
     steps += [f"select={chosen}", f"setpts=N/{rate}/TB"]

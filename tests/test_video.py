@@ -407,6 +407,9 @@ def test_a_list_is_all_of_data_or_beside_a_folder(tmp_path):
         bad.write_text(text)
         with pytest.raises(ValueError, match=why):
             data.read_video_labels(str(bad), str(tmp_path))
+    (tmp_path / "NONE.JSON").write_text("[]")
+    with pytest.raises(ValueError, match="NONE.JSON lists no videos"):
+        data.read_video_labels(str(tmp_path / "NONE.JSON"), str(tmp_path))
     bad.write_text("[" * 100_000)
     for read in (data.read_labels, data.read_video_labels):
         with pytest.raises(ValueError, match="cannot read .* from .*Recursion"):
@@ -438,16 +441,18 @@ LOSSLESS = ("-c:v", "ffv1", "-pix_fmt", "bgr0")
 
 @pytest.fixture
 def film(tmp_path):
-    """film(name, size, codec, rate, seconds of sound): path of 20 frames of grey 0, 10, ... 190."""
+    """film(name, size, codec, rate, seconds of sound): path of 20 frames of grey 0, 10, ... 190, as
+    often as `loops` says."""
 
-    def make(name="film.mkv", size=(24, 16), codec=LOSSLESS, rate=10, sound=0, pipe=False):
+    def make(name="film.mkv", size=(24, 16), codec=LOSSLESS, rate=10, sound=0, pipe=False, loops=1):
         frames = tmp_path / f"{name} frames"
         frames.mkdir()
         for i in range(20):
             grey(10 * i, size).save(frames / f"{i:02}.png")
         (tmp_path / "films").mkdir(exist_ok=True)
         path = tmp_path / "films" / name
-        given = ["-v", "error", "-framerate", str(rate), "-i", f"{frames}/%02d.png"]
+        given = ["-v", "error", "-stream_loop", str(loops - 1)]
+        given += ["-framerate", str(rate), "-i", f"{frames}/%02d.png"]
         if sound:
             given += ["-f", "lavfi", "-i", f"sine=duration={sound}"]
         if pipe:  # what is written so knows no length
@@ -482,6 +487,14 @@ def test_ffmpeg_gives_the_frames_that_are_asked_for(film, monkeypatch):
         assert len(piped[-1].stdout) == len(wanted) * (13 + 3 * 24 * 16)
 
 
+@has_ffmpeg
+def test_a_long_film_is_measured_by_its_first_and_last_packets(film, monkeypatch):
+    path, listed, packets = film("long.mp4", codec=H264, loops=30), [], data.packets
+    monkeypatch.setattr(data, "packets", lambda table: listed.append(table) or packets(table))
+    assert data.open_video(path).count == 600
+    assert sum(table.count(b"\n0,") for table in listed) < 32 + 10 * 10 + 2 * 6  # two groups more
+
+
 MPEG4 = ("-c:v", "mpeg4", "-q:v", "1", "-g", "6")
 MPEG2 = ("-c:v", "mpeg2video", "-q:v", "1", "-g", "6", "-bf", "2")
 H264 = ("-c:v", "libx264", "-crf", "1", "-g", "6", "-bf", "2", "-pix_fmt", "yuv420p")
@@ -506,20 +519,44 @@ FILMS = {  # name: how it is coded
 
 
 @has_ffmpeg
-@pytest.mark.parametrize("sound", [0, 3])
+@pytest.mark.parametrize("loops, sound", [(1, 0), (1, 3), (12, 0), (12, 60)])
 @pytest.mark.parametrize("name", FILMS)
-def test_a_film_is_as_long_as_its_pictures_and_each_is_found(film, name, sound):
-    rate = 25 if "mpeg" in FILMS[name][1] else 10
-    path = film(name, (32, 32), FILMS[name], rate, sound)
+def test_a_film_is_as_long_as_its_pictures_and_each_is_found(film, name, loops, sound):
+    rate, count = 25 if "mpeg" in FILMS[name][1] else 10, 20 * loops
+    path = film(name, (32, 32), FILMS[name], rate, sound, loops=loops)
     video = data.open_video(path)
-    assert (video.count, video.rate) == (20, rate)
+    assert (video.count, video.rate) == (count, rate)
     for wanted in ([0], [19], [0, 1, 5], [4, 5, 7], [9, 10, 18], [13, 19], list(range(20))):
-        images = list(map(level, video.read(wanted)))
-        assert images == pytest.approx([10 * n for n in wanted], abs=3)
+        for first in {0, count - 20}:
+            images = list(map(level, video.read([first + n for n in wanted])))
+            assert images == pytest.approx([10 * n for n in wanted], abs=3)
     last = data.Clips(4, span=4 / rate).numbers(video, np.full(24, 2**64 - 1, np.uint64))
-    assert last.tolist() == [[16, 17, 18, 19]]  # of the pictures, not of the sound
+    assert last.tolist() == [list(range(count - 4, count))]  # of the pictures, not of the sound
     source = data.VideoFolder(os.path.dirname(path))
     assert [source.name(n) for n in range(len(source.paths))] == [path]
+
+
+@has_ffmpeg
+@pytest.mark.parametrize("loops", [1, 12])
+@pytest.mark.parametrize("begin, length", [(7.3, 300), (4.3, 9)])  # in frames
+@pytest.mark.parametrize("name", [*FILMS, "a.ogv"])
+def test_a_film_that_was_cut_without_coding_it_again_has_the_frames_that_are_shown(
+    film, name, begin, length, loops, tmp_path
+):
+    """MP4 keeps the frames from the key frame before, and an edit list that leaves them out."""
+    codec = FILMS.get(name, ("-c:v", "libtheora", "-q:v", "10", "-g", "6"))
+    rate = 25 if "mpeg" in codec[1] else 10
+    whole, path = film(name, (32, 32), codec, rate, loops=loops), str(tmp_path / name)
+    quiet = "ffmpeg", "-v", "error"
+    cut = "-ss", str(begin / rate), "-i", whole, "-t", str(length / rate), "-c", "copy", path
+    subprocess.run([*quiet, *cut], check=True)
+    wanted = "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "gray", "pipe:1"
+    shown = subprocess.run([*quiet, "-i", path, *wanted], check=True, capture_output=True).stdout
+    shown = np.frombuffer(shown, np.uint8).reshape(-1, 32 * 32).mean(axis=1)
+    video = data.open_video(path)
+    assert video.count == len(shown)
+    for numbers in ([0], [1, 2, 5], [4, 6], list(range(len(shown)))):  # of all: more than 100
+        assert list(map(level, video.read(numbers))) == pytest.approx(shown[numbers], abs=3)
 
 
 @has_ffmpeg
