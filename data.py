@@ -349,7 +349,7 @@ def open_source(data, size, classes, split, labels, cache, caption_key, videos):
     if not remote and not named:
         state = "is not a folder or a .tar" if there else "does not exist"
         raise ValueError(f"{data} {state}: --data wants toy, a folder of pictures or tar shards")
-    shards = RemoteShards(data, *cache) if remote else Shards(data)
+    shards = RemoteShards(data, *cache, videos) if remote else Shards(data, videos)
     shards.caption_key = caption_key
     if (classes and shards.classes or classes) != classes:
         raise ValueError(f"{data} has other classes than train: pack it after train, beside it")
@@ -643,7 +643,7 @@ class Shards:
 
     caption_key = "caption"  # in .json
 
-    def __init__(self, pattern):
+    def __init__(self, pattern, videos=False):
         self.paths = expand(pattern)
         if not self.paths:
             raise ValueError(f"no shard matches {pattern}")
@@ -656,9 +656,9 @@ class Shards:
         names, sizes = map(os.path.basename, self.paths), map(os.path.getsize, self.paths)
         facts = [(name, size, head[0]) for name, size, head in zip(names, sizes, heads)]
         faults = {path: head[1:] for path, head in zip(self.paths, heads) if any(head[1:])}
-        self.describe(pattern, classes, facts, faults)
+        self.describe(pattern, classes, facts, faults, videos)
 
-    def describe(self, pattern, classes, facts, faults):
+    def describe(self, pattern, classes, facts, faults, videos):
         """classes: of each folder. facts: (base name, bytes, samples) of each shard; the same ones
         are the same data. faults: {path: see scan_tar} of shards that have any."""
         self.classes, *others = classes or [None]
@@ -667,7 +667,7 @@ class Shards:
         self.facts, self.sizes = facts, np.array([n for *_, n in facts], dtype=np.int64)
         self.faults = faults
         if os.environ.get("RANK", "0") == "0":
-            warn_of_faults(pattern, faults)
+            warn_of_faults(pattern, faults, videos)
         if not self.sizes.any():
             raise ValueError(f"{pattern}: the shards hold no pictures")
         self.edges = running_sum(self.sizes)
@@ -868,15 +868,16 @@ def scan_tar(path):
     return head, np.array([sample[1:3] for sample in kept], dtype="<i8").reshape(-1, 2)
 
 
-def warn_of_faults(pattern, faults):
-    """Say what is wrong with shards, {path: see scan_tar}. Every start does, not just the first."""
+def warn_of_faults(pattern, faults, videos):
+    """Say what is wrong with shards, {path: see scan_tar}. Every start does, not just the first.
+    To `videos`, several pictures of a sample are no fault."""
     texts = (
         "{shards} shards are cut or damaged, the samples before are used: {path} at byte {first}",
         "{total} samples without a picture are left out, the first in {path}",
-        "{total} names, up to the first dot, have several pictures: frames of a video, or else "
-        + "the first NAME.jpg or, without one, the first is used; see {path}",
+        "{total} samples have several pictures: NAME.000.jpg, NAME.001.jpg ... are the frames of a "
+        + "video; as one picture, NAME.jpg is read, else the first (see {path})",
     )
-    for kind, text in enumerate(texts):
+    for kind, text in enumerate(texts[:2] if videos else texts):
         found = {path: fault[kind] for path, fault in faults.items() if fault[kind]}
         if found:
             counts = {"shards": len(found), "total": sum(found.values())}
@@ -1231,7 +1232,7 @@ def raise_if_unreachable(error):
 class RemoteShards(Shards):
     """Shards that are read through a cache: `paths` are addresses, as the user would type each."""
 
-    def __init__(self, pattern, folder, size):
+    def __init__(self, pattern, folder, size, videos=False):
         scheme = pattern.partition(":")[0]
         if scheme not in ("http", "https", "pipe"):
             known = {"s3": "aws s3 cp {} -", "gs": "gcloud storage cat {}"}
@@ -1252,7 +1253,8 @@ class RemoteShards(Shards):
                 raise ValueError(f"{index} lists {len(listed)} shards, but no {name}{why}")
             facts.append((name, *listed[name]))
             faults |= {path: faulty[name]} if name in faulty else {}
-        self.describe(pattern, [classes for classes, *_ in listings.values()], facts, faults)
+        classes = [classes for classes, *_ in listings.values()]
+        self.describe(pattern, classes, facts, faults, videos)
         self.cache = Cache(folder, size, {p: size for p, (_, size, _) in zip(self.paths, facts)})
 
     @lru_cache(64)  # noqa: B019 (each loader process keeps its last 64)

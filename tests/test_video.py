@@ -294,8 +294,13 @@ def test_shards_with_several_frames_or_an_animation(tmp_path, capsys):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    source, _ = data.open_sources(str(tmp_path / "a.tar"), videos=True)
-    assert "1 names, up to the first dot, have several pictures: frames" in capsys.readouterr().err
+    data.write_listing(data.Shards(str(tmp_path / "a.tar")))
+    for pipe in ("", "pipe:cat "):
+        where, cache = f"{pipe}{tmp_path / 'a.tar'}", (str(tmp_path / "cache"), "1M")
+        data.open_sources(where, cache=cache)
+        assert "1 samples have several pictures: NAME.000.jpg" in capsys.readouterr().err
+        source, _ = data.open_sources(where, cache=cache, videos=True)
+        assert capsys.readouterr().err == ""  # they are what is wanted
     found = [source.read(number) for number in range(2)]
     assert [sample["class"] for sample in found] == [0, 1]
     long, short = (sample["video"]() for sample in found)
