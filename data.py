@@ -1671,7 +1671,7 @@ def has_alpha(image):
 
 
 def to_8_bits(image):
-    """Grey of 16 or 32 bits -> of 8, with alpha if one value is transparent; other modes as they are.
+    """Grey of 16 or 32 bits -> of 8, with alpha if a value is transparent; other modes as they are.
 
     (convert() would clip, not scale.) Call it with a whole picture, not with a crop: 32 bits may
     hold values of 8 or of 16, which all pixels decide; for others no scale is known.

@@ -879,6 +879,8 @@ def test_cached_features_are_those_of_the_pictures(captions, pair, tmp_path):
     (tmp_path / "run" / "model.pt").unlink()
     assert "features of" not in lit(captions, tmp_path / "run", "--cache-features").stdout
     # With another limit, others may be unreadable.
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "model.pt").unlink()
     ran = lit(captions, tmp_path / "run", "--cache-features", "--max-pixels", 90_000)
     assert "features of 72 pictures" in ran.stdout
 
