@@ -454,11 +454,23 @@ def sort_classes(names):
 
 def pictures_below(root):
     """{path of a picture, relative to root: {"class": first folder of the path, if any}}."""
-    files = walk(root)
+    files = list(walk(root))
+    warn_of_splits(root, [folder for folder, names in files if any(map(is_picture, names))])
     paths = [f"{folder}{name}" for folder, names in files for name in names if is_picture(name)]
     if not paths:
         raise ValueError(f"no pictures in {root} (looked for {' '.join(PICTURES)})")
     return {path: class_of(path) for path in paths}
+
+
+def warn_of_splits(root, folders):
+    """Say so if folders with pictures look like splits, in a way that find_splits does not know."""
+    looks, found = re.compile("(?<![a-z])(train|test|val)(ing|id|idation)?(?![a-z])"), {}
+    for folder in folders:
+        for split in looks.finditer(folder.lower()):
+            found.setdefault(split[1], folder)
+    if len(found) > 1 and os.environ.get("RANK", "0") == "0":
+        why = "look like splits, but all are read: give them as --data and --val-data"
+        print(f"{root}: folders in it ({' '.join(sorted(found.values()))}) {why}", file=sys.stderr)
 
 
 def class_of(path):
@@ -805,7 +817,9 @@ def shard_index(path, whole=True):
             replace_file(place, index_bytes(stamp, head, rows))
             break
         except OSError as error:
-            tqdm.write(f"cannot write the index of a shard: {error}", file=sys.stderr)
+            why = f"cannot write the index of a shard: {error}"
+    else:
+        tqdm.write(why, file=sys.stderr)
     return head, rows
 
 
@@ -944,6 +958,7 @@ def videos_below(root):
         found.update(f"{folder}{name}" for name in files)
         if folder and any(is_picture(name) for name in set(names) - set(files)):
             found.add(folder[:-1])
+    warn_of_splits(root, sorted({os.path.dirname(path) for path in found}))
     if not found:
         wanted = " ".join(VIDEOS + ANIMATIONS)
         raise ValueError(f"no videos in {root} (looked for {wanted} and folders of frames)")
@@ -2128,8 +2143,13 @@ def begin_worker(training, max_pixels, _):
 
 
 def end_when_told(by):
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != by:
-        pass  # it was meant for the training, which saves first
+    """In a thread: end at a SIGTERM of the training process, or when that process is gone.
+
+    A SIGTERM of others is meant for the training, which saves first.
+    """
+    parent, told = os.getppid(), None
+    while os.getppid() == parent and not (told and told.si_pid == by):
+        told = signal.sigtimedwait({signal.SIGTERM}, 1)
     os._exit(0)
 
 

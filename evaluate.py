@@ -1137,7 +1137,7 @@ def main(argv=None):
             raise ValueError(f"{run.data} has no train/ and val/: give the latter as --val-data")
         result = TASKS[run.task](model, [train, val] if val else [train], run)
     except (ValueError, OSError) as error:
-        fail(error)
+        fail(error, 1 if isinstance(error, data.Unreachable) else 2)
     except KeyboardInterrupt:
         fail("stopped", 130)
     print(json.dumps({"task": run.task, **result}))

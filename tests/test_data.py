@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ODD_NAMES, PICTURES, TINY, read_metrics, stage
+from conftest import ODD_NAMES, PICTURES, ROOT, TINY, picture, read_metrics, stage
 from PIL import Image
 
 import data
@@ -2141,9 +2141,9 @@ def test_the_picture_of_a_sample_with_several_is_the_plain_one(several, tmp_path
     for where in (several, f"pipe:cat {several}"):
         source, _ = data.open_sources(where, cache=(f"{tmp_path}/cache", "1M"))
         assert source.sizes.tolist() == [len(expected)]
-        for number, (_, picture, frames, _) in enumerate(expected):
+        for number, (_, one, frames, _) in enumerate(expected):
             sample = source.read(number)
-            assert values([sample["image"]()]) == [picture]
+            assert values([sample["image"]()]) == [one]
             video = sample["video"]()
             assert values(video.read(list(range(video.count)))) == frames
 
@@ -2397,6 +2397,74 @@ def test_where_no_index_can_be_written_shards_are_read_all_the_same(
     assert "cannot write the index" in capsys.readouterr().err
     assert not [path for path in folder.iterdir() if path.suffix != ".tar"]
     assert not list(temporary.iterdir())
+
+
+def test_an_index_that_is_kept_elsewhere_is_not_worth_a_line(
+    shards, temporary, monkeypatch, capsys
+):
+    folder, pattern = shards
+    plain = os.replace
+
+    def refuse(source, target):
+        if os.path.dirname(target) == str(folder):
+            raise PermissionError(13, "Permission denied")
+        plain(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    opened(pattern)
+    assert capsys.readouterr().err == ""
+    assert len(list(temporary.iterdir())) == len(list(folder.glob("*.tar")))
+
+
+@pytest.mark.parametrize(
+    ("folders", "named"),
+    [
+        (["train2017", "val2017", "test2017"], "test2017/ train2017/ val2017/"),
+        (["training_set/cat", "test_set/cat"], "test_set/cat/ training_set/cat/"),
+        (["ds/train/a", "ds/Validation/a"], "ds/Validation/a/ ds/train/a/"),
+        (["bullet train", "cat"], None),  # one is no reason
+        (["latest", "strains", "values"], None),
+    ],
+)
+def test_folders_that_look_like_splits_are_said(tmp_path, folders, named, capsys):
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+        picture(0).save(tmp_path / folder / "0.png")
+    assert data.Folder(str(tmp_path)).sizes.sum() == len(folders)
+    said = capsys.readouterr().err
+    assert said == "" if named is None else f"({named}) look like splits, but all are read" in said
+
+
+def test_a_loader_process_does_not_survive_the_training():
+    code = f"""
+import os, sys, time
+import torch
+sys.path.insert(0, {str(ROOT)!r})
+import data
+
+class Stuck(torch.utils.data.Dataset):
+    def __getitem__(self, item):
+        print(os.getpid(), flush=True)
+        time.sleep(300)
+
+data.report_stall = lambda *_: None
+next(iter(data.loader(Stuck(), range(4), workers=1)))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as training:
+        worker = int(training.stdout.readline())
+        training.kill()
+    deadline = time.monotonic() + 60
+    while is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(worker)
+
+
+def is_running(pid):
+    """True if a process does something: one that nobody waits for stays, as a zombie."""
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
 
 
 def test_held_out_samples_are_the_last_of_train_at_most_5_percent(shards):
