@@ -458,7 +458,9 @@ def pictures_below(root):
     warn_of_splits(root, [folder for folder, names in files if any(map(is_picture, names))])
     paths = [f"{folder}{name}" for folder, names in files for name in names if is_picture(name)]
     if not paths:
-        raise ValueError(f"no pictures in {root} (looked for {' '.join(PICTURES)})")
+        shards = any(name.lower().endswith(".tar") for _, names in files for name in names)
+        hint = f": of its shards, give {os.path.join(root, '*.tar')}" if shards else ""
+        raise ValueError(f"no pictures in {root} (looked for {' '.join(PICTURES)}){hint}")
     return {path: class_of(path) for path in paths}
 
 

@@ -2416,6 +2416,12 @@ def test_an_index_that_is_kept_elsewhere_is_not_worth_a_line(
     assert len(list(temporary.iterdir())) == len(list(folder.glob("*.tar")))
 
 
+def test_a_folder_of_shards_says_how_to_give_them(tmp_path):
+    (tmp_path / "0.tar").touch()
+    with pytest.raises(ValueError, match=re.escape(f"of its shards, give {tmp_path}/*.tar")):
+        data.Folder(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("folders", "named"),
     [
