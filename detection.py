@@ -780,7 +780,8 @@ class Scenes:
            have one, and, as detectron2, pictures with nothing in them but crowds
 
     Annotations that are damaged, or of images or categories that are not listed, are left out; what
-    is, is counted.
+    is, is counted. So are objects without a mask that are to be measured on where others have one:
+    they count for boxes only, see average_precision.
     """
 
     def __init__(self, path, pictures=None, train=False):
@@ -836,7 +837,7 @@ class Scenes:
 
     def describe(self, annotations, numbers, labels, train):
         """Set the arrays of all objects, in the order of their pictures: (n,) their numbers."""
-        rows, segments, left_out = [], [], {}
+        rows, segments, left_out, maskless = [], [], {}, 0
         for one in annotations:
             try:
                 number, label = numbers.get(one["image_id"]), labels.get(one["category_id"])
@@ -848,8 +849,9 @@ class Scenes:
                     crowd, area, box, segment = read_annotation(one, self.sides[number])
                     if train and not (box[2] > box[0] and box[3] > box[1]):
                         reason = "with a box of no area"
-                    elif train and self.has_masks and not (segment or crowd):
-                        reason = "without a mask"
+                    elif self.has_masks and not (has_mask(segment) or crowd):
+                        reason = "without a mask" if train else None
+                        maskless += not train
             except DAMAGED:
                 reason = "that are damaged"
             if reason:
@@ -860,6 +862,9 @@ class Scenes:
             segments.append(json.dumps(segment).encode())
         for reason, ids in left_out.items():
             text = f"annotations {reason}, left out: {len(ids)} (the first has id {ids[0]})"
+            print(f"{self.path}: {text}", file=sys.stderr)
+        if maskless:
+            text = f"objects without a mask, left out of mask AP: {maskless}"
             print(f"{self.path}: {text}", file=sys.stderr)
         table = np.array(rows, dtype=np.float64).reshape(-1, 8)
         order = np.argsort(table[:, 0], kind="stable")
@@ -1231,6 +1236,13 @@ def polygons_of(segment):
     return [np.array(p[: len(p) // 2 * 2], float).reshape(-1, 2) for p in segment if len(p) > 5]
 
 
+def has_mask(segment):
+    """False for None, and for polygons of which none has 3 points."""
+    if isinstance(segment, list):
+        return any(len(polygon) > 5 for polygon in segment)
+    return segment is not None
+
+
 def merge_rles(rles, height, width):
     """The union of masks of one size; nothing of none."""
     if len(rles) == 1:
@@ -1253,10 +1265,13 @@ def as_rle(segment, height, width):
     if not isinstance(segment, dict):
         rles = [polygon_to_rle(points, height, width) for points in polygons_of(segment or [])]
         return merge_rles(rles, height, width)
-    counts = segment["counts"]
-    text = isinstance(counts, (str, bytes))
-    counts = counts_of_text(counts) if text else np.asarray(counts, dtype=np.int64)
-    wrong = list(segment["size"]) != [height, width] or counts.shape != (len(counts),)
+    try:
+        counts = segment["counts"]
+        text = isinstance(counts, (str, bytes))
+        counts = counts_of_text(counts) if text else np.asarray(counts, dtype=np.int64)
+        wrong = list(segment["size"]) != [height, width] or counts.shape != (len(counts),)
+    except (LookupError, TypeError, OverflowError):  # such as a text in which no count ends
+        wrong = True
     if wrong or counts.sum() != height * width or (counts < 0).any():
         raise ValueError(f"run lengths of another picture than one of {width} x {height}")
     return {"size": [height, width], "counts": counts}
@@ -1361,6 +1376,9 @@ def average_precision(scenes, detections, kind="bbox"):
     outside the range of areas are matched last, and for nothing. The best 100 of a picture and
     class count or, with LVIS, 300 of a picture, and only of classes known to be in it or not. The
     area of a detection is its mask's if kind is "segm" (the references': its box's, if given).
+
+    Objects without a mask, for which the references have no rule, are ignored like those outside
+    the range of areas if kind is "segm"; their boxes are matched, with those of detections' masks.
     """
     federated, classes = scenes.frequencies is not None, len(scenes.classes)
     limit = 300 if federated else 100
@@ -1373,7 +1391,7 @@ def average_precision(scenes, detections, kind="bbox"):
     recall = {most: np.full(precision.shape[:3], -1.0) for most in (1, 10, limit)}
     for a, (low, high) in enumerate(AREAS.values()):
         outside, ignored = ((x["area"] < low) | (x["area"] > high) for x in (found, truth))
-        ignored |= truth["crowd"]
+        ignored |= truth["ignored"]
         matched = match_in_turn(ranks, of, to, iou, ignored, truth["crowd"])
         right = matched >= 0
         passed = (outside | found["free"])[:, None] & ~right
@@ -1427,7 +1445,7 @@ def pairs_of(scenes, detections, kind, limit):
     for number in tqdm(numbers, desc=f"measuring {kind}", leave=False, disable=None):
         sample = scenes.read(number)
         boxes, labels, crowd = sample["boxes"], sample["labels"], sample["crowd"]
-        crowd = crowd & (not federated)  # LVIS has none
+        ignored = crowd = crowd & (not federated)  # LVIS has none
         found = detections.get(sample["image_id"], {"boxes": [], "scores": [], "labels": []})
         scores, names = (np.asarray(found[key]).reshape(-1) for key in ("scores", "labels"))
         order = np.argsort(-scores.astype(np.float64), kind="stable")
@@ -1446,16 +1464,20 @@ def pairs_of(scenes, detections, kind, limit):
             areas = np.array([rle_area(mask) for mask in masks])
             corners = np.array([rle_box(mask) for mask in masks]).reshape(-1, 4)
             truth = [as_rle(segment, *size) for segment in sample["segments"]]
-            boxes = np.array([rle_box(mask) for mask in truth]).reshape(-1, 4)
+            maskless = np.array([not has_mask(s) for s in sample["segments"]], dtype=bool)
+            tight = np.array([rle_box(mask) for mask in truth]).reshape(-1, 4)
+            boxes, ignored = np.where(maskless[:, None], boxes, tight), crowd | maskless
         iou = box_iou(corners, boxes, crowd)
         if kind == "segm":
-            iou = mask_iou(masks, truth, crowd, (iou > 0) & same)
+            pairs_of_masks = (iou > 0) & same & ~maskless
+            iou = np.where(maskless, iou, mask_iou(masks, truth, crowd, pairs_of_masks))
         of, to = np.nonzero((iou >= THRESHOLDS[0]) & same)
         pairs.append((of + sums[0], to + sums[1], iou[of, to]))
         sums = [sums[0] + len(names), sums[1] + len(labels)]
-        objects.append((labels, sample["areas"], crowd))
+        objects.append((labels, sample["areas"], crowd, ignored))
         founds.append((number * classes + names, areas, scores, free))
-    truth = dict(zip(("label", "area", "crowd"), map(np.concatenate, zip(*objects))))
+    names = "label", "area", "crowd", "ignored"
+    truth = dict(zip(names, map(np.concatenate, zip(*objects))))
     found = dict(zip(("group", "area", "score", "free"), map(np.concatenate, zip(*founds))))
     return truth, found, tuple(map(np.concatenate, zip(*pairs)))
 

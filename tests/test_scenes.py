@@ -218,6 +218,60 @@ def test_average_precision_by_hand(tmp_path):
         detection.average_precision(crowded, several, "segm")
 
 
+@pytest.mark.parametrize("nothing", [None, [], [[]], [[60, 60, 80, 80]], "missing"])
+def test_objects_without_a_mask_are_left_out_of_mask_ap(tmp_path, capsys, nothing):
+    """By hand: one of two has a mask, and it alone is to be found; what lies over the box of the
+    other is neither right nor wrong, but once only, as with other objects that are ignored."""
+    here, there, nowhere = [10, 10, 20, 20], [60, 60, 20, 20], [10, 60, 20, 20]
+    one_scene(tmp_path, [here, there])
+    path = tmp_path / "scenes.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["segmentation"] = [[10, 10, 30, 10, 30, 30, 10, 30]]
+    content["annotations"][1] |= {} if nothing == "missing" else {"segmentation": nothing}
+    path.write_text(json.dumps(content))
+    capsys.readouterr()
+    scenes = detection.Scenes(str(path))
+    said = f"{path}: objects without a mask, left out of mask AP: 1\n"
+    assert capsys.readouterr().err == said
+
+    def measured(*boxes, kind="segm"):
+        of = found(boxes, np.linspace(0.9, 0.5, len(boxes)))
+        masks = [np.zeros((100, 100), dtype=bool) for _ in boxes]
+        for mask, (x, y, w, h) in zip(masks, boxes):
+            mask[y : y + h, x : x + w] = True
+        of[1]["masks"] = masks
+        return detection.average_precision(scenes, of, kind)
+
+    perfect = measured(here, there)
+    assert perfect["AP"] == pytest.approx(1) and perfect["AR100"] == 1
+    assert measured(here)["AP"] == measured(there, here)["AP"] == pytest.approx(1)
+    assert measured(there)["AP"] == 0
+    for wrong in ([nowhere, here], [there, there, here]):
+        assert measured(*wrong)["AP"] == pytest.approx(1 / 2)
+    # Boxes count as ever: one of two is found.
+    assert measured(here, kind="bbox")["AP"] == pytest.approx(51 / 101)
+    # To learn from, there is one object, not one with an empty mask.
+    train = detection.Scenes(str(path), train=True)
+    assert "annotations without a mask, left out: 1 (the first has id 2)" in capsys.readouterr().err
+    assert train.read(0)["boxes"].tolist() == [[10, 10, 30, 30]]
+    target = batches(train)[0]["targets"][0]
+    assert len(target["boxes"]) == len(target["masks"]) == 1 and target["masks"].any()
+
+
+def test_mask_ap_is_as_if_objects_without_a_mask_were_not_there(tmp_path):
+    scenes = make_scenes(tmp_path)
+    content, opened = json.loads(Path(scenes.path).read_text()), []
+    for one in content["annotations"][::3]:
+        one |= {"segmentation": [], "bbox": [-9, -9, 5, 5]}  # where nothing is detected
+    gone = [one for one in content["annotations"] if one["segmentation"]]
+    for name, some in (("bare", content["annotations"]), ("gone", gone)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content | {"annotations": some}))
+        opened.append(detection.Scenes(str(tmp_path / f"{name}.json"), str(tmp_path)))
+    detections = make_detections(scenes)
+    bare, gone = (detection.average_precision(one, detections, "segm") for one in opened)
+    assert bare == pytest.approx(gone, abs=1e-12) and bare["AP"] > 0.1
+
+
 def outlines(random, count):
     """Polygons of all kinds, partly or wholly outside: (n, 2) points, height, width."""
     for number in range(count):
@@ -286,6 +340,9 @@ def test_run_lengths():
     assert detection.text_of_counts(square["counts"]) == "8240004"
     with pytest.raises(ValueError, match="run lengths of another picture"):
         detection.as_rle({"size": [6, 5], "counts": [8, 2]}, 6, 5)
+    for counts in ("", "P", "!", None, 5, [2**70]):
+        with pytest.raises(ValueError, match="run lengths of another picture than one of 5 x 6$"):
+            detection.as_rle({"size": [6, 5], "counts": counts}, 6, 5)
 
 
 def pictures_for(scenes, folder):
@@ -731,6 +788,10 @@ def test_results_are_written_and_read(tmp_path):
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(ValueError, match="cannot read results from .*: "):
             detection.read_results(path, scenes)
+    segment = entry["segmentation"] | {"counts": "P"}  # a text in which no count ends
+    (tmp_path / "results.json").write_text(json.dumps([entry | {"segmentation": segment}]))
+    with pytest.raises(ValueError, match="cannot read results from .*: run lengths of another"):
+        detection.read_results(path, scenes)
 
 
 def test_detections_are_drawn(tmp_path):
