@@ -971,50 +971,63 @@ def read_video_labels(path, root):
     """{path, relative to root, of a video file or a folder of frames: {"class": name}} of a list.
 
     .csv, .txt: lines of path,class or, without a comma, of path and class after a tab or a space
-    (Kinetics, as PySlowFast lists it); perhaps under a head line. .json: Something-Something's
-    [{"id", "template"}], of id.webm, another file or a folder of this name; the class is the
-    template without its brackets. Lines that are damaged or contradict an earlier one are counted
-    and left out. Raises ValueError, one line, when the file is none of these.
+    (Kinetics, as PySlowFast lists it); perhaps under a head line: of which no cell has a video's
+    extension, and no path below root is the first; or which names the columns "path" and "class".
+    .json: Something-Something's [{"id", "template"}], of id.webm, another file or a folder of this
+    name; the class is the template without its brackets. Lines that are damaged or contradict an
+    earlier one are counted and left out. Raises ValueError, one line, when the file is none of
+    these.
     """
-    found, bad = {}, 0
+    found, bad, head, first = {}, 0, ["path", "class"], None
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             if path.lower().endswith(".json"):
                 files = {os.path.splitext(name)[0]: name for name in os.listdir(root)}
                 facts = [(one.get("id", ""), one.get("template") or "") for one in json.load(file)]
-                rows = [(str(i), re.sub(r"[][]", "", str(template))) for i, template in facts]
+                rows = [(str(i).strip(), re.sub(r"[][]", "", str(t)).strip()) for i, t in facts]
                 rows = [(i and files.get(i, f"{i}.webm"), template) for i, template in rows]
             else:
                 lines = list(filter(None, map(str.strip, file)))
                 first = lines[0] if lines else ""
                 rows = [cells_of(line) for line in lines]
-                head = rows[0][0] if rows else ""
-                there = os.path.exists(os.path.join(root, head))  # it may be a whole path
-                if not head.lower().endswith(VIDEOS) and not there:
-                    rows = rows[1:]
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         raise ValueError(f"cannot read a list of videos from {path}: {one_line(error)}") from None
-    for row in rows:
-        name, label = row[0].strip(), row[-1].strip()
-        whole, entry = len(row) == 2 and name and label, {"class": label}
+    names = rows[0] if first else []
+    if headed := set(head) <= set(names):
+        head = names
+    elif len(names) > 1:
+        videos = any(name.lower().endswith(VIDEOS + ANIMATIONS) for name in names)
+        # It may be a whole path.
+        headed = not videos and not os.path.exists(os.path.join(root, names[0]))
+    for row in rows[headed:]:
+        facts = dict(zip(head, row)) if len(row) == len(head) else {}
+        name, label = facts.get("path"), facts.get("class")
+        whole, entry = name and label and "\ufffd" not in str(row), {"class": label}
         bad += not whole or found.setdefault(os.path.normpath(name), entry) != entry
     if bad:
         why = "damaged, or against an earlier one"
         print(f"{path}: lines that are left out ({why}): {bad}", file=sys.stderr)
     if not found:
         want = "see read_video_labels in data.py"
-        if not path.lower().endswith(".json"):
+        if first is not None:
             want = f"want lines of path,class or of path and class; the first is {first!r:.80}"
         raise ValueError(f"{path} lists no videos: {want}")
+    if headed:
+        why = f"is taken as a header; the columns are read as {', '.join(head)}"
+        print(f"{path}: {first!r:.80} {why}", file=sys.stderr)
     return found
 
 
 def cells_of(line):
-    """The cells of a line of a list of videos."""
+    """The cells of a line of a list of videos, without the spaces around them."""
     path, tab, _ = line.partition("\t")
     if tab and "," not in path:
-        return line.split("\t")
-    return next(csv.reader([line], skipinitialspace=True)) if "," in line else line.rsplit(None, 1)
+        cells = line.split("\t")
+    elif "," in line:
+        cells = next(csv.reader([line], skipinitialspace=True))
+    else:
+        cells = line.rsplit(None, 1)
+    return [cell.strip() for cell in cells]
 
 
 def by_number(name):
@@ -1078,6 +1091,9 @@ def probe(path):
     length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", said)
     hours, minutes, seconds = map(float, length.groups()) if length else (0, 0, 0)
     seconds += 3600 * hours + 60 * minutes
+    # Matroska says when the last packet ends; of a segment the first one may be late.
+    late = re.search(r"Duration: [\d:.]+, start: (-?[\d.]+)", said)
+    seconds -= float(late[1]) if late and "Input #0, matroska" in said else 0
     begin = packets(done.stdout).get(0, np.empty((2, 0)))
     listed = ["-map", "0:v:0", "-map", "0:a?", *listed]
     seek = seconds - 10 if begin.shape[1] == 32 else 0

@@ -358,6 +358,67 @@ def test_spaces_and_tabs_in_lists_of_videos(tmp_path, text, capsys):
     assert "left out (damaged, or against an earlier one): 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "first, read, headed",
+    [
+        (" a.mp4 , cat ", ["a.mp4", "cat"], False),
+        ("A.GIF,cat", ["A.GIF", "cat"], False),
+        ("missing/a.mp4 cat", ["missing/a.mp4", "cat"], False),
+        ("a/x,cat", ["a/x", "cat"], False),  # it is there
+        ('a/x,"cat', ["a/x", "cat"], False),
+        ('"missing/a.mp4,cat', None, False),  # damaged: counted
+        ("missing/x,cat", None, True),  # it may be one: so this is said
+        ("path,label", None, True),
+        ("filename class", None, True),
+    ],
+)
+def test_a_first_line_of_videos_is_read_or_told_of(tmp_path, first, read, headed, capsys):
+    frames_of(tmp_path / "a/x", 2)
+    frames_of(tmp_path / "label", 2)
+    (tmp_path / "list.csv").write_text(f"{first}\nb.mp4,dog\n")
+    found = data.read_video_labels(str(tmp_path / "list.csv"), str(tmp_path))
+    expected = dict([*([read] if read else []), ("b.mp4", "dog")])
+    assert {path: entry["class"] for path, entry in found.items()} == expected
+    said = capsys.readouterr().err
+    line = f"{first!r} is taken as a header; the columns are read as path, class\n"
+    assert (line in said) is headed
+    assert ("left out (damaged, or against an earlier one): 1" in said) is (not read and not headed)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "class,path\ncat,a.mp4\ndog,b.mp4\n",
+        ' class , id, "path"\ncat,1,a.mp4\ndog,2, b.mp4 \n',
+        "id\tpath\tclass\n1\ta.mp4\tcat\n2\tb.mp4\tdog\n",
+        "class path\ncat a.mp4\ndog b.mp4\n",
+    ],
+)
+@pytest.mark.parametrize("folders", [[], ["path", "class"]])
+def test_a_head_line_names_the_columns_of_a_list_of_videos(tmp_path, text, folders, capsys):
+    for folder in folders:  # a head line it stays
+        frames_of(tmp_path / folder, 2)
+    (tmp_path / "list.txt").write_text(text)
+    found = data.read_video_labels(str(tmp_path / "list.txt"), str(tmp_path))
+    assert found == {"a.mp4": {"class": "cat"}, "b.mp4": {"class": "dog"}}
+    said = capsys.readouterr().err
+    assert "is taken as a header" in said and "left out" not in said
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.txt", "list.json"])
+def test_lines_of_videos_of_another_encoding_are_damaged(tmp_path, name, capsys):
+    rows = [("a.mp4", "caf\xe9"), ("b.mp4", "caf\xe8"), ("\xe9.mp4", "dog"), ("c.mp4", "dog")]
+    lines = "\n".join(map(",".join, rows))
+    if name == "list.json":
+        entries = [{"id": path[:-4], "template": label} for path, label in rows]
+        lines = json.dumps(entries, ensure_ascii=False)
+        (tmp_path / "c.mp4").touch()
+    (tmp_path / name).write_bytes(lines.encode("latin-1"))
+    found = data.read_video_labels(str(tmp_path / name), str(tmp_path))
+    assert found == {"c.mp4": {"class": "dog"}}
+    assert "left out (damaged, or against an earlier one): 3" in capsys.readouterr().err
+
+
 def test_a_list_of_videos_that_is_refused_says_what_it_found(tmp_path):
     (tmp_path / "list.csv").write_text("filepath;title\na.mp4;skiing\n")
     with pytest.raises(ValueError, match="lists no videos: want lines of .* 'filepath;title'"):
@@ -562,6 +623,29 @@ def test_a_film_that_was_cut_without_coding_it_again_has_the_frames_that_are_sho
     assert video.count == len(shown)
     for numbers in ([0], [1, 2, 5], [4, 6], list(range(len(shown)))):  # of all: more than 100
         assert list(map(level, video.read(numbers))) == pytest.approx(shown[numbers], abs=3)
+
+
+@has_ffmpeg
+@pytest.mark.parametrize("sound", [0, 48])
+@pytest.mark.parametrize("name", ["a.mkv", "b-frames.mkv", "a.webm", "a.mp4", "a.ts"])
+def test_segments_of_a_film_have_their_own_frames(film, name, sound, tmp_path):
+    """Their times go on from one to the next; in Matroska also their duration begins at 0."""
+    codec = FILMS.get(name, H264)
+    rate = 25 if "mpeg" in codec[1] else 10
+    whole = film(name, (32, 32), codec, rate, sound, loops=24 * rate // 10)
+    cut = "-c", "copy", "-f", "segment", "-segment_time", "13", str(tmp_path / f"%d-{name}")
+    quiet = "ffmpeg", "-v", "error"
+    subprocess.run([*quiet, "-i", whole, "-map", "0", *cut], check=True)
+    paths = sorted(map(str, tmp_path.glob(f"?-{name}")))
+    assert len(paths) == 4
+    for path in paths:
+        wanted = "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "gray", "pipe:1"
+        done = subprocess.run([*quiet, "-i", path, *wanted], check=True, capture_output=True)
+        shown = np.frombuffer(done.stdout, np.uint8).reshape(-1, 32 * 32).mean(axis=1)
+        video = data.open_video(path)
+        assert video.count == len(shown)
+        for numbers in ([0], [1, 2, 5], [len(shown) - 1], list(range(len(shown)))):
+            assert list(map(level, video.read(numbers))) == pytest.approx(shown[numbers], abs=3)
 
 
 @has_ffmpeg
