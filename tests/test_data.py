@@ -4304,6 +4304,19 @@ def test_a_batch_that_cannot_be_handed_over_ends_the_loader(at, function, says):
     assert len(found) <= at
 
 
+def test_a_batch_is_pinned_as_a_dataloader_pins_it(monkeypatch):
+    """Without a GPU, tensors are marked instead. (It is PyTorch's function that its thread calls.)"""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    batch = {
+        "images": torch.zeros(2),
+        "targets": [{"seed": 3, "masks": torch.ones(1)}],
+        "bad": ["x"],
+    }
+    pinned = torch.utils.data._utils.pin_memory.pin_memory(data.Parcel(batch))
+    assert pinned["images"].tolist() == [1, 1] and pinned["bad"] == ["x"]
+    assert pinned["targets"][0]["seed"] == 3 and pinned["targets"][0]["masks"].tolist() == [2]
+
+
 def test_too_few_open_files_are_not_unreadable_pictures(monkeypatch):
     source = data.Folder(str(PICTURES))
 
