@@ -2024,7 +2024,7 @@ class Stop:
         """The next batch. Raises KeyboardInterrupt if it does not come, and the run shall end."""
         try:
             self.waiting = True
-            return next(made)
+            return next_batch(made)
         finally:
             self.waiting = False
 
@@ -2109,14 +2109,19 @@ class Loader(torch.utils.data.DataLoader):
         told = self.dataset, item, come
         threading.Thread(target=report_stall, args=told, daemon=True).start()
         try:
-            batch = Stop.active.wait(made) if Stop.active else next(made)
-            return batch.open() if isinstance(batch, Parcel) else batch
+            return Stop.active.wait(made) if Stop.active else next_batch(made)
         except RuntimeError as error:
             if "exited unexpectedly" in str(error):  # a worker was killed
                 raise lost_batch(error) from None
             raise
         finally:
             come.set()
+
+
+def next_batch(made):
+    """Of a DataLoader's iterator."""
+    batch = next(made)
+    return batch.open() if isinstance(batch, Parcel) else batch
 
 
 def report_stall(dataset, item, come):
@@ -2156,8 +2161,9 @@ def begin_worker(training, max_pixels, _):
     if hasattr(signal, "sigwaitinfo"):  # on Linux
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=end_when_told, args=(training,), daemon=True).start()
-    # The thread that hands over shared memory prints its errors; the training process says them.
-    sys.excepthook = lambda *_: None
+    # An error of the thread that hands over shared memory, such as too many open files, would come
+    # again and again, while the training waits. When this process is gone, the training says why.
+    sys.excepthook = lambda *_: os._exit(1)
 
 
 def end_when_told(by):
