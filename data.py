@@ -634,6 +634,9 @@ class Part:
         return self.source.where(self.numbers[number])
 
 
+HELD_OUT = 512  # pictures to measure on, and never more than 5 % of them
+
+
 def hold_out(train, val, count, share=0.05):
     """(source to train on, at most `count` samples to measure on): val's first ones or, without
     val, the last ones of train, at most this share of it."""
@@ -1851,9 +1854,11 @@ class Batches(torch.utils.data.Dataset):
     process: int = 0  # this one's number
     processes: int = 1
     num_patches: int = 0
-    order: object = None  # an Order to train in: random crops and flips. None: one sample after the
-    seed: int = 0  # other, centre crops, and weight 0 past the last one
-    min_crop: float = 0.2
+    # An Order to train in: random crops and flips. None: one sample after the other, centre crops,
+    # and weight 0 past the last one.
+    order: object = None
+    seed: int = 0
+    min_crop: float = 0.2  # least area of a random crop
     pieces: int = 1  # a process's part is made in pieces: they need not be in memory together
     vocabulary: object = None
     augment: object = None  # (uint8 tensor, (seed, epoch, position)) -> the same, changed
@@ -1904,9 +1909,7 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         positions = self.positions(item)
-        if (
-            self.cache
-        ):  # to be fetched: what is needed now, and half a block later or the next shard
+        if self.cache:  # fetch what is needed now, and half a block later or the next shard
             later = SHUFFLE_BLOCK // 2 * self.order.lanes if self.order else self.source.sizes.max()
             self.cache.ask(self.places(np.concatenate([positions, positions + later])))
         height, width = self.size if self.pictures else (0, 0)
@@ -2418,7 +2421,6 @@ def toy_clip(number, size=64):
 
 TAG_CHUNK = 4096  # samples whose tags are read together
 MOST_TAGS = 4_000_000  # counted at once; past it the rarest are forgotten, and counts are too low
-HELD_OUT = 512  # pictures to measure on, and never more than 5 % of them
 
 
 class Vocabulary:

@@ -86,9 +86,10 @@ class WindowAttention(models.Attention):
         self.rel_pos_w = nn.Parameter(torch.empty(2 * columns - 1, width // heads))
 
     def forward(self, x, first_query=0):
-        """(B, rows * columns, D) -> the same. The grid is filled up to whole windows with zeros,
+        """(B, rows * columns, D) -> the same.
 
-        which are looked at like any token, as in detectron2: 64 x 64 patches become 70 x 70.
+        The grid is filled up to whole windows with zeros, which are attended to like any token, as
+        in detectron2: 64 x 64 patches become 70 x 70.
         """
         (rows, columns), w, D = self.grid, self.window, x.shape[2]
         if not w:

@@ -37,7 +37,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import data
-import detection
 import model as models
 
 RIDGE = 10.0  # L2 on standardised features: fixed, not tuned
@@ -838,6 +837,8 @@ def recall_table(found):
 
 def task_detect(model, sources, run):
     """COCO's or LVIS's average precision of a detector, or of its results in COCO's format."""
+    import detection  # here, so that nothing else loads it, or needs its file
+
     scenes = sources[-1]
     if model is None:
         found = detection.read_results(run.checkpoint, scenes)
@@ -862,6 +863,8 @@ def task_detect(model, sources, run):
 
 def detection_numbers(scenes, found):
     """{"bbox_AP": ..., "segm_AP": ...} of detections: see detection.average_precision."""
+    import detection
+
     numbers = {}
     for kind in ("bbox", "segm") if scenes.has_masks else ("bbox",):
         if kind == "bbox" or all(one["masks"] is not None for one in found.values()):
@@ -872,6 +875,8 @@ def detection_numbers(scenes, found):
 
 def print_detection(scenes, found, path, count=8):
     """The table of detection_numbers, and a PNG of the first pictures with what was found."""
+    import detection
+
     numbers = detection_numbers(scenes, found)
     kinds = dict.fromkeys(name.split("_")[0] for name in numbers)
     detection.print_table(
@@ -936,6 +941,8 @@ def load_model(path, task, device, heads=None, image_size=None, entry=None, **of
     of_autoencoder: arguments of an MAE that are other than the checkpoint says.
     """
     if task == "detect":
+        import detection
+
         state, config = detection.read_detector(path)
         model = detection.Detector(**config)
         model.load_state_dict(state)
@@ -1130,6 +1137,8 @@ def main(argv=None):
         data.limit_pixels(run.max_pixels)
         opened = run.data, run.val_data, size, *labels, cache, run.caption_key
         if run.task == "detect":
+            import detection
+
             train, val = None, detection.scenes_to_measure(run.val_data or run.data, size[0])
         else:
             train, val = data.open_sources(*opened, videos=video)

@@ -734,13 +734,11 @@ class Prompted(nn.Module):
 
 
 def layer_groups(model, weight_decay, layer_decay, floor=0.0, all_decayed=False):
-    """Parameter groups with lr_scale = layer_decay ^ (layers + 1 - layer), as the public MAE code,
+    """Parameter groups with lr_scale = layer_decay ^ (layers + 1 - layer), at least `floor`.
 
-    but no less than `floor`:
-
-    layer 0 is the patch embedding, the class token and the positions, block i is layer i + 1, the
-    last norm and the head are layers + 1. 1-D parameters, tokens and positions are not decayed
-    (nor are relative ones in MViT's code), unless all_decayed.
+    As the public MAE code: layer 0 is the patch embedding, the class token and the positions, block
+    i is layer i + 1, the last norm and the head are layers + 1. 1-D parameters, tokens and
+    positions are not decayed (nor are relative ones in MViT's code), unless all_decayed.
     """
     groups, first = {}, ("cls_token", "pos_embed", "time_embed")
     for name, parameter in model.named_parameters():

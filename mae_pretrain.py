@@ -273,7 +273,7 @@ def train(run):
 
     def save():
         nonlocal saved_step, wait_for_save
-        record = {"identity": run.identity, "samples": done * run.batch_size, "bad": bad}
+        record = {"identity": run.identity, "bad": bad}
         kept = run.keep_last, run.keep_every, device.type == "cuda"
         wait_for_save()  # the one before: never two at once
         folder, saved_step = out / "checkpoints", done

@@ -2228,10 +2228,10 @@ def damage(path):
 
 
 def begin_run(out, config, checkpoint=None, step=0):
-    """Make the folder `out`, its config.json, and metrics.jsonl with the lines that still count:
+    """Make the folder `out`, its config.json, and metrics.jsonl.
 
-    those of the checkpoint's run, if any, up to its step. One process calls it. Raises ValueError
-    when nothing can be written there.
+    Of the latter, the lines of the checkpoint's run up to its step are kept, if there is one. One
+    process calls it. Raises ValueError when nothing can be written there.
     """
     out, lines = Path(out), []
     try:
