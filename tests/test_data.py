@@ -4403,9 +4403,9 @@ def test_a_stage_that_gets_no_batch_saves_and_ends(program, mishap, processes, f
     assert ran.returncode == (0 if asked else 1), ran.stderr
     # The mishap comes while item 5 is made, ahead of the training.
     assert re.search("stopped at step [2-5] of 12, saved: the same command goes on", ran.stdout)
-    said = [line for line in ran.stderr.splitlines() if line.startswith(f"{program}.py: ")]
-    assert len(said) == (0 if asked else processes or 1)
-    assert sum("could not hand over a batch" in line for line in said) == (not asked)
+    # Each process says one thing. (Two may write at once: a line may go on with the other's.)
+    assert ran.stderr.count(f"{program}.py: ") == (0 if asked else processes or 1)
+    assert ran.stderr.count("could not hand over a batch") == (not asked)
     assert len(ran.stderr.splitlines()) < 5
     assert run("--out", tmp_path / "run", *flags).returncode == 0
     assert run("--out", tmp_path / "whole", *flags).returncode == 0
