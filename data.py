@@ -213,8 +213,8 @@ class Order:
 # {"image": a function that opens the PIL image, "class": int, -1 if unknown, "hashtags": one that
 # gives a list of tags, or a text with #tags in it, "captions": one that gives a list of texts}.
 # (They raise ValueError where that is damaged.) So who wants labels, tags or captions reads the
-# same, and opens no picture. Numbers run through the shards. Remote shards have a cache, too. Sources of videos have
-# "video" instead, shards have both: see "videos".
+# same, and opens no picture. Numbers run through the shards. Remote shards have a cache, too.
+# Sources of videos have "video" instead, shards have both: see "videos".
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -560,10 +560,8 @@ def read_labels(path, caption_key="caption"):
     if not found:
         want = "see read_labels in data.py"
         if kind == "csv":
-            want = (
-                "want lines of path,class (with commas), perhaps under a head line, or a head line"
-            )
-            want += f" that names path, and class or {caption_key}; the first line is {line}"
+            want = "want lines of path,class (with commas), perhaps under a head line, or a head"
+            want += f" line that names path, and class or {caption_key}; the first line is {line}"
         raise ValueError(f"{path} lists no pictures: {want}")
     if headed and first != head:
         why = "is taken as a header; its columns are read as path and class"
