@@ -19,12 +19,12 @@ last bits of a feature. Nothing is random but what a printed seed decides.
 """
 
 import argparse
+import importlib
 import json
 import math
 import os
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see mae_pretrain.py
@@ -33,23 +33,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ImageOps
 from tqdm import tqdm
 
 import data
 import model as models
+from support.labels import names_of_list, say_same_names
+from support.pictures import draw_attention, draw_confusion, draw_mistakes, draw_reconstructions
 
 RIDGE = 10.0  # L2 on standardised features: fixed, not tuned
 NEIGHBOURS = 10
-# Sentences that a class's name is put into (ours).
-TEMPLATES = (
-    "{}",
-    "a {}",
-    "the {}",
-    "a photo of a {}.",
-    "a picture of one {}.",
-    "an image of the {}.",
-)
 
 
 # ----------------------------------------------------------------------------------------- features
@@ -168,12 +161,6 @@ def accuracy(scores, labels, k):
     # A class without a vote (-inf) is not among the best, even where fewer than k have one.
     hits = (best.indices == labels[:, None]) & best.values.isfinite()
     return hits.any(dim=1).double().mean().item()
-
-
-def few_shot_split(labels, shots, seed):
-    """Indices of `shots` samples of each class (all of a class that has fewer), decided by seed."""
-    shuffled = torch.from_numpy(data.permutation(len(labels), seed, 0, 0, data.SPLIT))
-    return torch.cat([shuffled[labels[shuffled] == c][:shots] for c in labels.unique()])
 
 
 def print_probe(weights, config, train, test, pool, seed, samples=math.inf, **options):
@@ -301,321 +288,6 @@ def show_autoencoder(weights, run):
         print(f"no more is shown: {error}")
 
 
-# ------------------------------------------------------------------------------- pictures and texts
-
-
-def open_tokenizer(path, text):
-    """The tokenizer of a file (None: bytes) for a text tower with this config ({}: a new one)."""
-    tokenizer = data.open_tokenizer(path)
-    known, size = text.get("tokenizer"), text.get("vocabulary", tokenizer.vocabulary)
-    if known not in (None, tokenizer.identity) or size != tokenizer.vocabulary:
-        why = f"the text tower knows {size} tokens{f' of {known}' if known else ''}"
-        found = f"{tokenizer.identity} has {tokenizer.vocabulary}"
-        raise ValueError(f"{why}, {found}: give its sentencepiece file as --tokenizer")
-    return tokenizer
-
-
-@torch.inference_mode()
-def embed_texts(model, texts, tokenizer, device):
-    """models.TwoTowers' embeddings (n, S) float32 of a list of texts, on the CPU."""
-    context, found = model.config["text"]["context"], []
-    for start in range(0, len(texts), 256):
-        tokens = tokenizer(texts[start : start + 256], context).to(device)
-        found.append(model(tokens=tokens)[1].float().cpu())
-    return torch.cat(found)
-
-
-def retrieval(model, source, tokenizer, **options):
-    """{"text_recall_at_1": share of the pictures of which a caption is the most similar one of all
-    captions, ..., "image_recall_at_1": share of the captions that find a picture of theirs, ...}.
-
-    Equal captions are one text, which several pictures may answer. Pictures without any are left
-    out. options: see extract. Exact, up to ties, which count as wrong.
-    """
-    function = lambda images: model(model.features(images))[0]
-    images, _, numbers = extract({"": function}, source, model.config, **options)
-    captions, texts, pairs = data.all_captions(source), {}, []
-    for row, number in enumerate(numbers.tolist()):
-        for caption in filter(None, map(data.clean, captions[number])):
-            pairs.append((row, texts.setdefault(caption, len(texts))))
-    if not pairs:
-        want = "want .txt or .json (--caption-key) in shards, or --labels (path,caption)"
-        raise ValueError(f"no captions in {source.identity}: {want}")
-    rows, answers = torch.tensor(pairs).unbind(dim=1)
-    kept, rows = rows.unique(return_inverse=True)
-    images = images[""][kept]
-    found = embed_texts(model, [*texts], tokenizer, options.get("device", "cpu"))
-    ranks = {"text": ranks_of(images, found, rows, answers)}
-    ranks["image"] = ranks_of(found, images, answers, rows)
-    return {
-        f"{what}_recall_at_{k}": (rank < k).double().mean().item()
-        for what, rank in ranks.items()
-        for k in (1, 5, 10)
-    } | {"images": len(images), "texts": len(texts)}
-
-
-def ranks_of(asked, offered, rows, answers):
-    """How many wrong answers are at least as similar as the best right one: (n,) for asked (n, S).
-
-    offered (m, S); (rows[i], answers[i]) are the right pairs.
-    """
-    ranks = torch.zeros(len(asked), dtype=torch.int64)
-    for part in torch.arange(len(asked)).split(1024):  # bounds the memory, changes nothing
-        similarity, mine = asked[part] @ offered.T, (rows >= part[0]) & (rows <= part[-1])
-        right = rows[mine] - part[0], answers[mine]
-        best = torch.full((len(part),), -torch.inf)
-        best.scatter_reduce_(0, right[0], similarity[right], "amax")
-        similarity[right] = -torch.inf
-        ranks[part] = (similarity > best[:, None] - 1e-6).sum(dim=1)  # rounding makes no winner
-    return ranks
-
-
-def class_embeddings(model, names, templates, tokenizer, device):
-    """(classes, S): of each class the normalised mean of all its names in all the templates.
-
-    names: a list of synonyms for each class (maws repository, eval_zeroshot.py).
-    """
-    prompts = ((i, t, name) for i, some in enumerate(names) for name in some for t in templates)
-    classes, texts = zip(*((i, template.replace("{}", name)) for i, template, name in prompts))
-    found = embed_texts(model, texts, tokenizer, device)
-    sums = torch.zeros(len(names), found.shape[1]).index_add_(0, torch.tensor(classes), found)
-    return F.normalize(sums, dim=1)
-
-
-def read_lines(path, what):
-    """The lines of a text file. ValueError where one is blank."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {what} from {path}: {error}") from None
-    if "" in lines:
-        where = f"line {lines.index('') + 1} is blank"
-        raise ValueError(f"{path}: {where}: want one of the {what} in each")
-    if not lines:
-        raise ValueError(f"{path} is empty: want {what}, one in each line")
-    return lines
-
-
-def read_class_names(path, classes):
-    """For each class of the data its names: a list of lists.
-
-    path     a file with a line for each class, in their order: names separated by commas; or, after
-             the class (what the data calls it) and a tab, in any order. None: the data's names
-    classes  the data's, or None where it only numbers them
-
-    A list without tabs may have more lines than the data has classes: see names_of_list. Classes
-    that share their names cannot be told apart: they are counted, and said.
-    """
-    if not path:
-        if not classes:
-            raise ValueError("the data does not name its classes: give --classnames")
-        lines = [name.replace("_", " ").replace("-", " ") for name in classes]
-        return say_same_names("the data", [[line] for line in lines])
-    lines, keyed = read_lines(path, "class names"), None
-    tabs = ["\t" in line for line in lines]
-    if any(tabs) and not all(tabs):
-        raise ValueError(f"{path}: line {tabs.index(False) + 1} has no tab, others have one")
-    if all(tabs):
-        keyed = dict(line.split("\t", 1) for line in lines)
-        if len(keyed) < len(lines):
-            again = Counter(line.split("\t")[0] for line in lines).most_common(1)[0][0]
-            raise ValueError(f"{path} names {again} twice")
-        classes = classes or [str(i) for i in range(len(keyed))]
-    elif classes and len(lines) != len(classes):
-        order = names_of_list(len(lines), classes)
-        if not order:
-            why = f"{path} has {len(lines)} lines, the data {len(classes)} classes"
-            raise ValueError(f"{why}: begin each line with the class's name in the data, and a tab")
-        keyed = dict(zip(order, lines))
-    elif classes and all(map(str.isdecimal, classes)):
-        # Shards that were packed when numbers were sorted as texts list them in that order.
-        keyed = dict(zip(data.sort_classes(classes), lines))
-    if keyed:
-        if missing := [name for name in classes if name not in keyed]:
-            raise ValueError(f"{path} has no names for {', '.join(missing[:3])} ({len(missing)})")
-        lines = [keyed[name] for name in classes]
-    names = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]
-    if [] in names:
-        raise ValueError(f"{path}: line {names.index([]) + 1} holds no name")
-    return say_same_names(path, names)
-
-
-def say_same_names(where, names):
-    """names, a list for each class. Prints those that several classes have: these classes cannot be
-    told apart."""
-    counts = Counter(", ".join(sorted(set(some))) for some in names)
-    if again := [text for text, count in counts.items() if count > 1]:
-        print(f"{where}: classes that share their names ({len(again)}): {'; '.join(again[:5])}")
-    return names
-
-
-# Folders of Google's list of 21,843 classes that the 21,841 of ImageNet's fall 2011 release lack.
-NOT_IN_FALL_2011 = "n03931044", "n09859684"
-
-
-def names_of_list(count, classes):
-    """Names for `count` classes that came without names, of a head or of a list, so that the data's
-    classes can be found among them; None if that cannot be known.
-
-    classes  the data's names, or None where it only numbers its classes
-
-    1. If all of the data's names are numbers below `count`, they are places among the classes,
-       from 0.
-    2. If they are names of ImageNet's folders (wnids), and it has a list of as many in support/,
-       the classes are that list. The data may have some of them only.
-    3. If the data has as many classes, they are the same, in the same order.
-    """
-    numbers = all(map(str.isdecimal, classes or ()))
-    places = {int(name): name for name in classes or ()} if numbers else {}
-    if numbers and max(places, default=-1) < count:
-        if len(places) not in (0, count):
-            print(f"{count} classes without names: the data's class N is number N of them, from 0")
-        return [places.get(number, str(number)) for number in range(count)]
-    size = 21843 if count == 21841 else count  # the latter's classes but two
-    path, wnids = Path(__file__).with_name("support") / f"imagenet_{size}.txt.xz", []
-    if path.exists():
-        try:
-            import lzma  # not in every build of Python
-        except ImportError as error:
-            why = f"{path} cannot be read ({error})"
-            raise ValueError(f"{why}: use a Python that was built with lzma") from None
-        wnids = lzma.decompress(path.read_bytes()).decode().split()
-        wnids = [wnid for wnid in wnids if count == size or wnid not in NOT_IN_FALL_2011]
-    known = set(wnids).intersection(classes)
-    if known and (len(known) == len(classes) or len(classes) != count):
-        print(f"{count} classes without names: taken for ImageNet's, in the order of their wnids")
-        return wnids
-    if len(classes) == count:
-        print(f"{count} classes without names: taken for the data's, in its order")
-        return classes
-    return None
-
-
-def read_templates(path):
-    lines = read_lines(path, "templates") if path else TEMPLATES
-    for number, line in enumerate(lines, 1):
-        if "{}" not in line:
-            raise ValueError(f"{path}: line {number} has no {{}} for the name of a class: {line!r}")
-        if line in lines[: number - 1]:
-            raise ValueError(f"{path}: line {number} repeats an earlier one: {line!r}")
-    return lines
-
-
-# ----------------------------------------------------------------------------------------- pictures
-
-
-def denormalize(images):
-    """The inverse of data.normalize: float (B, C, H, W) -> uint8, clipped."""
-    statistics = torch.tensor(data.channel_statistics(images.shape[1]), device=images.device)
-    mean, deviation = statistics.view(2, 1, -1, 1, 1)
-    return ((images * deviation + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-@torch.inference_mode()
-def draw_reconstructions(model, source, path, count=8, seed=0):
-    """Write a PNG, a row per picture: itself, what the encoder sees, what the decoder paints."""
-    images = some_pictures(source, model.config, count)
-    N, device = model.num_patches, model.cls_token.device
-    ids = [data.permutation(N, seed, 0, i, data.MASK) for i in range(len(images))]
-    ids = torch.from_numpy(np.stack(ids)).to(device)
-    normal = data.normalize(images.to(device))
-    painted = denormalize(model.reconstruct(normal, ids)).cpu()
-    P, visible = model.patch_size, ids[:, : model.num_visible, None].cpu()
-    hidden = torch.ones(len(images), N, 1).scatter(1, visible, 0).expand(-1, -1, P**2)
-    hidden = models.unpatchify(hidden, P, model.grid)
-    seen = torch.where(hidden > 0, torch.full_like(images, 128), images)  # (B, C, H, W)
-    share = model.num_visible / N
-    titles = ["picture", f"seen ({share:.0%})", "reconstructed"]
-    draw_grid([images, seen, painted], titles, path)
-
-
-@torch.inference_mode()
-def draw_attention(model, source, path, count=8):
-    """Write a PNG, a row per picture: itself, and where the class token looks, head by head."""
-    images = some_pictures(source, model.config, count)
-    normal = data.normalize(images.to(model.cls_token.device))
-    attention = model.class_attention(normal).cpu()  # (B, heads, N)
-    maps = torch.cat([attention.mean(dim=1, keepdim=True), attention[:, :4]], dim=1)
-    maps = maps.unflatten(2, model.grid)
-    maps = maps / maps.amax(dim=(2, 3), keepdim=True)
-    maps = F.interpolate(maps, images.shape[2:], mode="nearest")  # (B, maps, H, W)
-    # Brightness of the picture is the attention; a little is left everywhere to see what is there.
-    lit = [(images * (0.15 + 0.85 * m[:, None])).to(torch.uint8) for m in maps.unbind(dim=1)]
-    titles = ["picture", "all heads", *(f"head {i + 1}" for i in range(len(lit) - 1))]
-    draw_grid([images, *lit], titles, path)
-
-
-def some_pictures(source, config, count):
-    """The readable ones among the first `count` pictures of a source, (B, C, H, W) uint8."""
-    size, channels = models.pair(config["image_size"]), config["channels"]
-    batch = data.Batches(source, size, channels, count)[0]
-    for name in batch["bad"]:
-        print(f"unreadable, left out: {name}", file=sys.stderr)
-    if not batch["weight"].any():
-        raise ValueError(f"no readable picture among the first {count}: {source.identity}")
-    return batch["images"][batch["weight"] > 0]
-
-
-def draw_confusion(table, names, path):
-    """Write a PNG of (classes, classes) counts: a row for each true class, darker for more."""
-    side, left = max(4, min(36, 1200 // len(names))), 150 if len(names) <= 60 else 6
-    image = Image.new("RGB", (left + side * len(names) + 6, left + side * len(names) + 6), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(min(13, side * 2 // 3))
-    shares = table / table.sum(dim=1, keepdim=True).clamp(min=1)
-    for row, name in enumerate(names if left > 6 else ()):
-        y = left + row * side + side // 6
-        draw.text((left - 6, y), name[:20], "black", font, anchor="ra")
-        label = Image.new("RGB", (left, side), "white")
-        ImageDraw.Draw(label).text((6, side // 6), name[:20], "black", font)
-        image.paste(label.rotate(90, expand=True), (left + row * side, 0))
-    draw.text((6, 6), "rows: truth\ncolumns: answer", "black", ImageFont.load_default(13))
-    for (row, column), share in np.ndenumerate(shares.numpy()):
-        x, y, grey = left + column * side, left + row * side, int(255 * (1 - share))
-        colour = grey, grey, 255 if row != column else grey  # mistakes are blue
-        draw.rectangle((x, y, x + side - 1, y + side - 1), colour)
-        if side > 24 and table[row, column]:
-            centre, colour = (x + side // 2, y + side // 2), "white" if share > 0.5 else "black"
-            draw.text(centre, str(int(table[row, column])), colour, font, "mm")
-    image.save(path)
-    print(f"wrote {path}")
-
-
-def draw_mistakes(source, lines, config, path):
-    """Write a PNG of a source's pictures, each with a line of text below."""
-    if not lines:
-        return print(f"there are no mistakes: {path} is not written")
-    images = some_pictures(source, config, len(lines)).permute(0, 2, 3, 1).numpy()
-    side, columns = 224, min(4, len(lines))
-    rows = -(-len(lines) // columns)
-    canvas = Image.new("RGB", (columns * (side + 6) + 6, rows * (side + 28) + 6), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    for i, (pixels, line) in enumerate(zip(images, lines)):
-        x, y = 6 + i % columns * (side + 6), 6 + i // columns * (side + 28)
-        picture = Image.fromarray(pixels.squeeze()).convert("RGB")
-        canvas.paste(ImageOps.pad(picture, (side, side), color="white"), (x, y))
-        draw.text((x, y + side + 4), line[:36], "black", font)
-    canvas.save(path)
-    print(f"wrote {path}")
-
-
-def draw_grid(columns, titles, path):
-    """columns: as many (B, C, H, W) uint8 tensors as titles. Small pictures are enlarged."""
-    B, C, H, W = columns[0].shape
-    scale, gap, top = max(1, 160 // min(H, W)), 6, 22
-    width, height = W * scale + gap, H * scale + gap
-    canvas = Image.new("RGB", (len(columns) * width + gap, top + B * height), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    for x, (column, title) in enumerate(zip(columns, titles)):
-        draw.text((gap + x * width, 3), title, fill="black", font=font)
-        for y, pixels in enumerate(column.permute(0, 2, 3, 1).numpy()):
-            picture = Image.fromarray(pixels[:, :, 0] if C == 1 else pixels).convert("RGB")
-            picture = picture.resize((W * scale, H * scale), Image.Resampling.NEAREST)
-            canvas.paste(picture, (gap + x * width, top + y * height))
-    replaced = " (replaced)" if os.path.exists(path) else ""
-    canvas.save(path)
-    print(f"wrote {path}{replaced}")
-
-
 # -------------------------------------------------------------------------------------------- tasks
 
 
@@ -652,6 +324,8 @@ def task_knn(model, sources, run):
 
 
 def task_fewshot(model, sources, run):
+    from tasks.lowshot import few_shot_split
+
     x, x_test, y, y_test, classes = labelled_features(model, sources, run)
     result = {"top1": {}, "top1_std": {}, "top5": {}}
     print(f"ridge (L2 = {RIDGE:g}), {run.pool} pooling; shots are drawn with seeds 0 to 4")
@@ -670,6 +344,8 @@ def task_fewshot(model, sources, run):
 
 def task_classify(model, sources, run):
     """Top-1 and top-5 of a classifier's head. A picture may have several right classes."""
+    from tasks.video import over_views
+
     source = Bordered(sources[-1], run.border) if run.border else sources[-1]
     names = model.config.get("class_names")
     if not (names and source.classes or run.label_map or run.real_labels):
@@ -711,17 +387,6 @@ def task_classify(model, sources, run):
         lines = [line(*what) for what in shown[: run.count]]
         draw_mistakes(pictures, lines, model.config, run.mistakes)
     return {"top1": top1, "top5": top5, what: len(counted)}
-
-
-def over_views(model):
-    """A function of several views of videos, (b, C, views * T, H, W): the logarithm of the mean of
-    a models.VideoClassifier's probabilities, (b, classes)."""
-
-    def scores(clips):
-        views = clips.split(model.config["frames"], dim=2)  # one after the other: memory
-        return (sum(model(view).float().softmax(dim=1) for view in views) / len(views)).log()
-
-    return scores
 
 
 def best_five(logits):
@@ -789,106 +454,6 @@ def right_answers(names, classes, source, labels, numbers, run):
     return [meanings.get(label, set()) for label in labels.tolist()]
 
 
-def task_zeroshot(model, sources, run):
-    source, device = sources[-1], run.options["device"]
-    tokenizer = open_tokenizer(run.tokenizer, model.config["text"])
-    names = read_class_names(run.classnames, source.classes)
-    templates, count = read_templates(run.templates), sum(map(len, names))
-    print(f"{len(names)} classes, {count} names, {len(templates)} templates, {tokenizer.identity}")
-    classes = class_embeddings(model, names, templates, tokenizer, device).to(device)
-    function = lambda images: best_five(model(model.features(images))[0] @ classes.T)
-    run.options["centre"] = run.val_crop
-    found, labels, _ = extract({"": function}, source, model.config, **run.options)
-    known = labels >= 0
-    if (labels >= len(names)).any():
-        raise ValueError(f"there is a label {int(labels.max())}, and names of {len(names)} classes")
-    if not known.any():
-        raise ValueError(f"no labels in {source.identity}: want class folders or .cls files")
-    if not known.all():
-        print(f"{int((~known).sum())} pictures without a label are left out")
-    hits = found[""][known][:, :-1].long() == labels[known, None]
-    top1, top5 = hits[:, 0].double().mean().item(), hits.any(dim=1).double().mean().item()
-    measured, chance = f"top-1 {top1:.2%}, top-5 {top5:.2%}", f"(chance {1 / len(names):.2%})"
-    print(f"zero-shot {measured} on {len(hits)} pictures {chance}")
-    return {"top1": top1, "top5": top5, "pictures": len(hits), "classes": len(names)}
-
-
-def task_retrieval(model, sources, run):
-    tokenizer = open_tokenizer(run.tokenizer, model.config["text"])
-    found = retrieval(model, sources[-1], tokenizer, centre=run.val_crop, **run.options)
-    print(recall_table(found))
-    return found
-
-
-def recall_table(found):
-    """What retrieval found, in lines to read."""
-    images, texts = found["images"], found["texts"]
-    table = f"{images} pictures, {texts} different captions".ljust(45)
-    table += "recall at 1       5      10"
-    rows = {
-        "a caption of a picture": [found[f"text_recall_at_{k}"] for k in (1, 5, 10)],
-        "a picture of a caption": [found[f"image_recall_at_{k}"] for k in (1, 5, 10)],
-        "(chance, about)": [min(1, k / max(images, texts)) for k in (1, 5, 10)],
-    }
-    for title, shares in rows.items():
-        table += f"\n  {title:47}" + " ".join(f"{share:7.2%}" for share in shares)
-    return table
-
-
-def task_detect(model, sources, run):
-    """COCO's or LVIS's average precision of a detector, or of its results in COCO's format."""
-    import detection  # here, so that nothing else loads it, or needs its file
-
-    scenes = sources[-1]
-    if model is None:
-        found = detection.read_results(run.checkpoint, scenes)
-    else:
-        names, there = model.config["class_names"], scenes.classes
-        if names not in (None, there) or model.classes != len(there):
-            known = f"{model.classes}: {', '.join((names or [])[:3])} ..."
-            raise ValueError(f"{run.data} has other classes than {run.checkpoint} ({known})")
-        found = detection.detect_in(model, scenes, **run.options)
-    if distributed()[0] == 0:
-        path = run.results
-        try:
-            if path:
-                detection.write_results(path, scenes, found)
-                print(f"wrote {path}")
-            path = run.out or Path(run.checkpoint).with_name("detections.png")
-            print_detection(scenes, found, path, run.count)
-        except OSError as error:  # which does not say of a full disk where
-            raise ValueError(f"cannot write {path}: {error}") from None
-    return detection_numbers(scenes, found)
-
-
-def detection_numbers(scenes, found):
-    """{"bbox_AP": ..., "segm_AP": ...} of detections: see detection.average_precision."""
-    import detection
-
-    numbers = {}
-    for kind in ("bbox", "segm") if scenes.has_masks else ("bbox",):
-        if kind == "bbox" or all(one["masks"] is not None for one in found.values()):
-            results = detection.average_precision(scenes, found, kind)
-            numbers |= {f"{kind}_{name}": value for name, value in results.items()}
-    return numbers
-
-
-def print_detection(scenes, found, path, count=8):
-    """The table of detection_numbers, and a PNG of the first pictures with what was found."""
-    import detection
-
-    numbers = detection_numbers(scenes, found)
-    kinds = dict.fromkeys(name.split("_")[0] for name in numbers)
-    detection.print_table(
-        {
-            kind: {n.split("_")[1]: v for n, v in numbers.items() if n.startswith(kind)}
-            for kind in kinds
-        }
-    )
-    detection.draw_detections(path, scenes, found, range(count))
-    print(f"wrote {path}")
-
-
 def task_features(model, sources, run):
     out = Path(run.out or "features.npz")
     if out.exists():
@@ -928,9 +493,12 @@ TASKS = {
     "features": task_features,
     "reconstruct": task_reconstruct,
     "attention": task_attention,
-    "zeroshot": task_zeroshot,
-    "retrieval": task_retrieval,
-    "detect": task_detect,
+}
+# Tasks of which only the model in tasks/ knows how they go: module and function.
+OTHERS = {
+    "zeroshot": ("tasks.lit", "task_zeroshot"),
+    "retrieval": ("tasks.lit", "task_retrieval"),
+    "detect": ("tasks.detect", "task_detect"),
 }
 
 
@@ -940,11 +508,14 @@ def load_model(path, task, device, heads=None, image_size=None, entry=None, **of
     heads, image_size, entry: see models.read_weights; positions are resampled to the image_size.
     of_autoencoder: arguments of an MAE that are other than the checkpoint says.
     """
-    if task == "detect":
-        import detection
+    from tasks.lit import TwoTowers
+    from tasks.video import VideoClassifier
 
-        state, config = detection.read_detector(path)
-        model = detection.Detector(**config)
+    if task == "detect":
+        from tasks.detect import Detector, read_detector
+
+        state, config = read_detector(path)
+        model = Detector(**config)
         model.load_state_dict(state)
         return model.to(device).eval(), f"a detector: {len(state)} tensors loaded"
     state, config = models.read_weights(path, heads, image_size, entry)
@@ -955,7 +526,7 @@ def load_model(path, task, device, heads=None, image_size=None, entry=None, **of
             raise ValueError(f"{path} has no text tower: finetune.py --task lit makes one")
         names = [name for name in ("text", "shared_width", "pool") if name in config]
         pair = {**models.encoder_config(config), **{name: config[name] for name in names}}
-        model = models.TwoTowers(**pair)
+        model = TwoTowers(**pair)
         if missing := model.state_dict().keys() - state.keys():
             raise ValueError(f"{path} lacks {', '.join(sorted(missing)[:3])}: half a pair")
     elif task == "reconstruct":
@@ -976,7 +547,7 @@ def load_model(path, task, device, heads=None, image_size=None, entry=None, **of
         names = config.get("class_names")
         squashed = {"val_crop": config["val_crop"]} if "val_crop" in config else {}
         config = {**models.encoder_config(config), "pool": pool, "class_names": names, **video}
-        kind = models.VideoClassifier if video else models.Classifier
+        kind = VideoClassifier if video else models.Classifier
         model = kind(classes=len(state["head.weight"]), **config)
         model.config |= squashed
     else:
@@ -993,7 +564,9 @@ TASKS_OF_FLAGS = {
     **dict.fromkeys(("label_map", "confusion"), "classify video"),
     **dict.fromkeys(("clips", "crops", "span", "stride", "short_side"), "video"),
     "val_crop": "classify zeroshot retrieval video",
-    **dict.fromkeys(("labels", "val_labels"), " ".join(name for name in TASKS if name != "detect")),
+    **dict.fromkeys(
+        ("labels", "val_labels"), " ".join(name for name in (*TASKS, *OTHERS) if name != "detect")
+    ),
     **dict.fromkeys(("classnames", "templates"), "zeroshot"),
     "tokenizer": "zeroshot retrieval",
     "caption_key": "retrieval",
@@ -1001,7 +574,9 @@ TASKS_OF_FLAGS = {
     "count": "reconstruct attention classify detect",
     "results": "detect",
     **dict.fromkeys(("seed", "raw_pixels", "mask_ratio"), "reconstruct"),
-    **dict.fromkeys(("image_size", "entry"), " ".join(name for name in TASKS if name != "detect")),
+    **dict.fromkeys(
+        ("image_size", "entry"), " ".join(name for name in (*TASKS, *OTHERS) if name != "detect")
+    ),
 }
 RANGES = [("val_crop", 0, 1), ("max_bad", 0, 1), ("border", 0, 2**20), ("seed", 0, 2**62)]
 RANGES += [("count", 1, 1000), ("batch_size", 1, 2**20), ("clips", 1, 1000), ("span", 0, 1e6)]
@@ -1011,7 +586,7 @@ RANGES += [("stride", 0, 1e6), ("short_side", 8, 2**16), ("mask_ratio", 0, 1)]
 def parse_arguments(argv):
     parser = argparse.ArgumentParser("evaluate.py", description="Metrics.", allow_abbrev=False)
     add = parser.add_argument
-    add("--task", required=True, choices=TASKS)
+    add("--task", required=True, choices=[*TASKS, *OTHERS])
     add("--checkpoint", required=True, help="model.pt of any stage, or a public checkpoint")
     add("--heads", type=int, help="of a public checkpoint whose size is unknown")
     add("--entry", help="of one with several networks: state_dict_ema, or a prefix of names")
@@ -1095,6 +670,8 @@ def fail(message, status=2):
 
 
 def main(argv=None):
+    from tasks.video import Clips
+
     run = parse_arguments(argv)
     launched = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}  # by torchrun
     process, processes, local, here = (
@@ -1128,7 +705,7 @@ def main(argv=None):
                 print("pictures are squashed, as for the released weights of this size: --val-crop")
         if video:
             how = run.span, run.stride, run.clips, run.crops, False, run.short_side
-            run.options["clips"] = data.Clips(model.config["frames"], *how)
+            run.options["clips"] = Clips(model.config["frames"], *how)
             run.options["batch_size"] = max(1, run.batch_size // (run.clips * run.crops))
         if run.task == "detect":  # of larger pictures fewer: attention's biases fill the memory
             run.options["batch_size"] = math.ceil(run.batch_size * min(1, 224**2 / math.prod(size)))
@@ -1137,14 +714,19 @@ def main(argv=None):
         data.limit_pixels(run.max_pixels)
         opened = run.data, run.val_data, size, *labels, cache, run.caption_key
         if run.task == "detect":
-            import detection
+            from tasks.scenes import scenes_to_measure
 
-            train, val = None, detection.scenes_to_measure(run.val_data or run.data, size[0])
+            train, val = None, scenes_to_measure(run.val_data or run.data, size[0])
         else:
             train, val = data.open_sources(*opened, videos=video)
         if val is None and run.task in ("knn", "fewshot"):
             raise ValueError(f"{run.data} has no train/ and val/: give the latter as --val-data")
-        result = TASKS[run.task](model, [train, val] if val else [train], run)
+        if run.task in OTHERS:  # here, so that nothing else loads it
+            module, name = OTHERS[run.task]
+            function = getattr(importlib.import_module(module), name)
+        else:
+            function = TASKS[run.task]
+        result = function(model, [train, val] if val else [train], run)
     except (ValueError, OSError) as error:
         fail(error, 1 if isinstance(error, data.Unreachable) else 2)
     except KeyboardInterrupt:

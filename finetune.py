@@ -15,7 +15,7 @@ classify  every weight is trained, by the public MAE code's recipe (FINETUNE.md 
 linear    a linear head on the frozen encoder: many learning rates in one pass, the best one chosen
 lowshot   K pictures of a class, five draws: prompts in the frozen encoder (VPT, arXiv 2203.12119),
           and logistic regression on its features
-detect    boxes and masks: ViTDet's Cascade Mask R-CNN on the same encoder, see detection.py
+detect    boxes and masks: ViTDet's Cascade Mask R-CNN on the same encoder, see tasks/detect.py
 lit       a text tower learns to meet the frozen encoder on pairs of picture and caption (LiT, arXiv
           2111.07991): then classes are recognised by their names, see evaluate.py --task zeroshot
 video     as classify, of clips: two frames share a token, and positions are relative, too
@@ -45,17 +45,69 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.distributed.elastic.multiprocessing import errors
 from tqdm import tqdm
 
 import data
-import detection
 import evaluate
 import kernels
 import model as models
+from support.checkpoints import (
+    barrier,
+    begin_run,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from support.labels import names_of_list
+from support.launch import check_agreement, not_finite, set_timeouts, verdict
+from support.plan import (
+    block_flops,
+    check_shard_group,
+    describe_sharding,
+    fitting_batch,
+    flops_per_image,
+    memory_budget,
+    peak_flops,
+    peak_memory,
+    planned_batch,
+    print_plan,
+    settle_sharding,
+    training_memory,
+)
+from support.toy import Toy
+from tasks.augment import MIX_DRAWS, augment, label_loss, mix
+from tasks.detect import (
+    VITDET,
+    Detector,
+    detect_in,
+    detection_numbers,
+    detector_flops,
+    learn_scenes,
+    load_trunk,
+    print_detection,
+    read_weights,
+    vitdet_schedule,
+)
+from tasks.lit import (
+    LIT,
+    LIT_CROP,
+    PADDING,
+    PAIRS,
+    TEXT_SIZES,
+    TwoTowers,
+    all_captions,
+    clean,
+    learn_pairs,
+    read_text_weights,
+    recall_table,
+    retrieval,
+    tokenizer_for,
+)
+from tasks.lowshot import LOWSHOT_RATES, PENALTIES, SEEDS, Prompted, few_shot_split, logistic_scores
+from tasks.scenes import SceneBatches, ToyScenes, classes_present, open_scenes, repeat_factors
+from tasks.video import VIDEO_RECIPES, Clips, VideoClassifier
 
 # size: (batch size, lr per 256 images, epochs, layer decay, drop path) of classify. B, L and H: the
 # public MAE code's FINETUNE.md. What the paper did for 2B and 6.5B is unknown: they get H's.
@@ -66,17 +118,6 @@ RECIPES = {
 }
 RECIPES |= {"2B": RECIPES["H"], "6.5B": RECIPES["H"]}
 RECIPES["toy"] = (64, 4e-3, 100, 0.75, 0.0)  # ours
-# The same of video, borrowed: the paper's are unknown. B: OmniMAE's on Something-Something, of the
-# same group. L, H: PySlowFast's of MAE on Kinetics, but for the lr, whose unit is not clear there:
-# half of B's, as there. The augmentation is OmniMAE's; 2B and 6.5B get H's.
-VIDEO_RECIPES = {
-    "B": (256, 1e-3, 100, 0.75, 0.1),
-    "L": (256, 5e-4, 50, 0.75, 0.2),
-    "H": (256, 5e-4, 75, 0.8, 0.2),
-}
-VIDEO_RECIPES |= {"2B": VIDEO_RECIPES["H"], "6.5B": VIDEO_RECIPES["H"]}
-# Ours: what moves is seen first by the patch embedding, which has to learn it.
-VIDEO_RECIPES["toy"] = (32, 8e-3, 100, 1.0, 0.0)
 # Of the toy world: of its 65,536 pictures, of 15,564, and of the few that lowshot draws (ours).
 TOY_EPOCHS = {"classify": 0.4, "linear": 2, "lowshot": 10}
 TOY_EPOCHS |= {"lit": 1, "video": 0.2, "detect": 0.02}
@@ -86,24 +127,6 @@ OPERATIONS_DONE = {"classify": 2, "video": 4}  # of RandAugment
 TOY_AUGMENTATION = dict.fromkeys(AUGMENTATION, 0.0) | {"min_crop": 0.5}
 # Heads that linear trains side by side, by lr per 256 images (ours; SWAG's lies among them).
 LINEAR_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-LOWSHOT_RATES = (1e-3, 4e-3, 1.6e-2)  # of AdamW (ours: the paper's optimizer is unknown)
-PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # L2 of logistic regression (ours)
-SEEDS = range(5)  # draws of the low-shot pictures (paper, section 4.4)
-LIT_CROP = 0.9  # least area: captions speak of the whole picture (borrowed of open_clip)
-# Of lit, batch size (recalled of the paper, unsure), then what is borrowed of big_vision's LiT, as
-# the paper's is unknown: lr (not scaled with the batch), weight decay, warm-up, gradient clipping.
-LIT = (32_768, 1e-3, 0.01, 0.03, 1.0)
-# size: lr at batch 64 (COCO, LVIS), layer decay, drop path (COCO, LVIS), epochs (COCO, LVIS) of
-# detect: detectron2's projects/ViTDet, which the paper starts from. 2B is H with L's layer decay
-# (recalled); 6.5B is ours to guess; toy and others are ours.
-VITDET = {
-    "B": ((1e-4, 2e-4), 0.7, (0.1, 0.1), (100, 100)),
-    "L": ((1e-4, 2e-4), 0.8, (0.4, 0.4), (100, 100)),
-    "H": ((1e-4, 1e-4), 0.9, (0.5, 0.4), (75, 100)),
-    "2B": ((1e-4, 1e-4), 0.8, (0.5, 0.4), (75, 100)),
-    "6.5B": ((1e-4, 1e-4), 0.8, (0.5, 0.4), (75, 100)),
-    "toy": ((1e-3, 1e-3), 0.8, (0.0, 0.0), (20, 20)),  # at any batch: 2e-3 learned nothing
-}
 # Flags of some tasks: the others refuse them.
 TASKS_OF_FLAGS = {
     **dict.fromkeys(("keep_head", "plan"), "classify"),
@@ -166,7 +189,7 @@ def parse_arguments(argv):
     add("--frames", type=int, help="video: of a clip, an even number (16; toy: 4)")
     option = argparse.BooleanOptionalAction
     add("--relative-positions", action=option, default=True, help="video: in every block (yes)")
-    add("--text-size", help=f"lit: {' '.join(models.TEXT_SIZES)}, or WIDTHxLAYERSxHEADS (by size)")
+    add("--text-size", help=f"lit: {' '.join(TEXT_SIZES)}, or WIDTHxLAYERSxHEADS (by size)")
     add("--text-init", help="lit: XLM-R's weights for the text tower to start from")
     add("--tokenizer", help="lit: XLM-R's sentencepiece file (without: bytes)")
     add("--context", type=int, help="lit: tokens that a caption may have (100; toy: 40)")
@@ -258,7 +281,7 @@ def prepare(run):
     run.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if run.plan and run.gpus:  # a plan for GPUs may be made anywhere
         run.processes, kind = run.gpus, "cuda"
-    models.check_shard_group(run)
+    check_shard_group(run)
     run.precision = run.precision or ("bf16" if kind == "cuda" else "fp32")
     kernels.forced()  # a wrong ATTENTION in the environment is found here, not after loading
     if run.precision == "bf16" and kind != "cuda":
@@ -277,7 +300,7 @@ def prepare(run):
     names += ("channels", "positions", "norm_eps", "class_names", "pool")
     names += ("text", "shared_width") if run.task == "lit" else ()
     names += ("frames", "relative_positions") if run.task == "video" else ()
-    read = detection.read_weights if run.task == "detect" else models.read_weights
+    read = read_weights if run.task == "detect" else models.read_weights
     run.weights, run.config, run.origin = models.inherit(
         run.init, given, names, run.heads, read, run.entry
     )
@@ -291,7 +314,7 @@ def prepare(run):
     else:
         opened = run.data or "toy", run.val_data, run.image_size, *labels, cache, run.caption_key
         run.train, run.val = data.open_sources(*opened, videos=run.task == "video")
-    toy, run.weighting, run.schedule = isinstance(run.train, data.Toy), {}, schedule
+    toy, run.weighting, run.schedule = isinstance(run.train, Toy), {}, schedule
     toy_recipe = toy and run.config["size"] == "toy"
     if run.task == "video":
         run.frames = run.frames or run.config.get("frames", 4 if toy_recipe else 16)
@@ -299,7 +322,7 @@ def prepare(run):
         run.config |= {"frames": run.frames, "relative_positions": run.relative_positions}
     run.finetunes = run.task in ("classify", "video")
     how = run.span, run.stride, 1, 1, not run.no_flip, run.short_side
-    run.clips = data.Clips(run.frames, *how) if run.task == "video" else None
+    run.clips = Clips(run.frames, *how) if run.task == "video" else None
     if run.task == "lit":
         prepare_pairs(run, pool)
     elif run.task != "detect":
@@ -347,13 +370,13 @@ def prepare(run):
         if run.config["size"] == "toy":
             batch_size, scale = 2, 1
         run.lr = run.lr or rates[lvis] * scale
-        run.weighting = detection.repeat_factors(run.train) if lvis else {}
+        run.weighting = repeat_factors(run.train) if lvis else {}
         if run.decay_floor is None:  # of encoders that have learned hashtags (recalled)
             run.decay_floor = 0.1 if run.weights and "head.weight" in run.weights[0] else 0.0
         warmup = 0.0  # see vitdet_schedule
     if toy_recipe:
         epochs, warmup = TOY_EPOCHS[run.task], max(warmup, 0.05)
-    run.batch_size = run.batch_size or models.planned_batch(batch_size, run)
+    run.batch_size = run.batch_size or planned_batch(batch_size, run)
     if run.batch_size % 2:
         raise ValueError(f"--batch-size {run.batch_size}: want an even number (mixup needs pairs)")
     count = int(run.train.sizes.sum())
@@ -409,7 +432,7 @@ def prepare_labels(run, classes_of_head, pool):
         state, grid = run.weights
         count, wanted = len(state["head.weight"]), run.train.classes
         wanted = wanted or list(map(str, range(run.classes)))
-        names = classes_of_head or evaluate.names_of_list(count, wanted) or []
+        names = classes_of_head or names_of_list(count, wanted) or []
         if names != wanted:  # some of the head's, or in another order
             times, rows = Counter(names), dict(zip(names, range(count)))
             if odd := [name for name in wanted if times[name] != 1]:
@@ -427,7 +450,7 @@ def prepare_labels(run, classes_of_head, pool):
         if run.pool not in (None, pool):
             raise ValueError(f"--keep-head: the head in --init reads --pool {pool}")
         run.pool = pool
-    if isinstance(run.val, data.Toy):  # it has no end
+    if isinstance(run.val, Toy):  # it has no end
         run.val = data.Part(run.val, range(1024))
         run.train = run.train if run.finetunes else data.Part(run.train, range(16_384))
     if not run.finetunes:  # what is chosen is chosen on a slice of train
@@ -453,8 +476,8 @@ def prepare_scenes(run, side, classes_of_head):
     if not toy and run.data.endswith(".json") and not run.val_data:
         raise ValueError(f"{run.data} is all of the data: give --val-data, too")
     run.image_size, run.config["image_size"] = (height, width), height
-    run.train, run.val = detection.open_scenes(run.data or "toy", run.val_data, height)
-    run.val = detection.ToyScenes("val", height, 64) if toy else run.val
+    run.train, run.val = open_scenes(run.data or "toy", run.val_data, height)
+    run.val = ToyScenes("val", height, 64) if toy else run.val
     run.classes = len(run.train.classes)
     if goes_on and classes_of_head != run.train.classes:  # what tells them apart is learned anew
         of_classes = re.compile(r"boxes\.\d\.class_predictor\.|mask\.predictor\.")
@@ -476,7 +499,7 @@ def prepare_pairs(run, pool):
     run.train, run.val = data.hold_out(run.train, run.val, 1000, share=0.1)
     if not run.val.sizes.any():
         raise ValueError(f"{run.train.identity} is too small: a tenth of it is held out")
-    if not any(map(data.clean, itertools.chain(*data.all_captions(run.val)))):
+    if not any(map(clean, itertools.chain(*all_captions(run.val)))):
         want = f"want .txt or .json with {run.caption_key!r} in shards, or --labels (path,caption)"
         raise ValueError(f"no captions in {run.val.identity}: {want}")
     known = run.config.get("text", {})  # where --init is a pair of towers already
@@ -484,13 +507,13 @@ def prepare_pairs(run, pool):
         raise ValueError(f"{run.init} has a text tower: leave --text-init out")
     run.text_weights = None
     if run.text_init:
-        run.text_weights, known = models.read_text_weights(run.text_init)
+        run.text_weights, known = read_text_weights(run.text_init)
         run.origin += f", text {models.origin_of(run.text_weights)}"
     if known and run.text_size not in (None, known["size"]):
         raise ValueError(f"--text-size {run.text_size}: the weights are of size {known['size']}")
     run.tokenizer_file = run.tokenizer
-    run.tokenizer = evaluate.open_tokenizer(run.tokenizer_file, known)
-    size, shared_width = models.PAIRS.get(run.config["size"], models.PAIRS["L"])
+    run.tokenizer = tokenizer_for(run.tokenizer_file, known)
+    size, shared_width = PAIRS.get(run.config["size"], PAIRS["L"])
     text = {"size": run.text_size or size, "vocabulary": run.tokenizer.vocabulary}
     text["context"] = 40 if text["size"] == "toy" else 100  # toy: the first object of a caption
     text |= known | {"tokenizer": run.tokenizer.identity}
@@ -501,144 +524,6 @@ def prepare_pairs(run, pool):
     if run.shared_width not in (None, run.config["shared_width"]) and known.get("context"):
         raise ValueError(f"--shared-width: that of {run.init} is {run.config['shared_width']}")
     run.config["shared_width"] = run.shared_width or run.config["shared_width"]
-
-
-# ------------------------------------------------------------------------------------ augmentation
-
-
-def warp(image, *matrix):
-    """(x, y) of the result is taken from (ax + by + c, dx + ey + f); the mean colour fills up."""
-    mean = tuple(round(255 * m) for m in data.channel_statistics(len(image.getbands()))[0])
-    how = {"fillcolor": mean if len(mean) > 1 else mean[0], "resample": Image.Resampling.BICUBIC}
-    if len(matrix) == 1:
-        return image.rotate(*matrix, **how)
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, **how)
-
-
-def enhance(kind, image, amount):
-    """amount 0: unchanged, -1: none of it, 1: twice as much; at least a tenth is kept."""
-    return kind(image).enhance(max(0.1, 1 + amount))
-
-
-# RandAugment's operations in the "increasing" ranges of timm's rand-m9-mstd0.5-inc1. A level is in
-# 0 .. 1; where the operation has a direction, s is the level or its negative.
-OPERATIONS = {
-    "auto contrast": lambda image, level, s: ImageOps.autocontrast(image),
-    "equalize": lambda image, level, s: ImageOps.equalize(image),
-    "invert": lambda image, level, s: ImageOps.invert(image),
-    "rotate": lambda image, level, s: warp(image, 30 * s),  # degrees
-    "posterize": lambda image, level, s: image.point(lambda v: v & 0xFF00 >> 4 - int(4 * level)),
-    "solarize": lambda image, level, s: ImageOps.solarize(image, 256 - int(256 * level)),
-    "solarize add": lambda image, level, s: image.point(lambda v: v + (v < 128) * int(110 * level)),
-    "color": lambda image, level, s: enhance(ImageEnhance.Color, image, 0.9 * s),
-    "contrast": lambda image, level, s: enhance(ImageEnhance.Contrast, image, 0.9 * s),
-    "brightness": lambda image, level, s: enhance(ImageEnhance.Brightness, image, 0.9 * s),
-    "sharpness": lambda image, level, s: enhance(ImageEnhance.Sharpness, image, 0.9 * s),
-    "shear x": lambda image, level, s: warp(image, 1, 0.3 * s, 0, 0, 1, 0),
-    "shear y": lambda image, level, s: warp(image, 1, 0, 0, 0.3 * s, 1, 0),
-    "translate x": lambda image, level, s: warp(image, 1, 0, 0.45 * s * image.width, 0, 1, 0),
-    "translate y": lambda image, level, s: warp(image, 1, 0, 0, 0, 1, 0.45 * s * image.height),
-}
-
-
-def normal(draws):
-    """(..., 2) uniform in [0, 1) -> (...) standard normal numbers (Box and Muller)."""
-    return np.sqrt(-2 * np.log1p(-draws[..., 0])) * np.cos(2 * math.pi * draws[..., 1])
-
-
-def augment(pixels, key, magnitude, erasing, operations=2):
-    """RandAugment and random erasing of (C, H, W) uint8. key: (seed, epoch, position).
-
-    RandAugment: so many operations, the same perhaps twice, each done with probability 0.5, at a
-    level of a tenth of N(magnitude, 0.5). Erasing, with this probability: a box of 2 % to a third
-    of the picture, with sides of 0.3 to 1 / 0.3, is filled with noise N(0, 1) in normalised units
-    (cut to what a byte holds: values beyond some 2.1 deviations).
-    """
-    count = 5 * operations + 24
-    draws = data.uniform(data.random_bits(count, *key, data.AUGMENT))
-    chosen, draws = draws[: 5 * operations].reshape(operations, 5), draws[5 * operations :]
-    if magnitude:
-        image = Image.fromarray(pixels.permute(1, 2, 0).numpy().squeeze())
-        for which, done, *noise, direction in chosen:
-            if done < 0.5:
-                level = float(np.clip((magnitude + 0.5 * normal(np.array(noise))) / 10, 0, 1))
-                operation = list(OPERATIONS.values())[int(which * len(OPERATIONS))]
-                image = operation(image, level, level if direction < 0.5 else -level)
-        pixels = torch.from_numpy(np.array(image)).reshape(*image.size[::-1], -1).permute(2, 0, 1)
-    C, H, W = pixels.shape
-    for area, ratio in draws[1:21].reshape(10, 2) if draws[0] < erasing else ():
-        area, ratio = H * W * (0.02 + (1 / 3 - 0.02) * area), 0.3 ** (1 - 2 * ratio)
-        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if h < H and w < W:
-            top, left = int(draws[21] * (H - h + 1)), int(draws[22] * (W - w + 1))
-            bits = data.random_bits(count + 2 * h * w * C, *key, data.AUGMENT)[count:]
-            mean, deviation = np.array(data.channel_statistics(C))[:, :, None, None]
-            noise = normal(data.uniform(bits).reshape(C, h, w, 2)) * deviation + mean
-            noise = (255 * noise).round().clip(0, 255).astype(np.uint8)
-            pixels[:, top : top + h, left : left + w] = torch.from_numpy(noise)
-            break
-    return pixels
-
-
-MIX_DRAWS = 4  # numbers of a sample for mix(); drop path's come after them
-
-
-def mix(images, weight, numbers, mixup, cutmix):
-    """Mixup (arXiv 1710.09412) or CutMix (1905.04899), half and half, of positions 2i and 2i + 1.
-
-    images (B, C, [T,] H, W), all T alike; weight (B,), 0 for an unreadable one, which is not mixed
-    in; numbers (B, MIX_DRAWS) uniform, of which the pair's first are used; mixup, cutmix: alphas of
-    Beta(alpha, alpha), at most 1, 0 for none. Returns the images and (B,) the share of each one's
-    own label; its neighbour's has the rest. (timm draws one share for a batch; here a pair has its
-    own, so that nothing depends on how a batch is dealt.)
-    """
-    if not mixup and not cutmix:
-        return images, torch.ones_like(weight)
-    frames, images = images.shape[1:-2], images.flatten(1, -3)  # of clips: (B, C*T, H, W)
-    H, W = images.shape[2:]
-    numbers = numbers[::2].repeat_interleave(2, dim=0)  # (B, MIX_DRAWS), the same for both
-    which, u, *centre = numbers.unbind(dim=1)  # (B,) each
-    cut = (which < 0.5) if mixup and cutmix else torch.full_like(weight > 0, cutmix > 0)
-    share = torch.where(cut, beta(u, cutmix or 1.0), beta(u, mixup or 1.0))
-    # CutMix's box has 1 - share of the area, is centred anywhere, and cut at the edges.
-    rows, columns = torch.arange(H, device=images.device), torch.arange(W, device=images.device)
-    half = (1 - share).sqrt()[:, None] / 2
-    inside_y = ((rows + 0.5) / H - centre[0][:, None]).abs() < half  # (B, H)
-    inside_x = ((columns + 0.5) / W - centre[1][:, None]).abs() < half  # (B, W)
-    box = (inside_y[:, :, None] & inside_x[:, None, :])[:, None]  # (B, 1, H, W)
-    share = torch.where(cut, 1 - box.float().mean(dim=(1, 2, 3)), share)
-    own = torch.where(cut[:, None, None, None], 1 - box.float(), share[:, None, None, None])
-    alone = weight.unflatten(0, (-1, 2)).amin(dim=1).repeat_interleave(2) == 0
-    own = torch.where(alone[:, None, None, None], 1.0, own)
-    neighbour = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    images = (own * images + (1 - own) * neighbour).unflatten(1, frames)
-    return images, torch.where(alone, 1.0, share)
-
-
-def beta(u, alpha):
-    """Uniform numbers in [0, 1) -> draws from Beta(alpha, alpha): its inverse, in 4096 steps."""
-    values = (torch.arange(4096, device=u.device) + 0.5) / 4096
-    mass = (values * (1 - values)) ** (alpha - 1)
-    return values[torch.searchsorted(mass.cumsum(dim=0), u * mass.sum()).clamp(max=4095)]
-
-
-def label_loss(logits, labels, share, smoothing, class_weights):
-    """Cross-entropy with each sample's label and its neighbour's: (losses (B,), weights (B,)).
-
-    logits (B, heads, classes): the sum over the heads, which do not know of each other. share: see
-    mix(). class_weights (classes,): a loss counts as much as its labels' weights; the mean over a
-    batch is losses.sum() / weights.sum(). Labels below 0 weigh nothing.
-    """
-    losses, weights = 0, 0
-    neighbours = labels.unflatten(0, (-1, 2)).flip(1).flatten()
-    for label, part in ((labels, share), (neighbours, 1 - share)):
-        part = part * torch.where(label >= 0, class_weights[label.clamp(min=0)], 0.0)
-        targets = label.clamp(min=0)[:, None].expand(-1, logits.shape[1])  # (B, heads)
-        loss = F.cross_entropy(
-            logits.float().transpose(1, 2), targets, reduction="none", label_smoothing=smoothing
-        )
-        losses, weights = losses + part * loss.sum(dim=1), weights + part
-    return losses, weights
 
 
 # -------------------------------------------------------------------------------- models, optimizer
@@ -697,42 +582,6 @@ def over_processes(sums):
     return sums
 
 
-class Prompted(nn.Module):
-    """VPT, deep: every block of a frozen encoder gets fresh prompts beside its tokens.
-
-    8 prompts of width 192 for each layer (recalled of the paper), brought to the encoder's width by
-    one linear map (VPT's code: uniform prompts, bound sqrt(6 / (3 P^2 + d))); a linear head on what
-    is pooled. Only these are trained.
-    """
-
-    PROMPTS, PROMPT_WIDTH = 8, 192
-
-    def __init__(self, trunk, seed):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        shape = trunk.layers, self.PROMPTS, self.PROMPT_WIDTH
-        bound = math.sqrt(6 / (3 * trunk.patch_size**2 + self.PROMPT_WIDTH))
-        self.prompts = nn.Parameter((2 * torch.rand(shape, generator=generator) - 1) * bound)
-        bound = math.sqrt(6 / (self.PROMPT_WIDTH + trunk.width))
-        weight = (2 * torch.rand(trunk.width, shape[2], generator=generator) - 1) * bound
-        self.project = nn.Linear(self.PROMPT_WIDTH, trunk.width)
-        self.head = nn.Linear(trunk.width, trunk.classes)
-        with torch.no_grad():
-            self.project.weight.copy_(weight)
-            for zero in (self.project.bias, self.head.weight, self.head.bias):
-                zero.zero_()
-        self.trunk = trunk.requires_grad_(False)
-
-    def forward(self, images, noise=None):
-        """(B, C, H, W) -> logits (B, 1, classes)."""
-        x = self.trunk.tokens(images)  # (B, 1 + N, D)
-        for block, prompts in zip(self.trunk.blocks, self.project(self.prompts)):
-            prompts = prompts.expand(len(x), -1, -1)
-            x = block(torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1))
-            x = torch.cat([x[:, :1], x[:, 1 + self.PROMPTS :]], dim=1)
-        return self.head(self.trunk.pooled(x))[:, None]
-
-
 def layer_groups(model, weight_decay, layer_decay, floor=0.0, all_decayed=False):
     """Parameter groups with lr_scale = layer_decay ^ (layers + 1 - layer), at least `floor`.
 
@@ -760,7 +609,7 @@ def classifier(run):
     """The models.Classifier of a run on the meta device: shapes without memory."""
     kind, head_std = models.Classifier, 2e-5
     if run.task == "video":
-        kind, head_std = models.VideoClassifier, 0.01  # OmniMAE's
+        kind, head_std = VideoClassifier, 0.01  # OmniMAE's
     names = {"classes": run.classes, "class_names": run.train.classes, "head_std": head_std}
     with torch.device("meta"):
         return kind(pool=run.pool, drop_path=run.drop_path, **names, **run.config)
@@ -798,58 +647,6 @@ def learn_labels(run, model, pieces):
     return sums
 
 
-def learn_pairs(run, model, pieces):
-    """A step on pairs of picture and caption: see train. Exact however the batch is cut in pieces.
-
-    Of several pieces, first only the embeddings are computed. The loss of the whole batch says how
-    each should move, and with that each piece is computed again, now with its gradient (GradCache,
-    arXiv 2101.06983). Pictures are seen once: their tower is frozen.
-    """
-    kept = []
-    towers = getattr(model, "module", model)  # DistributedDataParallel hands on forward alone
-    for batch in pieces:
-        weight = batch["weight"]
-        if run.features is None:
-            with torch.no_grad():
-                features = towers.features(data.normalize(batch["images"])).float()
-        else:
-            features = run.features[batch["samples"].cpu()].to(run.device)
-            weight = weight * features.isfinite().all(dim=1)  # those of unreadable pictures are nan
-            features = features.nan_to_num()
-        kept.append((features, batch["tokens"], weight))
-    with torch.set_grad_enabled(len(kept) == 1):
-        found = [model(features, tokens) for features, tokens, _ in kept]
-    images, texts, scales = ([x.detach() for x in parts] for parts in zip(*found))
-    leaves = [x.requires_grad_() for x in (torch.cat(images), torch.cat(texts), scales[0])]
-    weight = torch.cat([weight for *_, weight in kept])
-    loss = models.contrastive_loss(*leaves, weight)
-    (loss * run.processes).backward()  # gradients are averaged over the processes
-    sizes = [len(weight) for *_, weight in kept]
-    gradients = zip(*(leaf.grad.split(sizes) for leaf in leaves[:2]))
-    for i, gradient in enumerate(gradients):
-        if len(kept) > 1:
-            with models.sync_gradients(model, last=i == len(kept) - 1):
-                found[i] = model(*kept[i][:2])
-                torch.autograd.backward(found[i], (*gradient, leaves[2].grad / len(kept)))
-        else:
-            torch.autograd.backward(found[i], (*gradient, leaves[2].grad))
-    # The loss is the batch's mean already.
-    share = run.batch_size / run.processes
-    return torch.stack([loss.detach() / run.processes, loss.new_tensor(share), (weight == 0).sum()])
-
-
-def learn_scenes(run, model, pieces):
-    """A step on scenes: see train. What a detector's loss is made of, see detection.py."""
-    sums = torch.zeros(3, device=run.device)
-    for batch in pieces:
-        losses, _ = model(data.normalize(batch["images"]), batch["targets"])
-        loss = (losses * batch["weight"]).sum() / run.batch_size
-        (loss * run.processes).backward()  # gradients are averaged over the processes
-        weight = batch["weight"]
-        sums += torch.stack([loss.detach(), weight.sum(), (weight == 0).sum()])
-    return sums
-
-
 def check_pieces(run, share, micro_batch):
     """Raise ValueError where micro-batches are not whole parts of a process's share of a batch."""
     whole = share == micro_batch if run.batch_norm else share % micro_batch == 0
@@ -875,11 +672,11 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
     order = data.Order(source.sizes, run.seed, run.lanes, **run.weighting)
     share = run.batch_size // run.processes
     trunk = getattr(model, "trunk", model)
-    shard_group = models.settle_sharding(trunk, run)
+    shard_group = settle_sharding(trunk, run)
     # Batch statistics are those of the whole batch: it must not come in pieces.
     settled = copy.copy(run)
     settled.shard_group = shard_group
-    whole = share if run.batch_norm else models.fitting_batch(trunk, share, settled)
+    whole = share if run.batch_norm else fitting_batch(trunk, share, settled)
     micro_batch = settled.micro_batch = run.micro_batch or whole
     pieces = share // micro_batch
     dealt = {"process": run.process, "processes": run.processes, "pieces": pieces}
@@ -905,27 +702,27 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
     # ------------------------------------------------------------------------------------- resume
     first_step, bad, unlabelled = 0, 0, 0
     identity = {**run.identity, "lanes": order.lanes, "samples": source.identity, "steps": steps}
-    checkpoint = models.find_checkpoint(out, run.resume, identity)
+    checkpoint = find_checkpoint(out, run.resume, identity)
     facts = {"micro_batch": micro_batch, "shard_group": shard_group, "out": str(out)}
     facts |= {"save_every": run.save_every, "checkpoint": str(checkpoint)}
-    models.check_agreement(identity | facts)
+    check_agreement(identity | facts)
     if checkpoint:
         say(f"going on from {checkpoint}")
-        record = models.load_checkpoint(checkpoint, model, optimizer)
+        record = load_checkpoint(checkpoint, model, optimizer)
         first_step, bad, unlabelled = record["step"], record["bad"], record["unlabelled"]
     if run.process == 0:
-        models.begin_run(
+        begin_run(
             out, {**identity, "command": sys.argv, "resume": run.resume}, checkpoint, first_step
         )
 
     # --------------------------------------------------------------------------------------- loop
-    peak, chip = models.peak_flops(device)
+    peak, chip = peak_flops(device)
     millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     say(f"data     {source.identity}")
     say(f"model    {run.config['size']}, {millions:.2f} M weights to train, "
         f"{flops / 1e9:.2f} GFLOP an image")  # fmt: skip
     say(f"batch    {run.batch_size}: {run.processes} processes x {pieces} x {micro_batch}")
-    spread = models.describe_sharding(trunk, settled)
+    spread = describe_sharding(trunk, settled)
     # The memory in it is that of a trunk of which every weight is trained.
     say(f"parallel {spread if run.task in ('classify', 'video') else spread.split(' (')[0]}")
     if run.task not in ("lowshot", "detect"):  # prompts make other shapes, detect has biases
@@ -950,7 +747,7 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
         kept = run.keep_last, run.keep_every, device.type == "cuda"
         wait_for_save()  # the one before: never two at once
         folder, saved_step = out / "checkpoints", done
-        wait_for_save = models.save_checkpoint(folder, done, model, optimizer, record, *kept)
+        wait_for_save = save_checkpoint(folder, done, model, optimizer, record, *kept)
 
     def pieces_of_step(unreadable):
         nonlocal waited
@@ -1003,7 +800,7 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
             fail(f"{what}: all, or over --max-bad {run.max_bad}; mend or remove them", 1)
         if not math.isfinite(loss + norm):
             lr = optimizer.param_groups[-1]["lr"]
-            fail(models.not_finite(model, step, run.batch_size, loss, norm, lr), 1)
+            fail(not_finite(model, step, run.batch_size, loss, norm, lr), 1)
         optimizer.step()
         optimizer.zero_grad()
         gradients = None  # as a list it would keep them all through the next step
@@ -1023,7 +820,7 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
             entry |= {"grad_norm": norm, "images_per_second": rate}
             entry["mfu"] = rate * flops / (peak * run.processes) if peak else 0.0
             entry["data_wait"] = waited / (now - logged)
-            entry["memory_gib"] = models.peak_memory(device)
+            entry["memory_gib"] = peak_memory(device)
             entry["eta_seconds"] = (now - began) / (done - first_step) * (steps - done)
             if saving and run.measure:
                 swap_average(optimizer)
@@ -1034,7 +831,7 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
                     file.write(json.dumps(entry) + "\n")
                 say(step_line(entry, steps))
             gc.collect(2 if saving else 1)
-            models.set_timeouts(minutes=10)  # all have started by now
+            set_timeouts(minutes=10)  # all have started by now
             waited, last_logged, logged = 0.0, done, time.perf_counter()
 
         if saving:
@@ -1065,15 +862,6 @@ def schedule(step, steps, warmup):
     if step < warmup * steps:
         return (step + 1) / (warmup * steps + 1)
     return 0.5 * (1 + math.cos(math.pi * (step / steps - warmup) / (1 - warmup)))
-
-
-def vitdet_schedule(step, steps, warmup):
-    """detectron2's for ViTDet: 250 steps of warm-up from a thousandth (of a short run at most a
-    twentieth), and after eight ninths and 26 of 27 parts drops to a tenth. A share."""
-    rise = min(250, steps // 20)
-    if step < rise:
-        return 0.001 + 0.999 * step / rise
-    return 0.1 ** ((9 * step >= 8 * steps) + (27 * step >= 26 * steps))
 
 
 # What is measured with a save, as the step line calls it.
@@ -1115,13 +903,13 @@ def classify(run, say):
     steps = run.steps or math.ceil(run.epochs * int(run.train.sizes.sum()) / run.batch_size)
     if run.plan:
         run.steps, model, share = steps, classifier(run), run.batch_size // run.processes
-        run.shard_group = models.settle_sharding(model, run)
-        run.micro_batch = run.micro_batch or models.fitting_batch(model, share, run)
+        run.shard_group = settle_sharding(model, run)
+        run.micro_batch = run.micro_batch or fitting_batch(model, share, run)
         run.pieces = share // run.micro_batch
         dealt = run.batch_size, run.process, run.processes  # as it would be: else a ValueError
         data.Batches(run.train, run.image_size, run.config["channels"], *dealt)
         check_pieces(run, share, run.micro_batch)
-        return run.process or models.print_plan(model, run)
+        return run.process or print_plan(model, run)
     model = build_trunk(run, say)
     config = model.config
     run.measure = lambda model: dict(zip(("top1", "top5"), measured(run, model, run.val)[0][0]))
@@ -1132,7 +920,7 @@ def classify(run, say):
             group |= {"initial_lr": run.lr, "ema": run.ema}
         return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=run.device.type != "mps")
 
-    drawn, flops = {"draws": MIX_DRAWS + 2 * model.layers}, 3 * models.flops_per_image(model)
+    drawn, flops = {"draws": MIX_DRAWS + 2 * model.layers}, 3 * flops_per_image(model)
     if run.rand_augment or run.erase:
         how = {"magnitude": run.rand_augment, "erasing": run.erase}
         drawn["augment"] = partial(augment, **how, operations=OPERATIONS_DONE[run.task])
@@ -1161,7 +949,7 @@ def linear(run, say):
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
 
     steps = run.steps or math.ceil(run.epochs * int(run.train.sizes.sum()) / run.batch_size)
-    flops = models.flops_per_image(trunk)  # no backward through it
+    flops = flops_per_image(trunk)  # no backward through it
     if not train(run, model, optimizer, run.train, run.out, steps, say, flops):
         return
     (chosen_by, some), (on_val, count) = (measured(run, model, on) for on in (run.slice, run.val))
@@ -1231,7 +1019,7 @@ def lowshot(run, say):
     ways = ((prompts, LOWSHOT_RATES), (logistic, PENALTIES))
     for (fit, grid), shots in itertools.product(ways, run.shots):
         for seed in SEEDS:
-            chosen = known[evaluate.few_shot_split(labels[known], int(shots), seed)]
+            chosen = known[few_shot_split(labels[known], int(shots), seed)]
             source, name = data.Part(run.train, chosen.tolist()), f"{shots}-shots-draw-{seed}"
             tried = [fit(source, seed, value, name) for value in grid]  # (on the slice, on val)
             best = max(range(len(grid)), key=lambda i: tried[i][0])
@@ -1271,7 +1059,7 @@ def train_prompts(run, source, seed, rate, out, say):
         trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.AdamW([{"params": trained, "initial_lr": rate}], weight_decay=1e-4)
 
-    flops = 2 * models.flops_per_image(model.trunk)  # whose weights need no gradients
+    flops = 2 * flops_per_image(model.trunk)  # whose weights need no gradients
     if not train(run, model, optimizer, source, out, steps, lambda _: None, flops):
         say(f"stopped in {out}, saved: the same command goes on")
         raise SystemExit(0)
@@ -1280,32 +1068,9 @@ def train_prompts(run, source, seed, rate, out, say):
     return last["slice"], last["val"]
 
 
-def logistic_scores(x, y, on, classes, penalty):
-    """Scores (m, classes) of features `on` (m, D) by multinomial logistic regression on x (n, D).
-
-    As MSN's: features centred and of unit length, no intercept, the mean loss plus penalty / 2
-    times the squared weights.
-    """
-    x, on, centre = x.double(), on.double(), x.double().mean(dim=0)
-    x, on = F.normalize(x - centre), F.normalize(on - centre)
-    weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [weight], max_iter=500, tolerance_change=1e-14, line_search_fn="strong_wolfe"
-    )
-
-    def closure():
-        solver.zero_grad()
-        loss = F.cross_entropy(x @ weight.T, y) + penalty / 2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    solver.step(closure)
-    return (on @ weight.T).detach()
-
-
 def lit(run, say):
     with torch.device("meta"):
-        model = models.TwoTowers(pool=run.pool, **run.config)
+        model = TwoTowers(pool=run.pool, **run.config)
     model = model.to_empty(device="cpu")
     models.initialize(model, run.seed)
     say(models.load_weights(model, *run.weights))
@@ -1318,7 +1083,7 @@ def lit(run, say):
     steps = run.steps or math.ceil(run.epochs * int(run.train.sizes.sum()) / run.batch_size)
     run.features = None
     if run.cache_features:  # for a run that will not be refused
-        models.find_checkpoint(run.out, run.resume, run.identity | {"steps": steps})
+        find_checkpoint(run.out, run.resume, run.identity | {"steps": steps})
         run.features = cached_features(run, model.to(run.device), say)
 
     def optimizer(model):
@@ -1336,27 +1101,27 @@ def lit(run, say):
     def measure(model):
         options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
         model.eval()
-        found = evaluate.retrieval(model, run.val, tokenizer, centre=run.val_crop, **options)
+        found = retrieval(model, run.val, tokenizer, centre=run.val_crop, **options)
         model.train()
         return found
 
     run.measure = measure
     # What a text's blocks keep for its backward, as a picture's do: see models.training_memory.
     settled = copy.copy(run)
-    settled.shard_group = models.settle_sharding(model, run)
+    settled.shard_group = settle_sharding(model, run)
     length, share = run.context + 2, run.batch_size // run.processes
     each = 16 * (2 if run.precision == "bf16" else 4) * len(model.text.blocks) * model.text.width
-    room = models.memory_budget(model, settled)
-    room -= models.training_memory(model, settled, 0, False)["peak"]
-    most = min(models.fitting_batch(model, share, settled), room / (each * length))
+    room = memory_budget(model, settled)
+    room -= training_memory(model, settled, 0, False)["peak"]
+    most = min(fitting_batch(model, share, settled), room / (each * length))
     fitting = (n for n in range(2, share + 1, 2) if share % n == 0 and n <= most)
     run.micro_batch = run.micro_batch or max(fitting, default=2)
     some = data.Part(run.train, range(min(256, int(run.train.sizes.sum()))))
-    some = [captions[0] if captions else "" for captions in data.all_captions(some)]
+    some = [captions[0] if captions else "" for captions in all_captions(some)]
     some = tokenizer(some, run.context)
-    length = (some != models.PADDING).sum().item() / max(1, len(some))
-    flops = 3 * len(model.text.blocks) * models.block_flops(model.text.width, length)
-    flops += 0 if run.cache_features else models.flops_per_image(model)
+    length = (some != PADDING).sum().item() / max(1, len(some))
+    flops = 3 * len(model.text.blocks) * block_flops(model.text.width, length)
+    flops += 0 if run.cache_features else flops_per_image(model)
     drawn = {"tokenizer": tokenizer, "context": run.context, "pictures": run.features is None}
     drawn["methods"] = ("features",)
     if not train(
@@ -1364,7 +1129,7 @@ def lit(run, say):
     ):
         return
     result, weights = measure(model), models.full_state(model)  # every process takes part
-    say(evaluate.recall_table(result))
+    say(recall_table(result))
     finish(run, weights, config, result)
 
 
@@ -1373,11 +1138,11 @@ def detect(run, say):
     config["masks"] = run.train.has_masks
     if run.train.frequencies:  # LVIS (detectron2's settings)
         config |= {"federated": 50, "score_threshold": 0.02, "detections": 300}
-        config["class_counts"] = detection.classes_present(run.train)[1].tolist()
-    model = detection.Detector(classes=run.classes, **config)
+        config["class_counts"] = classes_present(run.train)[1].tolist()
+    model = Detector(classes=run.classes, **config)
     models.initialize(model, run.seed)
     if run.weights:
-        say(detection.load_trunk(model, *run.weights))
+        say(load_trunk(model, *run.weights))
     model.trunk.pos_embed.requires_grad_()  # trained from here on (detectron2)
     config = model.config | {"positions": "learned"}
     # One picture of 1024 pixels fills a GPU, and so do the biases of attention: see tests/bench.
@@ -1395,24 +1160,24 @@ def detect(run, say):
 
     def found(model):
         options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
-        return detection.detect_in(model, run.val, **options)
+        return detect_in(model, run.val, **options)
 
     def measure(model):
         last[:] = [found(model)]
-        return evaluate.detection_numbers(run.val, *last)
+        return detection_numbers(run.val, *last)
 
     last, run.measure = [], measure
     steps = run.steps or math.ceil(run.epochs * int(run.train.sizes.sum()) / run.batch_size)
-    flops, drawn = 3 * detection.flops_per_image(model), {"jitter": run.jitter}
+    flops, drawn = 3 * detector_flops(model), {"jitter": run.jitter}
     drawn["methods"] = ("detect",)
-    how = learn_scenes, detection.SceneBatches
+    how = learn_scenes, SceneBatches
     if not train(run, model, optimizer, run.train, run.out, steps, say, flops, *how, **drawn):
         return
     # Every process takes part. A run that was at its end when it began has found nothing yet.
     detections, weights = last[0] if last else found(model), models.full_state(model)
     if run.process == 0:
-        evaluate.print_detection(run.val, detections, run.out / "detections.png")
-    finish(run, weights, config, evaluate.detection_numbers(run.val, detections))
+        print_detection(run.val, detections, run.out / "detections.png")
+    finish(run, weights, config, detection_numbers(run.val, detections))
 
 
 def cached_features(run, model, say):
@@ -1422,7 +1187,7 @@ def cached_features(run, model, say):
     facts += (run.max_pixels,) if run.max_pixels != data.MAX_PIXELS else ()
     path = run.out / f"features-{data.stable_hash(str(facts)).hex()}.npy"
     found = path.exists()
-    models.barrier()  # all have looked before the first one writes
+    barrier()  # all have looked before the first one writes
     if not found:
         options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
         options["centre"] = run.val_crop
@@ -1434,7 +1199,7 @@ def cached_features(run, model, say):
             np.save(f"{path}.tmp.npy", table.numpy())
             os.replace(f"{path}.tmp.npy", path)
             say(f"wrote {path}: features of {len(rows)} pictures")
-        models.barrier()
+        barrier()
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
@@ -1470,7 +1235,7 @@ def main(argv=None):
         if run.processes > 1 and not run.plan:
             backend = "cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=10))
-            models.set_timeouts(minutes=30)
+            set_timeouts(minutes=30)
         counts = torch.ones(max(1, run.classes))
         if run.class_weights and not run.plan:
             labels = data.all_labels(run.train)
@@ -1482,7 +1247,7 @@ def main(argv=None):
             dist.barrier()  # without it, a process may abort at exit
             dist.destroy_process_group()
     except (ValueError, OSError, RuntimeError) as error:
-        fail(*models.verdict(error))
+        fail(*verdict(error))
     except KeyboardInterrupt:  # before a loop, which saves
         fail("stopped", 130)
 

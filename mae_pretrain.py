@@ -37,6 +37,19 @@ import data
 import evaluate
 import kernels
 import model as models
+from support.checkpoints import begin_run, find_checkpoint, load_checkpoint, save_checkpoint
+from support.launch import check_agreement, not_finite, set_timeouts, verdict
+from support.plan import (
+    check_shard_group,
+    describe_sharding,
+    fitting_batch,
+    flops_per_image,
+    peak_flops,
+    peak_memory,
+    planned_batch,
+    print_plan,
+    settle_sharding,
+)
 
 
 def recipe(size):
@@ -131,7 +144,7 @@ def prepare(run):
     run.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if run.plan and run.gpus:  # a plan for GPUs may be made anywhere
         run.processes, kind = run.gpus, "cuda"
-    models.check_shard_group(run)
+    check_shard_group(run)
     run.precision = run.precision or ("bf16" if kind == "cuda" else "fp32")
     kernels.forced()  # a wrong ATTENTION in the environment is found here, not after loading
     if run.precision == "bf16" and kind != "cuda":
@@ -165,10 +178,10 @@ def prepare(run):
         run.model = models.MAE(**run.config)
     run.config = run.model.config
     batch_size, base_lr, _, samples = recipe(run.config["size"])
-    run.batch_size = run.batch_size or models.planned_batch(batch_size, run)
-    run.shard_group = models.settle_sharding(run.model, run)
+    run.batch_size = run.batch_size or planned_batch(batch_size, run)
+    run.shard_group = settle_sharding(run.model, run)
     share = run.batch_size // run.processes
-    run.micro_batch = run.micro_batch or models.fitting_batch(run.model, share, run)
+    run.micro_batch = run.micro_batch or fitting_batch(run.model, share, run)
     run.pieces = share // run.micro_batch
     if run.pieces * run.micro_batch != share:
         raise ValueError(f"--micro-batch {run.micro_batch} does not divide a process's {share}")
@@ -191,7 +204,7 @@ def prepare(run):
     usual = run.max_pixels == data.MAX_PIXELS  # as in runs from before there was this flag: None
     run.identity["max_pixels"] = None if usual else run.max_pixels
     if not run.plan:
-        run.checkpoint = models.find_checkpoint(run.out, run.resume, run.identity)
+        run.checkpoint = find_checkpoint(run.out, run.resume, run.identity)
 
 
 def train(run):
@@ -204,9 +217,9 @@ def train(run):
     if run.processes > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
-        models.set_timeouts(minutes=30)
+        set_timeouts(minutes=30)
     names = "micro_batch", "shard_group", "save_every", "out", "checkpoint"
-    models.check_agreement(run.identity | {name: str(getattr(run, name)) for name in names})
+    check_agreement(run.identity | {name: str(getattr(run, name)) for name in names})
     stop = data.Stop()  # signals from here on: the loop saves and ends
 
     # -------------------------------------------------------------------------------- parallelize
@@ -232,21 +245,21 @@ def train(run):
     first_step, bad = 0, 0
     if run.checkpoint:
         say(f"going on from {run.checkpoint}")
-        record = models.load_checkpoint(run.checkpoint, model, optimizer)
+        record = load_checkpoint(run.checkpoint, model, optimizer)
         first_step, bad = record["step"], record["bad"]
     if run.process == 0:
         config = {**run.identity, "command": sys.argv, "resume": run.resume}
-        models.begin_run(out, config, run.checkpoint, first_step)
+        begin_run(out, config, run.checkpoint, first_step)
 
     # --------------------------------------------------------------------------------------- loop
-    flops, (peak, chip) = 3 * models.flops_per_image(model), models.peak_flops(device)
+    flops, (peak, chip) = 3 * flops_per_image(model), peak_flops(device)
     millions = sum(p.numel() for p in model.parameters()) / 1e6  # with the decoder
     toy = "" if run.data else " (no --data was given)"
     say(f"data     {run.source.identity}{toy}; {run.held_out.sizes.sum()} others to measure on")
     size = f"{run.config['size']}, {millions:.1f} M weights"
     say(f"model    {size}, {flops / 1e9:.2f} GFLOP an image")
     say(f"batch    {run.batch_size}: {run.processes} processes x {run.pieces} x {run.micro_batch}")
-    say(f"parallel {models.describe_sharding(model, run)}")
+    say(f"parallel {describe_sharding(model, run)}")
     attention = models.choose_attention(model, run.micro_batch, device, run.precision)
     say(f"attention {attention}")
     how = run.precision + (", compiled in the first step" if run.compile else "")
@@ -277,7 +290,7 @@ def train(run):
         kept = run.keep_last, run.keep_every, device.type == "cuda"
         wait_for_save()  # the one before: never two at once
         folder, saved_step = out / "checkpoints", done
-        wait_for_save = models.save_checkpoint(folder, done, model, optimizer, record, *kept)
+        wait_for_save = save_checkpoint(folder, done, model, optimizer, record, *kept)
 
     gc.disable()  # it would stop each process at another moment, and all would wait for each
     for step in range(first_step, run.steps):
@@ -322,7 +335,7 @@ def train(run):
             what = f"{bad} of {done * run.batch_size} pictures cannot be read"
             fail(f"{what}: all, or over --max-bad {run.max_bad}; mend or remove them", 1)
         if not math.isfinite(loss + norm):
-            fail(models.not_finite(model, step, run.batch_size, loss, norm, lr), 1)
+            fail(not_finite(model, step, run.batch_size, loss, norm, lr), 1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=not run.cuda_graph)  # a graph writes to where they are
         gradients = None  # as a list it would keep them all through the next step
@@ -336,7 +349,7 @@ def train(run):
             entry |= {"loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": rate}
             entry["mfu"] = rate * flops / (peak * run.processes) if peak else 0.0
             entry["data_wait"] = waited / (now - logged)
-            entry["memory_gib"] = models.peak_memory(device)
+            entry["memory_gib"] = peak_memory(device)
             entry["eta_seconds"] = (now - began) / (done - first_step) * (run.steps - done)
             # Measuring never costs more than the training before it (backward counts two).
             if saving and 3 * done * run.batch_size >= run.held_out_batches.total > 0:
@@ -348,7 +361,7 @@ def train(run):
                     file.write(json.dumps(entry) + "\n")
                 tqdm.write(step_line(entry, run.steps))
             gc.collect(2 if saving else 1)
-            models.set_timeouts(minutes=10)  # all have started by now
+            set_timeouts(minutes=10)  # all have started by now
             waited, last_logged, logged = 0.0, done, time.perf_counter()
 
         if saving:
@@ -417,12 +430,12 @@ def main(argv=None):
     try:
         prepare(run)
         if run.plan:
-            return run.process or models.print_plan(run.model, run)
+            return run.process or print_plan(run.model, run)
         if weights := train(run):
             gc.collect()  # the model and the optimizer go: what is shown needs memory, too
             finish(run, weights)
     except (ValueError, OSError, RuntimeError) as error:
-        fail(*models.verdict(error))
+        fail(*verdict(error))
     except KeyboardInterrupt:  # before the loop, which saves
         fail("stopped", 130)
 

@@ -41,6 +41,12 @@ from conftest import ODD_NAMES, PICTURES, ROOT, TINY, picture, read_metrics, sta
 from PIL import Image
 
 import data
+from support import hashtags, toy
+from support import labels as labels_module
+from support import pack as pack_module
+from support import remote as remote_module
+from tasks import lit
+from tasks import video as video_module
 
 # ---------------------------------------------------------------------------------------- fixtures
 
@@ -932,7 +938,7 @@ def test_packed_pictures_of_every_kind_are_those_of_the_folder(tmp_path, orienta
     assert len(files) == len(kinds)  # no two have the same name
     folder = opened(write_files(tmp_path / "pictures", files))
     for short_side, size in ((None, (16, 24)), (8, (8, 12))):
-        data.pack(folder.root, f"{tmp_path}/{short_side}-%d.tar", short_side, shard_size=99)
+        pack_module.pack(folder.root, f"{tmp_path}/{short_side}-%d.tar", short_side, shard_size=99)
         shard = opened(f"{tmp_path}/{short_side}-0.tar")
         for number in range(len(files)):
             images = [source.read(number)["image"]() for source in (folder, shard)]
@@ -1235,7 +1241,7 @@ def test_the_limit_of_pixels_holds_for_all_that_is_read_and_in_spawned_workers(
     data.limit_pixels(40)
     write_files(tmp_path / "frames", {f"{i}.png": files["large.png"] for i in range(2)})
     with pytest.raises(Image.DecompressionBombError):
-        data.open_video(str(tmp_path / "frames")).read([0])
+        video_module.open_video(str(tmp_path / "frames")).read([0])
 
 
 def test_bad_members_of_a_shard_keep_their_positions(tmp_path):
@@ -1506,7 +1512,7 @@ def test_splits_beside_classes_are_refused_with_the_line_to_type(tmp_path, names
             data.open_sources(folder, videos=videos)
         assert said.format(folder) in one_line(error)
     with pytest.raises(ValueError, match="one after the other") as error:
-        data.pack(folder, f"{tmp_path}/out/p-%d.tar")
+        pack_module.pack(folder, f"{tmp_path}/out/p-%d.tar")
     first = re.findall(r"\{0\}/(\w+)", said)[-1]
     assert f"{folder}/{first}" in one_line(error) and not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="give one of its folders as --val-data") as error:
@@ -1543,7 +1549,7 @@ def test_looking_for_splits_costs_the_same_for_any_number_of_pictures(tmp_path, 
                 for name in ("stat", "lstat"):
                     patch.setattr(os, name, counted(name, getattr(os, name)))
                 patch.setattr(os.path, "isdir", counted("isdir", os.path.isdir))
-                assert data.find_splits(folder) == {}
+                assert labels_module.find_splits(folder) == {}
             found.append(dict(calls))
             calls.clear()
         assert found[0] == found[1]
@@ -1555,7 +1561,7 @@ def test_folders_that_are_no_splits(tmp_path, monkeypatch, capsys):
     names = ["bus/a.png", "train/b.png", "boat/c.png"]
     folder = write_files(tmp_path / "vehicles", {name: tile(i) for i, name in enumerate(names)})
     assert opened(folder).classes == ["boat", "bus", "train"]
-    data.pack(folder, f"{tmp_path}/out/p-%d.tar")
+    pack_module.pack(folder, f"{tmp_path}/out/p-%d.tar")
     assert opened(f"{tmp_path}/out/p-*.tar").classes == ["boat", "bus", "train"]
     files = {"train/cat/a.png": tile(1), "train/dog/b.png": tile(2), ".test/c.png": tile(3)}
     folder = write_files(tmp_path / "alone", files | {"labels/train/a.txt": b"0"})
@@ -1603,7 +1609,7 @@ def test_val_shards_with_other_class_numbers_are_refused(tmp_path):
     val = {f"{kind}/{i}.png": tile(i) for kind in ("dog", "emu") for i in range(2)}
     for name, files in (("train", train), ("val", val)):
         folder = write_files(tmp_path / name, files)
-        data.pack(folder, f"{tmp_path}/{name}-shards/s-%d.tar", shard_size=9)
+        pack_module.pack(folder, f"{tmp_path}/{name}-shards/s-%d.tar", shard_size=9)
     for where in ("train", "train-shards/s-0.tar"):
         with pytest.raises(ValueError, match="class") as error:
             data.open_sources(f"{tmp_path}/{where}", f"{tmp_path}/val-shards/s-0.tar")
@@ -1621,7 +1627,7 @@ def test_toy_has_both_splits_and_no_number_in_common():
     sample = val.read(3)
     assert min(sample["image"]().size) >= 48 and 0 <= sample["class"] < 10
     number = int(val.name(3).split(":")[1])
-    assert sample["captions"]() == data.toy_sample(number)["captions"]()
+    assert sample["captions"]() == toy.toy_sample(number)["captions"]()
 
 
 @pytest.mark.parametrize(
@@ -1719,8 +1725,8 @@ def test_labels_and_tags_may_have_odd_names(tmp_path, name):
     for labels in (csv, jsonl):
         source = data.open_sources(photos, labels=str(labels))[0]
         assert sorted(source.paths) == sorted(files) and len(everything(source)) == 4
-    data.write_hashtags(source, tmp_path / name / "tags", min_count=1)
-    assert len(data.open_hashtags(source, str(tmp_path / name / "tags"))[0]) == 2
+    hashtags.write_hashtags(source, tmp_path / name / "tags", min_count=1)
+    assert len(hashtags.open_hashtags(source, str(tmp_path / name / "tags"))[0]) == 2
 
 
 def test_patterns_of_folders_go_on_working(tmp_path):
@@ -1836,7 +1842,7 @@ def test_damaged_lines_of_labels_are_counted_and_left_out(tmp_path, capsys):
     lines += ['{"path": "c.png", "class": null}']
     labels = tmp_path / "labels.jsonl"
     labels.write_bytes("\n".join(lines).encode() + b'\n{"path": "\xff.png", "class": 1}')
-    entries = data.read_labels(str(labels))
+    entries = labels_module.read_labels(str(labels))
     assert "labels.jsonl: entries" in (printed := capsys.readouterr().err) and ": 10" in printed
     assert entries == {"a.png": {"class": "1", "hashtags": ["#x"], "captions": []},
                        "c.png": {"captions": []}}  # fmt: skip
@@ -1851,7 +1857,7 @@ def test_damaged_lines_of_labels_are_counted_and_left_out(tmp_path, capsys):
     assert source.classes == ["cat"] and source.sizes.sum() == 2
     table.write_text('a.png,cat\nb.png,"cat\n')  # a quote would swallow what follows
     with pytest.raises(ValueError, match="cannot read labels"):
-        data.read_labels(str(table))
+        labels_module.read_labels(str(table))
 
 
 @pytest.mark.parametrize(
@@ -1945,7 +1951,7 @@ def test_columns_are_known_by_a_head_line_that_names_them(tmp_path, capsys, text
 
 def test_a_first_row_that_is_damaged_is_counted(tmp_path, capsys):
     write_files(tmp_path, {"labels.csv": b"a.png,cat,dog\nb.png,cat\n"})
-    entries = data.read_labels(f"{tmp_path}/labels.csv")
+    entries = labels_module.read_labels(f"{tmp_path}/labels.csv")
     assert entries == {"b.png": {"class": "cat", "captions": []}}
     assert capsys.readouterr().err.endswith("against an earlier one): 1\n")
 
@@ -2073,13 +2079,13 @@ def test_extensions_in_a_shard_count_in_any_case(tmp_path):
     twice = [("2.PNG", tile(2)), ("2.png", tile(3)), ("2.CLS", b"5"), ("2.cls", b"6")]  # the first
     path = write_tar(tmp_path / "a.TAR", upper + mixed + twice)
     os.link(path, tmp_path / "a.tar")
-    data.write_listing(data.Shards(f"{tmp_path}/a.tar"))
+    pack_module.write_listing(data.Shards(f"{tmp_path}/a.tar"))
     for where in (path, f"{tmp_path}/*.TAR", f"pipe:cat {tmp_path}/a.tar"):
         source, _ = data.open_sources(where, cache=(f"{tmp_path}/cache", "1M"))
         found = [source.read(number) for number in range(int(source.sizes.sum()))]
         assert [sample["class"] for sample in found] == [3, 4, 5]
         assert [sample["captions"]() for sample in found] == [["a text"], ["we like #b"], []]
-        tags = [data.canonical(sample["hashtags"](), {}) for sample in found]
+        tags = [hashtags.canonical(sample["hashtags"](), {}) for sample in found]
         assert tags == [{"a"}, {"b"}, set()]
         assert found[0]["image"]().format == "JPEG"
         shown = [np.asarray(sample["image"]()) for sample in found[1:]]
@@ -2129,7 +2135,7 @@ def several(tmp_path):
         for kind, v in values.items()
     ]
     path = write_tar(tmp_path / "several.tar", members)
-    data.write_listing(data.Shards(path))
+    pack_module.write_listing(data.Shards(path))
     return path
 
 
@@ -2157,7 +2163,7 @@ def test_what_is_wrong_with_shards_is_said_at_every_start(
     with tarfile.open(cut) as tar:
         offset = tar.getmember("00001.png").offset
     os.truncate(cut, offset)
-    data.write_listing(data.Shards(f"{tmp_path}/*.tar"))
+    pack_module.write_listing(data.Shards(f"{tmp_path}/*.tar"))
     (tmp_path / "cut.tar.index").unlink()  # this one is made at the first start, the others were
     capsys.readouterr()
     cache = f"{tmp_path}/cache", "1M"
@@ -2508,7 +2514,7 @@ def test_a_slice_may_begin_and_end_anywhere(shards, start, stop):
 
 def pack(folder, pattern, **options):
     """data.pack, and what it wrote: {key: {extension: bytes}} by Python's tarfile, in order."""
-    data.pack(str(folder), str(pattern), **options)
+    pack_module.pack(str(folder), str(pattern), **options)
     shards = sorted(path for path in Path(pattern).parent.glob("*.tar"))
     return {path.name: tar_files(path) for path in shards}
 
@@ -2592,7 +2598,7 @@ def test_what_another_pack_or_someone_else_wrote_is_neither_kept_nor_mixed(pets,
         (folder, "foreign-%d.tar", {"shard_size": 4}),
     ):
         with pytest.raises(ValueError, match="not of these pictures and options") as error:
-            data.pack(str(source), f"{tmp_path}/{pattern}", **options)
+            pack_module.pack(str(source), f"{tmp_path}/{pattern}", **options)
         one_line(error)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -2605,7 +2611,10 @@ def test_a_damaged_pack_json_is_one_line_that_says_what_to_do(pets, tmp_path, co
     folder, _ = pets
     shard = write_tar(tmp_path / "a.tar", members_of(range(3)))
     (tmp_path / "pack.json").write_text(content)
-    for work in (lambda: opened(shard), lambda: data.pack(str(folder), f"{tmp_path}/p-%d.tar")):
+    for work in (
+        lambda: opened(shard),
+        lambda: pack_module.pack(str(folder), f"{tmp_path}/p-%d.tar"),
+    ):
         with pytest.raises(ValueError, match="pack.json is damaged.*: remove it") as error:
             work()
         one_line(error)
@@ -2691,7 +2700,7 @@ def test_val_packed_after_train_keeps_the_numbers_of_the_classes(tmp_path):
     pack(tmp_path / "val", out / "val-%d.tar", shard_size=9)
     with pytest.raises(ValueError, match="yak") as error:
         more = write_files(tmp_path / "more", val | {"yak/1.png": tile(1)})
-        data.pack(more, f"{out}/more-%d.tar")
+        pack_module.pack(more, f"{out}/more-%d.tar")
     one_line(error)
     assert not list(out.glob("more*"))
 
@@ -2739,7 +2748,7 @@ def test_folders_that_number_their_classes_differently_are_not_one_source(tmp_pa
 )
 def test_a_pattern_without_one_number_is_refused(pets, tmp_path, pattern):
     with pytest.raises(ValueError, match=r"%05d") as error:
-        data.pack(str(pets[0]), f"{tmp_path}/new/{pattern}")
+        pack_module.pack(str(pets[0]), f"{tmp_path}/new/{pattern}")
     one_line(error)
     assert not (tmp_path / "new").exists()
 
@@ -2777,13 +2786,14 @@ def test_pack_on_the_command_line_names_what_it_cannot_scale(tmp_path):
 
 
 PACK_AND_MEASURE = """
-import sys, data
+import sys
+from support.pack import pack
 def memory():  # the peak, in MB. (That of getrusage may be the parent's, which made the picture.)
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
 small, large, out = sys.argv[1:]
-data.pack(small, f"{out}/s-%d.tar", 64)
+pack(small, f"{out}/s-%d.tar", 64)
 before = memory()
-data.pack(large, f"{out}/l-%d.tar", 64, max_pixels=108_000_000)
+pack(large, f"{out}/l-%d.tar", 64, max_pixels=108_000_000)
 print(memory() - before)
 """
 
@@ -2829,7 +2839,7 @@ def run_main(monkeypatch, *arguments):
     """data.main() with these arguments, here; its exit status."""
     monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
     try:
-        data.main()
+        pack_module.main()
     except SystemExit as end:
         return end.code
     return 0
@@ -2881,7 +2891,7 @@ def test_what_pack_prints_names_its_own_shards_alone(pets, tmp_path, monkeypatch
 
 def test_the_number_of_a_shard_is_in_its_file_s_name(pets, tmp_path):
     with pytest.raises(ValueError, match="in the file's name"):
-        data.pack(str(pets[0]), f"{tmp_path}/%d/p.tar")
+        pack_module.pack(str(pets[0]), f"{tmp_path}/%d/p.tar")
     assert not list(tmp_path.glob("[0-9]*"))
 
 
@@ -2889,21 +2899,21 @@ def test_classes_left_by_an_earlier_pack_are_named_with_their_file(pets, tmp_pat
     pack(pets[0], tmp_path / "out" / "p-%d.tar")
     other = write_files(tmp_path / "other", {"cow/a.png": tile(1), "dog/b.png": tile(2)})
     with pytest.raises(ValueError, match="classes that train has not: cow.*out/pack.json"):
-        data.pack(str(other), f"{tmp_path}/out/q-%d.tar")
+        pack_module.pack(str(other), f"{tmp_path}/out/q-%d.tar")
 
 
 def test_ctrl_c_is_one_line(pets, tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "pack", interrupted)
+    monkeypatch.setattr(pack_module, "pack", interrupted)
     assert run_main(monkeypatch, "pack", pets[0], tmp_path / "p-%d.tar") == 130
     assert capsys.readouterr().err == "data.py: stopped: type the same command again\n"
 
 
 # ------------------------------------------------------------------------------------ the toy world
 
-VAL = data.TOY_VAL  # the first number of val
+VAL = toy.TOY_VAL  # the first number of val
 
 
 def same_sample(one, other):
@@ -2915,16 +2925,16 @@ def same_sample(one, other):
 
 def test_a_toy_sample_is_a_pure_function_of_its_number():
     numbers = [0, 1, 12345, VAL - 1, VAL, VAL + 7]
-    samples = [data.toy_sample(number) for number in numbers]
+    samples = [toy.toy_sample(number) for number in numbers]
     for number, sample in reversed(list(zip(numbers, samples))):
-        same_sample(sample, data.toy_sample(number))
+        same_sample(sample, toy.toy_sample(number))
     assert len({sample["image"]().tobytes() for sample in samples}) == len(numbers)
 
 
 def test_a_toy_scene_is_the_same_at_any_size():
     """Boxes scale with the picture; the picture agrees with the smaller one on average."""
     for number in range(5):
-        small, large = (data.toy_sample(number, size) for size in (48, 192))
+        small, large = (toy.toy_sample(number, size) for size in (48, 192))
         assert small["image"]().size == (48, 48) and large["image"]().size == (192, 192)
         assert np.allclose(small["boxes"]() * 4, large["boxes"](), atol=1e-3)
         shrunk = np.asarray(large["image"]().reduce(4), np.float64)
@@ -2933,14 +2943,14 @@ def test_a_toy_scene_is_the_same_at_any_size():
 
 
 def test_toy_classes_are_about_equally_frequent_and_are_the_largest_objects_shape():
-    scenes = [data.toy_scene(number) for number in range(2000)]
+    scenes = [toy.toy_scene(number) for number in range(2000)]
     classes = []
     for number, scene in enumerate(scenes[:200]):
         largest = max(scene["objects"], key=lambda thing: thing["radius"])
-        classes.append(data.toy_sample(number, 16)["class"])
-        assert data.TOY_CLASSES[classes[-1]] == largest["shape"]
+        classes.append(toy.toy_sample(number, 16)["class"])
+        assert toy.TOY_CLASSES[classes[-1]] == largest["shape"]
     firsts = Counter(scene["objects"][0]["shape"] for scene in scenes)
-    assert set(firsts) == set(data.TOY_CLASSES)
+    assert set(firsts) == set(toy.TOY_CLASSES)
     assert chi_square(list(firsts.values())) < 1
     counts = Counter(len(scene["objects"]) for scene in scenes)
     assert set(counts) == {1, 2, 3, 4} and min(counts.values()) > 20
@@ -2949,21 +2959,21 @@ def test_toy_classes_are_about_equally_frequent_and_are_the_largest_objects_shap
 
 def test_held_out_pairs_are_never_in_train_and_all_in_val():
     def pairs(first):
-        scenes = (data.toy_scene(first + number) for number in range(3000))
+        scenes = (toy.toy_scene(first + number) for number in range(3000))
         return Counter((o["colour"], o["shape"]) for scene in scenes for o in scene["objects"])
 
     train, late, val = pairs(0), pairs(VAL - 3000), pairs(VAL)
-    every = {(colour, shape) for colour in data.TOY_COLOURS for shape in data.TOY_CLASSES}
-    assert len(data.TOY_HELD_OUT) >= 3
-    assert set(train) == set(late) == every - data.TOY_HELD_OUT
+    every = {(colour, shape) for colour in toy.TOY_COLOURS for shape in toy.TOY_CLASSES}
+    assert len(toy.TOY_HELD_OUT) >= 3
+    assert set(train) == set(late) == every - toy.TOY_HELD_OUT
     assert set(val) == every
 
 
 def test_toy_boxes_and_masks_fit_what_is_drawn():
     size = 160
     for number in [*range(25), *range(VAL, VAL + 5)]:
-        scene = data.toy_scene(number)
-        sample = data.toy_sample(number, size)
+        scene = toy.toy_scene(number)
+        sample = toy.toy_sample(number, size)
         masks, boxes = sample["masks"](), sample["boxes"]()
         assert masks.shape == (len(scene["objects"]), size, size) and boxes.dtype == np.float32
         assert masks.sum(axis=0).max() <= 1 and masks.any(axis=(1, 2)).all()
@@ -2971,13 +2981,13 @@ def test_toy_boxes_and_masks_fit_what_is_drawn():
         for thing, mask, box in zip(scene["objects"], masks, boxes):
             # The object alone: its mask's extent is its box. The outermost 3 pixels of a sharp
             # corner are thinner than half a pixel, which is when a pixel counts as covered.
-            _, (alone,), (whole,) = data.toy_render({**scene, "objects": [thing]}, size, masks=True)
+            _, (alone,), (whole,) = toy.toy_render({**scene, "objects": [thing]}, size, masks=True)
             rows, columns = whole.any(axis=1).nonzero()[0], whole.any(axis=0).nonzero()[0]
             extent = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
             assert (alone == box).all() and np.abs(box - extent).max() <= 3
             assert not (mask & ~whole).any()
         # Outside all masks there is background, but for pixels that an edge covers in part.
-        empty, _, _ = data.toy_render({**scene, "objects": []}, size)
+        empty, _, _ = toy.toy_render({**scene, "objects": []}, size)
         changed = (np.asarray(sample["image"]()) != np.asarray(empty)).any(axis=2)
         covered = np.pad(masks.any(axis=0), 2)
         near = np.zeros((size, size), dtype=bool)
@@ -2990,21 +3000,21 @@ def test_toy_boxes_and_masks_fit_what_is_drawn():
 
 def test_toy_objects_have_the_colour_that_they_are_named_after_and_not_the_backgrounds():
     for number in range(60):
-        scene = data.toy_scene(number)
+        scene = toy.toy_scene(number)
         assert scene["background"]["colour"] not in {o["colour"] for o in scene["objects"]}
-        sample = data.toy_sample(number, 96)
+        sample = toy.toy_sample(number, 96)
         pixels = np.asarray(sample["image"]()).astype(np.int64)
         for thing, mask in zip(scene["objects"], sample["masks"]()):
             if thing["pattern"] == "plain":
                 colour = np.median(pixels[mask], axis=0)
-                named = np.array(data.TOY_COLOURS[thing["colour"]])
+                named = np.array(toy.TOY_COLOURS[thing["colour"]])
                 assert np.abs(colour - named).max() <= 25  # colours vary by 24 levels
 
 
 def test_toy_captions_and_hashtags_speak_of_the_scene():
     true_tags = 0
     for number in range(100):
-        scene, sample = data.toy_scene(number), data.toy_sample(number, 16)
+        scene, sample = toy.toy_scene(number), toy.toy_sample(number, 16)
         words = re.sub(r"(plain|striped|dotted|checked) ", "", *sample["captions"]())
         for thing in scene["objects"]:
             assert re.search(rf"\b{thing['colour']} {thing['shape']}\b", words)
@@ -3012,7 +3022,7 @@ def test_toy_captions_and_hashtags_speak_of_the_scene():
         tags = sample["hashtags"]()
         assert tags and len(set(tags)) == len(tags)
         assert all(re.fullmatch("#[a-z0-9]+", tag) for tag in tags)
-        shape = data.TOY_CLASSES[sample["class"]]
+        shape = toy.TOY_CLASSES[sample["class"]]
         true_tags += any(shape in tag for tag in tags)
     assert 40 < true_tags <= 100  # noisy, but about the picture
 
@@ -3032,14 +3042,14 @@ def test_canonical_tags_by_hand():
         "#kitten": {"cat"},
     }
     for tag, canonical in found.items():
-        assert data.canonical([tag], {"kitten": "cat"}) == canonical
-    assert data.canonical(["#a #b", "#c#d"], {}) == {"a", "b", "c", "d"}
+        assert hashtags.canonical([tag], {"kitten": "cat"}) == canonical
+    assert hashtags.canonical(["#a #b", "#c#d"], {}) == {"a", "b", "c", "d"}
     text = "My #Cat, and the #DOG! no tag, a#b (#\u0928\u092e\u0938\u094d\u0924\u0947) #blue-square"
     marks = "\u0928\u092e\u0938\u094d\u0924\u0947"
-    assert data.canonical(text, {}) == {"cat", "dog", "b", "bluesquare", marks}
+    assert hashtags.canonical(text, {}) == {"cat", "dog", "b", "bluesquare", marks}
     for wrong in ({"a": 1}, ["#a", 3], None, 7):
         with pytest.raises(ValueError, match="list of texts"):
-            data.canonical(wrong, {})
+            hashtags.canonical(wrong, {})
 
 
 def tagged_members(tags_of_samples, kind="json"):
@@ -3070,11 +3080,11 @@ def tagged(tmp_path):
 def test_hashtags_of_all_that_may_hold_them(tmp_path):
     samples = [["#a", "b"], "we like #a", {"hashtags": ["#a"], "caption": "#no"}, {"x": 1}, None]
     source = opened(write_tar(tmp_path / "a.tar", tagged_members(samples)))
-    found = [data.canonical(source.read(i)["hashtags"](), {}) for i in range(5)]
+    found = [hashtags.canonical(source.read(i)["hashtags"](), {}) for i in range(5)]
     assert found == [{"a", "b"}, {"a"}, {"a"}, set(), set()]
     texts = [b"first #one", "\u00fcber #zw\u00f6lf".encode()]
     source = opened(write_tar(tmp_path / "b.tar", tagged_members(texts, "txt")))
-    found = [data.canonical(source.read(i)["hashtags"](), {}) for i in range(2)]
+    found = [hashtags.canonical(source.read(i)["hashtags"](), {}) for i in range(2)]
     assert found == [{"one"}, {"zw\u00f6lf"}]
 
 
@@ -3107,7 +3117,7 @@ HASHTAGS_OF = [  # ({extension: bytes}, tags, None if damaged)
 
 def test_hashtags_are_those_of_the_first_file_that_has_any(tmp_path, capsys):
     path = captioned(tmp_path / "a.tar", [files for files, _ in HASHTAGS_OF])
-    data.write_listing(data.Shards(path))
+    pack_module.write_listing(data.Shards(path))
     expected = Counter(tag for _, tags in HASHTAGS_OF for tag in tags or ())
     names = [f"{number:05}" for number, (_, tags) in enumerate(HASHTAGS_OF) if tags is None]
     for where in (path, f"pipe:cat {path}"):
@@ -3118,8 +3128,8 @@ def test_hashtags_are_those_of_the_first_file_that_has_any(tmp_path, capsys):
                 with pytest.raises(ValueError, match="the file of its hashtags is damaged"):
                     found()
             else:
-                assert data.canonical(found(), {}) == tags
-        vocabulary = data.count_hashtags(source, min_count=1)
+                assert hashtags.canonical(found(), {}) == tags
+        vocabulary = hashtags.count_hashtags(source, min_count=1)
         assert vocabulary.counts == expected
         lines = [line for line in capsys.readouterr().err.splitlines() if "unreadable" in line]
         assert [line.split(": ")[1][-5:] for line in lines] == names
@@ -3140,25 +3150,25 @@ def test_hashtags_and_captions_are_read_only_where_they_are_used(tmp_path, monke
 
 def test_a_vocabulary_counts_pictures_and_is_cut_at_both_ends(tagged):
     source = opened(tagged)
-    vocabulary = data.count_hashtags(source, min_count=1)
+    vocabulary = hashtags.count_hashtags(source, min_count=1)
     assert vocabulary.counts == {"all": 57, "half": 29, "few": 6}  # most frequent first
     assert vocabulary.ids(["#few", "#nothing", "ALL", "all"]) == [0, 2]
-    assert list(data.count_hashtags(source, size=2, min_count=1).counts) == ["all", "half"]
-    assert list(data.count_hashtags(source, min_count=7).counts) == ["all", "half"]
-    merged = data.count_hashtags(source, min_count=1, synonyms={"few": "half"})
+    assert list(hashtags.count_hashtags(source, size=2, min_count=1).counts) == ["all", "half"]
+    assert list(hashtags.count_hashtags(source, min_count=7).counts) == ["all", "half"]
+    merged = hashtags.count_hashtags(source, min_count=1, synonyms={"few": "half"})
     assert merged.counts == {"all": 57, "half": 29} and merged.ids(["#FEW"]) == [1]
     with pytest.raises(ValueError, match="0 hashtags on 100 pictures") as error:
-        data.count_hashtags(source, min_count=100)
+        hashtags.count_hashtags(source, min_count=100)
     one_line(error)
 
 
 def test_counting_and_weighing_do_not_depend_on_chunks_and_workers(tagged, tmp_path, monkeypatch):
     found, sets = [], [{tag[1:].lower() for tag in tags} for tags in LONG_TAIL]
     for chunk, workers in ((4096, 0), (7, 0), (15, 2)):
-        monkeypatch.setattr(data, "TAG_CHUNK", chunk)
-        assert list(data.TagChunks(opened(tagged), {}).read(workers, "reading")) == sets
+        monkeypatch.setattr(hashtags, "TAG_CHUNK", chunk)
+        assert list(hashtags.TagChunks(opened(tagged), {}).read(workers, "reading")) == sets
         out = tmp_path / f"tags-{chunk}"
-        data.write_hashtags(opened(tagged), out, 10, workers)
+        hashtags.write_hashtags(opened(tagged), out, 10, workers)
         found.append([(out / name).read_bytes() for name in ("vocabulary.json", "rarest.npy")])
     assert found[0] == found[1] == found[2]
 
@@ -3166,8 +3176,8 @@ def test_counting_and_weighing_do_not_depend_on_chunks_and_workers(tagged, tmp_p
 def test_sampling_weights_by_hand(tagged, tmp_path):
     """Of the first 57: "few" on 6 is the tail. Head: weight ~ 54 ** -0.5, or 27 ** -0.5 with "half"."""
     source = opened(tagged)
-    data.write_hashtags(source, tmp_path / "tags", 10, min_count=1)
-    vocabulary, train, held_out, draws = data.open_hashtags(source, tmp_path / "tags")
+    hashtags.write_hashtags(source, tmp_path / "tags", 10, min_count=1)
+    vocabulary, train, held_out, draws = hashtags.open_hashtags(source, tmp_path / "tags")
     assert held_out.sizes.sum() == 3 and train.sizes.tolist() == [15, 15, 15, 12]  # 5 % of 60
     assert vocabulary.counts == {"all": 54, "half": 28, "few": 6}
     tags = LONG_TAIL[:57]
@@ -3202,22 +3212,22 @@ def test_sampling_weights_by_hand(tagged, tmp_path):
 def test_where_all_is_head_or_tail_it_has_all_draws(tagged, tmp_path, capsys):
     source = opened(tagged)
     for tail_below, name in ((2, "head"), (100, "tail")):
-        data.write_hashtags(source, tmp_path / name, tail_below)
+        hashtags.write_hashtags(source, tmp_path / name, tail_below)
         assert f"all pictures are in the {name}" in capsys.readouterr().out
-        totals = data.open_hashtags(source, tmp_path / name)[3]["totals"]
+        totals = hashtags.open_hashtags(source, tmp_path / name)[3]["totals"]
         assert totals.sum() / data.WEIGHT == pytest.approx(54, abs=1e-3)
 
 
 def test_an_index_of_hashtags_is_replaced_whole_or_not_at_all(tagged, tmp_path, capsys):
     source, out = opened(tagged), tmp_path / "tags"
-    data.write_hashtags(source, out)
+    hashtags.write_hashtags(source, out)
     files = {path: path.read_bytes() for path in out.iterdir()}
-    in_use = data.open_hashtags(source, out)[3]["weights"]
+    in_use = hashtags.open_hashtags(source, out)[3]["weights"]
     before = in_use(0, 10).tolist()
     with pytest.raises(ValueError, match="want two at least"):
-        data.write_hashtags(source, out, min_count=50)  # only one tag is that frequent
+        hashtags.write_hashtags(source, out, min_count=50)  # only one tag is that frequent
     assert {path: path.read_bytes() for path in out.iterdir()} == files
-    data.write_hashtags(source, out, min_count=1)
+    hashtags.write_hashtags(source, out, min_count=1)
     assert "held an index already: it is replaced" in capsys.readouterr().out
     assert in_use(0, 10).tolist() == before  # a run that reads the earlier one goes on with it
 
@@ -3227,20 +3237,20 @@ def test_pack_does_not_take_train_and_val_for_classes(tmp_path):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
     with pytest.raises(ValueError, match="one after the other"):
-        data.pack(str(tmp_path), str(tmp_path / "%03d.tar"))
+        pack_module.pack(str(tmp_path), str(tmp_path / "%03d.tar"))
 
 
 def test_an_unfinished_or_foreign_index_of_hashtags_is_refused(tagged, tmp_path):
     source, out = opened(tagged), tmp_path / "tags"
-    data.write_hashtags(source, out)
+    hashtags.write_hashtags(source, out)
     (out / "rarest.npy").rename(out / "away")
     with pytest.raises(ValueError, match="no hashtags in") as error:
-        data.open_hashtags(source, out)
+        hashtags.open_hashtags(source, out)
     one_line(error)
     (out / "away").rename(out / "rarest.npy")
     other = opened(write_tar(tmp_path / "other.tar", tagged_members(LONG_TAIL)))
     with pytest.raises(ValueError, match="of other data") as error:
-        data.open_hashtags(other, out)
+        hashtags.open_hashtags(other, out)
     one_line(error)
     rarest = np.load(out / "rarest.npy")
     for name, content in (
@@ -3250,9 +3260,9 @@ def test_an_unfinished_or_foreign_index_of_hashtags_is_refused(tagged, tmp_path)
     ):
         whole = (out / name).read_bytes()
         (out / name).write_bytes(content)
-        data.open_array.cache_clear()
+        hashtags.open_array.cache_clear()
         with pytest.raises(ValueError, match="python data.py hashtags") as error:
-            data.open_hashtags(source, out)
+            hashtags.open_hashtags(source, out)
         one_line(error)
         (out / name).write_bytes(whole)
 
@@ -3266,7 +3276,7 @@ def npy(array):
 def test_unreadable_hashtags_are_named_and_counted_and_weigh_nothing(tmp_path, capsys):
     samples = [["#a"], b"{broken", ["#a", "#b"], [3], None]
     source = opened(write_tar(tmp_path / "a.tar", tagged_members(samples)))
-    vocabulary = data.count_hashtags(source, min_count=1)
+    vocabulary = hashtags.count_hashtags(source, min_count=1)
     assert vocabulary.counts == {"a": 2, "b": 1}
     printed = capsys.readouterr()
     assert "unreadable hashtags: 2" in printed.out
@@ -3279,7 +3289,7 @@ def test_unreadable_hashtags_are_named_and_counted_and_weigh_nothing(tmp_path, c
 
 def test_a_batch_holds_the_ids_of_its_tags(tagged):
     source = opened(tagged)
-    vocabulary = data.count_hashtags(source, min_count=1)
+    vocabulary = hashtags.count_hashtags(source, min_count=1)
     batch = data.Batches(source, (4, 4), 3, 12, vocabulary=vocabulary)[0]
     ids = [
         [0] * (i not in (1, 2, 3)) + [1] * (i % 2 == 0 and i != 2) + [2] * (i % 10 == 0)
@@ -3349,7 +3359,7 @@ def test_captions_of_all_that_may_hold_them(tmp_path):
         b"": None,
     }
     path = captioned(tmp_path / "a.tar", [{"json": content} for content in expected])
-    data.write_listing(data.Shards(path))
+    pack_module.write_listing(data.Shards(path))
     for where in (path, f"pipe:cat {path}"):
         sources = [
             data.open_sources(where, cache=(f"{tmp_path}/cache", "1M"), caption_key=key)[0]
@@ -3377,7 +3387,7 @@ def test_a_text_file_is_one_caption_and_holds_hashtags_too(tmp_path):
     assert found[7:] == [["the text"]] * 2  # a caption of no word hides nothing
     assert found[:7] == [["a red\n  star #sky"], [], ["\u0441\u043e\u0431\u0430\u043a\u0430"],
                      ["caf\ufffd noir"], ["the text"], ["the json"], []]  # fmt: skip
-    assert data.canonical(source.read(0)["hashtags"](), {}) == {"sky"}
+    assert hashtags.canonical(source.read(0)["hashtags"](), {}) == {"sky"}
 
 
 def test_captions_of_a_folder_come_from_its_labels(tmp_path, capsys):
@@ -3423,7 +3433,7 @@ def test_captions_of_a_csv_keep_their_spaces(tmp_path):
     (tmp_path / "a.csv").write_text(
         'class, caption ,path\n cat , a "b" c, a.png \n"dog, 2",x,b.png'
     )
-    found = data.read_labels(f"{tmp_path}/a.csv")
+    found = labels_module.read_labels(f"{tmp_path}/a.csv")
     assert found == {
         "a.png": {"class": "cat", "captions": [' a "b" c']},
         "b.png": {"class": "dog, 2", "captions": ["x"]},
@@ -3433,14 +3443,16 @@ def test_captions_of_a_csv_keep_their_spaces(tmp_path):
 def test_damaged_captions_of_labels_are_counted_and_left_out(tmp_path, capsys):
     rows = ["path,caption", "a.png,a dog", "b.png,a dog, too", "c.txt,a", "d.png", "a.png,more"]
     write_files(tmp_path, {"a.csv": "\n".join(rows).encode() + b"\nf.png,caf\xe9"})
-    assert data.read_labels(f"{tmp_path}/a.csv") == {"a.png": {"captions": ["a dog", "more"]}}
+    assert labels_module.read_labels(f"{tmp_path}/a.csv") == {
+        "a.png": {"captions": ["a dog", "more"]}
+    }
     assert "a.csv: entries" in (printed := capsys.readouterr().err) and ": 4" in printed
     lines = ['{"path": "a.png", "caption": 5}', '{"path": "b.png", "caption": ["x", null]}']
     lines += ['{"path": "c.png", "class": 1, "caption": "x"}', '{"path": "d.png", "caption": null}']
     lines += ['{"path": "c.png", "class": 2, "caption": "y"}']
     write_files(tmp_path, {"a.jsonl": "\n".join(lines).encode()})
     expected = {"c.png": {"class": "1", "captions": ["x"]}, "d.png": {"captions": []}}
-    assert data.read_labels(f"{tmp_path}/a.jsonl") == expected
+    assert labels_module.read_labels(f"{tmp_path}/a.jsonl") == expected
     assert ": 3" in capsys.readouterr().err
 
 
@@ -3457,10 +3469,10 @@ def test_all_captions_of_a_source_are_read_without_its_pictures(tmp_path, monkey
     files = [{"json": b'{"caption": ["a #dog", "b"]}'}, {"json": b"{cut"}, {"txt": b"c"}, {}]
     path = captioned(tmp_path / "a.tar", files)
     monkeypatch.setattr(data.Image, "open", None)
-    assert data.all_captions(opened(path)) == [["a #dog", "b"], [], ["c"], []]
+    assert lit.all_captions(opened(path)) == [["a #dog", "b"], [], ["c"], []]
     printed = capsys.readouterr().err
     assert "unreadable caption: " in printed and f"{path}:00001" in printed
-    assert data.all_captions(data.Part(opened("toy"), [5])) == [data.toy_sample(5)["captions"]()]
+    assert lit.all_captions(data.Part(opened("toy"), [5])) == [toy.toy_sample(5)["captions"]()]
 
 
 def test_cleaned_captions_by_hand():
@@ -3474,7 +3486,7 @@ def test_cleaned_captions_by_hand():
         "\u0928\u092e\u0938\u094d\u0924\u0947": "\u0928\u092e\u0938\u094d\u0924\u0947",
         "\U0001f468\u200d\U0001f467": "\U0001f468\u200d\U0001f467",  # the joiner is part of it
     }.items():
-        assert data.clean(text) == expected == data.clean(expected)
+        assert lit.clean(text) == expected == lit.clean(expected)
 
 
 ODD_TEXTS = [
@@ -3485,7 +3497,7 @@ ODD_TEXTS = [
 
 
 def test_tokens_of_bytes_by_hand():
-    tokenizer = data.open_tokenizer(None)
+    tokenizer = lit.open_tokenizer(None)
     assert tokenizer.vocabulary == 260
     tokens = tokenizer(["ab", "", "\u00e9\n"], 77)
     assert tokens.dtype == torch.int64 and tokens.tolist() == [
@@ -3502,7 +3514,7 @@ def test_tokens_of_bytes_by_hand():
 
 
 def test_a_row_of_tokens_is_cut_at_the_context_and_few_widths_occur():
-    tokenizer = data.open_tokenizer(None)
+    tokenizer = lit.open_tokenizer(None)
     text = "abcdefghijkl" * 1000
     for context in (1, 5, 6, 7, 77, 100):
         for length in (0, 1, 5, 6, 7, 40, 76, 77, 78, 12_000):
@@ -3552,7 +3564,7 @@ def test_ids_of_sentencepiece_in_fairseqs_order(pieces):
     """<s> <pad> </s> <unk>, then sentencepiece's own pieces, from its fourth on; <mask> last."""
     from sentencepiece import SentencePieceProcessor
 
-    model, tokenizer = SentencePieceProcessor(model_file=pieces), data.open_tokenizer(pieces)
+    model, tokenizer = SentencePieceProcessor(model_file=pieces), lit.open_tokenizer(pieces)
     names = ["<s>", "<pad>", "</s>", "<unk>"]
     names += [model.id_to_piece(number) for number in range(3, model.vocab_size())] + ["<mask>"]
     assert len(names) == tokenizer.vocabulary
@@ -3571,7 +3583,7 @@ def test_ids_of_sentencepiece_are_those_of_transformers(pieces):
     pytest.importorskip("google.protobuf")  # transformers reads the file with it
     reference = pytest.importorskip("transformers").XLMRobertaTokenizer
     reference = reference.from_pretrained(os.path.dirname(pieces))
-    tokenizer = data.open_tokenizer(pieces)
+    tokenizer = lit.open_tokenizer(pieces)
     assert tokenizer.vocabulary == len(reference) == reference.mask_token_id + 1
     for text in [*SENTENCES, *ODD_TEXTS, "a red star " * 1000]:
         ids = reference(text, truncation=True, max_length=102)["input_ids"]
@@ -3581,7 +3593,7 @@ def test_ids_of_sentencepiece_are_those_of_transformers(pieces):
 
 @pytest.mark.parametrize("file", [False, True])
 def test_any_text_has_tokens_soon(file, request):
-    tokenizer = data.open_tokenizer(request.getfixturevalue("pieces") if file else None)
+    tokenizer = lit.open_tokenizer(request.getfixturevalue("pieces") if file else None)
     lengthy = [
         "star " * 2000,
         "a" * 10_000,
@@ -3601,7 +3613,7 @@ def test_any_text_has_tokens_soon(file, request):
 def test_a_tokenizer_says_which_it_is(pieces, tmp_path):
     other = train_sentencepiece(tmp_path / "other.model", normalization_rule_name="identity")
     copy = shutil.copy(pieces, tmp_path / "copy.model")
-    found = [data.open_tokenizer(path).identity for path in (pieces, copy, other, None)]
+    found = [lit.open_tokenizer(path).identity for path in (pieces, copy, other, None)]
     assert found[0] == found[1] and len(set(found)) == 3
 
 
@@ -3613,11 +3625,11 @@ def test_a_wrong_tokenizer_file_is_one_line_that_names_it(pieces, tmp_path, monk
     (tmp_path / "folder").mkdir()
     for name in (*files, "t5", "folder", "missing"):
         with pytest.raises(ValueError, match=f"{tmp_path}/{name} is no tokenizer") as error:
-            data.open_tokenizer(f"{tmp_path}/{name}")
+            lit.open_tokenizer(f"{tmp_path}/{name}")
         one_line(error)
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ValueError, match="pip install sentencepiece") as error:
-        data.open_tokenizer(pieces)
+        lit.open_tokenizer(pieces)
     assert pieces in one_line(error)
 
 
@@ -3636,7 +3648,7 @@ def text_of(row):
 
 def captioned_batches(process=0, processes=1, **options):
     order = data.Order(SIZES, seed=4, lanes=6)
-    tokenizer, dealt = data.open_tokenizer(None), {"process": process, "processes": processes}
+    tokenizer, dealt = lit.open_tokenizer(None), {"process": process, "processes": processes}
     return data.Batches(
         Captioned(SIZES), order=order, tokenizer=tokenizer, **dealt, **BATCH, **options
     )
@@ -3682,7 +3694,7 @@ def test_without_an_order_the_first_caption_comes_and_what_has_none_weighs_nothi
     texts = b'{"caption": ["#", "  a \\n#dog", "b"]}', b"{cut", b'{"caption": "c"}'
     files = [{"json": text} for text in texts] + [{"txt": b"d\xe9"}, {}, {"txt": b" #\n"}]
     source = opened(captioned(tmp_path / "a.tar", files))
-    batch = data.Batches(source, (4, 4), 3, 8, tokenizer=data.open_tokenizer(None), context=5)[0]
+    batch = data.Batches(source, (4, 4), 3, 8, tokenizer=lit.open_tokenizer(None), context=5)[0]
     found = [text_of(row) for row in batch["tokens"]]
     assert found == ["a dog", "", "c", "d\ufffd", "", "", "", ""]
     assert batch["weight"].tolist() == [1, 0, 1, 1, 0, 0, 0, 0]
@@ -3695,10 +3707,10 @@ def test_without_an_order_the_first_caption_comes_and_what_has_none_weighs_nothi
 
 
 def test_a_sample_wants_both_a_caption_and_a_tag_where_both_are_looked_for(tmp_path):
-    vocabulary = data.Vocabulary({"dog": 1}, {})
+    vocabulary = hashtags.Vocabulary({"dog": 1}, {})
     files = [{"txt": text} for text in (b"a #dog", b"a dog")] + [{"json": b'["dog"]'}]
     source = opened(captioned(tmp_path / "a.tar", files))
-    wanted = {"tokenizer": data.open_tokenizer(None), "vocabulary": vocabulary}
+    wanted = {"tokenizer": lit.open_tokenizer(None), "vocabulary": vocabulary}
     assert data.Batches(source, (4, 4), 3, 3, **wanted)[0]["weight"].tolist() == [1, 0, 0]
 
 
@@ -3772,10 +3784,10 @@ class Handler(BaseHTTPRequestHandler):
 def remote(shards, tmp_path, monkeypatch, capsys):
     """(server of the five shards of 23 samples and their index.json, pattern, cache folder)."""
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(data, "PATIENCE", 1)
-    monkeypatch.setattr(data, "TIMEOUT", 0.3)
+    monkeypatch.setattr(remote_module, "PATIENCE", 1)
+    monkeypatch.setattr(remote_module, "TIMEOUT", 0.3)
     folder, pattern = shards
-    data.write_listing(data.Shards(pattern))
+    pack_module.write_listing(data.Shards(pattern))
     server = Server(folder)
     capsys.readouterr()
     yield server, f"{server.url}/s-{{00..04}}.tar", tmp_path / "cache"
@@ -4022,7 +4034,7 @@ def test_a_copy_in_the_cache_that_is_damaged_is_fetched_again(remote, shards, da
 
 def test_a_copy_in_the_cache_that_is_always_damaged_is_counted(remote, monkeypatch):
     _, pattern, cache = remote
-    monkeypatch.setattr(data, "index_bytes", lambda *_: bytes(64))
+    monkeypatch.setattr(remote_module, "index_bytes", lambda *_: bytes(64))
     batch = data.Batches(opened_remote(pattern, cache), (4, 4), 3, 8)[0]
     assert batch["weight"].tolist() == [0] * 8
     assert all("damaged" in line and "s-0" in line for line in batch["bad"])
@@ -4052,7 +4064,7 @@ def test_a_shard_in_the_cache_that_is_used_outlives_one_that_is_not(remote):
 def test_who_finds_no_room_waits_for_those_who_are_fetching(remote):
     _, pattern, cache = remote
     source = opened_remote(pattern, cache, "66K")
-    with data.locked(f"{cache}/cached-{'0' * 16}.tar.part", "xb") as others:
+    with remote_module.locked(f"{cache}/cached-{'0' * 16}.tar.part", "xb") as others:
         others.truncate(40_000)
         reader = threading.Thread(target=source.read, args=(10,))
         reader.start()
@@ -4063,9 +4075,9 @@ def test_who_finds_no_room_waits_for_those_who_are_fetching(remote):
 
 
 def test_shards_of_a_pipe(shards, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(data, "PATIENCE", 0.2)
+    monkeypatch.setattr(remote_module, "PATIENCE", 0.2)
     folder, pattern = shards
-    data.write_listing(data.Shards(pattern))
+    pack_module.write_listing(data.Shards(pattern))
     local = opened(pattern)
     for command in ("cat {}", "cat '{}' | cat", "echo '{a}' >&2; cat {} -", "dd if={}"):
         source = opened_remote("pipe:" + command.replace("{}", pattern), tmp_path / "cache")
@@ -4076,7 +4088,7 @@ def test_shards_of_a_pipe(shards, tmp_path, monkeypatch, capfd):
         "cat {} {}.index": "more than the",
     }
     for command, why in failing.items():
-        source = data.RemoteShards("pipe:cat " + pattern, str(tmp_path / "other"), "1M")
+        source = remote_module.RemoteShards("pipe:cat " + pattern, str(tmp_path / "other"), "1M")
         source.paths[3] = "pipe:" + command.replace("{}", f"{folder}/s-03.tar")
         source.cache.shards[source.paths[3]] = 30720
         with pytest.raises(data.Unreachable, match=why) as error:
@@ -4179,7 +4191,7 @@ def test_a_disk_that_is_full_is_one_line(remote):
 
 def test_pack_and_index_list_their_shards(pets, shards, tmp_path, monkeypatch):
     for name in ("train", "val"):
-        data.pack(str(pets[0]), f"{tmp_path}/out/{name}-%02d.tar", shard_size=9)
+        pack_module.pack(str(pets[0]), f"{tmp_path}/out/{name}-%02d.tar", shard_size=9)
     listing = json.loads((tmp_path / "out" / "index.json").read_text())
     assert listing["classes"] == ["cat", "dog"]
     files = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("*.tar")}
@@ -4230,7 +4242,7 @@ def test_shards_are_fetched_before_they_are_needed(remote, monkeypatch):
 def test_a_loader_that_stalls_says_what_it_waits_for(remote, monkeypatch, capsys):
     server, pattern, cache = remote
     monkeypatch.setattr(data, "STALLED", 0.1)
-    monkeypatch.setattr(data, "TIMEOUT", 5)
+    monkeypatch.setattr(remote_module, "TIMEOUT", 5)
     source = opened_remote(pattern, cache)
     server.faults["s-03.tar"] = slow
     batches = data.Batches(source, (4, 4), 3, 12, process=0, processes=2)
@@ -4243,16 +4255,16 @@ def test_a_loader_that_stalls_says_what_it_waits_for(remote, monkeypatch, capsys
         assert len(printed) >= 2
         for line in printed:
             assert re.match(r"no batch for \d+ s: process 0, step [12]: http.*/s-03.tar", line)
-    for source in (data.Toy("train", (8, 8)), opened_remote(pattern, cache)):
+    for source in (toy.Toy("train", (8, 8)), opened_remote(pattern, cache)):
         item = data.Batches(source, (8, 8), 3, 4).about(1)
         assert item.startswith("process 0, step 2: ")
-    list(data.loader(data.Batches(data.Toy("train", (8, 8)), (8, 8), 3, 2), range(3), 0))
+    list(data.loader(data.Batches(toy.Toy("train", (8, 8)), (8, 8), 3, 2), range(3), 0))
     assert capsys.readouterr().err == ""
 
 
 def test_ctrl_c_does_not_wait_for_workers_that_wait(remote, monkeypatch):
     server, pattern, cache = remote
-    monkeypatch.setattr(data, "TIMEOUT", 60)
+    monkeypatch.setattr(remote_module, "TIMEOUT", 60)
     done = threading.Event()
     server.faults = {f"s-{n:02}.tar": lambda *_: done.wait(60) for n in range(5)}
     batches = data.Batches(opened_remote(pattern, cache), (4, 4), 3, 4)
@@ -4326,7 +4338,7 @@ def test_too_few_open_files_are_not_unreadable_pictures(monkeypatch):
     monkeypatch.setattr(source, "read", read)
     with pytest.raises(data.Unreachable, match="Too many open files: '0.png': .*ulimit -n 65536"):
         data.Batches(source, (8, 8), 3, 4)[0]
-    chunks = data.TagChunks(source, {})
+    chunks = hashtags.TagChunks(source, {})
     with pytest.raises(data.Unreachable, match="ulimit"):
         chunks[0]
     with pytest.raises(data.Unreachable, match="ulimit"):
@@ -4369,7 +4381,7 @@ def same_run_of(program, tmp_path, **options):
         labels = tmp_path / "labels.jsonl"
         lines = [{"path": f"{'ab'[i % 2]}/{i}.png", "hashtags": [f"#{i % 3}"]} for i in range(120)]
         labels.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        data.write_hashtags(data.Folder(str(PICTURES), labels=str(labels)), tmp_path / "tags")
+        hashtags.write_hashtags(data.Folder(str(PICTURES), labels=str(labels)), tmp_path / "tags")
         run += ["--labels", labels, "--tags", tmp_path / "tags"]
     if program == "finetune":
         run += ["--task", "classify", "--val-data", PICTURES]
@@ -4472,7 +4484,7 @@ def test_fewer_shards_than_processes_is_one_line_with_a_way_out():
 
 def test_a_stage_runs_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data.pack(str(PICTURES / "a"), "shards/%02d.tar", shard_size=8)
+    pack_module.pack(str(PICTURES / "a"), "shards/%02d.tar", shard_size=8)
     server = Server(tmp_path / "shards")
     run = [*TINY[2:], "--lanes", "4", "--cache-dir", "cache", "--steps", "4"]
 

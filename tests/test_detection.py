@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import detection
 import kernels
 import model as models
-from detection import Detector
+from tasks import detect
+from tasks import scenes as scenes_module
+from tasks.detect import Detector
 
 # Four blocks, of which each is the last of its quarter, would all be global: eight.
 TINY = {"size": "16x8x2", "image_size": 64, "patch_size": 8, "window": 3, "scales": (2, 1)}
@@ -53,7 +54,7 @@ def scene(side, seed):
 @pytest.mark.parametrize("grid, window", [((4, 4), 3), ((4, 6), 2), ((3, 5), 0)])
 def test_attention_in_windows_is_full_attention_under_a_mask(grid, window):
     """On a grid filled up with zeros, with the bias as a sum over each pair of tokens."""
-    attention = scramble(detection.WindowAttention(8, 2, grid, window)).double()
+    attention = scramble(detect.WindowAttention(8, 2, grid, window)).double()
     x = torch.randn(2, grid[0] * grid[1], 8, dtype=torch.float64)
     rows, columns = (math.ceil(n / (window or n)) * (window or n) for n in grid)
     padded = torch.zeros(2, rows, columns, 8, dtype=torch.float64)
@@ -79,13 +80,13 @@ def test_attention_in_windows_is_full_attention_under_a_mask(grid, window):
 def test_only_the_last_block_of_each_quarter_is_global():
     with torch.device("meta"):
         for size, wanted in ("B", [2, 5, 8, 11]), ("L", [5, 11, 17, 23]), ("H", [7, 15, 23, 31]):
-            trunk = detection.Trunk(size, 1024, 14)
+            trunk = detect.Trunk(size, 1024, 14)
             assert [i for i, block in enumerate(trunk.blocks) if not block.attn.window] == wanted
             assert trunk.grid == (64, 64)  # H has patches of 14 pixels: resized
 
 
 def test_trunk_with_zero_tables_is_the_vit_without_class_token():
-    trunk = detection.Detector(**TINY | {"window": 0}).trunk
+    trunk = detect.Detector(**TINY | {"window": 0}).trunk
     images = torch.randn(2, 3, 64, 64)
     x = trunk.embed(models.patchify(images, 8)) + trunk.pos_embed[:, 1:]
     for block in trunk.blocks:
@@ -98,14 +99,14 @@ def test_trunk_with_zero_tables_is_the_vit_without_class_token():
 def test_weights_of_other_models_load():
     vit = models.MAE("16x8x2", (16, 1, 2), image_size=32, patch_size=8)
     model = Detector(**TINY)
-    said = detection.load_trunk(model, vit.state_dict(), (4, 4))
+    said = detect.load_trunk(model, vit.state_dict(), (4, 4))
     assert "pos_embed from 4x4 to 8x8" in said and "dropped: class token" in said
     for name in "patch_embed.proj.weight", "blocks.7.attn.qkv.weight", "blocks.0.mlp.fc1.weight":
         assert torch.equal(model.trunk.state_dict()[name], vit.state_dict()[name])
     # A larger image: tables of global blocks grow, those of windows are as they were.
     scramble(model)
     large = Detector(**TINY | {"image_size": 96, "classes": 7})
-    said = detection.load_trunk(large, model.state_dict(), (8, 8))
+    said = detect.load_trunk(large, model.state_dict(), (8, 8))
     assert "blocks.1.attn.rel_pos_h resampled from 15 to 23" in said and "blocks.0." not in said
     own, theirs = large.state_dict(), model.state_dict()
     assert torch.equal(own["boxes.0.fc.weight"], theirs["boxes.0.fc.weight"])
@@ -113,9 +114,9 @@ def test_weights_of_other_models_load():
     table = theirs["trunk.blocks.1.attn.rel_pos_h"]
     torch.testing.assert_close(own["trunk.blocks.1.attn.rel_pos_h"][11], table[7])  # the middle
     with pytest.raises(ValueError, match="boxes.0.fc.weight"):
-        detection.load_trunk(Detector(**TINY | {"hidden": 8}), model.state_dict())
+        detect.load_trunk(Detector(**TINY | {"hidden": 8}), model.state_dict())
     with pytest.raises(ValueError, match="blocks.8"):
-        detection.load_trunk(model, models.ViT("16x9x2", 32, 8).state_dict())
+        detect.load_trunk(model, models.ViT("16x9x2", 32, 8).state_dict())
     with pytest.raises(ValueError, match="want two patches of 8"):
         Detector(**TINY | {"image_size": 8})
 
@@ -124,7 +125,7 @@ def test_patch_of_14_pixels_is_resized_to_16():
     vit = models.ViT("16x4x2", 28, 14)
     model = Detector(**TINY | {"size": "16x4x2", "patch_size": 14})
     assert model.patch_size == 16
-    assert "14x14 to 16x16" in detection.load_trunk(model, vit.state_dict())
+    assert "14x14 to 16x16" in detect.load_trunk(model, vit.state_dict())
     expected = F.interpolate(vit.patch_embed["proj"].weight, (16, 16), mode="bicubic")
     assert torch.equal(model.trunk.patch_embed["proj"].weight, expected)
 
@@ -134,18 +135,18 @@ def test_patch_of_14_pixels_is_resized_to_16():
 
 def test_encode_and_decode_are_inverse():
     boxes, truth = random_boxes(20, 64), random_boxes(20, 64, seed=1)
-    deltas = detection.encode(boxes, truth, (10.0, 5.0))
-    torch.testing.assert_close(detection.decode(deltas, boxes, (10.0, 5.0)), truth)
+    deltas = detect.encode(boxes, truth, (10.0, 5.0))
+    torch.testing.assert_close(detect.decode(deltas, boxes, (10.0, 5.0)), truth)
     # Worked by hand: moved by half a width, twice as high.
-    deltas = detection.encode(torch.tensor([[0.0, 0, 4, 4]]), torch.tensor([[2.0, -2, 6, 6]]))
+    deltas = detect.encode(torch.tensor([[0.0, 0, 4, 4]]), torch.tensor([[2.0, -2, 6, 6]]))
     torch.testing.assert_close(deltas, torch.tensor([[0.5, 0, 0, math.log(2)]]))
-    grown = detection.decode(torch.tensor([[0.0, 0, 9, 2]]), torch.tensor([[0.0, 0, 2, 2]]))
+    grown = detect.decode(torch.tensor([[0.0, 0, 9, 2]]), torch.tensor([[0.0, 0, 2, 2]]))
     sides = (grown[0, 2:] - grown[0, :2]).tolist()
     assert sides == pytest.approx([2 * 1000 / 16, 2 * math.exp(2)])
 
 
 def test_anchors_by_level_cell_and_ratio():
-    anchors, levels = detection.anchors_of([(2, 3), (1, 1)], [4, 8], [8, 32])
+    anchors, levels = detect.anchors_of([(2, 3), (1, 1)], [4, 8], [8, 32])
     assert anchors.shape == (21, 4) and levels.tolist() == [0] * 18 + [1] * 3
     sides = anchors[:, 2:] - anchors[:, :2]
     torch.testing.assert_close(sides.prod(dim=1), torch.tensor([64.0] * 18 + [1024.0] * 3))
@@ -158,10 +159,10 @@ def test_anchors_are_labelled_by_the_rules():
     # IoUs of 0.72, 0.68, 0.32 and 0.28; one of 0.4, to which no other is nearer; and of 0.
     anchors = [[0, 0, 10, height] for height in (7.2, 6.8, 3.2, 2.8)]
     anchors = torch.tensor([*anchors, [100, 100, 104, 110], [50, 50, 60, 60]])
-    label, index = detection.label_anchors(anchors, truth)
+    label, index = detect.label_anchors(anchors, truth)
     assert label.tolist() == [1, -1, -1, 0, 1, 0]
     assert index[[0, 4]].tolist() == [0, 1]
-    assert detection.label_anchors(anchors, torch.zeros(1, 4))[0].tolist() == [0] * 6
+    assert detect.label_anchors(anchors, torch.zeros(1, 4))[0].tolist() == [0] * 6
 
 
 def test_samples_are_capped_and_the_same_for_a_seed():
@@ -169,7 +170,7 @@ def test_samples_are_capped_and_the_same_for_a_seed():
 
     def draw(seed):
         keys = torch.rand(len(label), generator=torch.Generator().manual_seed(seed))
-        return detection.sample(label, 40, 20, keys)
+        return detect.sample(label, 40, 20, keys)
 
     ids, positives = draw(0)
     assert positives == 20 and len(ids.unique()) == 40
@@ -188,11 +189,11 @@ def test_nms_is_the_greedy_one(block, limit):
     kept = []
     for i in sorted(range(300), key=lambda i: (-scores[i], i)):
         same = [j for j in kept if groups[j] == groups[i]]
-        if not same or detection.overlaps(boxes[same], boxes[i : i + 1]).max() <= 0.4:
+        if not same or detect.overlaps(boxes[same], boxes[i : i + 1]).max() <= 0.4:
             kept.append(i)
-    found = detection.nms(boxes, scores, groups, 0.4, limit, block)
+    found = detect.nms(boxes, scores, groups, 0.4, limit, block)
     assert found.tolist() == kept[:limit] and len(kept) > 20
-    assert len(detection.nms(boxes[:0], scores[:0], groups[:0], 0.4, 10)) == 0
+    assert len(detect.nms(boxes[:0], scores[:0], groups[:0], 0.4, 10)) == 0
 
 
 def bilinear(x, image):
@@ -233,21 +234,21 @@ def test_roi_align_is_the_published_definition():
     table = torch.cat([x.flatten(1).T for x in maps]).requires_grad_()
     boxes = torch.tensor(BOXES, dtype=torch.float32)
     grids, strides = [(16, 12), (8, 6)], [4, 8]
-    found = detection.roi_align(table, grids, strides, boxes, 3)
+    found = detect.roi_align(table, grids, strides, boxes, 3)
     levels = [int(math.sqrt((b[2] - b[0]) * (b[3] - b[1])) >= 112) for b in BOXES]
     expected = [align(maps[l], b, 1 / strides[l], 3) for b, l in zip(BOXES, levels)]
     torch.testing.assert_close(found, torch.stack(expected))
     # A region of 112 pixels and more is read from the second level.
     large = torch.tensor([[-30.0, -30, 82, 82], [-30, -30, 81, 81]])
-    found = detection.roi_align(table, grids, strides, large, 3)
+    found = detect.roi_align(table, grids, strides, large, 3)
     torch.testing.assert_close(found[0], align(maps[1], large[0].tolist(), 1 / 8, 3))
     torch.testing.assert_close(found[1], align(maps[0], large[1].tolist(), 1 / 4, 3))
     # It is linear: the gradient is what a difference says, exactly.
     weight, step = torch.randn_like(found), torch.randn_like(table)
     (found * weight).sum().backward()
-    moved = detection.roi_align(table.detach() + step, grids, strides, large, 3)
+    moved = detect.roi_align(table.detach() + step, grids, strides, large, 3)
     torch.testing.assert_close((table.grad * step).sum(), ((moved - found) * weight).sum().detach())
-    assert detection.roi_align(table, grids, strides, boxes[:0], 3).shape == (0, 3, 3, 3)
+    assert detect.roi_align(table, grids, strides, boxes[:0], 3).shape == (0, 3, 3, 3)
 
 
 def test_roi_align_is_torchvisions():
@@ -261,7 +262,7 @@ def test_roi_align_is_torchvisions():
     expected = ops.roi_align(x, [boxes], 7, spatial_scale=0.25, aligned=True)
     gradient = torch.randn_like(expected)
     (wanted,) = torch.autograd.grad(expected, x, gradient)
-    found = detection.roi_align(x[0].flatten(1).T, [(40, 50)], [4], boxes, 7)
+    found = detect.roi_align(x[0].flatten(1).T, [(40, 50)], [4], boxes, 7)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, x, gradient)[0], wanted)
 
@@ -271,14 +272,12 @@ def test_mask_targets_are_roi_align_over_one_half_and_pasting_undoes_them():
     masks = torch.stack([(x - 30) ** 2 + (y - 25) ** 2 < 400, x + y > 50])
     boxes = torch.tensor([[10.0, 5, 51, 46], [20, 10, 64.5, 50.2], [3, 3, 9, 9]])
     which = torch.tensor([0, 1, 0])
-    found = detection.mask_targets(masks, boxes, which, 10)
+    found = detect.mask_targets(masks, boxes, which, 10)
     for target, box, i in zip(found, boxes.tolist(), which):
         assert torch.equal(target, align(masks[i, None].float(), box, 1, 10)[0] >= 0.5)
-    pasted = detection.paste_masks(found[:1].float(), boxes[:1], (60, 70))[0]
+    pasted = detect.paste_masks(found[:1].float(), boxes[:1], (60, 70))[0]
     assert (pasted & masks[0]).sum() / (pasted | masks[0]).sum() > 0.9
-    whole = detection.paste_masks(
-        torch.ones(1, 28, 28), torch.tensor([[10.0, 5, 20, 15]]), (60, 70)
-    )
+    whole = detect.paste_masks(torch.ones(1, 28, 28), torch.tensor([[10.0, 5, 20, 15]]), (60, 70))
     assert torch.equal(whole[0], (x >= 10) & (x < 20) & (y >= 5) & (y < 15))
 
 
@@ -340,8 +339,8 @@ def proposed(model, scores, deltas, most, size):
     for level in range(3):
         ids = (model.levels == level).nonzero()[:, 0]
         ids = ids[scores[ids].argsort(descending=True)[:most]]
-        found = detection.clip(detection.decode(deltas[ids], model.anchors[ids]), size)
-        kept = detection.nms(found, scores[ids], ids * 0, 0.7, 10_000)
+        found = detect.clip(detect.decode(deltas[ids], model.anchors[ids]), size)
+        kept = detect.nms(found, scores[ids], ids * 0, 0.7, 10_000)
         boxes.append(found[kept])
         values.append(scores[ids][kept])
     return torch.cat(boxes)[torch.cat(values).argsort(descending=True)]
@@ -350,9 +349,9 @@ def proposed(model, scores, deltas, most, size):
 def cascade(model, table, rois, size):
     """Of each of three stages: the regions, logits, deltas; and the regions that come out."""
     for head, weights in zip(model.boxes, [(10, 5), (20, 10), (30, 15)]):
-        logits, moves = head(detection.roi_align(table, model.grids[:2], [4, 8], rois, 7))
+        logits, moves = head(detect.roi_align(table, model.grids[:2], [4, 8], rois, 7))
         yield rois, logits, moves, weights
-        rois = detection.clip(detection.decode(moves.detach(), rois, weights), size)
+        rois = detect.clip(detect.decode(moves.detach(), rois, weights), size)
     yield rois, None, None, None
 
 
@@ -372,17 +371,17 @@ def test_losses_and_detections_are_the_references(federated, sure):
     table, scores, deltas = (x[0] for x in model.predict(image[None]))
     parts = model(image[None], [target])[1]
 
-    label, index = detection.label_anchors(model.anchors, truth)
+    label, index = detect.label_anchors(model.anchors, truth)
     positive, some = label == 1, label >= 0
     loss = F.binary_cross_entropy_with_logits(scores[some], label[some].float(), reduction="sum")
-    wanted = detection.encode(model.anchors, truth[index])
+    wanted = detect.encode(model.anchors, truth[index])
     expected = {"rpn_class": loss / 5000}
     expected["rpn_box"] = (deltas - wanted)[positive].abs().sum() / 5000
     rois = torch.cat([proposed(model, scores, deltas, 60, size), truth])
     stages = cascade(model, table, rois, size)
     for stage, least in enumerate([0.5, 0.6, 0.7]):
         rois, logits, moves, weights = next(stages)
-        iou, index = detection.overlaps(rois, truth).max(dim=1)
+        iou, index = detect.overlaps(rois, truth).max(dim=1)
         positive = iou >= least
         assert 2 < positive.sum() < len(rois) - 2  # there is something to go wrong
         label = labels[index].where(positive, 3)
@@ -391,12 +390,12 @@ def test_losses_and_detections_are_the_references(federated, sure):
             each = F.one_hot(label, 4)[:, :3].float()
             loss = F.binary_cross_entropy_with_logits(logits[:, :3], each, reduction="sum")
         expected[f"class_{stage}"] = loss / 900
-        wanted = detection.encode(rois, truth[index], weights)
+        wanted = detect.encode(rois, truth[index], weights)
         expected[f"box_{stage}"] = (moves - wanted)[positive].abs().sum() / 900
         if stage == 0:
-            x = model.mask(detection.roi_align(table, model.grids[:2], [4, 8], rois[positive], 14))
+            x = model.mask(detect.roi_align(table, model.grids[:2], [4, 8], rois[positive], 14))
             x = x[range(len(x)), labels[index[positive]]]
-            shapes = detection.mask_targets(target["masks"], rois[positive], index[positive], 28)
+            shapes = detect.mask_targets(target["masks"], rois[positive], index[positive], 28)
             expected["mask"] = F.binary_cross_entropy_with_logits(x, shapes.float())
     assert parts.keys() == expected.keys()
     for name, value in parts.items():
@@ -411,7 +410,7 @@ def test_losses_and_detections_are_the_references(federated, sure):
     boxes, values, names = [], [], []
     for name in range(3):
         some = score[:, name] > sure
-        kept = detection.nms(rois[some], score[some, name], some[some].long(), 0.5, 10_000)
+        kept = detect.nms(rois[some], score[some, name], some[some].long(), 0.5, 10_000)
         boxes.append(rois[some][kept])
         values.append(score[some, name][kept])
         names += [name] * len(kept)
@@ -422,9 +421,9 @@ def test_losses_and_detections_are_the_references(federated, sure):
 
 
 def test_half_of_the_anchors_and_a_quarter_of_the_regions_are_positive_at_most(monkeypatch):
-    asked, sample = [], detection.sample
+    asked, sample = [], detect.sample
     keep = lambda label, *how: asked.append(how[:2]) or sample(label, *how)
-    monkeypatch.setattr(detection, "sample", keep)
+    monkeypatch.setattr(detect, "sample", keep)
     image, target = scene(64, 0)
     Detector(**TINY)(image[None], [target])
     assert asked == [(16, 8), (8, 2)]
@@ -434,17 +433,17 @@ def test_which_regions_are_drawn_does_not_hang_on_their_order(monkeypatch):
     """Rounding, which is another on other numbers of processes, changes it."""
     model, (image, target) = scramble(Detector(**TINY), 0.2), scene(64, 0)
     loss, _ = model(image[None], [target])
-    nms, turned = detection.nms, []
+    nms, turned = detect.nms, []
     turn = lambda *how: turned.append(nms(*how).flip(0)) or turned[-1]
-    monkeypatch.setattr(detection, "nms", turn)
+    monkeypatch.setattr(detect, "nms", turn)
     torch.testing.assert_close(model(image[None], [target])[0], loss)
     assert len(turned[0]) > TINY["rois"]
 
 
 def test_regions_to_learn_from_end_where_the_picture_does(monkeypatch):
-    seen, roi_align = [], detection.roi_align
+    seen, roi_align = [], detect.roi_align
     keep = lambda *how: seen.append(how[3]) or roi_align(*how)
-    monkeypatch.setattr(detection, "roi_align", keep)
+    monkeypatch.setattr(detect, "roi_align", keep)
     image, target = scene(64, 0)
     Detector(**TINY | {"rois": 50})(image[None], [target | {"size": (60, 50)}])
     assert len(seen) == 4 and (torch.cat(seen) <= torch.tensor([50, 60, 50, 60])).all()
@@ -453,7 +452,7 @@ def test_regions_to_learn_from_end_where_the_picture_does(monkeypatch):
 def test_each_stage_of_the_cascade_gives_a_third_of_its_gradient():
     model, rois = scramble(Detector(**TINY), 0.2), random_boxes(5, 60)
     table = torch.randn(16 * 16 + 8 * 8 + 4 * 4, 16, requires_grad=True)
-    whole = model.boxes[1](detection.roi_align(table, [(16, 16), (8, 8)], [4, 8], rois, 7))
+    whole = model.boxes[1](detect.roi_align(table, [(16, 16), (8, 8)], [4, 8], rois, 7))
     scaled = model.judge(1, table, rois)
     torch.testing.assert_close(scaled, whole)
     whole, scaled = (torch.autograd.grad(out[1].sum(), table)[0] for out in (whole, scaled))
@@ -499,8 +498,8 @@ def test_two_scenes_are_learned_by_heart_and_found():
         for label, box, mask in zip(target["labels"], target["boxes"], target["masks"]):
             best = (found["labels"] == label).nonzero()[0, 0].item()  # the surest of its class
             assert found["scores"][best] > 0.5
-            assert detection.overlaps(found["boxes"][[best]], box[None]) > 0.8
-            one = detection.paste_masks(found["masks"][[best]], found["boxes"][[best]], (64, 64))[0]
+            assert detect.overlaps(found["boxes"][[best]], box[None]) > 0.8
+            one = detect.paste_masks(found["masks"][[best]], found["boxes"][[best]], (64, 64))[0]
             assert (one & mask).sum() / (one | mask).sum() > 0.8
     clipped = model.detect(images, [(40, 50)] * 2)[0]["boxes"]
     assert (clipped <= torch.tensor([50, 40, 50, 40])).all()
@@ -522,8 +521,8 @@ def test_initial_weights_of_the_heads_are_detectron2s():
 
 
 def test_grey_scenes_are_measured():
-    scenes = detection.ToyScenes("val", 64, 3)
-    found = detection.detect_in(Detector(**TINY | {"channels": 1, "classes": 10}), scenes)
+    scenes = scenes_module.ToyScenes("val", 64, 3)
+    found = detect.detect_in(Detector(**TINY | {"channels": 1, "classes": 10}), scenes)
     assert list(found) == list(scenes.ids)
 
 
@@ -542,10 +541,10 @@ def test_flops_are_what_the_layers_cost():
     )
     rpn = sum(cells) * (2 * 18 * C * C + 2 * C * 15)
     box = 3 * 8 * (49 * 18 * C * C + 2 * 49 * C * 16 + 2 * 16 * (81 + 4))
-    assert detection.flops_per_image(model) == trunk + pyramid + rpn + box
+    assert detect.detector_flops(model) == trunk + pyramid + rpn + box
 
 
 def test_detectors_of_grey_pictures_see_grey():
-    scenes = detection.ToyScenes("val", 64, 2)
-    found = detection.detect_in(Detector(**TINY | {"channels": 1}), scenes, batch_size=2)
+    scenes = scenes_module.ToyScenes("val", 64, 2)
+    found = detect.detect_in(Detector(**TINY | {"channels": 1}), scenes, batch_size=2)
     assert found.keys() == set(scenes.ids)

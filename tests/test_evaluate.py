@@ -24,6 +24,11 @@ from PIL import Image
 import data
 import evaluate
 import model as models
+from support import formats, pack
+from support import labels as labels_module
+from support import pictures as pictures_module
+from tasks import lit as lit_module
+from tasks import lowshot
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
 SHAPE = {"image_size": (16, 24), "patch_size": 8}  # 2 x 3 patches; not square, so that H is not W
@@ -256,7 +261,7 @@ def test_accuracy_counts_labels_among_the_k_highest():
 def test_few_shot_split_has_as_many_of_each_class_as_asked_for_or_all_there_are():
     labels = torch.tensor(np.random.RandomState(0).permutation([0] * 9 + [2] * 5 + [7] * 2))
     for shots in (1, 3, 5, 100):
-        chosen = evaluate.few_shot_split(labels, shots, seed=4)
+        chosen = lowshot.few_shot_split(labels, shots, seed=4)
         assert len(set(chosen.tolist())) == len(chosen)
         counts = torch.bincount(labels[chosen], minlength=8).tolist()
         assert counts == [min(shots, n) for n in (9, 0, 5, 0, 0, 0, 0, 2)]
@@ -264,13 +269,13 @@ def test_few_shot_split_has_as_many_of_each_class_as_asked_for_or_all_there_are(
 
 def test_few_shot_split_depends_on_its_seed_and_on_nothing_else():
     labels = torch.arange(300) % 3
-    first = evaluate.few_shot_split(labels, 5, seed=0)
+    first = lowshot.few_shot_split(labels, 5, seed=0)
     torch.manual_seed(99), np.random.seed(99), torch.rand(7)
-    assert torch.equal(first, evaluate.few_shot_split(labels, 5, seed=0))
-    splits = {tuple(sorted(evaluate.few_shot_split(labels, 5, s).tolist())) for s in range(20)}
+    assert torch.equal(first, lowshot.few_shot_split(labels, 5, seed=0))
+    splits = {tuple(sorted(lowshot.few_shot_split(labels, 5, s).tolist())) for s in range(20)}
     assert len(splits) == 20
     # Samples at the end are as likely as others: 300 draws, their mean place 149.5 +- 5 (6 sigma).
-    places = torch.cat([evaluate.few_shot_split(labels, 5, seed) for seed in range(20)]).double()
+    places = torch.cat([lowshot.few_shot_split(labels, 5, seed) for seed in range(20)]).double()
     assert abs(places.mean() - 149.5) < 30
 
 
@@ -535,7 +540,7 @@ def test_fewshot_is_ridge_on_the_printed_splits(labelled, encoder):
     rows = np.array([place[key] for key in order])
     tops = []
     for seed in range(5):
-        split = evaluate.few_shot_split(torch.from_numpy(labels[rows]), 2, seed).numpy()
+        split = lowshot.few_shot_split(torch.from_numpy(labels[rows]), 2, seed).numpy()
         scores = ridge_by_least_squares(train[rows][split], labels[rows][split], val, 7)
         tops.append([share_in_top(scores, val_labels, k) for k in (1, 5)])
     # Means of five fractions of 21: whatever rounds, it is the last bit of a float64.
@@ -666,9 +671,9 @@ def gallery(tmp_path_factory):
 def test_denormalize_goes_back_exactly_and_clips(channels):
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, channels, 1, 1)
     images[1] = images[1].flip(1)
-    assert torch.equal(evaluate.denormalize(data.normalize(images)), images)
+    assert torch.equal(pictures_module.denormalize(data.normalize(images)), images)
     extremes = torch.tensor([-100.0, 100.0]).view(1, 1, 1, 2).repeat(1, channels, 1, 1)
-    assert evaluate.denormalize(extremes)[0, :, 0].tolist() == [[0, 255]] * channels
+    assert pictures_module.denormalize(extremes)[0, :, 0].tolist() == [[0, 255]] * channels
 
 
 def test_reconstructions_show_the_picture_the_visible_patches_and_the_painted_rest(
@@ -688,7 +693,7 @@ def test_reconstructions_show_the_picture_the_visible_patches_and_the_painted_re
     # The model gives the same for any order within the visible and within the hidden patches.
     ids = torch.from_numpy(np.argsort(~visible, axis=1, kind="stable"))
     expected = autoencoder.model.reconstruct(data.normalize(images), ids)
-    expected = evaluate.denormalize(expected).permute(0, 2, 3, 1).numpy().astype(int)
+    expected = pictures_module.denormalize(expected).permute(0, 2, 3, 1).numpy().astype(int)
     # 8 bits: another order of summation may round the other way
     assert np.abs(painted - expected).max() <= 1
     assert (patches_of(painted)[~visible] != patches_of(picture)[~visible]).mean() > 0.5
@@ -1015,7 +1020,7 @@ WNIDS = ["n02123045", "n01440764", "n15075141"]  # a tabby cat, a tench, toilet 
 
 
 def packed(folder):
-    data.pack(str(folder), f"{folder}-%d.tar")
+    pack.pack(str(folder), f"{folder}-%d.tar")
     return f"{folder}-*.tar"
 
 
@@ -1053,7 +1058,9 @@ def test_wnids_by_facts_that_are_known_of_the_lists():
                     "n07753592": 954, tissue: 999},  # tench, labrador, cat, elephant, teddy, banana
              21841: {tench: 359, "n01443537": 368, "n01484850": 460, "n01491361": 475},
              21843: {tench: 359, "n01443537": 368, "n01484850": 460, "n01491361": 475}}  # fmt: skip
-    lists = {count: evaluate.names_of_list(count, [*places]) for count, places in known.items()}
+    lists = {
+        count: labels_module.names_of_list(count, [*places]) for count, places in known.items()
+    }
     for count, names in lists.items():
         assert len(set(names)) == count and names == sorted(names)
         assert {name: names.index(name) for name in known[count]} == known[count]
@@ -1063,10 +1070,10 @@ def test_wnids_by_facts_that_are_known_of_the_lists():
 
 
 def test_without_the_lists_of_wnids_nothing_is_guessed(tmp_path, monkeypatch):
-    """Where evaluate.py was copied alone."""
-    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
-    assert evaluate.names_of_list(1000, WNIDS) is None
-    assert evaluate.names_of_list(3, WNIDS) == WNIDS
+    """Where labels.py was copied alone."""
+    monkeypatch.setattr(labels_module, "__file__", str(tmp_path / "labels.py"))
+    assert labels_module.names_of_list(1000, WNIDS) is None
+    assert labels_module.names_of_list(3, WNIDS) == WNIDS
 
 
 def test_a_python_without_lzma_is_one_line(classifier, tmp_path, monkeypatch, capsys):
@@ -1075,7 +1082,7 @@ def test_a_python_without_lzma_is_one_line(classifier, tmp_path, monkeypatch, ca
     asked = ["--task", "classify", "--checkpoint", classifier(None, classes=1000)]
     line, _ = refused(capsys, *map(str, [*asked, "--data", pictures]))
     assert "imagenet_1000.txt.xz cannot be read" in line and "use a Python" in line
-    assert evaluate.names_of_list(1000, ["3", "7"])[7] == "7"  # which needs no list
+    assert labels_module.names_of_list(1000, ["3", "7"])[7] == "7"  # which needs no list
 
 
 def test_a_head_of_21841_classes_knows_wnids_and_says_which_it_does_not(
@@ -1155,7 +1162,7 @@ def test_real_labels_have_several_answers_or_none(classifier, tmp_path, capsys):
     where = ["--checkpoint", classifier(None), "--data", tmp_path / "val"]
     found = classified(capsys, *where, "--real-labels", real)
     assert (found["top1"], found["pictures"]) == (0.75, 4)
-    data.pack(str(tmp_path / "val"), str(tmp_path / "val-%03d.tar"), shard_size=2)
+    pack.pack(str(tmp_path / "val"), str(tmp_path / "val-%03d.tar"), shard_size=2)
     packed = ["--checkpoint", classifier(None), "--data", tmp_path / "val-*.tar"]
     assert classified(capsys, *packed, "--real-labels", real) == found
     wrong = [[1], [0], [9], [2], [0]], [["red"], [0], [], [2], [0]]
@@ -1235,7 +1242,7 @@ def test_ranks_count_wrong_answers_that_are_as_similar():
         torch.tensor([0, 0, 1, 2, 3, 4, 5, 6, 7, 8]),
         torch.tensor([0, 3, 1, 2, 3, 4, 5, 6, 7, 8]),
     )
-    found = evaluate.ranks_of(asked, offered, rows, answers).tolist()
+    found = lit_module.ranks_of(asked, offered, rows, answers).tolist()
     for row in range(9):
         similarity = (asked[row] @ offered.T).tolist()
         right = {answer for r, answer in zip(rows.tolist(), answers.tolist()) if r == row}
@@ -1243,7 +1250,7 @@ def test_ranks_count_wrong_answers_that_are_as_similar():
         wrong = [s for i, s in enumerate(similarity) if i not in right]
         assert found[row] == sum(s > best - 1e-6 for s in wrong)
     collapsed = torch.ones(9, 4)  # where all are alike, nothing is found
-    assert evaluate.ranks_of(collapsed, collapsed, torch.arange(9), torch.arange(9)).min() == 8
+    assert lit_module.ranks_of(collapsed, collapsed, torch.arange(9), torch.arange(9)).min() == 8
 
 
 def test_class_embeddings_average_templates_and_synonyms():
@@ -1254,7 +1261,7 @@ def test_class_embeddings_average_templates_and_synonyms():
 
     model.config = {"text": {"context": 50}}
     names, templates = [["ox", "kitten"], ["\u732b"]], ("{}", "a {}!")
-    found = evaluate.class_embeddings(model, names, templates, data.ByteTokenizer(), "cpu")
+    found = lit_module.class_embeddings(model, names, templates, lit_module.ByteTokenizer(), "cpu")
     for row, lengths in zip(found, ([2, 5, 6, 9], [3, 6])):
         sums = np.sum([np.array([n, 1]) / np.hypot(n, 1) for n in lengths], axis=0)
         assert row.numpy() == pytest.approx(sums / np.linalg.norm(sums), rel=1e-6)
@@ -1262,13 +1269,13 @@ def test_class_embeddings_average_templates_and_synonyms():
 
 def test_names_of_classes(tmp_path):
     path = tmp_path / "names.txt"
-    assert evaluate.read_class_names(None, ["sea_lion", "ox"]) == [["sea lion"], ["ox"]]
+    assert lit_module.read_class_names(None, ["sea_lion", "ox"]) == [["sea lion"], ["ox"]]
     path.write_text("\ufeff\u0430\u043a\u0443\u043b\u0430, shark \r\nox\n", "utf-8")
     names = [["\u0430\u043a\u0443\u043b\u0430", "shark"], ["ox"]]
-    assert evaluate.read_class_names(path, ["b", "a"]) == names
-    assert evaluate.read_class_names(path, None) == names
+    assert lit_module.read_class_names(path, ["b", "a"]) == names
+    assert lit_module.read_class_names(path, None) == names
     path.write_text("n02\tox, bull\nn01\tshark\nn03\tcat\n")  # by name, in any order
-    assert evaluate.read_class_names(path, ["n01", "n02"]) == [["shark"], ["ox", "bull"]]
+    assert lit_module.read_class_names(path, ["n01", "n02"]) == [["shark"], ["ox", "bull"]]
 
 
 def test_a_line_of_names_belongs_to_the_folder_of_its_number(tmp_path):
@@ -1279,12 +1286,12 @@ def test_a_line_of_names_belongs_to_the_folder_of_its_number(tmp_path):
         write_picture(tmp_path / "numbered" / str(i) / "a.png", i, 100)
     in_order = [str(i) for i in range(12)]
     for classes in (data.Folder(str(tmp_path / "numbered")).classes, in_order, sorted(in_order)):
-        found = evaluate.read_class_names(path, classes)
+        found = lit_module.read_class_names(path, classes)
         assert dict(zip(classes, found)) == {str(i): [f"name {i}"] for i in range(12)}
     # Some of the folders; and folders from 1 on, which are as many as the lines.
-    assert evaluate.read_class_names(path, ["2", "10"]) == [["name 2"], ["name 10"]]
+    assert lit_module.read_class_names(path, ["2", "10"]) == [["name 2"], ["name 10"]]
     from_one = [str(i) for i in range(1, 13)]
-    assert evaluate.read_class_names(path, from_one) == [[f"name {i}"] for i in range(12)]
+    assert lit_module.read_class_names(path, from_one) == [[f"name {i}"] for i in range(12)]
 
 
 def test_names_of_all_of_imagenet_for_some_of_its_folders(tmp_path, capsys):
@@ -1293,17 +1300,17 @@ def test_names_of_all_of_imagenet_for_some_of_its_folders(tmp_path, capsys):
     names = [f"name {i}" for i in range(1000)]
     names[657] = names[744] = "missile"
     path.write_text("\n".join(names))
-    found = evaluate.read_class_names(path, ["n15075141", "n01440764", "n02123045"])
+    found = lit_module.read_class_names(path, ["n15075141", "n01440764", "n02123045"])
     assert found == [["name 999"], ["name 0"], ["name 281"]]
     assert "share" not in capsys.readouterr().out
-    found = evaluate.read_class_names(path, None)
+    found = lit_module.read_class_names(path, None)
     assert len(found) == 1000 and found[657] == found[744] == ["missile"]
     assert "classes that share their names (1): missile\n" in capsys.readouterr().out
     path.write_text("a\tox, bull\nb\tbull,ox\nc\tbull\n")  # the same of several names
-    found = evaluate.read_class_names(path, ["c", "b", "a"])
+    found = lit_module.read_class_names(path, ["c", "b", "a"])
     assert found == [["bull"], ["bull", "ox"], ["ox", "bull"]]
     assert "classes that share their names (1): bull, ox\n" in capsys.readouterr().out
-    assert evaluate.read_class_names(None, ["a_b", "a-b"]) == [["a b"], ["a b"]]
+    assert lit_module.read_class_names(None, ["a_b", "a-b"]) == [["a b"], ["a b"]]
     assert "share their names (1): a b" in capsys.readouterr().out
 
 
@@ -1324,20 +1331,20 @@ def test_names_of_all_of_imagenet_for_some_of_its_folders(tmp_path, capsys):
 def test_unusable_names_of_classes_are_refused(text, classes, said, tmp_path):
     (tmp_path / "names.txt").write_text(text)
     with pytest.raises(ValueError) as error:
-        evaluate.read_class_names(tmp_path / "names.txt", classes)
+        lit_module.read_class_names(tmp_path / "names.txt", classes)
     assert said in str(error.value)
     with pytest.raises(ValueError, match="cannot read class names"):
-        evaluate.read_class_names(tmp_path / "none.txt", classes)
+        lit_module.read_class_names(tmp_path / "none.txt", classes)
 
 
 def test_a_template_without_a_place_for_the_name_is_refused(tmp_path):
     (tmp_path / "templates.txt").write_text("a {}\na photo\n")
     with pytest.raises(ValueError, match="line 2 has no {}"):
-        evaluate.read_templates(tmp_path / "templates.txt")
+        lit_module.read_templates(tmp_path / "templates.txt")
     (tmp_path / "templates.txt").write_text("a {}\nthe {}\na {}")
     with pytest.raises(ValueError, match="line 3 repeats"):
-        evaluate.read_templates(tmp_path / "templates.txt")
-    assert all("{}" in template for template in evaluate.read_templates(None))
+        lit_module.read_templates(tmp_path / "templates.txt")
+    assert all("{}" in template for template in lit_module.read_templates(None))
 
 
 @pytest.mark.parametrize(("pool", "squashed"), [("cls", True), ("mean", False)])
@@ -1352,7 +1359,7 @@ def test_released_finetuned_weights_see_squashed_pictures(pool, squashed, tmp_pa
     asked = ["--checkpoint", tmp_path / "vit_512.pt", "--data", tmp_path / "val", "--heads", 2]
     evaluate.main(["--task", "classify", "--workers", "0", *map(str, asked)])
     assert ("pictures are squashed" in capsys.readouterr().out) is squashed
-    models.convert(tmp_path / "vit_512.pt", tmp_path / "own.pt", "own", 2)  # which keeps that
+    formats.convert(tmp_path / "vit_512.pt", tmp_path / "own.pt", "own", 2)  # which keeps that
     asked[1] = tmp_path / "own.pt"
     evaluate.main(["--task", "classify", "--workers", "0", *map(str, asked)])
     assert ("pictures are squashed" in capsys.readouterr().out) is squashed

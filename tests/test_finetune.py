@@ -16,10 +16,11 @@ from conftest import check_that_the_limit_is_the_runs, large_pictures, picture, 
 from PIL import Image, ImageEnhance, ImageOps
 
 import data
-import detection
 import evaluate
 import finetune
 import model as models
+from tasks import augment, detect, lowshot
+from tasks import lit as lit_module
 
 TINY = [
     *("--size", "16x2x2", "--image-size", "16", "--patch-size", "4", "--batch-size", "8"),
@@ -80,9 +81,9 @@ def by_hand(name, image, value):
 @pytest.mark.parametrize("column", range(3))
 def test_ranges_of_randaugment_by_hand(name, column):
     image, level = picture(3), (1.0, 0.9, 0.5)[column]
-    ours = finetune.OPERATIONS[name](image, level, level)
+    ours = augment.OPERATIONS[name](image, level, level)
     assert ours.tobytes() == by_hand(name, image, RANGES[name][column]).tobytes()
-    other = finetune.OPERATIONS[name](image, level, -level)
+    other = augment.OPERATIONS[name](image, level, -level)
     if name in ("posterize", "solarize", "solarize add"):  # these have no direction
         assert other.tobytes() == ours.tobytes()
     elif name in ("color", "contrast", "brightness", "sharpness"):
@@ -94,10 +95,10 @@ def test_ranges_of_randaugment_by_hand(name, column):
 
 def test_operations_of_randaugment_without_a_range():
     image = picture(4)
-    assert len(finetune.OPERATIONS) == 15
+    assert len(augment.OPERATIONS) == 15
     plain = {"auto contrast": "autocontrast", "equalize": "equalize", "invert": "invert"}
     for name, theirs in plain.items():
-        ours = finetune.OPERATIONS[name](image, 0.9, -0.9)
+        ours = augment.OPERATIONS[name](image, 0.9, -0.9)
         assert ours.tobytes() == getattr(ImageOps, theirs)(image).tobytes()
 
 
@@ -107,11 +108,11 @@ def test_two_operations_each_done_half_of_the_time_at_levels_around_9(monkeypatc
     def recorder(name):
         return lambda image, level, s: done[-1].append((name, level, s)) or image
 
-    monkeypatch.setattr(finetune, "OPERATIONS", {name: recorder(name) for name in range(15)})
+    monkeypatch.setattr(augment, "OPERATIONS", {name: recorder(name) for name in range(15)})
     pixels = torch.zeros(3, 4, 4, dtype=torch.uint8)
     for position in range(6000):
         done.append([])
-        finetune.augment(pixels, (0, 0, position), 9, 0)
+        augment.augment(pixels, (0, 0, position), 9, 0)
     # 6000 draws: four standard errors of a share are at most 0.026, of a count of 400, 80.
     assert np.bincount([len(ops) for ops in done]) / 6000 == pytest.approx(
         [0.25, 0.5, 0.25], abs=0.026
@@ -132,7 +133,7 @@ def test_erasing_fills_boxes_with_noise():
     shares, found = [], []
     for position in range(3000):
         pixels = torch.full((3, 40, 60), 7, dtype=torch.uint8)
-        erased = finetune.augment(pixels, (0, 0, position), 0, 0.25)
+        erased = augment.augment(pixels, (0, 0, position), 0, 0.25)
         box = (erased != 7).any(dim=0)
         if box.any():
             rows, columns = box.any(dim=1).nonzero()[:, 0], box.any(dim=0).nonzero()[:, 0]
@@ -153,9 +154,9 @@ def test_erasing_fills_boxes_with_noise():
 
 def test_an_augmentation_is_a_pure_function_of_its_key():
     pixels = torch.from_numpy(np.array(picture(1))).permute(2, 0, 1)
-    made = [finetune.augment(pixels.clone(), (0, 1, p), 9, 0.5) for p in (5, 6, 5)]
+    made = [augment.augment(pixels.clone(), (0, 1, p), 9, 0.5) for p in (5, 6, 5)]
     assert torch.equal(made[0], made[2]) and not torch.equal(made[0], made[1])
-    grey = finetune.augment(pixels[:1].clone(), (0, 1, 5), 9, 0.5)
+    grey = augment.augment(pixels[:1].clone(), (0, 1, 5), 9, 0.5)
     assert grey.shape == (1, *pixels.shape[1:])
 
 
@@ -165,9 +166,9 @@ def test_an_augmentation_is_a_pure_function_of_its_key():
 def mixed(count, mixup, cutmix, weight=None):
     """mix() of pictures whose pixels are their number: (shares of the own one, images)."""
     images = torch.arange(float(count))[:, None, None, None].expand(-1, 1, 16, 24)
-    numbers = torch.rand(count, finetune.MIX_DRAWS, generator=torch.Generator().manual_seed(0))
+    numbers = torch.rand(count, augment.MIX_DRAWS, generator=torch.Generator().manual_seed(0))
     weight = torch.ones(count) if weight is None else weight
-    images, share = finetune.mix(images, weight, numbers, mixup, cutmix)
+    images, share = augment.mix(images, weight, numbers, mixup, cutmix)
     return share, images
 
 
@@ -213,7 +214,7 @@ def test_the_loss_is_that_of_dense_targets():
     logits = torch.randn(6, 2, 5, generator=generator)
     labels, share = torch.tensor([0, 4, 2, 2, 3, -1]), torch.tensor([0.3, 0.3, 1, 1, 0.6, 0.6])
     class_weights = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
-    losses, weights = finetune.label_loss(logits, labels, share, 0.1, class_weights)
+    losses, weights = augment.label_loss(logits, labels, share, 0.1, class_weights)
     expected, expected_weights = torch.zeros(6), torch.zeros(6)
     for i, partner in enumerate((1, 0, 3, 2, 5, 4)):
         for label, part in ((labels[i], share[i]), (labels[partner], 1 - share[i])):
@@ -259,7 +260,7 @@ def test_layer_decay_by_hand():
 
 def test_prompts_are_counted_and_stand_beside_the_tokens_of_every_block():
     trunk = classifier()
-    model = finetune.Prompted(trunk, seed=0)
+    model = lowshot.Prompted(trunk, seed=0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == 3 * 8 * 192 + (192 * 16 + 16) + (16 * 5 + 5)
     generator = torch.Generator().manual_seed(0)
@@ -360,7 +361,7 @@ def test_logistic_regression_is_at_its_minimum():
     for _ in range(3000):  # plain gradient descent
         residual = (units @ weight.T).softmax(dim=1) - F.one_hot(y, 3)
         weight -= 2.0 * (residual.T @ units / 30 + 1e-2 * weight)
-    found = finetune.logistic_scores(x, y, x, 3, 1e-2)
+    found = lowshot.logistic_scores(x, y, x, 3, 1e-2)
     torch.testing.assert_close(found, units @ weight.T, rtol=1e-4, atol=1e-5)
 
 
@@ -479,7 +480,7 @@ def test_lowshot_reports_both_and_does_not_repeat_what_is_known(
     assert found["logistic"]["30"] > 0.6 and found["prompts"]["30"] > 0.3
     checkpoints = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.distcp")}
     assert checkpoints and all(path.stat().st_size < 100_000 for path in checkpoints)  # no trunk
-    monkeypatch.setattr(finetune.models, "save_checkpoint", None)  # would fail
+    monkeypatch.setattr(finetune, "save_checkpoint", None)  # would fail
     finetune.main(asked)
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["top1"] == found
 
@@ -863,7 +864,7 @@ def test_lit_leaves_the_picture_tower_as_it_is_and_resumes(captions, pair, tmp_p
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     init = models.read_weights(weights_of(captions.parent, "16x2x2"))[0]
     assert all(torch.equal(theirs[name], init[name]) for name in init)
-    fresh = models.TwoTowers(**models.read_weights(pair / "model.pt")[1]).state_dict()
+    fresh = lit_module.TwoTowers(**models.read_weights(pair / "model.pt")[1]).state_dict()
     moved = [n for n in fresh if n not in init and not torch.equal(fresh[n], theirs[n])]
     still = ["text.position_embedding.weight", "text.token_embedding.weight"]
     assert {*moved, *still} == fresh.keys() - init.keys()  # of these two, the rows that occur
@@ -1064,7 +1065,7 @@ def test_the_recipe_of_detection_is_vitdets(scenes, detector, tmp_path):
     assert [(run.batch_size, run.lr) for run in toy] == [(2, 1e-3), (8, 1e-3)]
     # LVIS: 156,250 steps, drops at 138,889 and 150,463.
     steps = 0, 125, 250, 138_888, 138_889, 150_462, 150_463
-    found = [finetune.vitdet_schedule(step, 156_250, 0) for step in steps]
+    found = [detect.vitdet_schedule(step, 156_250, 0) for step in steps]
     assert found == pytest.approx([0.001, 0.5005, 1, 1, 0.1, 0.1, 0.01])
     # After hashtags, of which the head tells, no layer has less than a tenth.
     for kind, floor in ((models.ViT, 0), (models.Classifier, 0.1)):
@@ -1142,7 +1143,7 @@ def test_a_detector_goes_on_with_other_data(scenes, detector, tmp_path):
     common = [*DETECT[:2], *DETECT[6:], *init, "--data"]  # size and image size are the detector's
     run = finetune.parse_arguments([*map(str, common), str(scenes)])
     finetune.prepare(run)
-    assert run.weights[0].keys() == detection.read_detector(init[1])[0].keys()
+    assert run.weights[0].keys() == detect.read_detector(init[1])[0].keys()
     shutil.copytree(scenes, tmp_path / "other")
     for path in (tmp_path / "other" / "annotations").iterdir():
         path.write_text(path.read_text().replace("red", "pink"))

@@ -21,6 +21,7 @@ import kernels
 import mae_pretrain
 import model as models
 import weak_pretrain
+from support import checkpoints
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = (1, 2, 15, 16, 17, 50, 63, 64, 65, 127, 129, 197, 257)
@@ -432,9 +433,9 @@ def test_the_choice_travels_with_the_checkpoint(tmp_path, monkeypatch):
     model(torch.ones(1, 3, 8, 8)).sum().backward()
     optimizer.step()
     monkeypatch.setattr(kernels, "TIMED", {("H100", *KEY): 1.5})
-    models.save_checkpoint(tmp_path, 1, model, optimizer, {"bad": 0})
+    checkpoints.save_checkpoint(tmp_path, 1, model, optimizer, {"bad": 0})
     kernels.TIMED.clear()
-    record = models.load_checkpoint(tmp_path / "step-00000001", model, optimizer)
+    record = checkpoints.load_checkpoint(tmp_path / "step-00000001", model, optimizer)
     assert kernels.TIMED == {("H100", *KEY): 1.5} and record == {"bad": 0, "step": 1}
 
 

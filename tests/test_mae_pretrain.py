@@ -32,6 +32,7 @@ import finetune
 import mae_pretrain
 import model as models
 import weak_pretrain
+from support import checkpoints, toy
 
 
 def settled(*arguments):
@@ -58,7 +59,7 @@ def test_defaults_are_the_papers_recipe(tmp_path):
     assert (run.weight_decay, run.warmup, run.min_crop) == (0.05, 0.05, 0.2)
     assert run.config["decoder"] == [512, 8, 16] and run.config["mask_ratio"] == 0.75
     assert run.config["normalize_targets"] and run.config["image_size"] == [224, 224]
-    assert run.steps == math.ceil(1600 * data.TOY_EPOCH / 4096)
+    assert run.steps == math.ceil(1600 * toy.TOY_EPOCH / 4096)
 
 
 def test_the_length_can_be_given_in_steps_epochs_or_samples(tmp_path):
@@ -68,7 +69,7 @@ def test_the_length_can_be_given_in_steps_epochs_or_samples(tmp_path):
     rhythms = [settled(*out, "--steps", steps).save_every for steps in ("7", "313", "99999")]
     assert rhythms == [1, 32, 1000]
     assert settled(*out, "--samples", "701").steps == 8
-    assert settled(*out, "--epochs", "0.5").steps == math.ceil(data.TOY_EPOCH / 2 / 100)
+    assert settled(*out, "--epochs", "0.5").steps == math.ceil(toy.TOY_EPOCH / 2 / 100)
 
 
 def test_learning_rate_warms_up_from_above_zero_and_ends_near_zero():
@@ -257,7 +258,7 @@ def test_unreadable_held_out_pictures_are_named_and_have_no_loss(photos, tmp_pat
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
-    script = "import model, pathlib, sys; model.lock(pathlib.Path(sys.argv[1])); print(); input()"
+    script = "import pathlib, sys; from support.checkpoints import lock; lock(pathlib.Path(sys.argv[1])); print(); input()"
     command = [sys.executable, "-u", "-c", script, tmp_path]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, **pipes) as other:
@@ -272,7 +273,7 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
-    models.begin_run(tmp_path / "run", {"stage": "mae"})
+    checkpoints.begin_run(tmp_path / "run", {"stage": "mae"})
     assert "cannot be locked (No locks available)" in capsys.readouterr().out
     assert (tmp_path / "run" / "config.json").exists()
 
@@ -360,7 +361,7 @@ def test_shapes_that_make_no_sense_are_said_to_be(capsys):
 
 def test_where_there_are_no_posix_locks_a_run_starts_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    models.begin_run(tmp_path / "run", {"stage": "mae"})
+    checkpoints.begin_run(tmp_path / "run", {"stage": "mae"})
     assert (tmp_path / "run" / "config.json").exists()
 
 
@@ -371,7 +372,7 @@ def test_damaged_metrics_are_neither_lost_nor_read(tmp_path):
     for damaged in (b'{"step": 1}\n{"stqp": 2}\n', b'{"step": 1}\n\xff}\n', b"5}\n"):
         (tmp_path / "metrics.jsonl").write_bytes(damaged)
         with pytest.raises(ValueError, match="metrics.jsonl is damaged.*move it away"):
-            models.begin_run(tmp_path, {"stage": "mae"}, folder, 2)
+            checkpoints.begin_run(tmp_path, {"stage": "mae"}, folder, 2)
         assert (tmp_path / "metrics.jsonl").read_bytes() == damaged
 
 

@@ -34,10 +34,13 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import detection
 import evaluate
 import model as models
-from model import MAE, TwoTowers, ViT
+from model import MAE, ViT
+from support import checkpoints, formats, launch
+from support import plan as plan_module
+from tasks import detect, lit, video
+from tasks.lit import TwoTowers
 
 SMALL = {"size": "32x3x4", "image_size": (16, 24), "patch_size": 8}  # 2 x 3 patches
 SMALL_MAE = {**SMALL, "decoder": (16, 2, 2), "mask_ratio": 0.5}
@@ -423,7 +426,9 @@ def test_a_classifier_is_its_encoder_pooled_normed_and_a_linear_head(how):
     expected = F.layer_norm(pooled, (32,), norm.weight, norm.bias, 1e-6) @ model.head.weight.T
     torch.testing.assert_close(model(images), expected)
     assert 0.05 < model.head.weight.std() < 0.2 and not model.head.bias.any()
-    assert models.flops_per_image(model) == models.flops_per_image(ViT(**SMALL)) + 2 * 32 * 5
+    assert (
+        plan_module.flops_per_image(model) == plan_module.flops_per_image(ViT(**SMALL)) + 2 * 32 * 5
+    )
 
 
 def test_a_head_travels_and_is_dropped_unless_asked_for():
@@ -573,14 +578,14 @@ def test_flops_are_what_pytorch_counts(kind, arguments):
     with torch.device("meta"):
         model = kind(**arguments)
     # Both count matrix products only, a multiply-add as two: integers, so exactly.
-    assert models.flops_per_image(model) == counted_flops(model)
+    assert plan_module.flops_per_image(model) == counted_flops(model)
 
 
 @pytest.mark.parametrize("size, gigaflops", [("B", 58), ("L", 124), ("H", 288)])
 def test_flops_of_a_training_step(size, gigaflops):
     with torch.device("meta"):
         model = MAE(size)
-    flops = 3 * models.flops_per_image(model)
+    flops = 3 * plan_module.flops_per_image(model)
     # The figures of the project's notes round each part to 1 GF and leave out the pixel head.
     assert flops / 1e9 == pytest.approx(gigaflops, rel=0.015)
     # The backward costs twice the forward, but for the gradient of the pixels, which nobody asks.
@@ -806,7 +811,7 @@ def test_the_arguments_of_the_public_mae_code_say_what_was_predicted(tmp_path, c
     normalize = known.get("normalize_targets", True)
     expected = public_mae(dict(model.named_parameters()), images, ids, visible, 6, 16, normalize)
     torch.testing.assert_close(model(images, ids), expected, rtol=1e-10, atol=1e-10)
-    models.convert(path, tmp_path / "own.pt", "own")
+    formats.convert(path, tmp_path / "own.pt", "own")
     converted = models.read_weights(tmp_path / "own.pt")[1]
     assert converted.items() >= {"mask_ratio": 0.75, "normalize_targets": True, **known}.items()
 
@@ -815,7 +820,7 @@ def test_the_arguments_of_the_public_mae_code_say_what_was_predicted(tmp_path, c
 def test_the_architecture_is_read_off_the_tensors(size):
     with torch.device("meta"):
         model = ViT(size, image_size=2 * models.SIZES[size][3], channels=4)
-        config = models.infer_config(dict(model.named_parameters()))
+        config = formats.infer_config(dict(model.named_parameters()))
         found = ViT(**config)
     # Heads show in no shape: T and toy have the same width.
     assert (found.width, found.layers, found.heads) == (model.width, model.layers, model.heads)
@@ -931,9 +936,9 @@ REFUSED = {
 }
 READERS = {
     "weights": models.read_weights,
-    "text": models.read_text_weights,
-    "detector": detection.read_detector,
-    "trunk": detection.read_weights,
+    "text": lit.read_text_weights,
+    "detector": detect.read_detector,
+    "trunk": detect.read_weights,
     "evaluate": lambda path: evaluate.load_model(path, "knn", "cpu"),
 }
 
@@ -954,9 +959,9 @@ KINDS = {
     "features": (ViT, SMALL),
     "reconstruct": (MAE, SMALL_MAE),
     "classify": (models.Classifier, {**SMALL, "classes": 3}),
-    "video": (models.VideoClassifier, {**SMALL, "classes": 3, "frames": 4}),
+    "video": (video.VideoClassifier, {**SMALL, "classes": 3, "frames": 4}),
     "zeroshot": (TwoTowers, {**SMALL, **SMALL_TEXT}),
-    "detect": (detection.Detector, {"size": "toy", "image_size": 32, "classes": 2}),
+    "detect": (detect.Detector, {"size": "toy", "image_size": 32, "classes": 2}),
 }
 HUGE = {
     "features": {
@@ -990,8 +995,8 @@ def test_a_config_that_cannot_be_its_weights_is_one_line(tmp_path, task, change)
     model, path = kind(**arguments), tmp_path / "model.pt"
     models.save_weights(path, model.state_dict(), model.config | change)
     readers = [lambda: evaluate.load_model(path, task, "cpu")]
-    readers.append(lambda: models.inherit(path, {}, ("size",), read=detection.read_weights))
-    readers += [lambda: models.read_text_weights(path)] if "text" in change else []
+    readers.append(lambda: models.inherit(path, {}, ("size",), read=detect.read_weights))
+    readers += [lambda: lit.read_text_weights(path)] if "text" in change else []
     for read in readers:
         with pytest.raises(ValueError, match=re.escape(str(path))) as error:
             read()
@@ -1118,7 +1123,7 @@ def run_state(run):
 
 def restored(path):
     run = new_run(seed=1)
-    record = models.load_checkpoint(path, *run)
+    record = checkpoints.load_checkpoint(path, *run)
     return run, record
 
 
@@ -1134,7 +1139,7 @@ def steps_in(folder):
 def saved(tmp_path):
     """(run, checkpoints folder) after two steps, saved."""
     run, folder = train(new_run(), 0, 2), tmp_path / "checkpoints"
-    models.save_checkpoint(folder, 2, *run, {"bad": 7, "identity": {"lr": 0.1}})
+    checkpoints.save_checkpoint(folder, 2, *run, {"bad": 7, "identity": {"lr": 0.1}})
     return run, folder
 
 
@@ -1149,7 +1154,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(saved):
 def test_the_last_two_checkpoints_are_kept(saved):
     run, folder = saved
     for step in (3, 4):
-        models.save_checkpoint(folder, step, *train(run, step - 1, step), {})
+        checkpoints.save_checkpoint(folder, step, *train(run, step - 1, step), {})
         assert steps_in(folder) == [step - 1, step]
         assert latest(folder).name.endswith(str(step))
     assert equal_states(run_state(restored(latest(folder))[0]), run_state(run))
@@ -1158,13 +1163,13 @@ def test_the_last_two_checkpoints_are_kept(saved):
 def test_some_checkpoints_are_kept_for_good(saved):
     run, folder = saved
     for step in range(3, 10):
-        models.save_checkpoint(folder, step, *train(run, step - 1, step), {}, 1, keep_every=4)
+        checkpoints.save_checkpoint(folder, step, *train(run, step - 1, step), {}, 1, keep_every=4)
     assert steps_in(folder) == [4, 8, 9]
     shutil.copytree(folder / "step-00000008", folder / "step-8-copy")  # a user's own: not ours
     (folder / "step-00000009").rename(folder / "elsewhere")
     (folder / "step-00000009").symlink_to("elsewhere")
     for step in (10, 11):
-        models.save_checkpoint(folder, step, *train(run, step - 1, step), {}, 1)
+        checkpoints.save_checkpoint(folder, step, *train(run, step - 1, step), {}, 1)
     left = {path.name for path in folder.iterdir()}
     assert left == {"LATEST", "elsewhere", "step-8-copy", "step-00000009", "step-00000011"}
 
@@ -1173,7 +1178,7 @@ def test_a_checkpoint_in_the_background_is_of_the_step_it_was_begun_at(saved, mo
     run, folder = saved
     expected, trained, fsync = run_state(train(run, 2, 3)), threading.Event(), os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (trained.wait(20), fsync(file)))
-    wait = models.save_checkpoint(folder, 3, *run, {"bad": 0}, background=True)
+    wait = checkpoints.save_checkpoint(folder, 3, *run, {"bad": 0}, background=True)
     train(run, 3, 5)  # meanwhile
     assert latest(folder).name.endswith("2")
     trained.set()
@@ -1181,7 +1186,7 @@ def test_a_checkpoint_in_the_background_is_of_the_step_it_was_begun_at(saved, mo
     assert latest(folder).name.endswith("3") and steps_in(folder) == [2, 3]
     assert equal_states(run_state(restored(latest(folder))[0]), expected)
     before_durable_calls(monkeypatch, full_disk)
-    wait = models.save_checkpoint(folder, 5, *run, {}, background=True)
+    wait = checkpoints.save_checkpoint(folder, 5, *run, {}, background=True)
     with pytest.raises(OSError, match="cannot save .*step-00000005"):
         wait()
     assert steps_in(folder) == [2, 3]
@@ -1204,8 +1209,8 @@ def cut(path):
 )
 def test_instead_of_a_damaged_checkpoint_the_one_before_is_used(saved, capsys, name, harm, said):
     run, folder = saved
-    models.save_checkpoint(folder, 3, *train(run, 2, 3), {"identity": {"lr": 0.1}})
-    found = partial(models.find_checkpoint, folder.parent, None, {"lr": 0.1})
+    checkpoints.save_checkpoint(folder, 3, *train(run, 2, 3), {"identity": {"lr": 0.1}})
+    found = partial(checkpoints.find_checkpoint, folder.parent, None, {"lr": 0.1})
     assert found() == folder / "step-00000003"
     harm(folder / "step-00000003" / name)
     assert found() == folder / "step-00000002"
@@ -1219,8 +1224,8 @@ def test_instead_of_a_damaged_checkpoint_the_one_before_is_used(saved, capsys, n
 def test_a_run_from_before_there_was_a_norm_eps_goes_on(tmp_path):
     run, config = train(new_run(), 0, 1), {"size": "16x2x2"}
     record = {"identity": {"model": config}}
-    models.save_checkpoint(tmp_path / "checkpoints", 1, *run, record)
-    found = partial(models.find_checkpoint, tmp_path, None)
+    checkpoints.save_checkpoint(tmp_path / "checkpoints", 1, *run, record)
+    found = partial(checkpoints.find_checkpoint, tmp_path, None)
     assert found({"model": config | {"norm_eps": 1e-6}}) == latest(tmp_path / "checkpoints")
     with pytest.raises(ValueError, match="norm_eps was 1e-06, is 1e-12"):
         found({"model": config | {"norm_eps": 1e-12}})
@@ -1230,9 +1235,9 @@ def test_a_checkpoint_is_never_removed_for_being_older_than_those_of_another_run
     """A run that went on from an early checkpoint finds later ones of its former life."""
     run, folder = saved
     for step in (30, 40):
-        models.save_checkpoint(folder, step, *run, {})
+        checkpoints.save_checkpoint(folder, step, *run, {})
     for step in (5, 6):
-        models.save_checkpoint(folder, step, *run, {})
+        checkpoints.save_checkpoint(folder, step, *run, {})
         assert latest(folder).name.endswith(str(step))
         assert restored(latest(folder))[1]["step"] == step
 
@@ -1274,7 +1279,7 @@ def test_a_save_on_a_full_disk_leaves_whole_checkpoints_only(saved):
         with pytest.MonkeyPatch.context() as monkeypatch:
             before_durable_calls(monkeypatch, disk_with_room(room))
             try:
-                models.save_checkpoint(folder, 3, *run, {})
+                checkpoints.save_checkpoint(folder, 3, *run, {})
                 break
             except OSError as error:
                 assert "step-00000003" in str(error) and "\n" not in str(error)
@@ -1299,7 +1304,7 @@ def test_a_kill_at_any_instant_of_a_save_leaves_whole_checkpoints_only(
     before_durable_calls(monkeypatch, lambda: shutil.copytree(folder, next(copies)))
     for step in (3, 4):
         states[step] = run_state(train(run, step - 1, step))
-        models.save_checkpoint(folder, step, *run, {})
+        checkpoints.save_checkpoint(folder, step, *run, {})
     left = sorted(tmp_path.glob("copy-*"))
     assert len(left) >= 8
     for copy in left:
@@ -1314,7 +1319,7 @@ def test_code_in_a_checkpoint_s_metadata_is_refused_and_never_runs(saved, tmp_pa
     metadata.planner_data = Trap(sprung)
     path.write_bytes(pickle.dumps(metadata if place == "inside" else Trap(sprung)))
     with pytest.raises((ValueError, OSError), match="system: refused") as error:
-        models.load_checkpoint(latest(folder), *run)
+        checkpoints.load_checkpoint(latest(folder), *run)
     assert one_line(error)
     assert not sprung.exists()
     pickle.loads(path.read_bytes())
@@ -1329,7 +1334,7 @@ def test_a_damaged_file_of_a_checkpoint_is_one_line(saved, name, content):
     whole = path.read_bytes()
     path.write_bytes({"": b"", "half": whole[: len(whole) // 2], "other": b"\x80 other"}[content])
     with pytest.raises((ValueError, OSError), match=str(latest(folder))) as error:
-        models.load_checkpoint(latest(folder), *run)
+        checkpoints.load_checkpoint(latest(folder), *run)
     assert one_line(error)
 
 
@@ -1344,7 +1349,7 @@ def test_pickled_objects_among_a_checkpoint_s_tensors_are_refused_and_never_run(
     metadata.storage_data[MetadataIndex(name)] = _StorageInfo("bytes", 0, size)
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises((ValueError, OSError), match="refused") as error:
-        models.load_checkpoint(path, *run)
+        checkpoints.load_checkpoint(path, *run)
     assert one_line(error)
     assert not sprung.exists()
     state = {name: run[0].state_dict()["cls_token"]}
@@ -1383,7 +1388,9 @@ def test_sharded_compiled_and_recomputed_steps_are_the_plain_one(
                 one(images[part : part + 1], ids[part : part + 1]).sum().backward()
     for (name, a), b in zip(plain.named_parameters(), model.parameters()):
         if a.requires_grad:
-            torch.testing.assert_close(models.whole(b.grad), a.grad, rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(
+                models.full_tensor(b.grad), a.grad, rtol=1e-4, atol=1e-6, msg=name
+            )
     with torch.no_grad():
         torch.testing.assert_close(model(images, ids), plain(images, ids), rtol=1e-4, atol=1e-5)
 
@@ -1418,7 +1425,7 @@ def test_bf16_without_sharding_is_fsdp_s_bit_for_bit(kind, recompute, group):
             model = TwoTowers("16x2x2", TINY_TEXT, 8, **shape)
             inputs = torch.randn(3, 3, 16, 16, generator=draw), torch.randint(4, 30, (3, 9))
         else:
-            build = models.Classifier if kind == "classifier" else models.VideoClassifier
+            build = models.Classifier if kind == "classifier" else video.VideoClassifier
             frames = {"frames": 2} if kind == "video" else {}
             model = build("32x4x2", classes=5, head_std=0.1, drop_path=0.4, **shape, **frames)
             image = (3, 3, 16, 16) if kind == "classifier" else (3, 3, 2, 16, 16)
@@ -1432,7 +1439,7 @@ def test_bf16_without_sharding_is_fsdp_s_bit_for_bit(kind, recompute, group):
         found = parallel(*inputs)
         loss = sum(x.float().square().sum() for x in (found if kind == "towers" else [found]))
         loss.backward()
-        return loss, [models.whole(p.grad) for p in model.parameters() if p.grad is not None]
+        return loss, [models.full_tensor(p.grad) for p in model.parameters() if p.grad is not None]
 
     (loss, gradients), (expected, theirs) = step(None), step(1)
     assert torch.equal(loss, expected)
@@ -1576,8 +1583,8 @@ def test_bf16_embeds_kept_features_and_the_loss_is_in_fp32(group):
         assert ours.dtype == torch.float32 and not torch.equal(ours, expected)
         torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.02)
     torch.testing.assert_close(found[1].norm(dim=1), torch.ones(6))
-    models.contrastive_loss(*found, torch.ones(6)).backward()
-    assert all(pairs[1].get_parameter(n).grad.abs().sum() > 0 for n in models.PROJECTIONS.split())
+    lit.contrastive_loss(*found, torch.ones(6)).backward()
+    assert all(pairs[1].get_parameter(n).grad.abs().sum() > 0 for n in formats.PROJECTIONS.split())
 
 
 SHARDED = """
@@ -1671,11 +1678,11 @@ def test_replicas_in_bf16_are_one_process_to_rounding():
 def test_what_ended_a_run_is_told_apart():
     """gloo's errors are RuntimeErrors with its name in them; a folder may have it in its own."""
     lost = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
-    assert models.verdict(lost)[1:] == (1, False) and "is gone" in models.verdict(lost)[0]
-    assert models.verdict(ValueError("igloo/ does not exist"))[1:] == (2, False)
-    assert models.verdict(OSError("igloo/: no space left"))[1:] == (1, True)
+    assert launch.verdict(lost)[1:] == (1, False) and "is gone" in launch.verdict(lost)[0]
+    assert launch.verdict(ValueError("igloo/ does not exist"))[1:] == (2, False)
+    assert launch.verdict(OSError("igloo/: no space left"))[1:] == (1, True)
     with pytest.raises(RuntimeError, match="a mistake"):
-        models.verdict(RuntimeError("a mistake"))
+        launch.verdict(RuntimeError("a mistake"))
 
 
 IN_THE_BACKGROUND = """
@@ -1683,6 +1690,7 @@ import sys
 import torch
 import torch.distributed as dist
 import model as models
+from support import checkpoints, launch
 
 dist.init_process_group("gloo")
 rank, folder = dist.get_rank(), sys.argv[1]
@@ -1702,24 +1710,24 @@ with torch.no_grad():  # as a measurement does, after which FSDP's root is whole
     model(images)
 norm = torch.nn.utils.get_total_norm
 torch.nn.utils.get_total_norm = lambda tensors: norm(tensors, foreach=True)  # as on a GPU
-saved = models.save_checkpoint(folder, 1, model, optimizer, {"identity": {}}, background=True)
+saved = checkpoints.save_checkpoint(folder, 1, model, optimizer, {"identity": {}}, background=True)
 for _ in range(20):  # the training's collectives and the checkpoint's do not get mixed up
     step()
 saved()
-saved = models.save_checkpoint(folder, 21, model, optimizer, {"identity": {}}, background=True)
+saved = checkpoints.save_checkpoint(folder, 21, model, optimizer, {"identity": {}}, background=True)
 saved()
-assert models.load_checkpoint(f"{folder}/step-00000001", model, optimizer)["step"] == 1
+assert checkpoints.load_checkpoint(f"{folder}/step-00000001", model, optimizer)["step"] == 1
 for name, tensor in models.full_state(model).items():
     assert torch.equal(tensor, expected[name]), name
 
-models.check_agreement({"data": "same", "checkpoint": None})
+launch.check_agreement({"data": "same", "checkpoint": None})
 try:
-    models.check_agreement({"data": ["same", "other"][rank], "checkpoint": None})
+    launch.check_agreement({"data": ["same", "other"][rank], "checkpoint": None})
 except ValueError as error:
     assert "process 1 finds data other, the first one same: all nodes want" in str(error)
 else:
     raise AssertionError("it did not notice")
-models.set_timeouts(minutes=10)
+launch.set_timeouts(minutes=10)
 everyone = dist.group.WORLD._get_backend(torch.device("cpu"))
 assert everyone.options._timeout.total_seconds() == 600
 dist.barrier()
@@ -1735,7 +1743,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
 def planned(model, micro_batch=32, processes=1, batch_size=None, recompute=False):
     run = Namespace(processes=processes, shard_group=processes, gpus=None, precision="fp32")
     run.batch_size, run.device = batch_size or micro_batch * processes, torch.device("cpu")
-    return models.training_memory(model, run, micro_batch, recompute)
+    return plan_module.training_memory(model, run, micro_batch, recompute)
 
 
 @pytest.mark.parametrize("kind", ["mae", "classifier"])
@@ -1786,7 +1794,7 @@ def test_replicas_keep_all_and_have_buckets_for_all_gradients():
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     for micro_batch, gradients in ((64, 4 * trained), (32, 8 * trained)):
         run.batch_size = 8 * 64
-        plan = models.training_memory(model, run, micro_batch, recompute=False)
+        plan = plan_module.training_memory(model, run, micro_batch, recompute=False)
         assert plan["weights (fp32)"] == 4 * count
         assert plan["weights, gathered or cast"] == 2 * count
         assert plan["Adam's two moments (fp32)"] == 8 * trained
@@ -1817,10 +1825,10 @@ def test_a_model_that_fits_is_replicated_one_that_does_not_is_sharded(
     sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 24 * 10**9 // 4096}
     monkeypatch.setattr(os, "sysconf", sizes.get)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert models.settle_sharding(model, run) == group
+    assert plan_module.settle_sharding(model, run) == group
     run.shard_group, run.micro_batch = group, 32
     words = "one process" if processes == 1 else f"{processes} replicas"
-    line = models.describe_sharding(model, run)
+    line = plan_module.describe_sharding(model, run)
     assert (words if group is None else f"sharded over {group} processes") in line
     assert memory is None or f"of {memory}.0 GiB" in line
     assert ("more than there is" in line) == (size == "6.5B" and group is None)
@@ -1833,13 +1841,13 @@ import os
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import model as models
+from tasks import lit
 
 processes = int(os.environ.get("WORLD_SIZE", 1))
 rank = int(os.environ.get("RANK", 0))
 if processes > 1:
     dist.init_process_group("gloo")
-models.Contrastive.ROWS = 4  # several of them, the last one shorter
+lit.Contrastive.ROWS = 4  # several of them, the last one shorter
 for left_out in ([], [0, 5, 11], range(4), range(12)):
     generator = torch.Generator().manual_seed(3)
     images, texts = torch.randn(2, 12, 5, dtype=torch.float64, generator=generator)
@@ -1850,7 +1858,7 @@ for left_out in ([], [0, 5, 11], range(4), range(12)):
     share = slice(12 // processes * rank, 12 // processes * (rank + 1))
     ours = [x.detach()[share].requires_grad_() for x in leaves[:2]]
     ours.append(leaves[2].detach().clone().requires_grad_())
-    loss = models.contrastive_loss(*ours, weight[share])
+    loss = lit.contrastive_loss(*ours, weight[share])
     (3 * loss).backward()  # whatever comes after it scales the gradients
 
     kept = weight > 0
@@ -1883,7 +1891,7 @@ def test_the_contrastive_loss_is_that_of_the_whole_matrix(processes):
 def test_a_text_is_embedded_alike_alone_and_among_longer_ones():
     pair = TwoTowers("16x2x2", TINY_TEXT, 8, image_size=16, patch_size=4)
     tokens = torch.randint(4, 30, (3, 9), generator=torch.Generator().manual_seed(0))
-    tokens[1, 4:] = tokens[2, 1:] = models.PADDING
+    tokens[1, 4:] = tokens[2, 1:] = lit.PADDING
     found = pair(tokens=tokens)[1]
     for row, length in enumerate((9, 4, 1)):
         alone = pair(tokens=tokens[row : row + 1, :length])[1]

@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT, SERVER, TINY, command, read_metrics, run_program, stage
 
 import model as models
+from support import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +242,8 @@ def test_3_an_earlier_checkpoint_of_a_run_becomes_its_last(uninterrupted, tmp_pa
     assert newest(out).name == "step-00000012"
     step_8 = out / "checkpoints" / "step-00000008"
     config = json.loads((out / "config.json").read_text())
-    models.begin_run(out, config, step_8, 8)
-    models.LOCKS.pop().close()  # as if it had been killed right then
+    checkpoints.begin_run(out, config, step_8, 8)
+    checkpoints.LOCKS.pop().close()  # as if it had been killed right then
     assert newest(out) == step_8 and read_metrics(out)[-1]["step"] == 8
     assert stage(*TINY, "--out", out).returncode == 0
     assert read_metrics(out) == read_metrics(uninterrupted)

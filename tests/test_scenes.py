@@ -15,7 +15,9 @@ from conftest import ODD_NAMES
 from PIL import Image
 
 import data
-import detection
+from support import toy as toy_module
+from tasks import coco as coco_module
+from tasks import scenes as scenes_module
 
 
 def blob(random, height, width, corners=7, reach=0.3):
@@ -29,13 +31,13 @@ def blob(random, height, width, corners=7, reach=0.3):
 
 def annotation(number, image, category, polygons, crowd=0):
     height, width = image["height"], image["width"]
-    rle = detection.as_rle(polygons, height, width)
+    rle = coco_module.as_rle(polygons, height, width)
     points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])
     low, high = points.min(axis=0), points.max(axis=0)
     segment = {**rle, "counts": rle["counts"].tolist()} if crowd else polygons
     return {
         "id": number, "image_id": image["id"], "category_id": category, "iscrowd": crowd,
-        "bbox": [*low.tolist(), *(high - low).tolist()], "area": detection.rle_area(rle),
+        "bbox": [*low.tolist(), *(high - low).tolist()], "area": coco_module.rle_area(rle),
         "segmentation": segment,
     }  # fmt: skip
 
@@ -70,7 +72,7 @@ def make_scenes(folder, pictures=24, seed=0, lvis=False, categories=(2, 3, 7, 11
     path = folder / "annotations" / ("lvis_v1_val.json" if lvis else "instances_val.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
-    return detection.Scenes(str(path), str(folder), **options)
+    return scenes_module.Scenes(str(path), str(folder), **options)
 
 
 def make_detections(scenes, seed=0, least=0, most=12, jitter=0.15, levels=20):
@@ -84,20 +86,22 @@ def make_detections(scenes, seed=0, least=0, most=12, jitter=0.15, levels=20):
         boxes, labels, masks = [], [], []
         for i in range(random.randint(least, most)):
             label = random.randint(len(scenes.classes))
-            rle = detection.as_rle([blob(random, height, width)], height, width)
+            rle = coco_module.as_rle([blob(random, height, width)], height, width)
             if len(sample["boxes"]) and random.rand() < 0.8:
                 i = random.randint(len(sample["boxes"]))
                 label = sample["labels"][i] if random.rand() < 0.9 else label
-                mask = detection.decode_mask(detection.as_rle(sample["segments"][i], height, width))
+                mask = coco_module.decode_mask(
+                    coco_module.as_rle(sample["segments"][i], height, width)
+                )
                 shift = random.randint(-3, 4, 2) if random.rand() < 0.7 else (0, 0)
-                rle = detection.encode_mask(np.roll(mask, shift, axis=(0, 1)))
+                rle = coco_module.encode_mask(np.roll(mask, shift, axis=(0, 1)))
                 box = sample["boxes"][i]
                 box = (
                     box
                     + random.normal(0, jitter, 4) * np.tile(box[2:] - box[:2], 2) * random.rand()
                 )
             else:
-                box = np.array(detection.rle_box(rle))
+                box = np.array(coco_module.rle_box(rle))
             low, high = np.minimum(box[:2], box[2:]), np.maximum(box[:2], box[2:])
             boxes.append([*low, *high])
             labels.append(label)
@@ -113,7 +117,7 @@ def make_detections(scenes, seed=0, least=0, most=12, jitter=0.15, levels=20):
 
 def reference(scenes, detections, kind, folder):
     """The same numbers from pycocotools or lvis, through the results file."""
-    detection.write_results(folder / "results.json", scenes, detections)
+    scenes_module.write_results(folder / "results.json", scenes, detections)
     results = json.loads((folder / "results.json").read_text())
     for result in results:  # with a box, the references take the box's area for masks
         result.pop("bbox" if kind == "segm" else "segmentation", None)
@@ -152,7 +156,7 @@ def test_average_precision_equals_the_references(tmp_path, kind, lvis):
     for seed in range(2):
         scenes = make_scenes(tmp_path / str(seed), seed=seed, lvis=lvis)
         detections = make_detections(scenes, seed, jitter=0.05 * 4**seed)
-        ours = detection.average_precision(scenes, detections, kind)
+        ours = coco_module.average_precision(scenes, detections, kind)
         assert len(ours) == (13 if lvis else 12)
         assert list(ours.values()) == pytest.approx(
             reference(scenes, detections, kind, tmp_path), abs=1e-6
@@ -166,7 +170,7 @@ def test_more_detections_than_count(tmp_path):
         scenes = make_scenes(tmp_path / str(lvis), 3, lvis=lvis, categories=(4, 9))
         detections = make_detections(scenes, least=400, most=401, levels=3, jitter=0.5)
         assert max(len(found["scores"]) for found in detections.values()) == 400
-        ours = detection.average_precision(scenes, detections)
+        ours = coco_module.average_precision(scenes, detections)
         assert list(ours.values()) == pytest.approx(
             reference(scenes, detections, "bbox", tmp_path), abs=1e-6
         )
@@ -184,7 +188,7 @@ def one_scene(folder, boxes, crowd=None, area=None):
     ]
     Image.new("RGB", (100, 100)).save(folder / "1.png")
     (folder / "scenes.json").write_text(json.dumps(content))
-    return detection.Scenes(str(folder / "scenes.json"))
+    return scenes_module.Scenes(str(folder / "scenes.json"))
 
 
 def found(boxes, scores):
@@ -197,25 +201,25 @@ def test_average_precision_by_hand(tmp_path):
     """Found, wrong, found: the precision is 1 at recalls up to 1/2, and then 2/3."""
     here, there, nowhere = [10, 10, 20, 20], [60, 60, 20, 20], [10, 60, 20, 20]
     scenes = one_scene(tmp_path, [here, there])
-    result = detection.average_precision(scenes, found([here, nowhere, there], [0.9, 0.8, 0.7]))
+    result = coco_module.average_precision(scenes, found([here, nowhere, there], [0.9, 0.8, 0.7]))
     assert result["AP"] == pytest.approx((51 + 50 * 2 / 3) / 101)
     assert (result["AR1"], result["AR10"], result["APs"]) == (0.5, 1, result["AP"])
     assert result["APm"] == result["ARl"] == -1  # there are no such objects
     # An IoU of 16 / 24: counted for the four thresholds up to 0.65 of ten.
     shifted = [here, [64, 60, 20, 20]]
-    result = detection.average_precision(scenes, found(shifted, [0.5, 0.4]))
+    result = coco_module.average_precision(scenes, found(shifted, [0.5, 0.4]))
     assert result["AP"] == pytest.approx((4 + 6 * 51 / 101) / 10)
     # Between two, as near to each: it takes the last one, and the next can have the first one.
     two = one_scene(tmp_path / "two", [here, [14, 10, 20, 20]])
-    result = detection.average_precision(two, found([[12, 10, 20, 20], here], [0.5, 0.4]))
+    result = coco_module.average_precision(two, found([[12, 10, 20, 20], here], [0.5, 0.4]))
     assert result["AP"] == pytest.approx((7 + 3 * 51 / 101 / 2) / 10)  # 18 / 22 is above 0.8
     # A crowd is not looked for, and what lies in it is neither right nor wrong, as often as it is.
     crowded = one_scene(tmp_path / "crowded", [here, [50, 50, 50, 50]], crowd=1)
     several = found([there, [52, 52, 5, 5], here, nowhere], [0.9, 0.8, 0.7, 0.6])
-    assert detection.average_precision(crowded, several)["AP"] == pytest.approx(1)
-    assert detection.average_precision(crowded, {})["AP"] == 0
+    assert coco_module.average_precision(crowded, several)["AP"] == pytest.approx(1)
+    assert coco_module.average_precision(crowded, {})["AP"] == 0
     with pytest.raises(ValueError, match="no masks"):
-        detection.average_precision(crowded, several, "segm")
+        coco_module.average_precision(crowded, several, "segm")
 
 
 @pytest.mark.parametrize("nothing", [None, [], [[]], [[60, 60, 80, 80]], "missing"])
@@ -230,7 +234,7 @@ def test_objects_without_a_mask_are_left_out_of_mask_ap(tmp_path, capsys, nothin
     content["annotations"][1] |= {} if nothing == "missing" else {"segmentation": nothing}
     path.write_text(json.dumps(content))
     capsys.readouterr()
-    scenes = detection.Scenes(str(path))
+    scenes = scenes_module.Scenes(str(path))
     said = f"{path}: objects without a mask, left out of mask AP: 1\n"
     assert capsys.readouterr().err == said
 
@@ -240,7 +244,7 @@ def test_objects_without_a_mask_are_left_out_of_mask_ap(tmp_path, capsys, nothin
         for mask, (x, y, w, h) in zip(masks, boxes):
             mask[y : y + h, x : x + w] = True
         of[1]["masks"] = masks
-        return detection.average_precision(scenes, of, kind)
+        return coco_module.average_precision(scenes, of, kind)
 
     perfect = measured(here, there)
     assert perfect["AP"] == pytest.approx(1) and perfect["AR100"] == 1
@@ -251,7 +255,7 @@ def test_objects_without_a_mask_are_left_out_of_mask_ap(tmp_path, capsys, nothin
     # Boxes count as ever: one of two is found.
     assert measured(here, kind="bbox")["AP"] == pytest.approx(51 / 101)
     # To learn from, there is one object, not one with an empty mask.
-    train = detection.Scenes(str(path), train=True)
+    train = scenes_module.Scenes(str(path), train=True)
     assert "annotations without a mask, left out: 1 (the first has id 2)" in capsys.readouterr().err
     assert train.read(0)["boxes"].tolist() == [[10, 10, 30, 30]]
     target = batches(train)[0]["targets"][0]
@@ -266,9 +270,9 @@ def test_mask_ap_is_as_if_objects_without_a_mask_were_not_there(tmp_path):
     gone = [one for one in content["annotations"] if one["segmentation"]]
     for name, some in (("bare", content["annotations"]), ("gone", gone)):
         (tmp_path / f"{name}.json").write_text(json.dumps(content | {"annotations": some}))
-        opened.append(detection.Scenes(str(tmp_path / f"{name}.json"), str(tmp_path)))
+        opened.append(scenes_module.Scenes(str(tmp_path / f"{name}.json"), str(tmp_path)))
     detections = make_detections(scenes)
-    bare, gone = (detection.average_precision(one, detections, "segm") for one in opened)
+    bare, gone = (coco_module.average_precision(one, detections, "segm") for one in opened)
     assert bare == pytest.approx(gone, abs=1e-12) and bare["AP"] > 0.1
 
 
@@ -296,26 +300,26 @@ def test_run_lengths_equal_pycocotools():
     random = np.random.RandomState(0)
     for points, height, width in outlines(random, 120):
         ours, (theirs,) = (
-            detection.polygon_to_rle(points, height, width),
+            coco_module.polygon_to_rle(points, height, width),
             mask.frPyObjects([points.ravel().tolist()], height, width),
         )
-        assert detection.text_of_counts(ours["counts"]).encode() == theirs["counts"]
-        assert (detection.counts_of_text(theirs["counts"]) == ours["counts"]).all()
+        assert coco_module.text_of_counts(ours["counts"]).encode() == theirs["counts"]
+        assert (coco_module.counts_of_text(theirs["counts"]) == ours["counts"]).all()
         several = [points.ravel().tolist(), blob(random, height, width), [1, 1, 5, 9, 0, 0]]
-        ours = detection.as_rle(several, height, width)
+        ours = coco_module.as_rle(several, height, width)
         theirs = mask.merge(mask.frPyObjects(several, height, width))
-        assert detection.text_of_counts(ours["counts"]).encode() == theirs["counts"]
+        assert coco_module.text_of_counts(ours["counts"]).encode() == theirs["counts"]
         pixels = random.rand(5, height, width) < random.rand()
-        ours = [detection.encode_mask(one) for one in pixels]
+        ours = [coco_module.encode_mask(one) for one in pixels]
         theirs = [mask.encode(np.asfortranarray(one, np.uint8)) for one in pixels]
-        x, y, right, bottom = np.array([detection.rle_box(rle) for rle in ours]).T
-        assert [detection.text_of_counts(r["counts"]).encode() for r in ours] == [
+        x, y, right, bottom = np.array([coco_module.rle_box(rle) for rle in ours]).T
+        assert [coco_module.text_of_counts(r["counts"]).encode() for r in ours] == [
             r["counts"] for r in theirs
         ]
-        assert [detection.rle_area(rle) for rle in ours] == mask.area(theirs).tolist()
+        assert [coco_module.rle_area(rle) for rle in ours] == mask.area(theirs).tolist()
         assert (np.stack([x, y, right - x, bottom - y], axis=1) == mask.toBbox(theirs)).all()
         crowd = random.rand(2) < 0.5
-        iou = detection.mask_iou(ours[:3], ours[3:], crowd, np.ones((3, 2), dtype=bool))
+        iou = coco_module.mask_iou(ours[:3], ours[3:], crowd, np.ones((3, 2), dtype=bool))
         assert (iou == mask.iou(theirs[:3], theirs[3:], crowd.astype(int).tolist())).all()
 
 
@@ -324,25 +328,25 @@ def test_run_lengths():
     for height, width in ((1, 1), (1, 7), (7, 1), (5, 9), (40, 30)):
         for share in (0, 0.1, 0.7, 1):
             masks = random.rand(3, height, width) < share
-            rles = [detection.encode_mask(mask) for mask in masks]
-            union = detection.merge_rles(rles, height, width)
-            assert (detection.decode_mask(union) == masks.any(axis=0)).all()
+            rles = [coco_module.encode_mask(mask) for mask in masks]
+            union = coco_module.merge_rles(rles, height, width)
+            assert (coco_module.decode_mask(union) == masks.any(axis=0)).all()
             for mask, rle in zip(masks, rles):
-                assert (detection.decode_mask(rle) == mask).all()
-                assert detection.rle_area(rle) == mask.sum()
-                assert detection.rle_box(rle) == detection.tight_box(mask)
-                text = detection.text_of_counts(rle["counts"])
-                assert (detection.counts_of_text(text) == rle["counts"]).all()
+                assert (coco_module.decode_mask(rle) == mask).all()
+                assert coco_module.rle_area(rle) == mask.sum()
+                assert coco_module.rle_box(rle) == scenes_module.tight_box(mask)
+                text = coco_module.text_of_counts(rle["counts"])
+                assert (coco_module.counts_of_text(text) == rle["counts"]).all()
     # Down the columns; 2 x 3 pixels at (1, 2) of 6 x 5.
-    square = detection.as_rle([[1, 2, 4, 2, 4, 4, 1, 4]], 6, 5)
+    square = coco_module.as_rle([[1, 2, 4, 2, 4, 4, 1, 4]], 6, 5)
     assert square["counts"].tolist() == [8, 2, 4, 2, 4, 2, 8]
     # From the fourth on the difference from the one before the last: 8 2 4, 2 - 2, 4 - 4, ...
-    assert detection.text_of_counts(square["counts"]) == "8240004"
+    assert coco_module.text_of_counts(square["counts"]) == "8240004"
     with pytest.raises(ValueError, match="run lengths of another picture"):
-        detection.as_rle({"size": [6, 5], "counts": [8, 2]}, 6, 5)
+        coco_module.as_rle({"size": [6, 5], "counts": [8, 2]}, 6, 5)
     for counts in ("", "P", "!", None, 5, [2**70]):
         with pytest.raises(ValueError, match="run lengths of another picture than one of 5 x 6$"):
-            detection.as_rle({"size": [6, 5], "counts": counts}, 6, 5)
+            coco_module.as_rle({"size": [6, 5], "counts": counts}, 6, 5)
 
 
 def pictures_for(scenes, folder):
@@ -354,7 +358,7 @@ def pictures_for(scenes, folder):
 
 def batches(scenes, side=64, **options):
     options = {"batch_size": 8, "channels": 3} | options
-    return detection.SceneBatches(scenes, (side, side), **options)
+    return scenes_module.SceneBatches(scenes, (side, side), **options)
 
 
 def test_bad_annotations_are_counted_and_left_out(tmp_path, capsys):
@@ -373,7 +377,7 @@ def test_bad_annotations_are_counted_and_left_out(tmp_path, capsys):
     ]
     content["annotations"] += [good | one for one in (*bad, {"id": 505}, {"id": 506} | outside)]
     path.write_text(json.dumps(content))
-    scenes = detection.Scenes(str(path), str(tmp_path))
+    scenes = scenes_module.Scenes(str(path), str(tmp_path))
     printed = capsys.readouterr().err
     assert "image that is not listed, left out: 1 (the first has id 501)" in printed
     assert "category that is not listed, left out: 1 (the first has id 502)" in printed
@@ -383,7 +387,7 @@ def test_bad_annotations_are_counted_and_left_out(tmp_path, capsys):
     assert (
         scenes.category_ids == [2, 3, 7, 11, 90] and scenes.read(24)["labels"].tolist() == [4] * 4
     )
-    train = detection.Scenes(str(path), str(tmp_path), train=True)
+    train = scenes_module.Scenes(str(path), str(tmp_path), train=True)
     printed = capsys.readouterr().err
     assert "box of no area, left out: 1 (the first has id 503)" in printed
     assert "without a mask, left out: 1 (the first has id 504)" in printed
@@ -396,18 +400,18 @@ def test_bad_annotations_are_counted_and_left_out(tmp_path, capsys):
     for text in ("{", "[]", '{"images": [], "annotations": []}', '{"images": [{}]}'):
         path.write_text(text)
         with pytest.raises(ValueError, match="cannot read annotations from") as error:
-            detection.Scenes(str(path), str(tmp_path))
+            scenes_module.Scenes(str(path), str(tmp_path))
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="cannot read annotations from"):
-        detection.Scenes(str(tmp_path / "none.json"))
+        scenes_module.Scenes(str(tmp_path / "none.json"))
 
 
 def test_boxes_and_areas_that_are_not_given_are_the_masks(tmp_path, capsys):
     """By hand: 4 x 3 pixels from (2, 1) on, and a triangle."""
     corner = {"size": [9, 12], "counts": [2 * 9 + 1, *[3, 6] * 3, 3, 9 * 6 + 5]}
     square = [[2, 1, 6, 1, 6, 4, 2, 4]]
-    mask = detection.encode_mask(np.pad(np.tri(5, dtype=bool), ((3, 1), (4, 3))))  # 15 of 5 x 5
-    tri = mask | {"counts": detection.text_of_counts(mask["counts"])}
+    mask = coco_module.encode_mask(np.pad(np.tri(5, dtype=bool), ((3, 1), (4, 3))))  # 15 of 5 x 5
+    tri = mask | {"counts": coco_module.text_of_counts(mask["counts"])}
     images = [{"id": 1, "height": 9, "width": 12, "file_name": "1.jpg"}]
     Image.new("RGB", (12, 9)).save(tmp_path / "1.jpg")
     cases = [  # segmentation, what else is given: box x1 y1 x2 y2, area
@@ -428,20 +432,20 @@ def test_boxes_and_areas_that_are_not_given_are_the_masks(tmp_path, capsys):
         content["annotations"].append(one)
     content["annotations"] += [common | {"id": 77, "bbox": []}, common | {"id": 78, "area": 9}]
     (tmp_path / "x.json").write_text(json.dumps(content))
-    scenes = detection.Scenes(str(tmp_path / "x.json"))
+    scenes = scenes_module.Scenes(str(tmp_path / "x.json"))
     sample = scenes.read(0)
     assert sample["boxes"].tolist() == [box for *_, box, _ in cases]
     assert sample["areas"].tolist() == [area for *_, area in cases]
     assert "damaged, left out: 2 (the first has id 77)" in capsys.readouterr().err
-    train = detection.Scenes(str(tmp_path / "x.json"), train=True).read(0)
+    train = scenes_module.Scenes(str(tmp_path / "x.json"), train=True).read(0)
     assert train["boxes"].tolist() == [box for segment, _, box, _ in cases if segment]
     results = [one | {"score": 0.5} for one in content["annotations"][:-2]]
     (tmp_path / "results.json").write_text(json.dumps(results))
-    found = detection.read_results(str(tmp_path / "results.json"), scenes)[1]
+    found = scenes_module.read_results(str(tmp_path / "results.json"), scenes)[1]
     assert found["boxes"].tolist() == [box for *_, box, _ in cases]
     (tmp_path / "results.json").write_text(json.dumps([common | {"score": 0.5, "bbox": []}]))
     with pytest.raises(ValueError, match="neither a bbox nor a segmentation") as error:
-        detection.read_results(str(tmp_path / "results.json"), scenes)
+        scenes_module.read_results(str(tmp_path / "results.json"), scenes)
     assert "\n" not in str(error.value)
 
 
@@ -464,14 +468,14 @@ def test_masks_without_boxes_count_as_with_pycocotools_own(tmp_path, kind, empty
         one |= {"bbox": mask.toBbox(rle).tolist(), "area": int(mask.area(rle))}
     Path(scenes.path).write_text(json.dumps(content))
     (tmp_path / "bare.json").write_text(json.dumps(bare))
-    bare = detection.Scenes(str(tmp_path / "bare.json"), str(tmp_path))
-    detection.write_results(tmp_path / "results.json", scenes, detections)
+    bare = scenes_module.Scenes(str(tmp_path / "bare.json"), str(tmp_path))
+    scenes_module.write_results(tmp_path / "results.json", scenes, detections)
     results = json.loads((tmp_path / "results.json").read_text())
     for result in results:
         result.pop("bbox")
         result |= {"bbox": []} if empty else {}
     (tmp_path / "results.json").write_text(json.dumps(results))
-    found = detection.read_results(str(tmp_path / "results.json"), bare)
+    found = scenes_module.read_results(str(tmp_path / "results.json"), bare)
     for image, one in found.items():
         boxes = [mask.toBbox(r["segmentation"]) for r in results if r["image_id"] == image]
         detections[image]["boxes"] = np.array(boxes) + np.array(boxes)[:, [0, 1, 0, 1]] * [
@@ -482,7 +486,7 @@ def test_masks_without_boxes_count_as_with_pycocotools_own(tmp_path, kind, empty
         ]
         assert (one["boxes"] == detections[image]["boxes"]).all()
     expected = reference(scenes, detections, kind, tmp_path)
-    measured = detection.average_precision(bare, found, kind)
+    measured = coco_module.average_precision(bare, found, kind)
     assert list(measured.values()) == pytest.approx(expected, abs=1e-9)
     assert measured["AP"] > 0.1
 
@@ -497,7 +501,7 @@ def test_damaged_annotations_are_counted_and_left_out(tmp_path, capsys):
     make_scenes(tmp_path)
     path = tmp_path / "annotations" / "instances_val.json"
     content = json.loads(path.read_text())
-    count = len(detection.Scenes(str(path), str(tmp_path)).labels)
+    count = len(scenes_module.Scenes(str(path), str(tmp_path)).labels)
     content["images"].append({"id": 999, "height": 50, "width": 60, "file_name": "999.jpg"})
     good = {"image_id": 999, "category_id": 90, "bbox": [1, 2, 30, 20], "area": 600, "id": 501}
     boxes = [1, 2, 3], None, ["1", "2", "3", "4"], [1, float("nan"), 3, 4], [1, 2, 1e300, 4]
@@ -508,28 +512,28 @@ def test_damaged_annotations_are_counted_and_left_out(tmp_path, capsys):
     content["annotations"] += [*bad, good | {"segmentation": [[1, 2, 30, 2, 30, 20]]}]
     path.write_text(json.dumps(content))
     capsys.readouterr()
-    scenes = detection.Scenes(str(path), str(tmp_path))
+    scenes = scenes_module.Scenes(str(path), str(tmp_path))
     said = f"annotations that are damaged, left out: {len(bad)} (the first has id 501)"
     assert said in capsys.readouterr().err and len(scenes.labels) == count + 1
-    assert detection.average_precision(scenes, {}, "segm")["AP"] == 0.0
+    assert coco_module.average_precision(scenes, {}, "segm")["AP"] == 0.0
     for key in ("images", "categories"):  # of two with an id, one would have the objects of both
         path.write_text(json.dumps(content | {key: content[key] + content[key][:1]}))
         with pytest.raises(ValueError, match="the same id"):
-            detection.Scenes(str(path), str(tmp_path))
+            scenes_module.Scenes(str(path), str(tmp_path))
     for side in (0, -1, 10**9):
         content["images"][0]["height"] = side
         path.write_text(json.dumps(content))
         with pytest.raises(ValueError, match="a height or width"):
-            detection.Scenes(str(path), str(tmp_path))
+            scenes_module.Scenes(str(path), str(tmp_path))
     path.write_text("[" * 100_000)
     with pytest.raises(ValueError, match="cannot read annotations from .*json.*Recursion"):
-        detection.Scenes(str(path), str(tmp_path))
+        scenes_module.Scenes(str(path), str(tmp_path))
 
 
 def test_folders_of_coco_and_lvis(tmp_path):
     scenes = make_scenes(tmp_path, lvis=True)
     with pytest.raises(ValueError, match="the pictures of .* are not at"):
-        detection.Scenes(scenes.path)
+        scenes_module.Scenes(scenes.path)
     content = json.loads((tmp_path / "annotations" / "lvis_v1_val.json").read_text())
     for image in content["images"]:
         image["coco_url"] = f"http://somewhere/train2017/{image.pop('file_name')}"
@@ -537,23 +541,23 @@ def test_folders_of_coco_and_lvis(tmp_path):
     for split in ("train", "val"):
         (tmp_path / "annotations" / f"lvis_v1_{split}.json").write_text(json.dumps(content))
     pictures_for(scenes, tmp_path / "train2017")
-    train, val = detection.open_scenes(str(tmp_path))
+    train, val = scenes_module.open_scenes(str(tmp_path))
     assert len(val.sizes) == 24 > len(train.sizes) and val.root == str(tmp_path)
     assert train.read(0)["image"]().size == train.read(0)["size"][::-1]
     assert val.frequencies == ["r", "c", "f", "r", "c"] and {"negative"} < set(val.read(0))
     (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="there must be one .*, not 2"):
-        detection.open_scenes(str(tmp_path))
+        scenes_module.open_scenes(str(tmp_path))
     content["categories"][0]["name"] = "another"
     (tmp_path / "other.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="other categories"):
-        detection.open_scenes(scenes.path, str(tmp_path / "other.json"))
+        scenes_module.open_scenes(scenes.path, str(tmp_path / "other.json"))
     # The third layout: pictures in a folder named as the split.
     (tmp_path / "val").mkdir()
     mine = make_scenes(tmp_path)
     pictures_for(mine, tmp_path / "val")
-    assert detection.Scenes(mine.path).root == str(tmp_path / "val")
-    toys = detection.open_scenes("toy")
+    assert scenes_module.Scenes(mine.path).root == str(tmp_path / "val")
+    toys = scenes_module.open_scenes("toy")
     assert [len(toy.sizes) for toy in toys] == [65536, 4096] and len(toys[0].classes) == 10
 
 
@@ -566,20 +570,20 @@ def test_folders_whose_names_look_like_patterns(tmp_path, name, match):
     shutil.copy(annotations / "instances_val.json", annotations / "instances_train.json")
     pictures_for(scenes, folder)
     for where in (str(folder), str(annotations / "instances_val.json")):
-        train, val = detection.open_scenes(str(folder), where)
+        train, val = scenes_module.open_scenes(str(folder), where)
         assert train.root == val.root == str(folder) and len(val.sizes) == 24
         assert val.read(0)["image"]().size == val.sides[0][::-1]
-    detection.write_results(folder / f"{name}.json", val, make_detections(val))
-    assert detection.read_results(str(folder / f"{name}.json"), val)
-    detection.draw_detections(folder / f"{name}.png", val, {}, range(2))
+    scenes_module.write_results(folder / f"{name}.json", val, make_detections(val))
+    assert scenes_module.read_results(str(folder / f"{name}.json"), val)
+    coco_module.draw_detections(folder / f"{name}.png", val, {}, range(2))
     with pytest.raises(ValueError, match="there must be one"):
-        detection.open_scenes(str(tmp_path / "none [v2]"))
+        scenes_module.open_scenes(str(tmp_path / "none [v2]"))
 
 
 def test_repeat_factors(tmp_path):
     """A category in one of 4 pictures, with a threshold of 1: its pictures come twice."""
     scenes = make_scenes(tmp_path, pictures=30, train=True)
-    sampling = detection.repeat_factors(scenes, threshold=0.9)
+    sampling = scenes_module.repeat_factors(scenes, threshold=0.9)
     labels = [set(scenes.read(i)["labels"].tolist()) for i in range(len(scenes.sizes))]
     share = [np.mean([k in there for there in labels]) for k in range(5)]
     wanted = [max(1, *(np.sqrt(0.9 / share[k]) for k in there)) for there in labels]
@@ -587,11 +591,13 @@ def test_repeat_factors(tmp_path):
     order = data.Order(scenes.sizes, **sampling)
     drawn = np.bincount([order(p) for p in range(order.length)], minlength=len(wanted))
     assert order.length == int(sum(wanted)) and (np.abs(drawn - wanted) < 1).all()
-    assert (detection.repeat_factors(scenes)["totals"] == data.WEIGHT).all()  # 0.001: none is rare
+    assert (
+        scenes_module.repeat_factors(scenes)["totals"] == data.WEIGHT
+    ).all()  # 0.001: none is rare
 
 
 def test_boxes_and_masks_move_with_the_picture():
-    scenes = detection.ToyScenes("train", 96, 400)
+    scenes = scenes_module.ToyScenes("train", 96, 400)
     order = data.Order(scenes.sizes)
     made = batches(scenes, 96, order=order, batch_size=32, jitter=(0.5, 2.0))
     seen, cut = 0, 0
@@ -602,7 +608,7 @@ def test_boxes_and_masks_move_with_the_picture():
             masks, boxes = target["masks"].numpy(), target["boxes"].numpy()
             assert len(masks) == len(boxes) == len(target["labels"]) and masks.any((1, 2)).all()
             for mask, box in zip(masks, boxes):
-                assert np.abs(box - detection.tight_box(mask)).max() <= 1.001
+                assert np.abs(box - scenes_module.tight_box(mask)).max() <= 1.001
                 assert (image.numpy()[:, mask].max(axis=0) > 0).all()  # nothing in the padding
             height, width = target["size"]  # behind which all is of one colour
             assert (image[:, height:] == image[:, -1:, -1:]).all()
@@ -620,13 +626,13 @@ def test_pixels_polygons_and_whole_masks_move_alike(tmp_path):
     for number in range(40):
         height, width = random.randint(40, 200, 2).tolist()
         polygon = [blob(random, height, width, reach=0.8)]
-        mask = detection.decode_mask(detection.as_rle(polygon, height, width))
+        mask = coco_module.decode_mask(coco_module.as_rle(polygon, height, width))
         draws = random.rand(4) if number else None
-        view = detection.random_view((height, width), 64, draws, (0.5, 2.0))
+        view = scenes_module.random_view((height, width), 64, draws, (0.5, 2.0))
         image = Image.fromarray(np.uint8(255 * mask))
-        white = detection.view_pixels(image, view, 64, 1)[0].numpy() > 127
-        drawn = detection.view_mask(polygon, (height, width), view, 64)
-        taken = detection.view_mask(mask, (height, width), view, 64)
+        white = scenes_module.view_pixels(image, view, 64, 1)[0].numpy() > 127
+        drawn = scenes_module.view_mask(polygon, (height, width), view, 64)
+        taken = scenes_module.view_mask(mask, (height, width), view, 64)
         edge = 2 + 4 * (white.any(axis=0).sum() + white.any(axis=1).sum())
         assert (drawn ^ white).sum() < edge / 4 and (taken ^ white).sum() < edge / 4
         assert not (drawn[view.cut[1] :].any() or drawn[:, view.cut[0] :].any())
@@ -635,7 +641,7 @@ def test_pixels_polygons_and_whole_masks_move_alike(tmp_path):
 def test_views_differ_in_place_and_size_and_boxes_end_with_the_picture():
     """Also without masks; and in the next epoch a picture comes in another view."""
     draws = [data.uniform(data.random_bits(4, 0, 0, number, data.VIEW)) for number in range(300)]
-    views = [detection.random_view((60, 80), 64, numbers.tolist()) for numbers in draws]
+    views = [scenes_module.random_view((60, 80), 64, numbers.tolist()) for numbers in draws]
     sides = np.array([view.scale[0] * 80 / 64 for view in views])
     assert 0.1 <= sides.min() < 0.2 and 1.9 < sides.max() <= 2
     places = np.array([view.corner for view in views if view.scale[0] * 60 > 80])  # both have room
@@ -643,9 +649,9 @@ def test_views_differ_in_place_and_size_and_boxes_end_with_the_picture():
     sample = {"boxes": np.array([[-20.0, 10, 300, 400]]), "labels": np.array([0])}
     sample |= {"crowd": np.array([False]), "size": (60, 80)}
     for view in views:
-        boxes = detection.view_target(sample, view, 64, False)["boxes"]
+        boxes = scenes_module.view_target(sample, view, 64, False)["boxes"]
         assert len(boxes) == 0 or (boxes[0, 2:] <= torch.tensor(view.cut)).all()
-    scenes = detection.ToyScenes("train", 32, 4)
+    scenes = scenes_module.ToyScenes("train", 32, 4)
     made = batches(scenes, 32, order=data.Order(scenes.sizes), batch_size=4)
     found = {}
     for step in range(6):
@@ -657,7 +663,9 @@ def test_views_differ_in_place_and_size_and_boxes_end_with_the_picture():
 def test_a_box_elsewhere_than_its_mask_is_the_masks_where_it_is_cut():
     sample = {"boxes": np.array([[60.0, 60, 130, 90]]), "labels": np.array([1]), "size": (100, 100)}
     sample |= {"crowd": np.array([False]), "segments": [[[2, 2, 12, 2, 12, 12, 2, 12]]]}
-    target = detection.view_target(sample, detection.random_view((100, 100), 100), 100, True)
+    target = scenes_module.view_target(
+        sample, scenes_module.random_view((100, 100), 100), 100, True
+    )
     assert target["boxes"].tolist() == [[2, 2, 12, 12]]
 
 
@@ -687,8 +695,8 @@ def test_a_batch_is_a_pure_function_of_its_positions(tmp_path):
     assert len({target["seed"] for _, target in one.values()}) == 32
     samples = [scenes.read(number) for number in range(len(scenes.sizes))]
     crowded = next(sample for sample in samples if sample["crowd"].any())
-    view = detection.random_view(crowded["size"], 64)
-    found = detection.view_target(crowded, view, 64, True)
+    view = scenes_module.random_view(crowded["size"], 64)
+    found = scenes_module.view_target(crowded, view, 64, True)
     assert len(found["labels"]) == (~crowded["crowd"]).sum()  # crowds are not to be found
 
 
@@ -736,7 +744,7 @@ def test_pictures_that_are_turned_grey_damaged_or_missing(tmp_path):
         if number < 5:
             picture.save(tmp_path / name, quality=95, **({"exif": exif} if exif else {}))
     (tmp_path / "x.json").write_text(json.dumps(content))
-    batch = batches(detection.Scenes(str(tmp_path / "x.json")), 60, batch_size=6)[0]
+    batch = batches(scenes_module.Scenes(str(tmp_path / "x.json")), 60, batch_size=6)[0]
     assert batch["weight"].tolist() == [1, 1, 1, 1, 0, 0] and len(batch["bad"]) == 2
     assert "40 pixels, annotated as 61 x 40" in batch["bad"][0] and "5.jpg" in batch["bad"][1]
     assert batch["targets"][0]["masks"] is None and not batch["images"][4:].any()
@@ -763,7 +771,7 @@ def test_pictures_of_scenes_are_read_as_those_of_folders(tmp_path):
     one = {"id": 1, "image_id": 0, "category_id": 1, "bbox": [0, 0, 10, 10]}
     content = {"images": images, "annotations": [one], "categories": [{"id": 1, "name": "thing"}]}
     (tmp_path / "x.json").write_text(json.dumps(content))
-    batch = batches(detection.Scenes(str(tmp_path / "x.json")), 60, batch_size=6)[0]
+    batch = batches(scenes_module.Scenes(str(tmp_path / "x.json")), 60, batch_size=6)[0]
     assert batch["bad"] == []
     for image in batch["images"][:5]:
         assert (image[:, :40].numpy() == pixels).all()
@@ -772,13 +780,13 @@ def test_pictures_of_scenes_are_read_as_those_of_folders(tmp_path):
 def test_results_are_written_and_read(tmp_path):
     scenes = make_scenes(tmp_path)
     detections, path = make_detections(scenes), str(tmp_path / "results.json")
-    detection.write_results(path, scenes, detections)
+    scenes_module.write_results(path, scenes, detections)
     entry = json.loads((tmp_path / "results.json").read_text())[0]
     assert sorted(entry) == ["bbox", "category_id", "image_id", "score", "segmentation"]
     assert entry["category_id"] in scenes.category_ids and entry["image_id"] in scenes.ids
-    back = detection.read_results(path, scenes)
+    back = scenes_module.read_results(path, scenes)
     for kind in ("bbox", "segm"):
-        one, two = (detection.average_precision(scenes, d, kind) for d in (detections, back))
+        one, two = (coco_module.average_precision(scenes, d, kind) for d in (detections, back))
         assert one == pytest.approx(two, abs=1e-9)
     nan = float("nan")
     wrong = [{"image_id": 4}, {"category_id": 4}, {"score": nan}, {"bbox": [1, 2, nan, 4]}]
@@ -787,11 +795,11 @@ def test_results_are_written_and_read(tmp_path):
     for text in texts:
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(ValueError, match="cannot read results from .*: "):
-            detection.read_results(path, scenes)
+            scenes_module.read_results(path, scenes)
     segment = entry["segmentation"] | {"counts": "P"}  # a text in which no count ends
     (tmp_path / "results.json").write_text(json.dumps([entry | {"segmentation": segment}]))
     with pytest.raises(ValueError, match="cannot read results from .*: run lengths of another"):
-        detection.read_results(path, scenes)
+        scenes_module.read_results(path, scenes)
 
 
 def test_detections_are_drawn(tmp_path):
@@ -801,24 +809,24 @@ def test_detections_are_drawn(tmp_path):
     whole = (tmp_path / scenes.files[2]).read_bytes()
     (tmp_path / scenes.files[2]).write_bytes(whole[: len(whole) // 2])  # one more
     detections = make_detections(scenes)
-    detection.draw_detections(path, scenes, {}, range(6), side=200)
+    coco_module.draw_detections(path, scenes, {}, range(6), side=200)
     plain = np.array(Image.open(path))
-    detection.draw_detections(path, scenes, detections, range(6), side=200)
+    coco_module.draw_detections(path, scenes, detections, range(6), side=200)
     drawn = np.array(Image.open(path))
     assert drawn.shape == (400, 800, 3) and (drawn != plain).any()
     odd = {scenes.ids[0]: {"boxes": [[9, 9, 1, 1.0]], "scores": [1.0], "labels": [0]}}
-    detection.draw_detections(path, scenes, odd, range(6), side=200)  # of results, perhaps
+    coco_module.draw_detections(path, scenes, odd, range(6), side=200)  # of results, perhaps
     boxes, drawn = [[5, 5, 30, 30.0], [20, 20, 35, 35.0], [1, 1, 9, 9.0]], []
     for scores in [0.2], [0.2, 0.1, 0.1], [0.4, 0.31]:  # the best, or all of 0.3
         found = {"boxes": boxes[: len(scores)], "scores": scores, "labels": [0] * len(scores)}
-        detection.draw_detections(path, scenes, {scenes.ids[0]: found}, range(6), side=200)
+        coco_module.draw_detections(path, scenes, {scenes.ids[0]: found}, range(6), side=200)
         drawn.append(np.array(Image.open(path)))
     assert (drawn[0] != plain).any() and (drawn[0] == drawn[1]).all()
     assert (drawn[2] != drawn[0]).any()
 
 
 def test_the_table(capsys):
-    detection.print_table({"bbox": {"AP": 0.5, "APs": -1.0}, "segm": {"AP": 0.25, "APs": 1.0}})
+    coco_module.print_table({"bbox": {"AP": 0.5, "APs": -1.0}, "segm": {"AP": 0.25, "APs": 1.0}})
     head, boxes, masks = capsys.readouterr().out.splitlines()
     assert (head.split(), boxes.split()) == (["AP", "APs"], ["bbox", "50.00", "-"])
     assert masks.split() == ["segm", "25.00", "100.00"]
@@ -826,17 +834,17 @@ def test_the_table(capsys):
 
 def test_toy_scenes(monkeypatch):
     """Labels are the shapes, boxes are around the visible pixels, what is hidden is left out."""
-    scenes = detection.ToyScenes("val", 48)
+    scenes = scenes_module.ToyScenes("val", 48)
     for number in range(20):
-        sample, scene = scenes.read(number), data.toy_scene(data.TOY_VAL + number)
-        shapes = [data.TOY_CLASSES.index(thing["shape"]) for thing in scene["objects"]]
+        sample, scene = scenes.read(number), toy_module.toy_scene(toy_module.TOY_VAL + number)
+        shapes = [toy_module.TOY_CLASSES.index(thing["shape"]) for thing in scene["objects"]]
         assert sample["labels"].tolist() == shapes and sample["image"]().size == (64, 64)
         assert sample["image_id"] == scenes.ids[number] and sample["segments"][0].shape == (64, 64)
-        full = data.toy_sample(data.TOY_VAL + number, 64)["boxes"]()
+        full = toy_module.toy_sample(toy_module.TOY_VAL + number, 64)["boxes"]()
         assert np.abs(sample["boxes"][-1] - full[-1]).max() < 3  # the last one lies in front
         assert sample["areas"].tolist() == [mask.sum() for mask in sample["segments"]]
     hidden = {"image": None, "masks": lambda: np.stack([np.eye(64) > 2, np.eye(64) > 0])}
-    scenes = detection.ToyScenes("train", 48, 1)
-    monkeypatch.setattr(data, "toy_sample", lambda *_: hidden | {"labels": [3, 8]})
+    scenes = scenes_module.ToyScenes("train", 48, 1)
+    monkeypatch.setattr(toy_module, "toy_sample", lambda *_: hidden | {"labels": [3, 8]})
     sample = scenes.read(0)
     assert sample["labels"].tolist() == [8] and sample["boxes"].tolist() == [[0, 0, 64, 64]]

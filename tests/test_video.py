@@ -23,6 +23,10 @@ import evaluate
 import finetune
 import kernels
 import model as models
+from support import labels as labels_module
+from support import pack
+from tasks import augment as augment_module
+from tasks import video as video_module
 
 SMALL = {"size": "16x2x2", "image_size": (8, 12), "patch_size": 4, "classes": 5}
 if not shutil.which("ffmpeg"):  # there may be the wheel's, whose file has another name
@@ -51,7 +55,9 @@ def randomize(model, seed=0):
 @pytest.mark.parametrize("relative", [True, False])
 def test_two_equal_frames_are_the_picture_that_they_are(pool, relative):
     of_pictures = randomize(models.Classifier(pool=pool, **SMALL))
-    of_clips = models.VideoClassifier(frames=2, relative_positions=relative, pool=pool, **SMALL)
+    of_clips = video_module.VideoClassifier(
+        frames=2, relative_positions=relative, pool=pool, **SMALL
+    )
     line = models.load_weights(of_clips.double(), of_pictures.state_dict(), (2, 3), keep_head=True)
     assert "patch_embed.proj inflated from one frame to two" in line
     new = "rel_pos_h, rel_pos_t, rel_pos_w, time_embed" if relative else "time_embed"
@@ -63,7 +69,7 @@ def test_two_equal_frames_are_the_picture_that_they_are(pool, relative):
 
 
 def test_tokens_are_those_of_a_3d_convolution_and_separable_positions():
-    model = randomize(models.VideoClassifier(frames=6, **SMALL))
+    model = randomize(video_module.VideoClassifier(frames=6, **SMALL))
     clips = torch.randn(2, 3, 6, 8, 12, dtype=torch.float64)
     proj = model.patch_embed["proj"]
     found = F.conv3d(clips, proj.weight, proj.bias, stride=(2, 4, 4))  # (B, D, 3, 2, 3)
@@ -79,7 +85,7 @@ def test_tokens_are_those_of_a_3d_convolution_and_separable_positions():
 
 def test_relative_positions_are_the_direct_sum():
     grid, width, heads = (2, 3, 2), 8, 2
-    attention = randomize(models.RelativeAttention(width, heads, grid))
+    attention = randomize(video_module.RelativeAttention(width, heads, grid))
     x = torch.randn(2, 13, width, dtype=torch.float64)
     q, k, v = kernels.split_heads(attention.qkv(x), heads)  # (B, heads, 13, 4)
     scores = q @ k.transpose(2, 3) / 2
@@ -96,7 +102,7 @@ def test_relative_positions_are_the_direct_sum():
 
 
 def test_tables_of_zeros_change_nothing_and_learn():
-    plain, relative = models.Attention(8, 2), models.RelativeAttention(8, 2, (2, 2, 3))
+    plain, relative = models.Attention(8, 2), video_module.RelativeAttention(8, 2, (2, 2, 3))
     relative.load_state_dict(plain.state_dict(), strict=False)
     x = torch.randn(2, 13, 8)
     torch.testing.assert_close(relative(x), plain(x))
@@ -106,7 +112,7 @@ def test_tables_of_zeros_change_nothing_and_learn():
 
 
 def test_a_video_model_is_read_again_and_is_no_picture_model(tmp_path):
-    model = randomize(models.VideoClassifier(frames=4, **SMALL))
+    model = randomize(video_module.VideoClassifier(frames=4, **SMALL))
     models.save_weights(tmp_path / "model.pt", model.state_dict(), model.config)
     again, line = evaluate.load_model(tmp_path / "model.pt", "video", "cpu")
     assert "newly" not in line and "dropped" not in line and "inflated" not in line
@@ -121,11 +127,11 @@ def test_a_video_model_is_read_again_and_is_no_picture_model(tmp_path):
 @pytest.mark.parametrize("frames", [1, 5, 0])
 def test_frames_come_in_twos(frames):
     with pytest.raises(ValueError, match=f"{frames} frames: want an even number"):
-        models.VideoClassifier(frames=frames, **SMALL)
+        video_module.VideoClassifier(frames=frames, **SMALL)
 
 
 def test_decay_and_layers_of_what_is_new():
-    model = models.VideoClassifier(frames=4, **SMALL)
+    model = video_module.VideoClassifier(frames=4, **SMALL)
     groups = finetune.layer_groups(model, 0.05, 0.5)
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(p)]: (g["weight_decay"], g["lr_scale"]) for g in groups for p in g["params"]}
@@ -138,7 +144,9 @@ def test_decay_and_layers_of_what_is_new():
 
 
 def numbers(count, rate=None, bits=None, **how):
-    return data.Clips(4, **how).numbers(data.Video(count, rate, None), bits).tolist()
+    return (
+        video_module.Clips(4, **how).numbers(video_module.Video(count, rate, None), bits).tolist()
+    )
 
 
 def test_numbers_of_frames_by_hand():
@@ -173,7 +181,9 @@ class Source:
 
     def read(self, number):
         images = self.videos[number]
-        video = data.Video(len(images), None, lambda numbers: [images[n].copy() for n in numbers])
+        video = video_module.Video(
+            len(images), None, lambda numbers: [images[n].copy() for n in numbers]
+        )
         return {"video": lambda short_side: video, "class": 0}
 
     def name(self, number):
@@ -184,8 +194,8 @@ class Source:
 
 def test_all_frames_of_a_clip_are_cropped_flipped_and_augmented_alike():
     source, order = Source(*[[picture(i, 40, 60)] * 6 for i in range(8)]), data.Order([1] * 8)
-    how = {"order": order, "min_crop": 0.2, "clips": data.Clips(4, stride=1)}
-    changed = lambda *key: finetune.augment(*key, magnitude=7, erasing=0.9, operations=4)
+    how = {"order": order, "min_crop": 0.2, "clips": video_module.Clips(4, stride=1)}
+    changed = lambda *key: augment_module.augment(*key, magnitude=7, erasing=0.9, operations=4)
     for augment in (None, changed):
         images = data.Batches(source, (16, 16), 3, 8, augment=augment, **how)[0]["images"]
         assert images.shape == (8, 3, 4, 16, 16)
@@ -203,7 +213,7 @@ def test_flips_only_where_classes_have_no_direction():
     flipped = []
     for flip in (True, False):
         how = {"order": data.Order([1]), "min_crop": 1.0}
-        clips = data.Clips(2, stride=1, flip=flip)
+        clips = video_module.Clips(2, stride=1, flip=flip)
         batches = data.Batches(Source([ramp]), (16, 16), 1, 64, clips=clips, **how)
         images = batches[0]["images"]
         flipped.append((images[..., 0] > images[..., -1]).float().mean())
@@ -214,7 +224,7 @@ def test_flips_only_where_classes_have_no_direction():
 def test_three_crops_along_the_longer_side(upright):
     pixels = np.tile(np.arange(20, dtype=np.uint8), (8, 1))
     pixels = pixels.T.copy() if upright else pixels
-    clips = data.Clips(2, stride=1, clips=2, crops=3)
+    clips = video_module.Clips(2, stride=1, clips=2, crops=3)
     batches = data.Batches(Source([Image.fromarray(pixels)] * 3), (8, 8), 1, 2, clips=clips)
     images = batches[0]["images"][0, 0].unflatten(0, (2, 3, 2))  # clips, crops, frames
     for crop, start in enumerate((0, 6, 12)):
@@ -225,11 +235,11 @@ def test_three_crops_along_the_longer_side(upright):
 def test_normalising_and_mixing_clips_is_that_of_their_frames():
     clips = torch.randint(0, 256, (4, 3, 6, 8, 10), dtype=torch.uint8)
     normal = data.normalize(clips)
-    weight, draws = torch.tensor([1.0, 1, 1, 0]), torch.rand(4, finetune.MIX_DRAWS)
-    mixed, share = finetune.mix(normal, weight, draws, 0.8, 1.0)
+    weight, draws = torch.tensor([1.0, 1, 1, 0]), torch.rand(4, augment_module.MIX_DRAWS)
+    mixed, share = augment_module.mix(normal, weight, draws, 0.8, 1.0)
     for t in range(6):
         assert torch.equal(normal[:, :, t], data.normalize(clips[:, :, t]))
-        one, shares = finetune.mix(normal[:, :, t], weight, draws, 0.8, 1.0)
+        one, shares = augment_module.mix(normal[:, :, t], weight, draws, 0.8, 1.0)
         assert torch.equal(mixed[:, :, t], one) and torch.equal(share, shares)
 
 
@@ -266,13 +276,13 @@ def test_folders_of_frames_and_animations(tmp_path):
         assert list(map(level, video.read([0, 2, 10, 11]))) == [0, 20, 100, 110]
     with pytest.raises(ValueError, match="no videos in"):
         (tmp_path / "empty").mkdir()
-        data.VideoFolder(str(tmp_path / "empty"))
+        video_module.VideoFolder(str(tmp_path / "empty"))
 
 
 def test_numbers_are_in_their_order_as_classes_of_videos(tmp_path):
     for i in (10, 2, 0):
         frames_of(tmp_path / "numbered" / str(i) / "clip", 2)
-    source = data.VideoFolder(str(tmp_path / "numbered"))
+    source = video_module.VideoFolder(str(tmp_path / "numbered"))
     assert source.classes == ["0", "2", "10"]
     (tmp_path / "list.csv").write_text("2/clip,7\n10/clip,70\n0/clip,8\n")
     source, _ = data.open_sources(str(tmp_path / "numbered"), None, (8, 8), f"{tmp_path}/list.csv",
@@ -294,7 +304,7 @@ def test_shards_with_several_frames_or_an_animation(tmp_path, capsys):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    data.write_listing(data.Shards(str(tmp_path / "a.tar")))
+    pack.write_listing(data.Shards(str(tmp_path / "a.tar")))
     for pipe in ("", "pipe:cat "):
         where, cache = f"{pipe}{tmp_path / 'a.tar'}", (str(tmp_path / "cache"), "1M")
         data.open_sources(where, cache=cache)
@@ -333,7 +343,7 @@ def test_lists_of_videos(tmp_path, name, capsys):
         frames_of(tmp_path / folder, 2)
     (tmp_path / "8.mp4").touch()
     (tmp_path / name).write_text(LISTINGS[name])
-    found = data.read_video_labels(str(tmp_path / name), str(tmp_path))
+    found = video_module.read_video_labels(str(tmp_path / name), str(tmp_path))
     assert {path: entry["class"] for path, entry in found.items()} == LISTED[name]
     left_out = "lines that are left out (damaged, or against an earlier one): 1"
     assert (left_out in capsys.readouterr().err) == (name == "commas.csv")
@@ -351,10 +361,10 @@ def test_spaces_and_tabs_in_lists_of_videos(tmp_path, text, capsys):
     frames_of(tmp_path / "a/x", 2)
     frames_of(tmp_path / "b/y", 2)
     (tmp_path / "list.csv").write_text(text)
-    found = data.read_video_labels(str(tmp_path / "list.csv"), str(tmp_path))
+    found = video_module.read_video_labels(str(tmp_path / "list.csv"), str(tmp_path))
     assert found == {"a/x": {"class": "jump rope"}, "b/y": {"class": "skiing"}}
     (tmp_path / "list.csv").write_text(f"{text}c/z,\nc/z, \n")  # no label: left out, and counted
-    assert data.read_video_labels(str(tmp_path / "list.csv"), str(tmp_path)) == found
+    assert video_module.read_video_labels(str(tmp_path / "list.csv"), str(tmp_path)) == found
     assert "left out (damaged, or against an earlier one): 2" in capsys.readouterr().err
 
 
@@ -376,7 +386,7 @@ def test_a_first_line_of_videos_is_read_or_told_of(tmp_path, first, read, headed
     frames_of(tmp_path / "a/x", 2)
     frames_of(tmp_path / "label", 2)
     (tmp_path / "list.csv").write_text(f"{first}\nb.mp4,dog\n")
-    found = data.read_video_labels(str(tmp_path / "list.csv"), str(tmp_path))
+    found = video_module.read_video_labels(str(tmp_path / "list.csv"), str(tmp_path))
     expected = dict([*([read] if read else []), ("b.mp4", "dog")])
     assert {path: entry["class"] for path, entry in found.items()} == expected
     said = capsys.readouterr().err
@@ -399,7 +409,7 @@ def test_a_head_line_names_the_columns_of_a_list_of_videos(tmp_path, text, folde
     for folder in folders:  # a head line it stays
         frames_of(tmp_path / folder, 2)
     (tmp_path / "list.txt").write_text(text)
-    found = data.read_video_labels(str(tmp_path / "list.txt"), str(tmp_path))
+    found = video_module.read_video_labels(str(tmp_path / "list.txt"), str(tmp_path))
     assert found == {"a.mp4": {"class": "cat"}, "b.mp4": {"class": "dog"}}
     said = capsys.readouterr().err
     assert "is taken as a header" in said and "left out" not in said
@@ -414,7 +424,7 @@ def test_lines_of_videos_of_another_encoding_are_damaged(tmp_path, name, capsys)
         lines = json.dumps(entries, ensure_ascii=False)
         (tmp_path / "c.mp4").touch()
     (tmp_path / name).write_bytes(lines.encode("latin-1"))
-    found = data.read_video_labels(str(tmp_path / name), str(tmp_path))
+    found = video_module.read_video_labels(str(tmp_path / name), str(tmp_path))
     assert found == {"c.mp4": {"class": "dog"}}
     assert "left out (damaged, or against an earlier one): 3" in capsys.readouterr().err
 
@@ -422,7 +432,7 @@ def test_lines_of_videos_of_another_encoding_are_damaged(tmp_path, name, capsys)
 def test_a_list_of_videos_that_is_refused_says_what_it_found(tmp_path):
     (tmp_path / "list.csv").write_text("filepath;title\na.mp4;skiing\n")
     with pytest.raises(ValueError, match="lists no videos: want lines of .* 'filepath;title'"):
-        data.read_video_labels(str(tmp_path / "list.csv"), str(tmp_path))
+        video_module.read_video_labels(str(tmp_path / "list.csv"), str(tmp_path))
 
 
 @pytest.mark.parametrize("name", LISTINGS)
@@ -452,7 +462,7 @@ def test_names_of_films_may_look_like_patterns(film, tmp_path, name):
     folder = tmp_path / name
     folder.mkdir()
     shutil.move(film("film.mkv"), folder / f"{name}.mkv")
-    video = data.VideoFolder(str(folder)).read(0)["video"]()
+    video = video_module.VideoFolder(str(folder)).read(0)["video"]()
     assert video.count == 20 and list(map(level, video.read([3, 7]))) == [30, 70]
 
 
@@ -467,22 +477,22 @@ def test_a_list_is_all_of_data_or_beside_a_folder(tmp_path):
         assert train.classes == val.classes == ["one", "two"]
         assert data.all_labels(val).tolist() == [1] and val.paths == ["z"]
     with pytest.raises(ValueError, match="cannot read a list of videos"):
-        data.read_video_labels(str(tmp_path / "none.csv"), ".")
+        video_module.read_video_labels(str(tmp_path / "none.csv"), ".")
     bad = tmp_path / "bad.json"
     for text, why in (('[{"id": 1}]', "lists no videos"), ("[1]", "cannot read a list of videos")):
         bad.write_text(text)
         with pytest.raises(ValueError, match=why):
-            data.read_video_labels(str(bad), str(tmp_path))
+            video_module.read_video_labels(str(bad), str(tmp_path))
     (tmp_path / "NONE.JSON").write_text("[]")
     with pytest.raises(ValueError, match="NONE.JSON lists no videos"):
-        data.read_video_labels(str(tmp_path / "NONE.JSON"), str(tmp_path))
+        video_module.read_video_labels(str(tmp_path / "NONE.JSON"), str(tmp_path))
     bad.write_text("[" * 100_000)
-    for read in (data.read_labels, data.read_video_labels):
+    for read in (labels_module.read_labels, video_module.read_video_labels):
         with pytest.raises(ValueError, match="cannot read .* from .*Recursion"):
             read(str(bad), str(tmp_path))
     # A first line that is a whole path is no head; lines without a path or a label name nothing.
     (tmp_path / "odd.csv").write_text(f"{tmp_path}/x,one\ny,\n,two\n ,\nz,two\n")
-    found = data.read_video_labels(str(tmp_path / "odd.csv"), str(tmp_path))
+    found = video_module.read_video_labels(str(tmp_path / "odd.csv"), str(tmp_path))
     assert found == {str(tmp_path / "x"): {"class": "one"}, "z": {"class": "two"}}
 
 
@@ -490,13 +500,13 @@ def test_without_ffmpeg_one_line_says_what_to_install(tmp_path, monkeypatch):
     frames_of(tmp_path / "a" / "x", 2)
     (tmp_path / "b").mkdir()
     monkeypatch.setenv("PATH", "")
-    assert len(data.VideoFolder(str(tmp_path)).paths) == 1  # frames do not need it
+    assert len(video_module.VideoFolder(str(tmp_path)).paths) == 1  # frames do not need it
     names = [f"y{extension}" for extension in data.VIDEOS] + ["Z.TS", "z.Wmv"]
     for count, name in enumerate(names, start=1):
         (tmp_path / "b" / name).touch()
         files = rf"video files \({count}\), and there is no ffmpeg program on the PATH: install it"
         with pytest.raises(ValueError, match=files):
-            data.VideoFolder(str(tmp_path))
+            video_module.VideoFolder(str(tmp_path))
     (tmp_path / "list.csv").write_text("a/x,one\nb/y.flv,two\nb/y.m4v,two\n")
     with pytest.raises(ValueError, match=r"list.csv has video files \(2\)"):
         data.open_sources(str(tmp_path / "list.csv"), videos=True)
@@ -536,15 +546,15 @@ def film(tmp_path):
 @has_ffmpeg
 def test_ffmpeg_gives_the_frames_that_are_asked_for(film, monkeypatch):
     path = film()
-    video = data.open_video(path)
+    video = video_module.open_video(path)
     assert (video.count, video.rate) == (20, 10.0)
-    piped, run = [], data.subprocess.run
+    piped, run = [], video_module.subprocess.run
 
     def counted(*arguments, **how):
         piped.append(run(*arguments, **how))
         return piped[-1]
 
-    monkeypatch.setattr(data.subprocess, "run", counted)
+    monkeypatch.setattr(video_module.subprocess, "run", counted)
     for wanted in ([0], [0, 1, 2], [3, 7, 8, 19], [19], list(range(20))):
         images = video.read(wanted)
         assert list(map(level, images)) == [10 * n for n in wanted]
@@ -555,9 +565,11 @@ def test_ffmpeg_gives_the_frames_that_are_asked_for(film, monkeypatch):
 
 @has_ffmpeg
 def test_a_long_film_is_measured_by_its_first_and_last_packets(film, monkeypatch):
-    path, listed, packets = film("long.mp4", codec=H264, loops=30), [], data.packets
-    monkeypatch.setattr(data, "packets", lambda table: listed.append(table) or packets(table))
-    assert data.open_video(path).count == 600
+    path, listed, packets = film("long.mp4", codec=H264, loops=30), [], video_module.packets
+    monkeypatch.setattr(
+        video_module, "packets", lambda table: listed.append(table) or packets(table)
+    )
+    assert video_module.open_video(path).count == 600
     assert sum(table.count(b"\n0,") for table in listed) < 32 + 10 * 10 + 2 * 6  # two groups more
 
 
@@ -590,15 +602,15 @@ FILMS = {  # name: how it is coded
 def test_a_film_is_as_long_as_its_pictures_and_each_is_found(film, name, loops, sound):
     rate, count = 25 if "mpeg" in FILMS[name][1] else 10, 20 * loops
     path = film(name, (32, 32), FILMS[name], rate, sound, loops=loops)
-    video = data.open_video(path)
+    video = video_module.open_video(path)
     assert (video.count, video.rate) == (count, rate)
     for wanted in ([0], [19], [0, 1, 5], [4, 5, 7], [9, 10, 18], [13, 19], list(range(20))):
         for first in {0, count - 20}:
             images = list(map(level, video.read([first + n for n in wanted])))
             assert images == pytest.approx([10 * n for n in wanted], abs=3)
-    last = data.Clips(4, span=4 / rate).numbers(video, np.full(24, 2**64 - 1, np.uint64))
+    last = video_module.Clips(4, span=4 / rate).numbers(video, np.full(24, 2**64 - 1, np.uint64))
     assert last.tolist() == [list(range(count - 4, count))]  # of the pictures, not of the sound
-    source = data.VideoFolder(os.path.dirname(path))
+    source = video_module.VideoFolder(os.path.dirname(path))
     assert [source.name(n) for n in range(len(source.paths))] == [path]
 
 
@@ -619,7 +631,7 @@ def test_a_film_that_was_cut_without_coding_it_again_has_the_frames_that_are_sho
     wanted = "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "gray", "pipe:1"
     shown = subprocess.run([*quiet, "-i", path, *wanted], check=True, capture_output=True).stdout
     shown = np.frombuffer(shown, np.uint8).reshape(-1, 32 * 32).mean(axis=1)
-    video = data.open_video(path)
+    video = video_module.open_video(path)
     assert video.count == len(shown)
     for numbers in ([0], [1, 2, 5], [4, 6], list(range(len(shown)))):  # of all: more than 100
         assert list(map(level, video.read(numbers))) == pytest.approx(shown[numbers], abs=3)
@@ -642,7 +654,7 @@ def test_segments_of_a_film_have_their_own_frames(film, name, sound, tmp_path):
         wanted = "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "gray", "pipe:1"
         done = subprocess.run([*quiet, "-i", path, *wanted], check=True, capture_output=True)
         shown = np.frombuffer(done.stdout, np.uint8).reshape(-1, 32 * 32).mean(axis=1)
-        video = data.open_video(path)
+        video = video_module.open_video(path)
         assert video.count == len(shown)
         for numbers in ([0], [1, 2, 5], [len(shown) - 1], list(range(len(shown)))):
             assert list(map(level, video.read(numbers))) == pytest.approx(shown[numbers], abs=3)
@@ -657,7 +669,7 @@ def test_a_film_of_a_recorder_that_knew_no_length_is_as_long_as_its_pictures(fil
         path = film(name, codec=(*codec, "-f", "matroska", "-live", "1"), sound=sound)
     else:
         path = film(name, codec=codec, sound=sound, pipe=True)
-    video = data.open_video(path)
+    video = video_module.open_video(path)
     assert (video.count, video.rate) == (20, 10.0)
     for wanted in ([0, 1, 5], [4, 5, 7], [18, 19]):
         images = list(map(level, video.read(wanted)))
@@ -670,7 +682,7 @@ def test_frames_are_numbered_from_the_first_where_sound_begins_earlier(film, del
     path, late = film("whole.mkv", (32, 32)), str(tmp_path / "late.mkv")
     given = ["-v", "error", "-f", "lavfi", "-i", "sine=duration=3", "-itsoffset", delay, "-i", path]
     subprocess.run(["ffmpeg", *given, *LOSSLESS, late], check=True)
-    video = data.open_video(late)
+    video = video_module.open_video(late)
     assert video.count == 20
     for wanted in ([0, 1, 5], [1, 2], [4, 5, 7], [18, 19], list(range(20))):
         assert list(map(level, video.read(wanted))) == [10 * n for n in wanted]
@@ -684,9 +696,9 @@ def test_a_film_that_is_cut_in_its_first_half_is_named_and_weighs_nothing(film, 
     content = Path(path).read_bytes()
     for share, good in ((0.3, 0), (0.8, 1)):
         Path(path).write_bytes(content[: int(share * len(content))])
-        data.probe.cache_clear()
-        source = data.VideoFolder(os.path.dirname(path))
-        batch = data.Batches(source, (8, 8), 3, 1, clips=data.Clips(2, span=1))[0]
+        video_module.probe.cache_clear()
+        source = video_module.VideoFolder(os.path.dirname(path))
+        batch = data.Batches(source, (8, 8), 3, 1, clips=video_module.Clips(2, span=1))[0]
         assert batch["weight"].tolist() == [good] and len(batch["bad"]) == 1 - good
         assert good or f"{path}: ValueError: it is cut" in batch["bad"][0]
 
@@ -694,14 +706,14 @@ def test_a_film_that_is_cut_in_its_first_half_is_named_and_weighs_nothing(film, 
 @has_ffmpeg
 def test_ffmpeg_scales_turns_and_repeats(film):
     path = film("big.mkv", (90, 60))
-    sizes = [data.open_video(path, side).read([4])[0].size for side in (None, 30, 200)]
+    sizes = [video_module.open_video(path, side).read([4])[0].size for side in (None, 30, 200)]
     assert sizes == [(90, 60), (45, 30), (90, 60)]
-    assert data.open_video(film("high.mkv", (60, 90)), 30).read([4])[0].size == (30, 45)
+    assert video_module.open_video(film("high.mkv", (60, 90)), 30).read([4])[0].size == (30, 45)
     # The header may promise more than there is.
-    assert list(map(level, data.decode(path, 10.0, None, [18, 19, 25]))) == [180, 190, 190]
+    assert list(map(level, video_module.decode(path, 10.0, None, [18, 19, 25]))) == [180, 190, 190]
     for wanted, some in (([40, 41], "0 of 2 frames from 40"), ([19, 25, 26], "1 of 3 frames")):
         with pytest.raises(ValueError, match=f"ffmpeg finds {some}"):
-            data.decode(path, 10.0, None, wanted)
+            video_module.decode(path, 10.0, None, wanted)
 
 
 @has_ffmpeg
@@ -715,8 +727,8 @@ def test_a_damaged_film_is_named_and_weighs_nothing(film, tmp_path):
     # Nor are other files opened that one names.
     (folder / "list.mkv").write_text("ffconcat version 1.0\nfile good.mkv\nduration 2\n")
     (folder / "more.mkv").touch()
-    source = data.VideoFolder(str(folder))
-    batch = data.Batches(source, (8, 8), 3, 6, clips=data.Clips(2, span=1))[0]
+    source = video_module.VideoFolder(str(folder))
+    batch = data.Batches(source, (8, 8), 3, 6, clips=video_module.Clips(2, span=1))[0]
     readable = [source.name(int(n)) for n in batch["samples"][batch["weight"] > 0]]
     assert readable == [good] and len(batch["bad"]) == 5
     assert any("list.mkv: ValueError: ffmpeg finds no video" in line for line in batch["bad"])
@@ -729,7 +741,7 @@ def test_a_damaged_film_is_named_and_weighs_nothing(film, tmp_path):
 
 def test_no_frame_of_the_toy_tells_its_motion():
     """At any frame, place and size have the same distribution, whatever the class is: uniform."""
-    found = [data.toy_motion(number, 18) for number in range(6000)]
+    found = [video_module.toy_motion(number, 18) for number in range(6000)]
     for label in range(10):
         some = [
             (*centre, math.log(radius / 0.12, 2.5)) for k, centre, radius in found if k == label
@@ -742,10 +754,10 @@ def test_no_frame_of_the_toy_tells_its_motion():
 
 def test_the_motion_is_what_the_class_says():
     for number in range(40):
-        label, (x, y), radius = data.toy_motion(number, 5)
-        _, (x2, y2), radius2 = data.toy_motion(number, 6)
+        label, (x, y), radius = video_module.toy_motion(number, 5)
+        _, (x2, y2), radius2 = video_module.toy_motion(number, 6)
         step = np.array([(x2 - x + 0.5) % 1 - 0.5, (y2 - y + 0.5) % 1 - 0.5])
-        name = data.TOY_MOTIONS[label]
+        name = video_module.TOY_MOTIONS[label]
         if name in ("growing", "shrinking"):
             assert np.allclose(step, 0) and radius != radius2
             rises = radius2 > radius
@@ -758,7 +770,9 @@ def test_the_motion_is_what_the_class_says():
 
 
 def test_a_linear_probe_of_single_frames_stays_at_chance():
-    batches = data.Batches(data.ToyMotion("train", (24, 24)), (24, 24), 3, 900, clips=data.Clips(1))
+    batches = data.Batches(
+        video_module.ToyMotion("train", (24, 24)), (24, 24), 3, 900, clips=video_module.Clips(1)
+    )
     batch = batches[0]
     frames, labels = batch["images"].double().mean(dim=(1, 2)).flatten(1), batch["labels"]  # grey
     scaled = evaluate.standardize(frames[:600], frames[600:])
@@ -853,13 +867,13 @@ def test_evaluation_is_the_mean_over_all_views_in_any_batch(run, videos):
     # By hand: view after view, each with the plain classifier.
     model, _ = evaluate.load_model(out / "model.pt", "video", "cpu")
     source = data.open_sources(str(videos), videos=True)[1]
-    clips = data.Clips(4, stride=2, clips=2, crops=3)
+    clips = video_module.Clips(4, stride=2, clips=2, crops=3)
     batch = data.Batches(source, (16, 16), 3, 4, clips=clips)[0]
     views = data.normalize(batch["images"]).unflatten(2, (6, 4)).unbind(dim=2)
     with torch.no_grad():
         mean = torch.stack([model(view).softmax(dim=1) for view in views]).mean(dim=0)
         torch.testing.assert_close(
-            evaluate.over_views(model)(data.normalize(batch["images"])), mean.log()
+            video_module.over_views(model)(data.normalize(batch["images"])), mean.log()
         )
     assert found["top1"] == (mean.argmax(dim=1) == batch["labels"]).float().mean().item()
 

@@ -18,6 +18,7 @@ from conftest import (
 import data
 import model as models
 import weak_pretrain
+from support import hashtags as hashtags_module
 
 TINY = [
     *("--size", "16x2x2", "--image-size", "16", "--patch-size", "4", "--batch-size", "8"),
@@ -39,7 +40,7 @@ def hashtags(tmp_path_factory):
     ]
     (folder / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     source = data.Folder(str(PICTURES), labels=str(folder / "labels.jsonl"))
-    data.write_hashtags(source, folder / "tags")
+    hashtags_module.write_hashtags(source, folder / "tags")
     flags = ["--data", str(PICTURES), "--labels", folder / "labels.jsonl"]
     return [*map(str, flags), "--tags", str(folder / "tags")]
 
@@ -66,7 +67,7 @@ def tagged(photos, tmp_path):
     labels = tmp_path / "labels.jsonl"
     labels.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{broken\n")
     source = data.Folder(str(photos), labels=str(labels))
-    data.write_hashtags(source, tmp_path / "tags", tail_below=10, min_count=3)
+    hashtags_module.write_hashtags(source, tmp_path / "tags", tail_below=10, min_count=3)
     return ["--data", photos, "--labels", labels, "--tags", tmp_path / "tags"]
 
 
@@ -88,7 +89,7 @@ def test_pictures_of_too_many_pixels_are_unreadable(tmp_path):
     entries = [{"path": f"{'ab'[i % 2]}/{i}.png", "hashtags": ["#a", "#b"]} for i in range(8)]
     labels.write_text("\n".join(map(json.dumps, entries)))
     source = data.Folder(str(tmp_path / "large"), labels=str(labels))
-    data.write_hashtags(source, tmp_path / "tags", min_count=1)
+    hashtags_module.write_hashtags(source, tmp_path / "tags", min_count=1)
     flags += ["--labels", labels, "--tags", tmp_path / "tags", "--steps", 1]
     check_that_the_limit_is_the_runs(partial(weak, *flags), tmp_path)
     ran = weak(*flags, "--max-pixels", 89_999, "--out", tmp_path / "none")
@@ -165,7 +166,7 @@ def test_other_hashtags_are_another_run(tagged, photos, tmp_path, capsys):
     out = tmp_path / "run"
     assert weak(*tagged, "--out", out).returncode == 0
     source = data.Folder(str(photos), labels=str(tagged[3]))
-    data.write_hashtags(source, tmp_path / "tags", tail_below=5, min_count=3)
+    hashtags_module.write_hashtags(source, tmp_path / "tags", tail_below=5, min_count=3)
     assert "tags was" in refused(capsys, *TINY, *tagged, "--out", out)
 
 

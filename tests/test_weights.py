@@ -20,7 +20,10 @@ import finetune
 import mae_pretrain
 import model as models
 import weak_pretrain
-from model import MAE, Classifier, TextTower, TwoTowers, ViT
+from model import MAE, Classifier, ViT
+from support import formats
+from tasks import lit
+from tasks.lit import TextTower, TwoTowers
 
 safetensors = pytest.importorskip("safetensors.torch", reason="pip install safetensors")
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -134,13 +137,13 @@ def test_timm_s_weights_of_images_that_are_no_square_want_an_image_size(timm, tm
             lambda size: models.read_weights(path, 4, size),
             lambda size: evaluate.load_model(path, "knn", "cpu", 4, size),
             lambda size: models.inherit(path, {"image_size": size}, (), 4),
-            lambda size: models.convert(path, tmp_path / "out.pt", "own", 4, size),
+            lambda size: formats.convert(path, tmp_path / "out.pt", "own", 4, size),
         ):
             with pytest.raises(ValueError, match=why) as error:
                 use(image_size)
             assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="own.pt is of images of 40x24: leave --image-size out"):
-        models.convert(own, tmp_path / "out.pt", "own", image_size=(24, 40))
+        formats.convert(own, tmp_path / "out.pt", "own", image_size=(24, 40))
 
 
 @torch.no_grad()
@@ -271,7 +274,7 @@ def test_a_prefix_that_begins_another_s_own_names_is_told_from_these(
         close(ours(images(32)), getattr(theirs, "vit", theirs)(images(32)).last_hidden_state)
     text = randomize(TorchtextRoberta(60, 128, 3, 4))
     torch.save(below(prefix, text.state_dict()), tmp_path / "text.pt")
-    state, arguments = models.read_text_weights(tmp_path / "text.pt")
+    state, arguments = lit.read_text_weights(tmp_path / "text.pt")
     tower = TextTower(**arguments)
     tower.load_state_dict(state)
     close(tower(texts(60)), text(texts(60)))
@@ -296,7 +299,7 @@ def test_of_several_networks_none_is_chosen_in_silence(tmp_path, words):
     torch.save(AMBIGUOUS[words](ViT(**SMALL).state_dict()), path)
     for use in (
         lambda: models.read_weights(path, 4),
-        lambda: models.convert(path, tmp_path / "own.pt", "own", 4),
+        lambda: formats.convert(path, tmp_path / "own.pt", "own", 4),
         lambda: evaluate.load_model(path, "knn", "cpu", 4),
     ):
         with pytest.raises(
@@ -305,7 +308,7 @@ def test_of_several_networks_none_is_chosen_in_silence(tmp_path, words):
             use()
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError) as error:  # --text-init has no such flag
-        models.read_text_weights(path, 4)
+        lit.read_text_weights(path, 4)
     assert "--entry" not in str(error.value)
 
 
@@ -348,7 +351,7 @@ def test_evaluate_and_convert_take_the_entry_that_they_are_told(tmp_path, capsys
     path, own = tmp_path / "file.pt", tmp_path / "own.pt"
     torch.save({"state_dict": usual, "state_dict_ema": average}, path)
     arguments = ["convert", path, own, "--format", "own", "--heads", 4, "--entry", "state_dict_ema"]
-    models.main(list(map(str, arguments)))
+    formats.main(list(map(str, arguments)))
     assert torch.equal(models.read_weights(own)[0]["norm.bias"], average["norm.bias"])
     for i in range(2):
         picture(i, 40, 40).save(tmp_path / f"{i}.png")
@@ -516,7 +519,7 @@ def texts(vocabulary, lengths=(9, 1, 5)):
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(2, vocabulary, (len(lengths), max(lengths)), generator=generator)
     for row, length in zip(tokens, lengths):
-        row[length:] = models.PADDING
+        row[length:] = lit.PADDING
     return tokens
 
 
@@ -528,7 +531,7 @@ def test_hugging_face_s_xlm_r_computes_the_same_here(transformers, tmp_path, cap
     sizes |= {"vocab_size": 50, "max_position_embeddings": 20, "layer_norm_eps": 1e-5}
     theirs = randomize(getattr(transformers, kind)(transformers.XLMRobertaConfig(**sizes)))
     path, heads = hf_file(theirs, tmp_path, how)
-    state, arguments = models.read_text_weights(path, heads)
+    state, arguments = lit.read_text_weights(path, heads)
     said = capsys.readouterr().out
     assert (
         "Hugging Face XLM-R; of no use here: " + ("lm_head" if "Masked" in kind else "pooler")
@@ -539,7 +542,7 @@ def test_hugging_face_s_xlm_r_computes_the_same_here(transformers, tmp_path, cap
     ours = TextTower(**arguments)
     ours.load_state_dict(state)
     tokens, encoder = texts(50), getattr(theirs, "roberta", theirs)
-    found = encoder(tokens, attention_mask=tokens != models.PADDING).last_hidden_state
+    found = encoder(tokens, attention_mask=tokens != lit.PADDING).last_hidden_state
     close(ours(tokens), found[:, 0])
     with pytest.raises(ValueError, match="a text tower alone"):
         models.read_weights(path)
@@ -624,7 +627,7 @@ def test_a_released_pair_computes_the_same_here(timm, tmp_path, capsys, old):
     for mine, embedding in zip(found, expected):
         close(mine, nn.functional.normalize(embedding, dim=1))
     close(found[2], torch.tensor([2.5]).exp())
-    state, arguments = models.read_text_weights(tmp_path / "pair.pt")  # of the pair
+    state, arguments = lit.read_text_weights(tmp_path / "pair.pt")  # of the pair
     tower = TextTower(**arguments)
     tower.load_state_dict(state)
     close(tower(tokens), text(tokens))
@@ -634,7 +637,7 @@ def test_a_released_pair_computes_the_same_here(timm, tmp_path, capsys, old):
 
 
 def converted(*arguments, capsys):
-    models.main(["convert", *map(str, arguments), "--format", "own"])
+    formats.main(["convert", *map(str, arguments), "--format", "own"])
     return capsys.readouterr().out
 
 
@@ -655,7 +658,7 @@ def written(kind, tmp_path, out, format, capsys):
     kind, arguments = OURS[kind]
     model = randomize(kind(**arguments))
     models.save_weights(tmp_path / "model.pt", models.full_state(model), model.config)
-    models.main(["convert", str(tmp_path / "model.pt"), str(tmp_path / out), "--format", format])
+    formats.main(["convert", str(tmp_path / "model.pt"), str(tmp_path / out), "--format", format])
     said = capsys.readouterr().out
     assert "our own" in said
     dropped = [line.removeprefix("dropped: ") for line in said.splitlines() if "dropped: " in line]
@@ -691,7 +694,7 @@ def test_to_timm_and_back_is_bit_for_bit(timm, tmp_path, capsys, kind, suffix):
     unsaid = ("norm_eps", "class_names", "image_size")  # tensors alone do not tell them
     if kind != "wide ViT":
         assert lost(path, ours, 4, unsaid[:2]) == dropped
-        models.main(["convert", str(path), str(back), "--format", "own", "--heads", "4"])
+        formats.main(["convert", str(path), str(back), "--format", "own", "--heads", "4"])
         assert lost(back, ours, unsaid=unsaid) == dropped
 
 
@@ -714,7 +717,7 @@ def test_to_hugging_face_and_back_is_bit_for_bit(transformers, tmp_path, capsys,
         close(theirs(pictures).last_hidden_state, ViT.forward(ours, pictures))
     assert lost(tmp_path / "hf", ours) == dropped
     back = tmp_path / "back.pt"
-    models.main(["convert", str(tmp_path / "hf"), str(back), "--format", "own"])
+    formats.main(["convert", str(tmp_path / "hf"), str(back), "--format", "own"])
     assert lost(back, ours) == dropped
 
 
@@ -733,7 +736,7 @@ def test_a_pair_without_a_config_becomes_our_own(tmp_path):
     text = {"size": "toy", "vocabulary": 9, "positions": 514, "norm_eps": 1e-5, "context": 100}
     ours = randomize(TwoTowers(**SMALL, text=text))
     torch.save(ours.state_dict(), tmp_path / "bare.pt")
-    models.convert(tmp_path / "bare.pt", tmp_path / "pair.pt", "own", heads=4)
+    formats.convert(tmp_path / "bare.pt", tmp_path / "pair.pt", "own", heads=4)
     assert lost(tmp_path / "pair.pt", ours) == set()
 
 
@@ -787,7 +790,7 @@ def test_swiglu_is_refused(timm, tmp_path):
 def refused(capsys, *arguments):
     """The line, and the only one, with which convert gives up."""
     with pytest.raises(SystemExit) as error:
-        models.main(["convert", *map(str, arguments)])
+        formats.main(["convert", *map(str, arguments)])
     assert error.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("model.py: ") and said.count("\n") == 1
@@ -825,7 +828,7 @@ def test_heads_that_no_shape_tells_must_be_given(small, capsys):
     out = small.with_name("own.pt")
     assert "Give --heads" in refused(capsys, small, out, "--format", "own")
     assert "multiple of 4 x heads" in refused(capsys, small, out, "--format", "own", "--heads", "5")
-    models.main(["convert", str(small), str(out), "--format", "own", "--heads", "2"])
+    formats.main(["convert", str(small), str(out), "--format", "own", "--heads", "2"])
     assert models.read_weights(out)[1]["size"] == "32x2x2"
     with pytest.raises(ValueError, match="has 2 heads"):
         models.read_weights(out, 4)
@@ -890,7 +893,7 @@ def test_a_tensor_of_any_other_shape_is_one_line(tmp_path, name, shape):
     model = MAE(**SMALL, decoder=(16, 1, 2))
     torch.save(model.state_dict() | {name: torch.zeros(shape)}, tmp_path / "vit.pt")
     with pytest.raises(ValueError) as error:
-        models.convert(tmp_path / "vit.pt", tmp_path / "own.pt", "own", 4)
+        formats.convert(tmp_path / "vit.pt", tmp_path / "own.pt", "own", 4)
     assert "\n" not in str(error.value)
 
 
@@ -918,7 +921,7 @@ ODD = {
 def test_odd_tensors_and_configs_are_one_line_and_half_a_pair_is_none(tmp_path, words):
     torch.save(ODD[words], tmp_path / "odd.pt")
     for use in (
-        lambda: models.convert(tmp_path / "odd.pt", tmp_path / "own.pt", "own", 4),
+        lambda: formats.convert(tmp_path / "odd.pt", tmp_path / "own.pt", "own", 4),
         lambda: evaluate.load_model(tmp_path / "odd.pt", "zeroshot", "cpu"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)) as error:
@@ -955,17 +958,17 @@ CONFIGS = {
 def test_a_config_that_is_not_of_the_weights_beside_it_is_refused(tmp_path, words):
     model = Classifier(**SMALL, **NAMED)
     models.save_weights(tmp_path / "model.pt", model.state_dict(), model.config)
-    models.convert(tmp_path / "model.pt", tmp_path / "hf", "hf")
+    formats.convert(tmp_path / "model.pt", tmp_path / "hf", "hf")
     (tmp_path / "hf" / "config.json").write_text(CONFIGS[words])
     with pytest.raises(ValueError, match=words):
         models.read_weights(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("size", models.PAIRS)
+@pytest.mark.parametrize("size", lit.PAIRS)
 def test_released_pairs_are_told_by_their_shapes(size):
-    text, shared = models.PAIRS[size]
+    text, shared = lit.PAIRS[size]
     with torch.device("meta"):
         pair = TwoTowers(size, text={"size": text, "vocabulary": 250_002}, shared_width=shared)
-    config = models.infer_config(pair.state_dict())
+    config = formats.infer_config(pair.state_dict())
     assert config["text"].items() >= pair.config["text"].items()
     assert {**config, "text": pair.config["text"]} == pair.config

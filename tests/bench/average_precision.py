@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-import detection
+from tasks import coco
+from tasks import scenes as scenes_module
 
 HEIGHT, WIDTH = 480, 640
 
@@ -61,7 +62,7 @@ def make(images, count, folder):
         found[: count // 4] = random_boxes(random, count // 4)
         found = np.concatenate([found[:, :2], np.maximum(found[:, 2:], found[:, :2] + 2)], axis=1)
         other = random.rand(count) < 0.5
-        masks = [detection.polygon_to_rle(ellipse(box), HEIGHT, WIDTH) for box in found]
+        masks = [coco.polygon_to_rle(ellipse(box), HEIGHT, WIDTH) for box in found]
         detections[image] = {
             "boxes": found,
             "scores": random.rand(count),
@@ -70,7 +71,7 @@ def make(images, count, folder):
         }
     path = f"{folder}/instances_val.json"
     Path(path).write_text(json.dumps(content))
-    return detection.Scenes(path, folder), detections
+    return scenes_module.Scenes(path, folder), detections
 
 
 def reference(path, results, kind):
@@ -97,12 +98,12 @@ def main():
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         scenes, detections = make(arguments.images, arguments.detections, folder)
-        detection.write_results(f"{folder}/results.json", scenes, detections)
+        scenes_module.write_results(f"{folder}/results.json", scenes, detections)
         print(f"{len(scenes.labels)} objects, {arguments.images} x {arguments.detections} found")
         print(f"{'':6}{'here':>10}{'pycocotools':>14}{'AP':>9}{'difference':>13}")
         for kind in ("bbox", "segm"):
             began = time.process_time()
-            ours = detection.average_precision(scenes, detections, kind)
+            ours = coco.average_precision(scenes, detections, kind)
             seconds = time.process_time() - began
             results = json.loads(Path(f"{folder}/results.json").read_text())
             theirs, other = reference(scenes.path, results, kind)

@@ -16,6 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data
 import evaluate
+from support import toy
+from tasks import lit
 
 
 def main():
@@ -24,25 +26,25 @@ def main():
     parser.add_argument("--pictures", type=int, default=4096)
     run = parser.parse_args()
     model, _ = evaluate.load_model(run.checkpoint, "zeroshot", torch.device("cpu"))
-    tokenizer = evaluate.open_tokenizer(None, model.config["text"])
+    tokenizer = lit.tokenizer_for(None, model.config["text"])
     source = data.open_sources("toy", size=model.config["image_size"])[1]
     source = data.Part(source, range(run.pictures))
     images, *_ = evaluate.extract(
         {"": lambda images: model(model.features(images))[0]}, source, model.config, 256
     )
-    scenes = [data.toy_scene(data.TOY_VAL + number) for number in range(run.pictures)]
+    scenes = [toy.toy_scene(toy.TOY_VAL + number) for number in range(run.pictures)]
     truth = [(s["objects"][0]["colour"], s["objects"][0]["shape"]) for s in scenes]
 
     def report(title, names, answers, kept=None):
         """names: of each class; answers: the classes of the pictures `kept`."""
         templates = ("a large {}",)
-        embeddings = evaluate.class_embeddings(model, names, templates, tokenizer, "cpu")
+        embeddings = lit.class_embeddings(model, names, templates, tokenizer, "cpu")
         scores = (images[""] if kept is None else images[""][kept]) @ embeddings.T
         top1, chance = evaluate.accuracy(scores, torch.tensor(answers), 1), 1 / len(names)
         print(f"{title:34} {top1:7.2%}  {len(answers):5} pictures  chance {chance:.2%}")
 
-    colours, shapes = list(data.TOY_COLOURS), list(data.TOY_CLASSES)
-    patterns = dict.fromkeys(data.TOY_TEXTURES)  # captions say them between colour and shape
+    colours, shapes = list(toy.TOY_COLOURS), list(toy.TOY_CLASSES)
+    patterns = dict.fromkeys(toy.TOY_TEXTURES)  # captions say them between colour and shape
     pairs = [(colour, shape) for colour in colours for shape in shapes]
 
     def names_of(pairs):
@@ -53,8 +55,8 @@ def main():
     report("colour", by_colour, [colours.index(colour) for colour, _ in truth])
     report("shape", by_shape, [shapes.index(shape) for _, shape in truth])
     report("colour and shape", names_of(pairs), [pairs.index(pair) for pair in truth])
-    unseen = sorted(data.TOY_HELD_OUT)
-    kept = [i for i, pair in enumerate(truth) if pair in data.TOY_HELD_OUT]
+    unseen = sorted(toy.TOY_HELD_OUT)
+    kept = [i for i, pair in enumerate(truth) if pair in toy.TOY_HELD_OUT]
     report(
         "both, of the six unseen, among 80",
         names_of(pairs),

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-import model as models
-from detection import Detector, flops_per_image
+from support import plan
+from tasks.detect import Detector, detector_flops
 
 
 def parse_arguments():
@@ -69,7 +69,7 @@ def measure(arguments):
         loss.backward()
         loss.item()  # waits for a GPU
         seconds.append((time.perf_counter() if cuda else time.process_time()) - began)
-    print(min(seconds), models.peak_memory(device))
+    print(min(seconds), plan.peak_memory(device))
 
 
 def main():
@@ -77,7 +77,7 @@ def main():
     if arguments.part:
         return measure(arguments)
     with torch.device("meta"):
-        flops = flops_per_image(Detector(arguments.size, 80, arguments.image_size))
+        flops = detector_flops(Detector(arguments.size, 80, arguments.image_size))
     print(f"{arguments.size} at {arguments.image_size}: {flops / 1e9:,.0f} GFLOP forward")
     print(f"{'part':6} {'seconds':>8} {'share':>6} {'peak GiB':>9}")
     rows = {}

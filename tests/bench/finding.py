@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import model as models
+from support import plan
 
 
 def run(script, *flags, log):
@@ -43,7 +44,7 @@ def gflops(folder, kind):
     with torch.device("meta"):
         model = kind(**torch.load(folder / "model.pt", weights_only=True)["config"])
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    return 3 * models.flops_per_image(model) * last["samples"] / 1e9
+    return 3 * plan.flops_per_image(model) * last["samples"] / 1e9
 
 
 def one_seed(seed, lengths, arguments, results):

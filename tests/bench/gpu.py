@@ -59,6 +59,7 @@ from torch.nn.utils import get_total_norm
 import data
 import kernels
 import model as models
+from support import plan
 from support.cuda_graph import CUDAGraph
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,7 +188,7 @@ def build(size):
 def planned_memory(model, batch, shard_group=None):
     run = {"processes": 1, "gpus": 0, "batch_size": batch, "device": DEVICE, "memory": None}
     run |= {"shard_group": shard_group, "precision": "bf16"}
-    return models.training_memory(model, SimpleNamespace(**run), batch, recompute=False)["peak"]
+    return plan.training_memory(model, SimpleNamespace(**run), batch, recompute=False)["peak"]
 
 
 def adam(model):
@@ -265,7 +266,7 @@ def prepare(size, batch, variant, checkout):
         step()
     last = round_of(step, 1)
     cells["warm-up s"] = time.perf_counter() - began
-    cells["peak GiB"] = models.peak_memory(DEVICE) - held / 2**30
+    cells["peak GiB"] = plan.peak_memory(DEVICE) - held / 2**30
     print(f"{size} {batch} {variant} is warm: {last:.1f} ms per step at first", flush=True)
     return step, cells
 
@@ -277,7 +278,7 @@ def time_steps(path, checkout, size, batch, variants, rounds, profile):
     """
     say, kept, longest = partial(write, path, "steps" if rounds else "ahead", size, batch), {}, 0.0
     until = time.time() + signal.getitimer(signal.ITIMER_REAL)[0]  # see start()
-    model, (peak, _) = build(size), models.peak_flops(DEVICE)
+    model, (peak, _) = build(size), plan.peak_flops(DEVICE)
     for variant in variants:
         late = time.time() + 1.2 * longest + 10 > until
         if kept and (late or free_memory() < 1.3 * planned_memory(model, batch)):
@@ -303,7 +304,7 @@ def time_steps(path, checkout, size, batch, variants, rounds, profile):
             cells |= {"slowest": max(spent), "fastest": min(spent)}
             cells["ms per step"] = statistics.median(spent)
             cells["images/s"] = 1e3 * batch / cells["ms per step"]
-            flops = 3 * models.flops_per_image(model) * cells["images/s"]
+            flops = 3 * plan.flops_per_image(model) * cells["images/s"]
             cells["mfu"] = flops / peak if peak else ""
         say(variant, **cells)
     for variant in profile:

@@ -32,6 +32,7 @@ import torch.distributed as dist
 
 import data
 import model as models
+from support import plan as plan_module
 
 MICRO_BATCH = {"toy": 256, "T": 16, "S": 8, "B": 4}  # peaks of 0.1 to 2.7 GiB
 
@@ -78,9 +79,9 @@ def measure(run):
         dist.init_process_group("gloo", store, rank=rank, world_size=run.processes)
     tiny = Namespace(**vars(run) | {"micro_batch": 2, "batch_size": 2 * run.processes})
     train(models.MAE("8x1x1", image_size=16, patch_size=8, decoder=(8, 1, 1)), tiny)
-    before = models.peak_memory(device)
+    before = plan_module.peak_memory(device)
     train(build(run.size, run.head), run)
-    print(int((models.peak_memory(device) - before) * 2**30), flush=True)
+    print(int((plan_module.peak_memory(device) - before) * 2**30), flush=True)
     if run.processes > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -111,7 +112,7 @@ def planned(run):
         model = build(run.size, run.head)
     run = Namespace(**vars(run), gpus=None, device=torch.device("cpu"), precision="fp32")
     shape = run, run.micro_batch, run.checkpoint_activations
-    return models.training_memory(model, *shape)["peak"]
+    return plan_module.training_memory(model, *shape)["peak"]
 
 
 def main():

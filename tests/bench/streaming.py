@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 import data
+from support import pack
 
 
 def write_shards(folder, pictures, shards, side):
@@ -44,7 +45,7 @@ def write_shards(folder, pictures, shards, side):
                 member = tarfile.TarInfo(f"{number:06}.jpg")
                 member.size = file.tell()
                 tar.addfile(member, io.BytesIO(file.getvalue()))
-    data.write_listing(data.Shards(f"{folder}/*.tar"))
+    pack.write_listing(data.Shards(f"{folder}/*.tar"))
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -1,0 +1,263 @@
+"""Hashtags: what they are counted as, the vocabulary of classes, and sampling weights.
+
+python data.py hashtags DATA --out TAGS      vocabulary and sampling weights of a data set
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import (
+    HELD_OUT,
+    WEIGHT,
+    Part,
+    hold_out,
+    loader,
+    one_line,
+    raise_if_unreachable,
+    running_sum,
+)
+from support.toy import Toy
+
+
+def hashtags_in(members):
+    """From .json (a list, a text, or either under "hashtags") or, where that has none, .txt.
+    Raises ValueError if it is damaged."""
+    try:
+        content = json.loads(members.get("json", b"[]"))
+        tags = content.get("hashtags") if isinstance(content, dict) else content
+        if tags is None or not canonical(tags, {}):  # img2dataset's .json describes the picture
+            tags = members.get("txt", b"").decode()
+        return tags
+    except ValueError as error:
+        raise ValueError(f"the file of its hashtags is damaged ({error})") from None
+
+
+TAG_CHUNK = 4096  # samples whose tags are read together
+
+
+MOST_TAGS = 4_000_000  # counted at once; past it the rarest are forgotten, and counts are too low
+
+
+class Vocabulary:
+    """The hashtags that are classes. Ids are their order, by falling number of pictures.
+
+    counts     {canonical tag: pictures that carry it}, in this order
+    synonyms   {canonical tag: the canonical tag that it counts as}
+    identity   says which index it comes from
+    """
+
+    def __init__(self, counts, synonyms, identity=""):
+        self.counts, self.synonyms, self.identity = counts, synonyms, identity
+        self.numbers = {tag: number for number, tag in enumerate(counts)}
+
+    def __len__(self):
+        return len(self.counts)
+
+    def ids(self, hashtags):
+        """The ids of a sample's hashtags, each once, rising; unknown ones are left out."""
+        tags = canonical(hashtags, self.synonyms)
+        return sorted(self.numbers[tag] for tag in tags if tag in self.numbers)
+
+
+def canonical(hashtags, synonyms):
+    """The set of canonical tags in a list of tags, or in a text with #tags in it.
+
+    Unicode's NFKC, case-folded, without # and punctuation ("#Blue-Square" -> "bluesquare"), then
+    the synonyms. Raises ValueError if it is neither a list of texts nor a text.
+    """
+    if isinstance(hashtags, str):
+        text = unicodedata.normalize("NFKC", hashtags)
+        hashtags = re.findall(r"#([^\s#,.;:!?()\[\]\"']+)", text)
+    if not isinstance(hashtags, list) or not all(isinstance(tag, str) for tag in hashtags):
+        raise ValueError(f"hashtags must be a list of texts, or a text: {hashtags!r:.80}")
+    parts = (unicodedata.normalize("NFKC", part) for tag in hashtags for part in tag.split("#"))
+    parts = (unicodedata.normalize("NFKC", part.casefold()) for part in parts)
+    plain = {"".join(c for c in p if unicodedata.category(c)[0] not in "PZC") for p in parts}
+    return {synonyms.get(tag, tag) for tag in plain - {""}}
+
+
+@dataclass(eq=False)
+class TagChunks(torch.utils.data.Dataset):
+    """chunk -> ([set of canonical tags] of TAG_CHUNK samples, errors)."""
+
+    source: object
+    synonyms: dict
+
+    def __getitem__(self, chunk):
+        found, errors = [], []
+        end = min((chunk + 1) * TAG_CHUNK, int(self.source.sizes.sum()))
+        for number in range(chunk * TAG_CHUNK, end):
+            try:
+                found.append(canonical(self.source.read(number)["hashtags"](), self.synonyms))
+            except Exception as error:  # noqa: BLE001 (named and counted, whatever it was)
+                raise_if_unreachable(error)
+                found.append(set())
+                errors.append(f"{self.source.name(number)}: {one_line(error)}")
+        return found, errors
+
+    def about(self, chunk):
+        return f"chunk {chunk}, from {self.source.where(chunk * TAG_CHUNK)} on"
+
+    def read(self, workers, title, named=20):
+        """The set of tags of each sample, read ahead by worker processes, with a bar.
+
+        All that are damaged are counted, the first ones (`named`) are named.
+        """
+        chunks, bad = range(math.ceil(int(self.source.sizes.sum()) / TAG_CHUNK)), 0
+        made = tqdm(loader(self, chunks, workers), desc=title, unit=" chunks", disable=None)
+        for found, errors in made:
+            for text in errors[: max(0, named - bad)]:
+                tqdm.write(f"unreadable hashtags: {text}", file=sys.stderr)
+            bad += len(errors)
+            yield from found
+        if bad and named:
+            print(f"samples with unreadable hashtags: {bad}")
+
+
+def count_hashtags(source, size=28_000, min_count=5, synonyms=None, workers=0):
+    """The Vocabulary of a source: at most `size` tags that at least `min_count` pictures carry.
+
+    28,000 is the paper's number of classes. Raises ValueError when fewer than two are left.
+    """
+    synonyms, counts = synonyms or {}, Counter()
+    for tags in TagChunks(source, synonyms).read(workers, "counting"):
+        counts.update(tags)
+        if len(counts) > MOST_TAGS:
+            counts = Counter(dict(counts.most_common(MOST_TAGS // 2)))
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:size]
+    ranked = {tag: count for tag, count in ranked if count >= min_count}
+    if len(ranked) < 2:
+        found = f"{len(ranked)} hashtags on {min_count} pictures or more among {source.identity}"
+        raise ValueError(f"{found}: want two at least (of a folder, they come from --labels)")
+    return Vocabulary(ranked, synonyms)
+
+
+def write_hashtags(source, out, tail_below=None, workers=0, **counting):
+    """Index the hashtags of a source, but for a slice that is held out, into the folder `out`:
+
+    rarest.npy, the id of each sample's rarest tag; totals.npy, each shard's sum of sampling
+    weights (see Order); and vocabulary.json, with the weight that each rarest tag gives.
+
+    SWAG's sampler (arXiv 2201.08371; cut and shares are its authors'). The tail is the pictures
+    with a tag that fewer than `tail_below` pictures carry, the head is the others; 70 % of an epoch
+    is drawn from the head, 30 % from the tail. Within each, a picture's importance is the maximum
+    over its tags of 1 / sqrt(pictures with that tag) (recalled): its rarest tag decides. An epoch
+    is as long as there are pictures with a known tag; the others are never drawn.
+    """
+    train, _ = hold_out(source, None, HELD_OUT)
+    vocabulary = count_hashtags(train, workers=workers, **counting)
+    os.makedirs(out, exist_ok=True)
+    total, counts = int(train.sizes.sum()), np.array(list(vocabulary.counts.values()))
+    # A new file: a run that reads an earlier index goes on with that.
+    rarest = np.lib.format.open_memmap(f"{out}/rarest.new.npy", "w+", np.int32, (total,))
+    drawn = np.zeros(len(counts), dtype=np.int64)  # pictures with this rarest tag
+    chunks = TagChunks(train, vocabulary.synonyms)
+    for number, tags in enumerate(chunks.read(workers, "weighing", named=0)):
+        # ids fall with the number of pictures: the largest is the rarest
+        rarest[number] = max((vocabulary.numbers.get(tag, -1) for tag in tags), default=-1)
+        if rarest[number] >= 0:
+            drawn[rarest[number]] += 1
+    rarest.flush()
+    tail_below = tail_below or min(5000, math.ceil(total / 100))
+    tail, importance = counts < tail_below, counts**-0.5
+    shares = {True: 0.3, False: 0.7}
+    if not drawn[tail].any() or not drawn[~tail].any():
+        print(
+            f"all pictures are in the {'tail' if drawn[tail].any() else 'head'}: it has all draws"
+        )
+        shares = {True: 1.0, False: 1.0}
+    weights = np.zeros(len(counts) + 1, dtype=np.int64)  # the last one, of -1, stays 0
+    for part, share in shares.items():
+        which = np.flatnonzero((tail == part) & (drawn > 0))
+        scale = share * drawn.sum() / max(1e-9, (drawn * importance)[which].sum())
+        weights[which] = np.maximum(1, np.rint(scale * importance[which] * WEIGHT))
+    totals = [
+        int(weights[rarest[a:b]].sum()) for a, b in itertools.pairwise(running_sum(train.sizes))
+    ]
+    if Path(out, "vocabulary.json").exists():
+        print(f"{out} held an index already: it is replaced")
+    Path(out, "vocabulary.json").unlink(missing_ok=True)  # it comes last: without it, none counts
+    os.replace(f"{out}/rarest.new.npy", f"{out}/rarest.npy")
+    np.save(f"{out}/totals.npy", np.array(totals, dtype=np.int64))
+    rows = enumerate(zip(vocabulary.counts.items(), weights.tolist()))
+    tags = [{"tag": t, "id": i, "count": n, "weight": w} for i, ((t, n), w) in rows]
+    content = {"data": train.identity, "tail_below": tail_below, "tags": tags}
+    text = json.dumps(content | {"synonyms": vocabulary.synonyms}, ensure_ascii=False, indent=0)
+    Path(out, "vocabulary.json").write_text(text, encoding="utf-8")
+    numbers = f"{drawn.sum()} of {total} pictures are drawn, {drawn[tail].sum()} of them tail"
+    print(f"{len(vocabulary)} hashtags; {numbers}; {int(source.sizes.sum()) - total} are held out")
+
+
+def open_hashtags(source, folder):
+    """(Vocabulary, source to train on, slice to measure on, Order's "totals", "weights", "most").
+
+    From a folder that write_hashtags wrote for this source; without one, for the toy world: the
+    tags of its first pictures, and no weights. Raises ValueError, one line, when that cannot be.
+    """
+    if not folder and isinstance(source, Toy):
+        vocabulary = count_hashtags(Part(source, range(TAG_CHUNK)))
+        return vocabulary, source, Part(Toy("val", source.sides), range(HELD_OUT)), {}
+    train, held_out = hold_out(source, None, HELD_OUT)
+    hint = "write it with: python data.py hashtags DATA --out TAGS, and give --tags TAGS"
+    hint += " (and both the same --labels, if any)"
+    try:
+        text = Path(folder or "", "vocabulary.json").read_text(encoding="utf-8")
+        content, totals = json.loads(text), np.load(f"{folder}/totals.npy")
+        counts = {entry["tag"]: entry["count"] for entry in content["tags"]}
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        vocabulary = Vocabulary(counts, content["synonyms"], digest)
+        table = np.array([entry["weight"] for entry in content["tags"]] + [0], dtype=np.int64)
+        made_for, rarest = content["data"], open_array(f"{folder}/rarest.npy")
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        where = f"in {folder} ({one_line(error)})" if folder else "are given"
+        raise ValueError(f"no hashtags {where}: {hint}") from None
+    if made_for != train.identity or len(rarest) != train.sizes.sum():
+        raise ValueError(f"{folder} is of other data ({made_for}): {hint}")
+    if len(totals) != len(train.sizes) or rarest.max() >= len(counts):
+        raise ValueError(f"{folder} is damaged (its files do not fit each other): {hint}")
+    weights = partial(weights_of, f"{folder}/rarest.npy", table)
+    return vocabulary, train, held_out, {"totals": totals, "weights": weights, "most": table.max()}
+
+
+def weights_of(rarest, table, start, stop):
+    return table[open_array(rarest)[start:stop]]
+
+
+@lru_cache(1)
+def open_array(path):
+    return np.load(path, mmap_mode="r")
+
+
+def read_synonyms(path):
+    """{canonical tag: canonical tag} of lines of two columns, parted by a tab.
+
+    Raises ValueError when a line is something else, or a tag that others count as is not final.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        rows = [line.split("\t") for line in lines if line.strip()]
+        pairs = {}
+        for row in rows:
+            (tag,), (other,) = (canonical([cell], {}) for cell in row)  # one tag in each of two
+            if pairs.setdefault(tag, other) != other:
+                raise ValueError(f"{tag} counts as {pairs[tag]} and as {other}")
+        for tag, other in pairs.items():
+            if pairs.get(other, other) != other:
+                raise ValueError(f"{tag} counts as {other}, which counts as {pairs[other]}")
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is no list of synonyms (two columns, a tab): {error}") from None
+    return pairs

@@ -1,0 +1,124 @@
+"""Pictures of what was learned, as PNG: reconstructions, attention, confusion, mistakes."""
+
+import os
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+import data
+import model as models
+
+
+def denormalize(images):
+    """The inverse of data.normalize: float (B, C, H, W) -> uint8, clipped."""
+    statistics = torch.tensor(data.channel_statistics(images.shape[1]), device=images.device)
+    mean, deviation = statistics.view(2, 1, -1, 1, 1)
+    return ((images * deviation + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+@torch.inference_mode()
+def draw_reconstructions(model, source, path, count=8, seed=0):
+    """Write a PNG, a row per picture: itself, what the encoder sees, what the decoder paints."""
+    images = some_pictures(source, model.config, count)
+    N, device = model.num_patches, model.cls_token.device
+    ids = [data.permutation(N, seed, 0, i, data.MASK) for i in range(len(images))]
+    ids = torch.from_numpy(np.stack(ids)).to(device)
+    normal = data.normalize(images.to(device))
+    painted = denormalize(model.reconstruct(normal, ids)).cpu()
+    P, visible = model.patch_size, ids[:, : model.num_visible, None].cpu()
+    hidden = torch.ones(len(images), N, 1).scatter(1, visible, 0).expand(-1, -1, P**2)
+    hidden = models.unpatchify(hidden, P, model.grid)
+    seen = torch.where(hidden > 0, torch.full_like(images, 128), images)  # (B, C, H, W)
+    share = model.num_visible / N
+    titles = ["picture", f"seen ({share:.0%})", "reconstructed"]
+    draw_grid([images, seen, painted], titles, path)
+
+
+@torch.inference_mode()
+def draw_attention(model, source, path, count=8):
+    """Write a PNG, a row per picture: itself, and where the class token looks, head by head."""
+    images = some_pictures(source, model.config, count)
+    normal = data.normalize(images.to(model.cls_token.device))
+    attention = model.class_attention(normal).cpu()  # (B, heads, N)
+    maps = torch.cat([attention.mean(dim=1, keepdim=True), attention[:, :4]], dim=1)
+    maps = maps.unflatten(2, model.grid)
+    maps = maps / maps.amax(dim=(2, 3), keepdim=True)
+    maps = F.interpolate(maps, images.shape[2:], mode="nearest")  # (B, maps, H, W)
+    # Brightness of the picture is the attention; a little is left everywhere to see what is there.
+    lit = [(images * (0.15 + 0.85 * m[:, None])).to(torch.uint8) for m in maps.unbind(dim=1)]
+    titles = ["picture", "all heads", *(f"head {i + 1}" for i in range(len(lit) - 1))]
+    draw_grid([images, *lit], titles, path)
+
+
+def some_pictures(source, config, count):
+    """The readable ones among the first `count` pictures of a source, (B, C, H, W) uint8."""
+    size, channels = models.pair(config["image_size"]), config["channels"]
+    batch = data.Batches(source, size, channels, count)[0]
+    for name in batch["bad"]:
+        print(f"unreadable, left out: {name}", file=sys.stderr)
+    if not batch["weight"].any():
+        raise ValueError(f"no readable picture among the first {count}: {source.identity}")
+    return batch["images"][batch["weight"] > 0]
+
+
+def draw_confusion(table, names, path):
+    """Write a PNG of (classes, classes) counts: a row for each true class, darker for more."""
+    side, left = max(4, min(36, 1200 // len(names))), 150 if len(names) <= 60 else 6
+    image = Image.new("RGB", (left + side * len(names) + 6, left + side * len(names) + 6), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(min(13, side * 2 // 3))
+    shares = table / table.sum(dim=1, keepdim=True).clamp(min=1)
+    for row, name in enumerate(names if left > 6 else ()):
+        y = left + row * side + side // 6
+        draw.text((left - 6, y), name[:20], "black", font, anchor="ra")
+        label = Image.new("RGB", (left, side), "white")
+        ImageDraw.Draw(label).text((6, side // 6), name[:20], "black", font)
+        image.paste(label.rotate(90, expand=True), (left + row * side, 0))
+    draw.text((6, 6), "rows: truth\ncolumns: answer", "black", ImageFont.load_default(13))
+    for (row, column), share in np.ndenumerate(shares.numpy()):
+        x, y, grey = left + column * side, left + row * side, int(255 * (1 - share))
+        colour = grey, grey, 255 if row != column else grey  # mistakes are blue
+        draw.rectangle((x, y, x + side - 1, y + side - 1), colour)
+        if side > 24 and table[row, column]:
+            centre, colour = (x + side // 2, y + side // 2), "white" if share > 0.5 else "black"
+            draw.text(centre, str(int(table[row, column])), colour, font, "mm")
+    image.save(path)
+    print(f"wrote {path}")
+
+
+def draw_mistakes(source, lines, config, path):
+    """Write a PNG of a source's pictures, each with a line of text below."""
+    if not lines:
+        return print(f"there are no mistakes: {path} is not written")
+    images = some_pictures(source, config, len(lines)).permute(0, 2, 3, 1).numpy()
+    side, columns = 224, min(4, len(lines))
+    rows = -(-len(lines) // columns)
+    canvas = Image.new("RGB", (columns * (side + 6) + 6, rows * (side + 28) + 6), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    for i, (pixels, line) in enumerate(zip(images, lines)):
+        x, y = 6 + i % columns * (side + 6), 6 + i // columns * (side + 28)
+        picture = Image.fromarray(pixels.squeeze()).convert("RGB")
+        canvas.paste(ImageOps.pad(picture, (side, side), color="white"), (x, y))
+        draw.text((x, y + side + 4), line[:36], "black", font)
+    canvas.save(path)
+    print(f"wrote {path}")
+
+
+def draw_grid(columns, titles, path):
+    """columns: as many (B, C, H, W) uint8 tensors as titles. Small pictures are enlarged."""
+    B, C, H, W = columns[0].shape
+    scale, gap, top = max(1, 160 // min(H, W)), 6, 22
+    width, height = W * scale + gap, H * scale + gap
+    canvas = Image.new("RGB", (len(columns) * width + gap, top + B * height), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    for x, (column, title) in enumerate(zip(columns, titles)):
+        draw.text((gap + x * width, 3), title, fill="black", font=font)
+        for y, pixels in enumerate(column.permute(0, 2, 3, 1).numpy()):
+            picture = Image.fromarray(pixels[:, :, 0] if C == 1 else pixels).convert("RGB")
+            picture = picture.resize((W * scale, H * scale), Image.Resampling.NEAREST)
+            canvas.paste(picture, (gap + x * width, top + y * height))
+    replaced = " (replaced)" if os.path.exists(path) else ""
+    canvas.save(path)
+    print(f"wrote {path}{replaced}")

@@ -1,0 +1,228 @@
+"""The toy world behind --data toy: an endless set of pictures, drawn as they are asked for.
+
+Sample `number` is a pure function of its number: a scene of 1-4 coloured, textured shapes on a
+background. The class is the shape of the largest object; position, size, tilt, colour, texture
+and background all vary, so no single pixel says anything about the class.
+"""
+
+import itertools
+import math
+
+import numpy as np
+from PIL import Image
+
+from data import TOY, random_bits, uniform
+
+TOY_EPOCH = 65_536  # pictures in an epoch, for those who count in epochs
+
+
+TOY_VAL = 2**31  # numbers below are train, from here on val
+
+
+TOY_DRAWS = 100  # uniform draws per scene: background and count 12, an object at most 22
+
+
+def _fold(t, n):
+    """The angle from the nearest of n equal spokes, the first of which points up (-y)."""
+    return (t + math.pi / 2 + math.pi / n) % (2 * math.pi / n) - math.pi / n
+
+
+# A shape is the distance of its edge from its centre, at most 1, in the direction t (radians).
+TOY_SHAPES = {
+    "circle": lambda t: 0.8 + 0 * t,
+    "square": lambda t: 0.7 / np.cos(_fold(t, 4)),
+    "triangle": lambda t: 0.5 / np.cos(_fold(t + math.pi, 3)),
+    "star": lambda t: 1 / (1 + 7.5 * abs(_fold(t, 5)) / math.pi),
+    "cross": lambda t: 0.32 / np.sin(abs(_fold(t, 4))).clip(0.32),
+    "flower": lambda t: 0.72 + 0.28 * np.cos(6 * t),
+    "gear": lambda t: 0.83 + 0.14 * np.tanh(4 * np.cos(8 * t)),
+    "leaf": lambda t: 0.42 / np.sqrt(1 - 0.82 * np.cos(t) ** 2),
+    "hourglass": lambda t: np.where(abs(_fold(t, 2)) < 0.75, 0.72 / np.cos(_fold(t, 2)), 0.15),
+    "pie": lambda t: np.where(abs(_fold(t, 1)) < 0.7, 0.12, 0.9),
+}
+
+
+TOY_CLASSES = tuple(TOY_SHAPES)
+
+
+TOY_COLOURS = {
+    "red": (216, 36, 40), "orange": (244, 138, 28), "yellow": (248, 220, 48),
+    "green": (44, 160, 60), "cyan": (60, 200, 214), "blue": (40, 72, 204),
+    "purple": (124, 44, 160), "pink": (246, 140, 186),
+}  # fmt: skip
+
+
+# A pattern (but "plain") is how much of the second colour is mixed in, cut at 0 and 1: from two
+# waves (-1 .. 1) that cross at a right angle and the distance along the first, in wavelengths. The
+# gains make edges a few pixels wide: hard edges would shimmer when shrunk.
+TOY_PATTERNS = {
+    "striped": lambda a, b, along: 0.5 + 2.5 * a,
+    "dotted": lambda a, b, along: 2.5 * (a + b - 0.75),
+    "checked": lambda a, b, along: 0.5 + 3.5 * a * b,
+    "shaded": lambda a, b, along: 0.5 + 0.13 * along,
+}
+
+
+# Smooth backgrounds and plain objects come twice or more as often: textures cost MAE capacity.
+TOY_TEXTURES = ("plain", "plain", "plain", "striped", "dotted", "checked")
+
+
+TOY_BACKGROUNDS = (*TOY_TEXTURES[1:], "shaded", "shaded", "shaded")
+
+
+# No train scene holds one of these, not even as a small object; val scenes do, at their natural
+# rate. What a model says about them is composition, not memory.
+TOY_HELD_OUT = frozenset({
+    ("red", "star"), ("yellow", "flower"), ("green", "circle"),
+    ("blue", "cross"), ("purple", "leaf"), ("pink", "square"),
+})  # fmt: skip
+
+
+TOY_SPAM = ("#love", "#nofilter", "#art", "#follow", "#instagood", "#monday", "#design", "#wow")
+
+
+def toy_scene(number):
+    """The scene of one sample as JSON-able values, lengths as fractions of the picture's side.
+
+    {"background": paint, "objects": [paint with "shape", "radius", "centre" (x, y), "angle" in
+    radians], largest first}, where a paint has "pattern", "colour" (name), "one" and "two" (rgb),
+    "turn" (the pattern's own angle), "wave" (its length) and "shift". Objects are drawn in order,
+    so the small ones lie in front. To move an object, change its "centre": its texture comes along.
+    """
+    draws = iter(uniform(random_bits(TOY_DRAWS, 0, 0, number, TOY)).tolist())
+
+    def between(low, high):
+        return low + (high - low) * next(draws)
+
+    def pick(options):
+        return options[int(next(draws) * len(options))]
+
+    def paint(patterns, colours, wave):
+        pattern, colour = pick(patterns), pick(colours)
+        one = [min(255, max(0, round(c + between(-24, 24)))) for c in TOY_COLOURS[colour]]
+        goal, strength = pick((0, 255)), between(0.15, 0.35)  # a darker or lighter shade of it
+        two = [round(c + strength * (goal - c)) for c in one]
+        place = {"turn": between(0, 2 * math.pi), "wave": wave * between(0.8, 1.4)}
+        place["shift"] = [between(-1, 1), between(-1, 1)]
+        return {"pattern": pattern, "colour": colour, "one": one, "two": two, **place}
+
+    background, objects = paint(TOY_BACKGROUNDS, list(TOY_COLOURS), 0.28), []
+    # an object is never lost in its background
+    colours = [colour for colour in TOY_COLOURS if colour != background["colour"]]
+    for _ in range(pick((1, 1, 1, 2, 3, 4))):
+        shape = pick(TOY_CLASSES)
+        allowed = [c for c in colours if number >= TOY_VAL or (c, shape) not in TOY_HELD_OUT]
+        # the first fills some 60 % of the picture's side; the others at most half of that
+        radius = between(0.3, 0.36) if not objects else between(0.3, 0.5) * objects[0]["radius"]
+        thing = {"shape": shape, "radius": radius, **paint(TOY_TEXTURES, allowed, 0.6 * radius)}
+        thing["angle"] = between(-0.2, 0.2)
+        # the best of four places: the one farthest from everything already there
+        places = [[between(radius, 1 - radius) for _ in "xy"] for _ in range(4)]
+        gaps = [
+            min((math.dist(p, o["centre"]) - radius - o["radius"] for o in objects), default=0)
+            for p in places
+        ]
+        gap, thing["centre"] = max(zip(gaps, places))
+        if gap > -0.4 * radius:  # no room: leave it out rather than hide what is there
+            objects.append(thing)
+    return {"background": background, "objects": objects}
+
+
+def toy_render(scene, size=64, masks=False):
+    """Draw a scene: (RGB image of size x size, boxes, masks or None).
+
+    boxes: (objects, 4) float32, x1 y1 x2 y2 in pixels, the object's full extent (also what another
+    one hides) cut at the picture's edge. masks: (objects, size, size) bool, the visible pixels.
+    """
+    y, x = (np.mgrid[:size, :size].astype(np.float32) + 0.5) / size  # of the pixels' centres
+
+    def painted(paint, x, y):  # (h, w) from the object's centre -> (h, w, 3)
+        cos, sin = math.cos(paint["turn"]) / paint["wave"], math.sin(paint["turn"]) / paint["wave"]
+        if paint["pattern"] == "plain":
+            return np.broadcast_to(np.float32(paint["one"]), (*x.shape, 3))
+        along, across = x * cos + y * sin, y * cos - x * sin
+        a, b = (np.sin(2 * math.pi * (w + s)) for w, s in zip((along, across), paint["shift"]))
+        mix = TOY_PATTERNS[paint["pattern"]](a, b, along).clip(0, 1)[..., None]
+        one, two = np.float32(paint["one"]), np.float32(paint["two"])
+        return one + mix * (two - one)
+
+    picture, boxes, visible = painted(scene["background"], x - 0.5, y - 0.5).copy(), [], []
+    for thing in scene["objects"]:
+        outline, radius, centre = TOY_SHAPES[thing["shape"]], thing["radius"], thing["centre"]
+        t = np.linspace(0, 2 * math.pi, 96, endpoint=False)
+        edge = np.stack([np.cos(t), np.sin(t)]) * outline(t - thing["angle"]) * radius
+        box = (np.concatenate([edge.min(axis=1), edge.max(axis=1)]) + centre * 2) * size
+        boxes.append(box.clip(0, size))
+        # only the window around the object is drawn: most objects are small
+        (left, top), (right, bottom) = np.floor(boxes[-1]).astype(int).reshape(2, 2) + [[0], [1]]
+        window = np.s_[max(0, top - 1) : bottom + 1, max(0, left - 1) : right + 1]
+        u, v = x[window] - centre[0], y[window] - centre[1]
+        reach = outline(np.arctan2(v, u) - thing["angle"]) * radius - np.hypot(u, v)
+        inside = (reach * size + 0.5).clip(0, 1)  # the edge is a pixel wide
+        picture[window] += inside[..., None] * (painted(thing, u, v) - picture[window])
+        if masks:
+            shape = np.zeros((size, size), dtype=bool)
+            shape[window] = inside > 0.5
+            visible = [earlier & ~shape for earlier in visible] + [shape]
+    image = Image.fromarray(picture.round().astype(np.uint8))
+    return image, np.array(boxes, dtype=np.float32), np.stack(visible) if masks else None
+
+
+def toy_phrases(scene):
+    """What there is to see: "large red striped star" for each object, "plain green ground"."""
+    phrases = []
+    for thing in scene["objects"]:
+        size = ("small", "medium", "large")[(thing["radius"] > 0.13) + (thing["radius"] > 0.18)]
+        phrases.append(f"{size} {thing['colour']} {thing['pattern']} {thing['shape']}")
+    return [*phrases, f"{scene['background']['pattern']} {scene['background']['colour']} ground"]
+
+
+def toy_hashtags(scene, number):
+    """Noisy tags, as people would write them: some true ones are left out, one says nothing.
+
+    Words of a phrase (#star), pairs that follow each other (#redstar), and how many there are.
+    """
+    chance = uniform(random_bits(64, 0, 1, number, TOY))  # epoch 1: not the scene's draws
+    phrases = [phrase.split() for phrase in toy_phrases(scene)]
+    tags = [f"#{word}" for words in phrases for word in words]
+    tags += [f"#{a}{b}" for words in phrases for a, b in itertools.pairwise(words)]
+    tags.append(f"#setof{len(scene['objects'])}")
+    kept = [tag for tag, c in zip(tags, chance) if c < 0.4]
+    return list(dict.fromkeys([*kept, TOY_SPAM[int(chance[-1] * len(TOY_SPAM))]]))  # each once
+
+
+def toy_sample(number, size=64):
+    """One sample: a source's, {"boxes", "masks": functions that give them, see toy_render}, and
+    "labels", the class of each object. Object 0 is the largest and gives the picture's class."""
+    scene = toy_scene(number)
+    *things, ground = toy_phrases(scene)
+    labels = [TOY_CLASSES.index(thing["shape"]) for thing in scene["objects"]]
+    return {
+        "image": lambda: toy_render(scene, size)[0],
+        "boxes": lambda: toy_render(scene, size)[1],
+        "masks": lambda: toy_render(scene, size, masks=True)[2],
+        "class": labels[0],
+        "labels": labels,
+        "hashtags": lambda: toy_hashtags(scene, number),
+        "captions": lambda: [f"a {' and a '.join(things)} on {ground}"],
+    }
+
+
+class Toy:
+    """The procedural world of toy_sample. Its epoch is a number, the pictures never run out."""
+
+    def __init__(self, split, size):
+        self.first = 0 if split == "train" else TOY_VAL
+        self.sides = size
+        self.size = max(size) * 4 // 3  # larger than the target, so that crops are not enlarged
+        self.sizes = np.ones(TOY_EPOCH if split == "train" else TOY_EPOCH // 16, dtype=np.int64)
+        self.classes = list(TOY_CLASSES)
+        self.identity = f"toy world, {len(self.sizes)} pictures an epoch"
+
+    def read(self, number):
+        return toy_sample(self.first + number, self.size)
+
+    def name(self, number):
+        return f"toy:{self.first + number}"
+
+    where = name

@@ -1,0 +1,145 @@
+"""Augmentation of the public MAE code's finetuning: RandAugment, random erasing, mixup, CutMix."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
+
+import data
+
+
+def warp(image, *matrix):
+    """(x, y) of the result is taken from (ax + by + c, dx + ey + f); the mean colour fills up."""
+    mean = tuple(round(255 * m) for m in data.channel_statistics(len(image.getbands()))[0])
+    how = {"fillcolor": mean if len(mean) > 1 else mean[0], "resample": Image.Resampling.BICUBIC}
+    if len(matrix) == 1:
+        return image.rotate(*matrix, **how)
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, **how)
+
+
+def enhance(kind, image, amount):
+    """amount 0: unchanged, -1: none of it, 1: twice as much; at least a tenth is kept."""
+    return kind(image).enhance(max(0.1, 1 + amount))
+
+
+# RandAugment's operations in the "increasing" ranges of timm's rand-m9-mstd0.5-inc1. A level is in
+# 0 .. 1; where the operation has a direction, s is the level or its negative.
+OPERATIONS = {
+    "auto contrast": lambda image, level, s: ImageOps.autocontrast(image),
+    "equalize": lambda image, level, s: ImageOps.equalize(image),
+    "invert": lambda image, level, s: ImageOps.invert(image),
+    "rotate": lambda image, level, s: warp(image, 30 * s),  # degrees
+    "posterize": lambda image, level, s: image.point(lambda v: v & 0xFF00 >> 4 - int(4 * level)),
+    "solarize": lambda image, level, s: ImageOps.solarize(image, 256 - int(256 * level)),
+    "solarize add": lambda image, level, s: image.point(lambda v: v + (v < 128) * int(110 * level)),
+    "color": lambda image, level, s: enhance(ImageEnhance.Color, image, 0.9 * s),
+    "contrast": lambda image, level, s: enhance(ImageEnhance.Contrast, image, 0.9 * s),
+    "brightness": lambda image, level, s: enhance(ImageEnhance.Brightness, image, 0.9 * s),
+    "sharpness": lambda image, level, s: enhance(ImageEnhance.Sharpness, image, 0.9 * s),
+    "shear x": lambda image, level, s: warp(image, 1, 0.3 * s, 0, 0, 1, 0),
+    "shear y": lambda image, level, s: warp(image, 1, 0, 0, 0.3 * s, 1, 0),
+    "translate x": lambda image, level, s: warp(image, 1, 0, 0.45 * s * image.width, 0, 1, 0),
+    "translate y": lambda image, level, s: warp(image, 1, 0, 0, 0, 1, 0.45 * s * image.height),
+}
+
+
+def normal(draws):
+    """(..., 2) uniform in [0, 1) -> (...) standard normal numbers (Box and Muller)."""
+    return np.sqrt(-2 * np.log1p(-draws[..., 0])) * np.cos(2 * math.pi * draws[..., 1])
+
+
+def augment(pixels, key, magnitude, erasing, operations=2):
+    """RandAugment and random erasing of (C, H, W) uint8. key: (seed, epoch, position).
+
+    RandAugment: so many operations, the same perhaps twice, each done with probability 0.5, at a
+    level of a tenth of N(magnitude, 0.5). Erasing, with this probability: a box of 2 % to a third
+    of the picture, with sides of 0.3 to 1 / 0.3, is filled with noise N(0, 1) in normalised units
+    (cut to what a byte holds: values beyond some 2.1 deviations).
+    """
+    count = 5 * operations + 24
+    draws = data.uniform(data.random_bits(count, *key, data.AUGMENT))
+    chosen, draws = draws[: 5 * operations].reshape(operations, 5), draws[5 * operations :]
+    if magnitude:
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy().squeeze())
+        for which, done, *noise, direction in chosen:
+            if done < 0.5:
+                level = float(np.clip((magnitude + 0.5 * normal(np.array(noise))) / 10, 0, 1))
+                operation = list(OPERATIONS.values())[int(which * len(OPERATIONS))]
+                image = operation(image, level, level if direction < 0.5 else -level)
+        pixels = torch.from_numpy(np.array(image)).reshape(*image.size[::-1], -1).permute(2, 0, 1)
+    C, H, W = pixels.shape
+    for area, ratio in draws[1:21].reshape(10, 2) if draws[0] < erasing else ():
+        area, ratio = H * W * (0.02 + (1 / 3 - 0.02) * area), 0.3 ** (1 - 2 * ratio)
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if h < H and w < W:
+            top, left = int(draws[21] * (H - h + 1)), int(draws[22] * (W - w + 1))
+            bits = data.random_bits(count + 2 * h * w * C, *key, data.AUGMENT)[count:]
+            mean, deviation = np.array(data.channel_statistics(C))[:, :, None, None]
+            noise = normal(data.uniform(bits).reshape(C, h, w, 2)) * deviation + mean
+            noise = (255 * noise).round().clip(0, 255).astype(np.uint8)
+            pixels[:, top : top + h, left : left + w] = torch.from_numpy(noise)
+            break
+    return pixels
+
+
+MIX_DRAWS = 4  # numbers of a sample for mix(); drop path's come after them
+
+
+def mix(images, weight, numbers, mixup, cutmix):
+    """Mixup (arXiv 1710.09412) or CutMix (1905.04899), half and half, of positions 2i and 2i + 1.
+
+    images (B, C, [T,] H, W), all T alike; weight (B,), 0 for an unreadable one, which is not mixed
+    in; numbers (B, MIX_DRAWS) uniform, of which the pair's first are used; mixup, cutmix: alphas of
+    Beta(alpha, alpha), at most 1, 0 for none. Returns the images and (B,) the share of each one's
+    own label; its neighbour's has the rest. (timm draws one share for a batch; here a pair has its
+    own, so that nothing depends on how a batch is dealt.)
+    """
+    if not mixup and not cutmix:
+        return images, torch.ones_like(weight)
+    frames, images = images.shape[1:-2], images.flatten(1, -3)  # of clips: (B, C*T, H, W)
+    H, W = images.shape[2:]
+    numbers = numbers[::2].repeat_interleave(2, dim=0)  # (B, MIX_DRAWS), the same for both
+    which, u, *centre = numbers.unbind(dim=1)  # (B,) each
+    cut = (which < 0.5) if mixup and cutmix else torch.full_like(weight > 0, cutmix > 0)
+    share = torch.where(cut, beta(u, cutmix or 1.0), beta(u, mixup or 1.0))
+    # CutMix's box has 1 - share of the area, is centred anywhere, and cut at the edges.
+    rows, columns = torch.arange(H, device=images.device), torch.arange(W, device=images.device)
+    half = (1 - share).sqrt()[:, None] / 2
+    inside_y = ((rows + 0.5) / H - centre[0][:, None]).abs() < half  # (B, H)
+    inside_x = ((columns + 0.5) / W - centre[1][:, None]).abs() < half  # (B, W)
+    box = (inside_y[:, :, None] & inside_x[:, None, :])[:, None]  # (B, 1, H, W)
+    share = torch.where(cut, 1 - box.float().mean(dim=(1, 2, 3)), share)
+    own = torch.where(cut[:, None, None, None], 1 - box.float(), share[:, None, None, None])
+    alone = weight.unflatten(0, (-1, 2)).amin(dim=1).repeat_interleave(2) == 0
+    own = torch.where(alone[:, None, None, None], 1.0, own)
+    neighbour = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    images = (own * images + (1 - own) * neighbour).unflatten(1, frames)
+    return images, torch.where(alone, 1.0, share)
+
+
+def beta(u, alpha):
+    """Uniform numbers in [0, 1) -> draws from Beta(alpha, alpha): its inverse, in 4096 steps."""
+    values = (torch.arange(4096, device=u.device) + 0.5) / 4096
+    mass = (values * (1 - values)) ** (alpha - 1)
+    return values[torch.searchsorted(mass.cumsum(dim=0), u * mass.sum()).clamp(max=4095)]
+
+
+def label_loss(logits, labels, share, smoothing, class_weights):
+    """Cross-entropy with each sample's label and its neighbour's: (losses (B,), weights (B,)).
+
+    logits (B, heads, classes): the sum over the heads, which do not know of each other. share: see
+    mix(). class_weights (classes,): a loss counts as much as its labels' weights; the mean over a
+    batch is losses.sum() / weights.sum(). Labels below 0 weigh nothing.
+    """
+    losses, weights = 0, 0
+    neighbours = labels.unflatten(0, (-1, 2)).flip(1).flatten()
+    for label, part in ((labels, share), (neighbours, 1 - share)):
+        part = part * torch.where(label >= 0, class_weights[label.clamp(min=0)], 0.0)
+        targets = label.clamp(min=0)[:, None].expand(-1, logits.shape[1])  # (B, heads)
+        loss = F.cross_entropy(
+            logits.float().transpose(1, 2), targets, reduction="none", label_smoothing=smoothing
+        )
+        losses, weights = losses + part * loss.sum(dim=1), weights + part
+    return losses, weights

@@ -1,0 +1,880 @@
+"""Object detection and instance segmentation with the same ViT: ViTDet (arXiv 2203.16527).
+
+    Trunk        the plain ViT at any size: windows, four global blocks, relative positions
+    Detector     the trunk, a simple feature pyramid, RPN, Cascade R-CNN and a mask head
+    load_trunk   the weights of stages 1 and 2, or those of a detector
+    roi_align, nms, paste_masks
+    detect_in    what a Detector finds in scenes, on all processes together
+
+What is not the paper's is detectron2's, in its ViTDet project (Cascade Mask R-CNN). It differs in
+that an image's loss depends on that image alone, so that the optimisation is the same on any number
+of processes: samples are drawn with the image's own seed; the losses of boxes and classes are
+divided by 512 regions an image, and a mask's by the number of positive regions of its image, where
+detectron2 divides by what one GPU's images have together; and the 50 classes of the federated loss
+are drawn for each image. The position table is resampled when it is loaded, not in each step.
+
+Boxes are (left, top, right, bottom) in pixels of the padded input, float32.
+"""
+
+import math
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import data
+import kernels
+import model as models
+from evaluate import distributed
+from support.formats import open_weights
+from tasks.coco import average_precision, draw_detections, encode_mask, print_table
+from tasks.scenes import SceneBatches, read_results, write_results
+
+# Of every size but toy: detectron2's projects/ViTDet/configs/COCO and its models/mask_rcnn_vitdet.
+SETTINGS = {
+    "window": 14,  # side of a window of attention, in patches
+    "scales": (4, 2, 1, 0.5),  # levels of the pyramid, beside the trunk's map
+    "anchor_sizes": (32, 64, 128, 256, 512),  # one a level; one more: of a pooled level
+    "features": 256,  # channels of the pyramid and of all heads
+    "convolutions": 4,  # of the box and the mask head
+    "hidden": 1024,  # width of the box head's linear layer
+    "anchors": 256,  # of an image, to learn from: at most half of them positive
+    "rois": 512,  # regions of an image, to learn from: at most a quarter of them positive
+    "before_nms": (2000, 1000),  # proposals of a level, in training and in test
+    "after_nms": 1000,  # proposals of an image
+    "masks": True,  # with a mask head
+    "federated": 0,  # LVIS: 50 classes of an image are judged, each on its own (a sigmoid)
+    "score_threshold": 0.05,  # LVIS: 0.02
+    "detections": 100,  # of an image; LVIS: 300
+}
+
+
+# Ours, for 128 to 256 pixels on a laptop: strides 4, 8 and 16 of a patch of 8, no window.
+TOY = {"scales": (2, 1, 0.5), "anchor_sizes": (16, 32, 64), "features": 64, "convolutions": 1}
+
+
+TOY |= {"hidden": 128, "anchors": 64, "rois": 24, "before_nms": (150, 30), "after_nms": 150}
+
+
+RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
+
+
+# Each stage's least IoU of a positive, and the weights of its (centre, size) deltas.
+STAGES = ((0.5, (10.0, 5.0)), (0.6, (20.0, 10.0)), (0.7, (30.0, 15.0)))
+
+
+# ---------------------------------------------------------------------------------------- the trunk
+
+
+class WindowAttention(models.Attention):
+    """Attention in windows, or in the whole grid (window 0), with decomposed relative positions."""
+
+    def __init__(self, width, heads, grid, window):
+        super().__init__(width, heads)
+        self.grid, self.window = grid, window
+        rows, columns = (window, window) if window else grid
+        self.rel_pos_h = nn.Parameter(torch.empty(2 * rows - 1, width // heads))
+        self.rel_pos_w = nn.Parameter(torch.empty(2 * columns - 1, width // heads))
+
+    def forward(self, x, first_query=0):
+        """(B, rows * columns, D) -> the same.
+
+        The grid is filled up to whole windows with zeros, which are attended to like any token, as
+        in detectron2: 64 x 64 patches become 70 x 70.
+        """
+        (rows, columns), w, D = self.grid, self.window, x.shape[2]
+        if not w:
+            return self.proj(self.attend(x, self.grid))
+        x = F.pad(x.unflatten(1, self.grid), (0, 0, 0, -columns % w, 0, -rows % w))
+        down, across = x.shape[1] // w, x.shape[2] // w  # so many windows
+        x = x.unflatten(2, (across, w)).unflatten(1, (down, w)).transpose(2, 3)
+        x = self.attend(x.reshape(-1, w * w, D), (w, w))  # (B * windows, w * w, D)
+        x = x.reshape(-1, down, across, w, w, D).transpose(2, 3)
+        x = x.reshape(-1, down * w, across * w, D)[:, :rows, :columns]
+        return self.proj(x.flatten(1, 2))
+
+    def attend(self, x, grid):
+        """kernels.py knows no biases, so this is PyTorch's: the scores' are a (N, N) matrix a head.
+
+        The bias of a pair of tokens is q . R_h[rows between them] + q . R_w[columns between them],
+        of a q that is not divided by sqrt(d) (detectron2's, and MViT's).
+        """
+        q, k, v = kernels.split_heads(self.qkv(x), self.heads)  # (B, heads, N, d)
+        by_row, by_column = (
+            table[between(length, x.device)]
+            for table, length in zip((self.rel_pos_h, self.rel_pos_w), grid)
+        )  # (rows, rows, d): asking, looked at
+        asking = q.unflatten(2, grid)
+        bias = torch.einsum("bhrcd,rkd->bhrck", asking, by_row)[..., None]
+        bias = bias + torch.einsum("bhrcd,ckd->bhrck", asking, by_column)[..., None, :]
+        bias = bias.flatten(4).flatten(2, 3)  # (B, heads, N, N)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+
+
+def between(length, device):
+    """(length, length): row in a table of relative positions of each (asking, looked at)."""
+    numbers = torch.arange(length, device=device)
+    return numbers[:, None] - numbers + length - 1
+
+
+class Trunk(models.ViT):
+    """A plain ViT without class token and final norm: images -> map (B, D, rows, columns).
+
+    All blocks attend in windows but the last of each quarter (B: 2, 5, 8, 11). A patch of 14 is
+    made 16 pixels wide. Arguments: see ViT.
+    """
+
+    def __init__(self, size, image_size, window, patch_size=None, **arguments):
+        patch_size = patch_size or models.architecture(size)[3]
+        patch_size = 16 if patch_size == 14 else patch_size
+        super().__init__(size, image_size, patch_size, **arguments)
+        if min(self.grid) < 2:
+            raise ValueError(f"image size {image_size}: want two patches of {patch_size} at least")
+        del self.cls_token
+        self.norm = nn.Identity()
+        everywhere = {quarter * self.layers // 4 - 1 for quarter in (1, 2, 3, 4)}
+        for i, block in enumerate(self.blocks):
+            w = 0 if i in everywhere else window
+            block.attn = WindowAttention(self.width, self.heads, self.grid, w)
+
+    def tokens(self, images):
+        self.check(images)
+        return self.embed(models.patchify(images, self.patch_size)) + self.pos_embed[:, 1:]
+
+    def forward(self, images, noise=None):
+        return self.encode(images, noise).transpose(1, 2).unflatten(2, self.grid)
+
+
+def load_trunk(model, state, grid=None):
+    """Load a ViT's, an MAE's or a classifier's weights, or a Detector's, into a Detector.
+
+    grid: that of their position table. Returns one line on the outcome; what cannot be explained is
+    a ValueError, as in models.load_weights.
+    """
+    own, heads, said = model.state_dict(), {}, ""
+    if any(name.startswith("trunk.") for name in state):
+        heads = {name: t for name, t in state.items() if not name.startswith("trunk.")}
+        state = {n.removeprefix("trunk."): t for n, t in state.items() if n not in heads}
+    else:
+        gone = ("cls_token", "norm.", "fc_norm.")
+        state = {name: t for name, t in state.items() if not name.startswith(gone)}
+        said = "; dropped: class token, last norm; newly initialised: relative positions"
+    name, side = "patch_embed.proj.weight", model.patch_size
+    if state[name].shape[-1] == 14 and side == 16:
+        weight = state[name].float()
+        state[name] = F.interpolate(weight, (side, side), mode="bicubic", align_corners=False)
+        said += "; patch embedding resampled from 14x14 to 16x16"
+    for name in (n.removeprefix("trunk.") for n in own if ".rel_pos_" in n):
+        wanted = own[f"trunk.{name}"]
+        table = state.get(name, torch.zeros(wanted.shape)).float()
+        if len(table) != len(wanted):  # of another image size
+            said += f"; {name} resampled from {len(table)} to {len(wanted)}"
+            table = F.interpolate(table.T[None], size=len(wanted), mode="linear")[0].T
+        state[name] = table
+    # Of other classes, or without masks: predictors and the mask head may be new or dropped.
+    fit = {n for n, t in heads.items() if n in own and t.shape == own[n].shape}
+    anew = {name for name in own if not name.startswith("trunk.")} - fit
+    odd = [n for n in anew | (heads.keys() - fit) if "predictor" not in n and n[:4] != "mask"]
+    if heads and odd:
+        raise ValueError(f"the weights do not fit the model: {', '.join(sorted(odd)[:3])}")
+    said = models.load_weights(model.trunk, state, grid) + said
+    for name in fit:
+        models.fill(own[name], heads[name])
+    part = r"\.\d+|\.\w+$" if heads else r"\..*"  # boxes.class_predictor, or all of boxes
+    new, gone = (
+        ", ".join(sorted({re.sub(part, "", name) for name in names})) or "none"
+        for names in (anew, heads.keys() - own.keys())
+    )
+    return f"{said}; heads: {len(fit)} tensors loaded, newly initialised: {new}, dropped: {gone}"
+
+
+# -------------------------------------------------------------------------------------------- boxes
+
+
+def areas(boxes):
+    """(..., 4) -> (...): 0 where a side is negative."""
+    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(dim=-1)
+
+
+def overlaps(a, b):
+    """Intersection over union of each of a (N, 4) with each of b (M, 4): (N, M). Of nothing: 0."""
+    low = torch.maximum(a[:, None, :2], b[:, :2])
+    high = torch.minimum(a[:, None, 2:], b[:, 2:])
+    shared = (high - low).clamp(min=0).prod(dim=2)
+    return shared / (areas(a)[:, None] + areas(b) - shared).clamp(min=1e-9)
+
+
+def encode(boxes, truth, weights=(1.0, 1.0)):
+    """Deltas that move boxes onto the truth, (N, 4): of the centre in sides, of log sides."""
+    sides, wanted = boxes[:, 2:] - boxes[:, :2], truth[:, 2:] - truth[:, :2]
+    moved = (truth[:, :2] + truth[:, 2:] - boxes[:, :2] - boxes[:, 2:]) / 2 / sides
+    return torch.cat([moved * weights[0], (wanted / sides).log() * weights[1]], dim=1)
+
+
+def decode(deltas, boxes, weights=(1.0, 1.0)):
+    """The inverse of encode. Nothing grows more than 1000 / 16 times (detectron2)."""
+    sides = boxes[:, 2:] - boxes[:, :2]
+    centre = boxes[:, :2] + sides / 2 + deltas[:, :2] / weights[0] * sides
+    half = sides * (deltas[:, 2:] / weights[1]).clamp(max=math.log(1000 / 16)).exp() / 2
+    return torch.cat([centre - half, centre + half], dim=1)
+
+
+def clip(boxes, size):
+    """Boxes (N, 4) within an image of (height, width)."""
+    height, width = size
+    return torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
+
+
+def solid(boxes):
+    """(N,) bool: of some area, and not NaN."""
+    return (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+
+
+def anchors_of(grids, strides, sizes, device=None):
+    """All anchors, (A, 4): by level, row, column and ratio; and the level of each, (A,).
+
+    They are around the left top corners of the cells (detectron2: offset 0).
+    """
+    anchors = []
+    for (rows, columns), stride, size in zip(grids, strides, sizes):
+        half = torch.tensor([(size * r**-0.5 / 2, size * r**0.5 / 2) for r in RATIOS])
+        cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(1) * stride
+        cells = cells[:, None]  # (cells, 1, 2), x first
+        anchors.append(torch.cat([cells - half, cells + half], dim=2).flatten(0, 1))
+    levels = [torch.full((len(a),), level) for level, a in enumerate(anchors)]
+    return torch.cat(anchors).to(device), torch.cat(levels).to(device)
+
+
+def label_anchors(anchors, truth):
+    """(A,) 1 object, 0 background, -1 neither; and the truth that each is nearest to, (A,).
+
+    Objects are of IoU 0.7 at least, and whichever are nearest to an object; background, below 0.3.
+    """
+    iou = overlaps(anchors, truth)  # (A, n)
+    best, index = iou.max(dim=1)
+    nearest = ((iou == iou.amax(dim=0)) & (iou > 0)).any(dim=1)
+    label = (best >= 0.7).long() - ((best >= 0.3) & (best < 0.7)).long()
+    return label.masked_fill(nearest, 1), index
+
+
+def sample(label, number, most, keys):
+    """Which to learn from, (number,), and how many of them are positive: these come first.
+
+    At most `most` positives (label 1), and negatives (0), up to the number: those of the smallest
+    keys, which are random numbers.
+    """
+    positive, negative = ((label == value).nonzero()[:, 0] for value in (1, 0))
+    positive = positive[keys[positive].argsort()[:most]]
+    negative = negative[keys[negative].argsort()[: number - len(positive)]]
+    return torch.cat([positive, negative]), len(positive)
+
+
+@torch.no_grad()
+def nms(boxes, scores, groups, threshold, limit, block=1024):
+    """Greedy non-maximum suppression: numbers of the `limit` best kept, the best first.
+
+    A box goes if its IoU with a better one that stays and is of its group is over the threshold.
+    Of equal scores, the first is better. boxes (N, 4), scores (N,), groups (N,) integers.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    kept = order[:0]
+    for ids in order.split(block):
+        if len(kept) >= limit:
+            break
+        before = torch.cat([kept, ids])
+        beats = overlaps(boxes[before], boxes[ids]) > threshold
+        beats &= groups[before][:, None] == groups[ids]
+        alive = ~beats[: len(kept)].any(dim=0)
+        beats = beats[len(kept) :].triu(1)
+        # Whoever is beaten by none of those that stay, stays. Repeated until it is so of all, this
+        # is the greedy answer: after n rounds it is right for the n best.
+        stays, last = alive, None
+        while last is None or not torch.equal(stays, last):
+            last, stays = stays, alive & ~(beats & stays[:, None]).any(dim=0)
+        kept = torch.cat([kept, ids[stays]])
+    return kept[:limit]
+
+
+# ----------------------------------------------------------------------------------- regions, masks
+
+
+def first_cells(grids, device):
+    """Where each level begins among the cells of all, of grids of (rows, columns)."""
+    return torch.tensor([0] + [rows * columns for rows, columns in grids], device=device).cumsum(0)
+
+
+def tap(x, length, second):
+    """The cell before a point x, or (second) the one behind it, and its bilinear weight.
+
+    Cells are points at 0 ... length - 1. Before the first and behind the last all is as there, up
+    to a cell away; farther out all is 0 (torchvision's roi_align).
+    """
+    inside = (x >= -1) & (x <= length)
+    x = torch.minimum(x.clamp(min=0), length - 1)
+    low = x.floor()
+    weight = torch.where(second, x - low, 1 - (x - low)) * inside
+    return torch.minimum(low + second, length - 1).long(), weight
+
+
+def roi_align(table, grids, strides, boxes, size):
+    """Features of regions (R, 4) of an image, (R, C, size, size) float32.
+
+    table (cells, C): all levels' cells, level by level and row by row; grids: their (rows, columns)
+    Each bin is the mean of so many points, down and across, that they are at most a cell apart;
+    pixels are half a pixel off their number (aligned=True, sampling_ratio=0). A region of
+    14 to 28 cells' side is of the right level (224 pixels at stride 16, arXiv 1612.03144).
+    """
+    device = table.device
+    level = (areas(boxes).sqrt() / (14 * strides[0]) + 1e-8).log2().floor()
+    level = level.clamp(0, len(grids) - 1).long()
+    start = first_cells(grids, device)[level]
+    lengths = torch.tensor(grids, device=device)[level]  # (R, 2): rows, columns
+    boxes = boxes / torch.tensor(strides, device=device)[level, None] - 0.5
+    low, span = boxes[:, [1, 0]], (boxes[:, 2:] - boxes[:, :2]).flip(1)  # (R, 2): y, x
+    points = (span / size).ceil().long()  # of a bin, down and across
+
+    # The mean is separable: along each axis a bin has its points' cells, two each, and weights.
+    lists, rows = [], torch.arange(len(boxes) * size, device=device)  # rows of bins: R * size
+    for axis in (0, 1):
+        taps = 2 * points[:, axis].repeat_interleave(size)
+        first = taps.cumsum(0) - taps
+        row = rows.repeat_interleave(taps)
+        roi, k = row // size, torch.arange(len(row), device=device) - first[row]
+        at = (row % size + (k // 2 + 0.5) / points[roi, axis]) / size
+        at = low[roi, axis] + at * span[roi, axis]
+        cell, weight = tap(at, lengths[roi, axis], k % 2 == 1)
+        cell = start[roi] + cell * lengths[roi, 1] if axis == 0 else cell
+        lists.append((taps, first, cell, weight / points[roi, axis]))
+    (down, first_down, line, weight_down), (across, first_across, column, weight_across) = lists
+
+    # A bin's taps are each of its row's with each of its column's, in one long row: embedding_bag
+    # adds them up where they lie, and its backward is an index_add. No (taps, C) is ever made.
+    i = rows.repeat_interleave(size)  # (R * size * size,)
+    j = rows.unflatten(0, (-1, 1, size)).expand(-1, size, size).flatten()
+    taps = down[i] * across[j]
+    first = taps.cumsum(0) - taps
+    bins = torch.arange(len(taps), device=device).repeat_interleave(taps)
+    k, width = torch.arange(len(bins), device=device) - first[bins], across[j][bins]
+    below = k // width
+    i, j = first_down[i][bins] + below, first_across[j][bins] + k - below * width
+    cell, weight = line[i] + column[j], weight_down[i] * weight_across[j]
+    # Not rounded to bf16: differences of positions are what boxes are made of.
+    out = F.embedding_bag(cell, table.float(), first, per_sample_weights=weight, mode="sum")
+    return out.unflatten(0, (-1, size, size)).permute(0, 3, 1, 2)
+
+
+def mask_targets(masks, boxes, which, size):
+    """Each region's object within it, (R, size, size) bool: roi_align of its mask, over one half.
+
+    masks (n, H, W) bool, boxes (R, 4), which (R,): the object of each.
+    """
+    out = torch.zeros(len(boxes), size, size, dtype=torch.bool, device=boxes.device)
+    for i in which.unique().tolist():
+        mine = which == i
+        matrices = []  # (regions, size, H) and (regions, size, W): the sum is separable
+        for axis, length in (1, masks.shape[1]), (0, masks.shape[2]):
+            low, high = boxes[mine, axis] - 0.5, boxes[mine, axis + 2] - 0.5
+            points = ((high - low) / size).ceil().clamp(min=1)[:, None, None]
+            k = torch.arange(int(points.max()), device=boxes.device)
+            at = (torch.arange(size, device=boxes.device)[:, None] + (k + 0.5) / points) / size
+            at = low[:, None, None] + at * (high - low)[:, None, None]  # (regions, size, points)
+            matrix = at.new_zeros(len(at), size, length)
+            for second in torch.tensor([False, True], device=at.device):
+                cell, weight = tap(at, torch.tensor(length, device=at.device), second)
+                matrix.scatter_add_(2, cell, weight * (k < points) / points)
+            matrices.append(matrix)
+        down, across = matrices
+        out[mine] = (down @ masks[i].float()) @ across.transpose(1, 2) >= 0.5
+    return out
+
+
+def paste_masks(masks, boxes, size):
+    """Probabilities in boxes, (k, m, m), -> masks of an image of (height, width), (k, H, W) bool.
+
+    Bilinear between the centres of cells, 0 outside; an object is where it is at least one half.
+    """
+    out = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
+    for i, box in enumerate(boxes):  # one at a time: an image may have 300
+        x, y = (
+            (torch.arange(length, device=box.device) + 0.5 - low) / (high - low) * 2 - 1
+            for length, low, high in ((size[1], box[0], box[2]), (size[0], box[1], box[3]))
+        )
+        at = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=2)  # (H, W, 2)
+        out[i] = F.grid_sample(masks[i, None, None], at[None], align_corners=False)[0, 0] >= 0.5
+    return out
+
+
+# ------------------------------------------------------------------------------------- the detector
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W), which stays as it lies in memory.
+
+    Backward of a CPU's convolutions is three times as fast with large maps as (C, H, W), and with
+    many small regions as (H, W, C).
+    """
+
+    def forward(self, x):
+        y = super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return y.contiguous() if x.is_contiguous() else y
+
+
+def convolution(channels, out, side):
+    conv = nn.Conv2d(channels, out, side, padding=side // 2, bias=False)
+    return nn.Sequential(conv, Norm(out, 1e-6))
+
+
+def convolutions(number, channels):
+    """So many 3 x 3 convolutions, each with a norm and a ReLU: the body of a head."""
+    layers = [[convolution(channels, channels, 3), nn.ReLU()] for _ in range(number)]
+    return nn.Sequential(*(module for layer in layers for module in layer))
+
+
+class Pyramid(nn.ModuleList):
+    """Simple feature pyramid: the map (B, D, h, w), at each scale, (B, features, h', w')."""
+
+    def __init__(self, width, scales, features, pooled):
+        def up(channels):
+            return nn.ConvTranspose2d(channels, channels // 2, 2, stride=2)
+
+        super().__init__()
+        self.pooled = pooled
+        for scale in scales:
+            first = {1: [], 0.5: [nn.MaxPool2d(2)], 2: [up(width)]}
+            first[4] = [up(width), Norm(width // 2, 1e-6), nn.GELU(), up(width // 2)]
+            channels = width // max(1, scale)
+            last = convolution(channels, features, 1), convolution(features, features, 3)
+            self.append(nn.Sequential(*first[scale], *last))
+
+    def forward(self, x):
+        x = x.contiguous()  # see Norm
+        maps = [level(x) for level in self]
+        return maps + [maps[-1][:, :, ::2, ::2]] * self.pooled  # max pool of 1 x 1, stride 2
+
+
+class BoxHead(nn.Module):
+    def __init__(self, features, number, hidden, classes):
+        super().__init__()
+        self.body = convolutions(number, features)
+        self.fc = nn.Linear(features * 49, hidden)
+        self.class_predictor = nn.Linear(hidden, classes + 1)  # the last: background
+        self.delta_predictor = nn.Linear(hidden, 4)
+
+    def forward(self, x):
+        """(R, C, 7, 7) -> float32 logits (R, classes + 1), deltas (R, 4)."""
+        x = self.body(x.to(self.fc.weight.dtype)).flatten(1)
+        x = F.relu(self.fc(x))
+        return self.class_predictor(x).float(), self.delta_predictor(x).float()
+
+
+class Detector(nn.Module):
+    """ViTDet. Images (B, C, S, S) are normalised, and filled up with zeros right and below.
+
+    size, image_size  of the trunk; its other arguments, too, may be given: see ViT
+    classes           how many
+    class_counts      LVIS: in how many images each is, for the federated loss
+    others            change SETTINGS, or for size "toy" TOY; all are kept in the config
+    """
+
+    def __init__(
+        self, size="B", classes=80, image_size=1024, class_names=None, class_counts=None, **others
+    ):
+        super().__init__()
+        given = {name: others.pop(name) for name in SETTINGS if name in others}
+        self.settings = s = SETTINGS | (TOY if size == "toy" else {}) | given
+        self.trunk = trunk = Trunk(size, image_size, s["window"], **others)
+        self.config = trunk.config | s | {"classes": classes, "class_names": class_names}
+        self.config["class_counts"] = class_counts
+        for name in ("width", "layers", "heads", "patch_size", "grid", "num_patches"):
+            setattr(self, name, getattr(trunk, name))
+        self.classes, self.class_counts = classes, class_counts
+        C, levels, sizes = s["features"], len(s["scales"]), len(s["anchor_sizes"])
+        self.pyramid = Pyramid(self.width, s["scales"], C, pooled=sizes > levels)
+        self.strides = [self.patch_size / scale for scale in s["scales"]]
+        self.strides += [2 * self.strides[-1]] * (sizes - levels)
+        # Of an odd map, half is rounded down, but up where it is pooled.
+        self.grids = [tuple(int(side * scale) for side in trunk.grid) for scale in s["scales"]]
+        self.grids += [tuple(-(-side // 2) for side in self.grids[-1])] * (sizes - levels)
+        body = [nn.Conv2d(C, C, 3, padding=1), nn.ReLU(), nn.Conv2d(C, C, 3, padding=1), nn.ReLU()]
+        self.rpn = nn.Sequential(*body, nn.Conv2d(C, 5 * len(RATIOS), 1))
+        number = s["convolutions"]
+        self.boxes = nn.ModuleList(BoxHead(C, number, s["hidden"], classes) for _ in STAGES)
+        if s["masks"]:
+            up = nn.ConvTranspose2d(C, C, 2, stride=2)
+            self.mask = nn.Sequential(convolutions(number, C), up, nn.ReLU())
+            self.mask.add_module("predictor", nn.Conv2d(C, classes, 1))
+        # Standard deviations of what is not initialised as the trunk is: detectron2's.
+        self.init_std = {}
+        for name, parameter in self.named_parameters():
+            if ".rel_pos_" in name:
+                self.init_std[name] = 0.0
+            elif name.startswith("rpn.") or name.endswith("class_predictor.weight"):
+                self.init_std[name] = 0.01
+            elif name.endswith("predictor.weight"):
+                self.init_std[name] = 0.001
+            elif parameter.ndim == 4 and not name.startswith("trunk."):
+                self.init_std[name] = math.sqrt(2 / (len(parameter) * parameter[0, 0].numel()))
+        models.initialize(self)
+
+    def forward(self, images, targets):
+        """Each image's loss, (B,), and its parts, detached: {name: (B,)}.
+
+        targets: of each image {"boxes": (n, 4), "labels": (n,) int64, "masks": (n, S, S) bool or
+        None, "size": (height, width) within its padding, "seed": int}. All that is random is drawn
+        with the seed, on the CPU.
+        """
+        draws = [torch.Generator().manual_seed(target["seed"]) for target in targets]
+        noise = torch.stack([torch.rand(self.layers, 2, generator=draw) for draw in draws])
+        noise = noise.to(images.device) if self.training else None
+        images = zip(*self.predict(images, noise), targets, draws)
+        parts = [self.losses(*image) for image in images]
+        parts = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+        return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
+
+    def predict(self, images, noise=None):
+        """Of each image: features (cells, C) for roi_align, objectness (A,) and deltas (A, 4)."""
+        # Not buffers: a model that is made on the meta device would have them filled with nothing.
+        sizes = self.settings["anchor_sizes"]
+        self.anchors, self.levels = anchors_of(self.grids, self.strides, sizes, images.device)
+        maps = self.pyramid(self.trunk(images, noise))
+        with torch.no_grad():  # gradients go through rpn_again
+            found = torch.cat([self.rpn(x).permute(0, 2, 3, 1).flatten(1, 2) for x in maps], dim=1)
+        table = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
+        return table, *self.by_anchor(found)
+
+    @staticmethod
+    def by_anchor(found):
+        """The RPN's (..., cells, 15) -> objectness (..., anchors), deltas (..., anchors, 4)."""
+        scores, deltas = found.float().split([len(RATIOS), 4 * len(RATIOS)], dim=-1)
+        return scores.flatten(-2), deltas.unflatten(-1, (-1, 4)).flatten(-3, -2)
+
+    def rpn_again(self, table, ids):
+        """Objectness and deltas of these anchors only, from the 5 x 5 cells around each.
+
+        Of a quarter of a million anchors the loss looks at 256: gradients of the dense maps would
+        be 0 elsewhere, and cost as much as a tenth of the whole step.
+        """
+        cell, ratio = ids // len(RATIOS), ids % len(RATIOS)
+        level, device = self.levels[ids], ids.device
+        rows, columns = torch.tensor(self.grids, device=device)[level].T[..., None, None]
+        start = first_cells(self.grids, device)[level]
+        around = torch.arange(-2, 3, device=device)
+        y = ((cell - start)[:, None, None] // columns) + around[:, None]
+        x = ((cell - start)[:, None, None] % columns) + around
+        inside = (y >= 0) & (y < rows) & (x >= 0) & (x < columns)  # (n, 5, 5)
+        near = start[:, None, None] + y * columns + x
+        x = table[near.where(inside, 0)] * inside[..., None]
+        x = x.permute(0, 3, 1, 2)  # (n, C, 5, 5)
+        for conv in self.rpn[0], self.rpn[2]:  # zeros around the map, at each convolution
+            x = F.relu(F.conv2d(x, conv.weight, conv.bias))
+            inside = inside[:, 1:-1, 1:-1]
+            x = x * inside[:, None]
+        scores, deltas = self.by_anchor(self.rpn[4](x)[..., 0].transpose(1, 2))  # (n, 3), (n, 3, 4)
+        each = torch.arange(len(ids), device=device)
+        return scores[each, ratio], deltas[each, ratio]
+
+    def propose(self, scores, deltas, size):
+        """The image's best boxes after suppression within levels, (n, 4); their anchors, (n,)."""
+        most, anchors, kept = self.settings["before_nms"][not self.training], self.anchors, []
+        for level in self.levels.unique():
+            ids = (self.levels == level).nonzero()[:, 0]
+            kept.append(ids[scores[ids].topk(min(most, len(ids))).indices])
+        kept = torch.cat(kept)
+        boxes = clip(decode(deltas[kept], anchors[kept]), size)
+        good = solid(boxes)
+        boxes, kept = boxes[good], kept[good]
+        levels, number = self.levels[kept], self.settings["after_nms"]
+        best = nms(boxes, scores[kept], levels, 0.7, number)
+        return boxes[best], kept[best]
+
+    def losses(self, table, scores, deltas, target, draw):
+        """The parts of one image's loss. target, draw: see forward."""
+        s, truth, labels = self.settings, target["boxes"], target["labels"]
+        if not len(truth):  # an object of no area: it overlaps with nothing
+            truth, labels = truth.new_zeros(1, 4), labels.new_zeros(1)
+        label, index = label_anchors(self.anchors, truth)
+        # Of each anchor (and object) a number that decides whether it, and what is proposed from
+        # it, is drawn: were it of a place among the proposals, rounding would draw others.
+        keys = torch.rand(2, len(self.anchors) + len(truth), generator=draw).to(label.device)
+        ids, positives = sample(label, s["anchors"], s["anchors"] // 2, keys[0])
+        score, delta = self.rpn_again(table, ids)
+        loss = F.binary_cross_entropy_with_logits(score, label[ids].float(), reduction="sum")
+        ids = ids[:positives]
+        wanted = encode(self.anchors[ids], truth[index[ids]])
+        parts = {"rpn_class": loss, "rpn_box": (delta[:positives] - wanted).abs().sum()}
+        parts = {name: loss / s["anchors"] for name, loss in parts.items()}
+
+        size = target["size"]
+        with torch.no_grad():
+            rois, ids = self.propose(scores, deltas, size)
+            rois = torch.cat([rois, target["boxes"]])
+        iou, index = overlaps(rois, truth).max(dim=1)
+        keys = torch.cat([keys[1, ids], keys[1, len(self.anchors) :]])
+        ids, positives = sample((iou >= STAGES[0][0]).long(), s["rois"], s["rois"] // 4, keys)
+        masked = ids[: positives if target["masks"] is not None else 0]
+        masked, rois = (rois[masked], index[masked]), rois[ids]
+        judged = self.judged(target["labels"], draw)
+        for stage, (least, weights) in enumerate(STAGES):
+            iou, index = overlaps(rois, truth).max(dim=1)
+            positive = iou >= least
+            label = torch.where(positive, labels[index], self.classes)
+            logits, moves = self.judge(stage, table, rois)
+            if s["federated"]:
+                wanted, logits = (label[:, None] == judged).float(), logits[:, judged]
+                loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
+            else:
+                loss = F.cross_entropy(logits, label, reduction="sum")
+            parts[f"class_{stage}"] = loss / s["rois"]
+            wanted = encode(rois[positive], truth[index[positive]], weights)
+            parts[f"box_{stage}"] = (moves[positive] - wanted).abs().sum() / s["rois"]
+            rois = clip(decode(moves.detach(), rois, weights), size)
+            rois = rois[solid(rois)]
+        if s["masks"]:
+            rois, index = masked  # the mask head learns from the first stage's objects (detectron2)
+            logits = self.mask_logits(table, rois, labels[index])
+            wanted = mask_targets(target["masks"], rois, index, logits.shape[-1]).float()
+            loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
+            parts["mask"] = loss / max(1, logits.numel())
+        return parts
+
+    def regions(self, table, rois, size):
+        levels = len(self.settings["scales"])  # nothing is read from the pooled level
+        return roi_align(table, self.grids[:levels], self.strides[:levels], rois, size)
+
+    def judged(self, labels, draw):
+        """Federated loss: which classes count, those of the image and others, 50 together.
+
+        The others are drawn without replacement, by frequency ^ 0.5 (arXiv 2103.07461).
+        """
+        if not self.settings["federated"]:
+            return None
+        weights = torch.tensor(self.class_counts).sqrt()
+        keys = torch.rand(self.classes, generator=draw).log() / weights
+        keys[labels.cpu()] = math.inf
+        number = max(self.settings["federated"], int(keys.isposinf().sum()))
+        return keys.topk(min(number, self.classes)).indices.to(labels.device)
+
+    def judge(self, stage, table, rois):
+        """Logits (R, classes + 1) and deltas (R, 4) of an image's regions, by one stage."""
+        x = self.regions(table, rois, 7)
+        if x.requires_grad:  # three stages read the same features (Cascade R-CNN)
+            x.register_hook(lambda gradient: gradient / len(STAGES))
+        return self.boxes[stage](x)
+
+    def mask_logits(self, table, rois, labels):
+        """(R, 28, 28) float32: of each region, the map of its class."""
+        x = self.regions(table, rois, 14)
+        x = self.mask(x.to(table.dtype))
+        return x[torch.arange(len(x), device=x.device), labels].float()
+
+    @torch.no_grad()
+    def detect(self, images, sizes):
+        """Each image's detections, the best first: {"boxes", "scores", "labels", "masks"}.
+
+        sizes: (height, width) of each image within its padding. Masks are probabilities,
+        (k, 28, 28) in their boxes: see paste_masks. A detector without a mask head: None.
+        """
+        s, found = self.settings, []
+        for table, scores, deltas, size in zip(*self.predict(images), sizes):
+            boxes, score = self.propose(scores, deltas, size)[0], 0
+            for stage, (_, weights) in enumerate(STAGES):
+                logits, moves = self.judge(stage, table, boxes)
+                each = logits.sigmoid() if s["federated"] else logits.softmax(dim=1)
+                score = score + each[:, :-1] / len(STAGES)
+                boxes = clip(decode(moves, boxes, weights), size)
+            sure = (score > s["score_threshold"]) & solid(boxes)[:, None]
+            roi, label = sure.nonzero().T
+            boxes, score = boxes[roi], score[roi, label]
+            best = nms(boxes, score, label, 0.5, s["detections"])
+            boxes, label = boxes[best], label[best]
+            masks = self.mask_logits(table, boxes, label).sigmoid() if s["masks"] else None
+            found.append({"boxes": boxes, "scores": score[best], "labels": label, "masks": masks})
+        return found
+
+
+def detector_flops(model):
+    """Forward FLOPs of a Detector on one image in training, as PyTorch counts them.
+
+    With as many regions as can be, and a quarter of them objects with masks.
+    """
+    s = model.settings
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        twin = Detector(**model.config)
+        twin.predict(torch.empty(1, model.config["channels"], *model.config["image_size"]))
+        for head in twin.boxes:
+            head(torch.empty(s["rois"], s["features"], 7, 7))
+        if s["masks"]:
+            twin.mask(torch.empty(s["rois"] // 4, s["features"], 14, 14))
+    return counter.get_total_flops()
+
+
+# ----------------------------------------------------------------------------- a detector on scenes
+
+
+def is_detector(content):
+    """True if what a file of weights holds is a Detector's."""
+    config = content.get("config") if isinstance(content, dict) else None
+    return isinstance(config, dict) and "anchor_sizes" in config
+
+
+def read_detector(path):
+    """(state, config) of a Detector's model.pt. Raises ValueError, one line, if it is none."""
+    content, path = open_weights(path)
+    if not is_detector(content):
+        raise ValueError(f"{path} holds no detector: finetune.py --task detect makes one")
+    try:
+        with torch.device("meta"):  # shapes without memory
+            model = Detector(**content["config"])
+        model.load_state_dict(content["model"], assign=True)  # all of it, and nothing else
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        why = f"{data.one_line(error):.200}"
+        raise ValueError(f"{path} is damaged, or another version's: {why}") from None
+    return content["model"], model.config
+
+
+def read_weights(path, *of_others):
+    """The same, or models.read_weights of what is no detector."""
+    if is_detector(open_weights(path)[0]):
+        return read_detector(path)
+    return models.read_weights(path, *of_others)
+
+
+@torch.inference_mode()
+def detect_in(model, scenes, batch_size=8, workers=0, device="cpu", max_bad=0.01):
+    """What a Detector finds in scenes: see average_precision. Exact for any number of processes.
+
+    Raises ValueError when more than the share max_bad cannot be read (one alone may), or all.
+    """
+    process, processes = 0, 1
+    if dist.is_initialized():
+        process, processes = dist.get_rank(), dist.get_world_size()
+    dealt = {"process": process, "processes": processes}
+    batch_size = 2 * processes * max(1, batch_size // 2)  # batches are dealt in pairs
+    shape = model.config["image_size"], model.config["channels"], batch_size
+    batches = SceneBatches(scenes, *shape, **dealt)
+    found, bad, total = {}, 0, int(scenes.sizes.sum())
+    model.eval()
+    steps = data.loader(batches, range(len(batches)), workers)
+    for batch in tqdm(steps, desc="detecting", leave=False, disable=None if process == 0 else True):
+        bad += len(batch["bad"])
+        for name in batch["bad"]:
+            print(f"unreadable, nothing is found in it: {name}", file=sys.stderr)
+        inside = (batch["sizes"] * batch["scales"].flip(1)).round()  # (height, width) in the square
+        images = data.normalize(batch["images"].to(device))
+        answers = model.detect(images, inside.tolist())
+        rows = zip(
+            batch["samples"].tolist(), batch["weight"], batch["sizes"], batch["scales"], answers
+        )
+        for number, weight, size, scale, answer in rows:
+            if not weight:
+                continue
+            size, boxes = size.tolist(), answer["boxes"] / scale.repeat(2).float().to(device)
+            mine = {"boxes": boxes, "scores": answer["scores"], "labels": answer["labels"]}
+            mine = {name: part.cpu() for name, part in mine.items()} | {"masks": None}
+            if answer["masks"] is not None:
+                masks = paste_masks(answer["masks"], boxes, size).cpu().numpy()
+                mine["masks"] = [encode_mask(mask) for mask in masks]
+            found[scenes.read(number)["image_id"]] = mine
+    model.train()
+    if processes > 1:
+        everyone = [None] * processes
+        dist.all_gather_object(everyone, (found, bad))
+        found = {image: one for part, _ in everyone for image, one in part.items()}
+        bad = sum(count for _, count in everyone)
+    if bad > max(1, max_bad * total) or bad == total:
+        raise ValueError(f"{bad} of {total} pictures cannot be read, over --max-bad {max_bad}")
+    return found
+
+
+# ---------------------------------------------------------------------------------- what is printed
+
+
+def task_detect(model, sources, run):
+    """COCO's or LVIS's average precision of a detector, or of its results in COCO's format."""
+    scenes = sources[-1]
+    if model is None:
+        found = read_results(run.checkpoint, scenes)
+    else:
+        names, there = model.config["class_names"], scenes.classes
+        if names not in (None, there) or model.classes != len(there):
+            known = f"{model.classes}: {', '.join((names or [])[:3])} ..."
+            raise ValueError(f"{run.data} has other classes than {run.checkpoint} ({known})")
+        found = detect_in(model, scenes, **run.options)
+    if distributed()[0] == 0:
+        path = run.results
+        try:
+            if path:
+                write_results(path, scenes, found)
+                print(f"wrote {path}")
+            path = run.out or Path(run.checkpoint).with_name("detections.png")
+            print_detection(scenes, found, path, run.count)
+        except OSError as error:  # which does not say of a full disk where
+            raise ValueError(f"cannot write {path}: {error}") from None
+    return detection_numbers(scenes, found)
+
+
+def detection_numbers(scenes, found):
+    """{"bbox_AP": ..., "segm_AP": ...} of detections: see average_precision."""
+    numbers = {}
+    for kind in ("bbox", "segm") if scenes.has_masks else ("bbox",):
+        if kind == "bbox" or all(one["masks"] is not None for one in found.values()):
+            results = average_precision(scenes, found, kind)
+            numbers |= {f"{kind}_{name}": value for name, value in results.items()}
+    return numbers
+
+
+def print_detection(scenes, found, path, count=8):
+    """The table of detection_numbers, and a PNG of the first pictures with what was found."""
+    numbers = detection_numbers(scenes, found)
+    kinds = dict.fromkeys(name.split("_")[0] for name in numbers)
+    print_table(
+        {
+            kind: {n.split("_")[1]: v for n, v in numbers.items() if n.startswith(kind)}
+            for kind in kinds
+        }
+    )
+    draw_detections(path, scenes, found, range(count))
+    print(f"wrote {path}")
+
+
+# size: lr at batch 64 (COCO, LVIS), layer decay, drop path (COCO, LVIS), epochs (COCO, LVIS) of
+# detect: detectron2's projects/ViTDet, which the paper starts from. 2B is H with L's layer decay
+# (recalled); 6.5B is ours to guess; toy and others are ours.
+VITDET = {
+    "B": ((1e-4, 2e-4), 0.7, (0.1, 0.1), (100, 100)),
+    "L": ((1e-4, 2e-4), 0.8, (0.4, 0.4), (100, 100)),
+    "H": ((1e-4, 1e-4), 0.9, (0.5, 0.4), (75, 100)),
+    "2B": ((1e-4, 1e-4), 0.8, (0.5, 0.4), (75, 100)),
+    "6.5B": ((1e-4, 1e-4), 0.8, (0.5, 0.4), (75, 100)),
+    "toy": ((1e-3, 1e-3), 0.8, (0.0, 0.0), (20, 20)),  # at any batch: 2e-3 learned nothing
+}
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def learn_scenes(run, model, pieces):
+    """A step on scenes: see train. What a detector's loss is made of, see Detector."""
+    sums = torch.zeros(3, device=run.device)
+    for batch in pieces:
+        losses, _ = model(data.normalize(batch["images"]), batch["targets"])
+        loss = (losses * batch["weight"]).sum() / run.batch_size
+        (loss * run.processes).backward()  # gradients are averaged over the processes
+        weight = batch["weight"]
+        sums += torch.stack([loss.detach(), weight.sum(), (weight == 0).sum()])
+    return sums
+
+
+def vitdet_schedule(step, steps, warmup):
+    """detectron2's for ViTDet: 250 steps of warm-up from a thousandth (of a short run at most a
+    twentieth), and after eight ninths and 26 of 27 parts drops to a tenth. A share."""
+    rise = min(250, steps // 20)
+    if step < rise:
+        return 0.001 + 0.999 * step / rise
+    return 0.1 ** ((9 * step >= 8 * steps) + (27 * step >= 26 * steps))

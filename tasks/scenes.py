@@ -1,0 +1,538 @@
+"""Scenes: pictures with boxes and masks, of COCO's or LVIS's layout, or of the toy world."""
+
+import glob
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import sys
+from collections import namedtuple
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+import data
+from support.toy import Toy
+from tasks.coco import (
+    as_rle,
+    decode_mask,
+    has_mask,
+    merge_rles,
+    polygon_to_rle,
+    polygons_of,
+    rle_area,
+    rle_box,
+    text_of_counts,
+)
+
+# ------------------------------------------------------------------------------------------- scenes
+
+
+def open_scenes(where, val=None, size=128):
+    """(scenes to train on, scenes to measure on) behind --data and --val-data.
+
+    where, val  "toy"; a .json; or a folder with annotations/{instances,lvis_v1}_{train,val}*.json
+    size        side of the toy world's pictures
+
+    Raises ValueError, one line, when there are none, or the two differ in their classes.
+    """
+    if where == "toy" and val not in (None, "toy"):
+        raise ValueError("the toy world has other classes: leave --val-data out")
+    measured = scenes_to_measure(val or where, size)
+    if where == "toy":
+        train = ToyScenes("train", size)
+    else:
+        train = Scenes(find_annotations(where, "train"), train=True)
+    if (train.category_ids, train.classes) != (measured.category_ids, measured.classes):
+        raise ValueError(f"{val or where} has other categories to measure on than {where} to learn")
+    return train, measured
+
+
+def scenes_to_measure(where, size=128):
+    """The second of these alone: see open_scenes."""
+    return ToyScenes("val", size) if where == "toy" else Scenes(find_annotations(where, "val"))
+
+
+def find_annotations(where, split):
+    """The path of a split's .json below a folder; a .json is itself."""
+    if where.endswith(".json"):
+        return where
+    name = re.compile(rf"(instances|lvis_v1)_{split}\w*\.json")
+    paths = glob.glob(f"{glob.escape(where)}/annotations/*")
+    found = [path for path in paths if name.fullmatch(os.path.basename(path))]
+    if len(found) != 1:
+        wanted = f"{where}/annotations/instances_{split}*.json or lvis_v1_{split}*.json"
+        raise ValueError(f"there must be one {wanted}, not {len(found)}: or name a .json")
+    return found[0]
+
+
+# What reading a json may raise that is not what it should be.
+DAMAGED = OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError
+
+
+FARTHEST = 100_000  # pixels: outlines are walked in steps of a fifth of one, see polygon_to_rle
+
+
+class Scenes:
+    """Pictures with COCO's or LVIS's annotations, in the order of their ids. The layouts known:
+
+    DIR/annotations/NAME_SPLIT.json with pictures at DIR/SPLIT/file_name or DIR/file_name; without
+    file_name (LVIS) at the last two parts of coco_url; `pictures` is a folder to look in instead.
+
+    train  leave out what teaches nothing: boxes of no area, objects without a mask where others
+           have one, and, as detectron2, pictures with nothing in them but crowds
+
+    Annotations that are damaged, or of images or categories that are not listed, are left out; what
+    is, is counted. So are objects without a mask that are to be measured on where others have one:
+    they count for boxes only, see average_precision.
+    """
+
+    def __init__(self, path, pictures=None, train=False):
+        try:
+            with open(path, "rb") as file:
+                text = file.read()
+            content = json.loads(text)
+            images = sorted(content["images"], key=lambda image: image["id"])
+            categories = sorted(content["categories"], key=lambda category: category["id"])
+            numbers = {image["id"]: number for number, image in enumerate(images)}
+            self.category_ids = [category["id"] for category in categories]
+            if len(numbers) < len(images) or len(set(self.category_ids)) < len(categories):
+                raise ValueError("two pictures, or two categories, have the same id")
+            self.sides = [(int(image["height"]), int(image["width"])) for image in images]
+            if not all(0 < side < FARTHEST for side in itertools.chain(*self.sides)):
+                raise ValueError(f"there is a height or width that is not from 1 to {FARTHEST}")
+            self.classes = [category["name"] for category in categories]
+            frequencies = [category.get("frequency") for category in categories]
+            self.frequencies = frequencies if all(frequencies) and frequencies else None
+            self.path, annotations = path, content["annotations"]
+            with_masks = (isinstance(one, dict) and one.get("segmentation") for one in annotations)
+            self.has_masks = any(with_masks)
+            labels = {category: number for number, category in enumerate(self.category_ids)}
+            kept = self.describe(annotations, numbers, labels, train)
+            empty = np.bincount(kept[~self.crowd], minlength=len(images)) == 0
+            used = np.flatnonzero(~empty | (not train)).tolist()
+            images = [images[number] for number in used]
+            self.first = np.searchsorted(kept, used, "left")
+            self.stop = np.searchsorted(kept, used, "right")
+            self.ids = [image["id"] for image in images]
+            self.sides = [self.sides[number] for number in used]
+            self.files = [
+                str(image.get("file_name") or "/".join(image["coco_url"].split("/")[-2:]))
+                for image in images
+            ]
+            keys = {"negative": "neg_category_ids"}
+            keys |= {"not_exhaustive": "not_exhaustive_category_ids"}
+            keys = keys if self.frequencies else {}
+            self.federated = [
+                {ours: [labels[i] for i in image[theirs]] for ours, theirs in keys.items()}
+                for image in images
+            ]
+        except DAMAGED as error:
+            why = data.one_line(error)
+            what = f"cannot read annotations from {path} (want COCO's or LVIS's json)"
+            raise ValueError(f"{what}: {why}") from None
+        if not images or not self.classes:
+            raise ValueError(f"{path} lists no pictures with objects to learn or no categories")
+        self.root = pictures or self.find_pictures()
+        self.sizes = np.ones(len(images), dtype=np.int64)
+        digest = hashlib.sha256(text + repr(train).encode()).hexdigest()[:16]
+        self.identity = f"{len(images)} pictures, {len(self.labels)} objects, {digest}"
+
+    def describe(self, annotations, numbers, labels, train):
+        """Set the arrays of all objects, in the order of their pictures: (n,) their numbers."""
+        rows, segments, left_out, maskless = [], [], {}, 0
+        for one in annotations:
+            try:
+                number, label = numbers.get(one["image_id"]), labels.get(one["category_id"])
+                reason = None
+                if number is None or label is None:
+                    what = "an image" if number is None else "a category"
+                    reason = f"of {what} that is not listed"
+                else:
+                    crowd, area, box, segment = read_annotation(one, self.sides[number])
+                    if train and not (box[2] > box[0] and box[3] > box[1]):
+                        reason = "with a box of no area"
+                    elif self.has_masks and not (has_mask(segment) or crowd):
+                        reason = "without a mask" if train else None
+                        maskless += not train
+            except DAMAGED:
+                reason = "that are damaged"
+            if reason:
+                first = one.get("id") if isinstance(one, dict) else None
+                left_out.setdefault(reason, []).append(first)
+                continue
+            rows.append([number, label, crowd, area, *box])
+            segments.append(json.dumps(segment).encode())
+        for reason, ids in left_out.items():
+            text = f"annotations {reason}, left out: {len(ids)} (the first has id {ids[0]})"
+            print(f"{self.path}: {text}", file=sys.stderr)
+        if maskless:
+            text = f"objects without a mask, left out of mask AP: {maskless}"
+            print(f"{self.path}: {text}", file=sys.stderr)
+        table = np.array(rows, dtype=np.float64).reshape(-1, 8)
+        order = np.argsort(table[:, 0], kind="stable")
+        table = table[order]
+        self.labels, self.crowd = table[:, 1].astype(np.int64), table[:, 2] > 0
+        self.areas, self.boxes = table[:, 3], table[:, 4:]
+        # One array of bytes: millions of Python objects would be copied into each worker process.
+        segments = [segments[i] for i in order]
+        self.ends = data.running_sum([len(segment) for segment in segments])
+        self.segments = np.frombuffer(b"".join(segments), dtype=np.uint8)
+        return table[:, 0].astype(np.int64)
+
+    def find_pictures(self):
+        """The folder that the pictures' names begin in, told by the first hundred."""
+        folder, name = os.path.split(os.path.abspath(self.path))
+        root = os.path.dirname(folder) if os.path.basename(folder) == "annotations" else folder
+        split = os.path.splitext(name)[0].split("_")[-1]
+        for place in (os.path.join(root, split), root):
+            if any(os.path.exists(os.path.join(place, file)) for file in self.files[:100]):
+                return place
+        raise ValueError(f"the pictures of {self.path} are not at {root}/{split}/{self.files[0]}")
+
+    def read(self, number):
+        mine = slice(self.first[number], self.stop[number])
+        ends = self.ends[mine.start : mine.stop + 1].tolist()
+        segments = [json.loads(self.segments[a:b].tobytes()) for a, b in itertools.pairwise(ends)]
+        return {
+            "image": partial(open_upright, self.name(number), self.sides[number]),
+            "image_id": self.ids[number],
+            "size": self.sides[number],
+            "boxes": self.boxes[mine],
+            "labels": self.labels[mine],
+            "crowd": self.crowd[mine],
+            "areas": self.areas[mine],
+            "segments": segments,
+        } | self.federated[number]
+
+    def name(self, number):
+        return os.path.join(self.root, self.files[number])
+
+    where = name
+
+
+def read_annotation(one, size):
+    """(whether a crowd, area, [x1, y1, x2, y2], segment or None) of an annotation of a picture.
+
+    size: the picture's (height, width). A box or an area that is not given is the segment's, and an
+    area without a segment is the box's. Raises one of DAMAGED where it cannot be used.
+    """
+    segment, box, area = one.get("segmentation") or None, one.get("bbox"), one.get("area")
+    crowd = bool(int(one.get("iscrowd") or 0))
+    polygons = segment if segment and not isinstance(segment, dict) else []
+    if not all(abs(n) < FARTHEST for n in itertools.chain(box or (), *polygons)):
+        raise ValueError("it is not of a picture")
+    if isinstance(segment, dict) or segment and (not box or area is None):
+        mask = as_rle(segment, *size)
+        area = rle_area(mask) if area is None else area
+        if not box:
+            left, top, right, bottom = rle_box(mask)
+            box = left, top, right - left, bottom - top
+    if not box:
+        raise ValueError("there is neither a bbox nor a segmentation")
+    x, y, w, h = box
+    area = float(w * h if area is None else area)
+    if not math.isfinite(area):
+        raise ValueError("it has no area")
+    return crowd, area, [x, y, x + w, y + h], segment
+
+
+def open_upright(path, size):
+    """A picture of the size (height, width) that its annotations were made for.
+
+    Turned as its EXIF says, like detectron2's; as it is stored, if only that fits. Raises
+    ValueError if neither does.
+    """
+    image = data.open_picture(path)
+    try:
+        turned = data.upright(image)
+    except Exception:  # noqa: BLE001 (damaged EXIF raises anything; the pixels may be whole)
+        turned = image
+    for one in (turned, image):
+        if one.size == (size[1], size[0]):
+            return one
+    sides = "{} x {}".format
+    raise ValueError(f"{sides(*image.size)} pixels, annotated as {sides(size[1], size[0])}")
+
+
+class ToyScenes(Toy):
+    """The toy world's objects: boxes and masks of what is to be seen of them, labels by shape."""
+
+    has_masks, frequencies = True, None
+
+    def __init__(self, split, size, count=None):
+        super().__init__(split, (size, size))
+        self.sizes = self.sizes[:count]
+        self.identity = f"toy scenes, {len(self.sizes)} pictures an epoch"
+        self.category_ids = list(range(1, 1 + len(self.classes)))
+        self.ids = range(self.first, self.first + len(self.sizes))
+        self.sides = [(size, size)] * len(self.sizes)
+
+    def read(self, number):
+        sample = super().read(number)
+        masks = sample["masks"]()
+        seen = masks.any(axis=(1, 2))
+        masks, labels = masks[seen], np.array(sample["labels"], dtype=np.int64)[seen]
+        return {
+            "image": sample["image"],
+            "image_id": self.first + number,
+            "size": (self.size, self.size),
+            "boxes": np.array([tight_box(m) for m in masks], dtype=np.float64).reshape(-1, 4),
+            "labels": labels,
+            "crowd": np.zeros(len(labels), dtype=bool),
+            "areas": masks.sum(axis=(1, 2)).astype(np.float64),
+            "segments": list(masks),
+        }
+
+
+def tight_box(mask):
+    """x1 y1 x2 y2 around the pixels of a (height, width) bool mask; zeros if there are none."""
+    if not mask.any():
+        return 0, 0, 0, 0
+    rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
+    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+
+
+def repeat_factors(scenes, threshold=0.001):
+    """Order's "totals", "weights" and "most" for LVIS's repeat-factor sampling.
+
+    A picture comes max(1, sqrt(threshold / f)) times in an epoch, where f is the share of pictures
+    with its rarest category in them: the LVIS paper's (arXiv 1908.03195, appendix B), whose
+    threshold is 0.001.
+    """
+    present, counts = classes_present(scenes)
+    factors = np.sqrt(threshold * len(present) / counts.clip(1)).clip(1)
+    weights = [factors[labels].max(initial=1) for labels in present]
+    weights = np.rint(np.array(weights) * data.WEIGHT).astype(np.int64)
+    return {"totals": weights, "weights": partial(weights_between, weights), "most": weights.max()}
+
+
+def classes_present(scenes):
+    """The classes of each picture, and in how many pictures each class is, (classes,) int64."""
+    present = [np.unique(scenes.labels[a:b]) for a, b in zip(scenes.first, scenes.stop)]
+    return present, np.bincount(np.concatenate(present), minlength=len(scenes.classes))
+
+
+def weights_between(weights, first, stop):
+    return weights[first:stop]
+
+
+# -------------------------------------------------------------------------------- scenes to tensors
+
+
+# Picture -> square: points times scale (x, y), mirrored at `width` if flip, less corner (x, y), cut
+# to (width, height). What is right of it and below is padding.
+View = namedtuple("View", "scale flip width corner cut")
+
+
+def random_view(size, side, draws=None, jitter=(0.1, 2.0)):
+    """The View of a picture of size (height, width) in a square.
+
+    draws: four uniform numbers for large-scale jitter: the picture's longest side becomes that of
+    the square times jitter, and a random square of it is cut out. None: all of it, its longest side
+    that of the square.
+    """
+    height, width = size
+    low, high = jitter if draws is not None else (1, 1)
+    change, x, y, flip = draws if draws is not None else (0, 0, 0, 1)
+    scale = (low + (high - low) * change) * side / max(height, width)
+    new = max(1, round(width * scale)), max(1, round(height * scale))
+    corner = tuple(round(place * max(0, n - side)) for place, n in zip((x, y), new))
+    cut = tuple(min(side, n - c) for n, c in zip(new, corner))
+    return View((new[0] / width, new[1] / height), flip < 0.5, new[0], corner, cut)
+
+
+def view_points(points, view):
+    """(n, 2) x y in the picture -> in the square."""
+    points = points * view.scale
+    if view.flip:
+        points = [view.width, 0] + points * [-1, 1]
+    return points - view.corner
+
+
+def view_boxes(boxes, view):
+    """(n, 4) boxes of the picture -> of the square, not clipped."""
+    corners = view_points(boxes.reshape(-1, 2), view).reshape(-1, 2, 2)
+    return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+
+
+def view_pixels(image, view, side, channels):
+    """A PIL image -> (C, S, S) uint8 tensor; bilinear and padded with what normalises to 0, as
+    detectron2 (to rounding)."""
+    image = data.to_mode(image, channels)
+    image = ImageOps.mirror(image) if view.flip else image
+    (x, y), (w, h), (sx, sy) = view.corner, view.cut, view.scale
+    box = x / sx, y / sy, min(image.width, (x + w) / sx), min(image.height, (y + h) / sy)
+    image = image.resize(view.cut, Image.Resampling.BILINEAR, box=box)
+    mean = (255 * torch.tensor(data.channel_statistics(channels)[0])).round().to(torch.uint8)
+    pixels = mean.repeat(side, side, 1)
+    pixels[:h, :w] = torch.from_numpy(np.array(image).reshape(h, w, channels))
+    return pixels.permute(2, 0, 1)
+
+
+def view_mask(segment, size, view, side):
+    """A segment of a picture of size (height, width) -> (S, S) bool.
+
+    Polygons are drawn where they land, not drawn and scaled; pixels are taken at their centres.
+    """
+    mask, (w, h) = np.zeros((side, side), dtype=bool), view.cut
+    if isinstance(segment, list):
+        moved = [view_points(points, view) for points in polygons_of(segment)]
+        mask[:h, :w] = decode_mask(merge_rles([polygon_to_rle(p, h, w) for p in moved], h, w))
+        return mask
+    whole = segment if isinstance(segment, np.ndarray) else decode_mask(as_rle(segment, *size))
+    (x, y), (sx, sy) = view.corner, view.scale
+    rows = ((np.arange(h) + y + 0.5) / sy).astype(int).clip(max=size[0] - 1)
+    columns = ((np.arange(w) + x + 0.5) / sx).astype(int).clip(max=size[1] - 1)
+    if view.flip:
+        columns = ((view.width - (np.arange(w) + x + 0.5)) / sx).astype(int).clip(max=size[1] - 1)
+    mask[:h, :w] = whole[rows][:, columns]
+    return mask
+
+
+def view_target(sample, view, side, with_masks):
+    """What there is to find in the square: see SceneBatches. Objects cut away are left out.
+
+    The box of an object that is cut, or known by its pixels, is that of the pixels to be seen, as
+    detectron2's ViTDet (recompute_boxes); of other polygons it is the annotation's own, finer one.
+    """
+    whole, crowd = view_boxes(sample["boxes"], view), sample["crowd"]
+    boxes = whole.clip(0, view.cut * 2)
+    seen = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    kept, masks = np.flatnonzero(seen & ~crowd), None
+    if with_masks:
+        segments = [sample["segments"][i] for i in kept]
+        masks = np.zeros((len(kept), side, side), dtype=bool)
+        for mask, segment in zip(masks, segments):
+            mask[:] = view_mask(segment, sample["size"], view, side)
+        some = masks.any(axis=(1, 2))
+        kept, masks = kept[some], masks[some]
+        for i, mask in zip(kept, masks):
+            if (boxes[i] != whole[i]).any() or not isinstance(sample["segments"][i], list):
+                tight = np.array(tight_box(mask))
+                low, high = np.maximum(boxes[i], tight)[:2], np.minimum(boxes[i], tight)[2:]
+                # A box may be annotated where its mask is not.
+                boxes[i] = [*low, *high] if (high > low).all() else tight
+        masks = torch.from_numpy(masks)
+    return {
+        "boxes": torch.from_numpy(boxes[kept]).float(),
+        "labels": torch.from_numpy(sample["labels"][kept]),
+        "masks": masks,
+        "size": view.cut[::-1],
+    }
+
+
+@dataclass
+class SceneBatches(data.Batches):
+    """step * pieces + piece -> that piece of this process's part of that step's batch, a dict:
+
+    images     (b, C, S, S) uint8, S = size[0] = size[1]; of the mean colour where padded
+    targets    b dicts of {"boxes": (n, 4) float32 x1 y1 x2 y2 in the square, "labels": (n,) int64,
+               "masks": (n, S, S) bool or None, "size": (height, width) that the picture has
+               there, "seed": an int for what is drawn on the device}; without crowds; nothing in
+               them where unreadable
+    sizes      (b, 2) int64, the picture's height and width
+    scales     (b, 2) float64, x and y: boxes of the square / scales = boxes of the picture
+               (without an order: with one, it was cut and flipped as well)
+    weight, positions, samples, bad: see data.Batches
+
+    With an order: large-scale jitter, flips, random squares. Without: see random_view.
+    """
+
+    jitter: tuple = (0.1, 2.0)
+
+    def __getitem__(self, item):
+        positions, side = self.positions(item), self.size[0]
+        images = torch.zeros(len(positions), side, side, self.channels, dtype=torch.uint8)
+        images = images.permute(0, 3, 1, 2)  # in channels-last memory, as data.Batches
+        weight, targets, bad = torch.zeros(len(positions)), [], []
+        sizes = torch.full((len(positions), 2), side)
+        scales = torch.ones(len(positions), 2, dtype=torch.float64)
+        samples = torch.full((len(positions),), -1)
+        for i, position in enumerate(positions.tolist()):
+            key = self.seed, position // self.order.length if self.order else 0, position
+            number = self.order(position) if self.order else position
+            target = empty_target(side, self.source.has_masks)
+            try:
+                if number < self.total:
+                    samples[i] = number
+                    sample, draws = self.source.read(number), None
+                    if self.order:
+                        draws = data.uniform(data.random_bits(4, *key, data.VIEW)).tolist()
+                    view = random_view(sample["size"], side, draws, self.jitter)
+                    pixels = view_pixels(sample["image"](), view, side, self.channels)
+                    target = view_target(sample, view, side, self.source.has_masks)
+                    images[i], weight[i] = pixels, 1
+                    sizes[i], scales[i] = torch.tensor(sample["size"]), torch.tensor(view.scale)
+            except Exception as error:  # noqa: BLE001 (decoders raise anything: named, counted)
+                data.raise_if_unreachable(error)
+                bad.append(f"{self.source.name(number)}: {data.one_line(error)}")
+            target["seed"] = int(data.random_bits(1, *key, data.DEVICE)[0] >> np.uint64(1))
+            targets.append(target)
+        batch = {"images": images, "targets": targets, "sizes": sizes, "scales": scales}
+        batch |= {"weight": weight, "positions": torch.from_numpy(positions)}
+        return batch | {"samples": samples, "bad": bad}
+
+
+def empty_target(side, with_masks):
+    masks = torch.zeros(0, side, side, dtype=torch.bool) if with_masks else None
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    return nothing | {"masks": masks, "size": (side, side)}
+
+
+# ------------------------------------------------------------------------------------------ results
+
+
+def write_results(path, scenes, detections):
+    """COCO's results: [{"image_id", "category_id", "bbox": [x, y, width, height], "score", and if
+    there are masks "segmentation"}]."""
+    results = []
+    for image, found in detections.items():
+        columns = (np.asarray(found[key]).tolist() for key in ("boxes", "scores", "labels"))
+        for i, ((x, y, right, bottom), score, label) in enumerate(zip(*columns)):
+            entry = {"image_id": image, "category_id": scenes.category_ids[label], "score": score}
+            entry["bbox"] = [x, y, right - x, bottom - y]
+            if found.get("masks") is not None:
+                mask = as_rle(found["masks"][i], *found["masks"][i]["size"])
+                entry["segmentation"] = mask | {"counts": text_of_counts(mask["counts"])}
+            results.append(entry)
+    data.replace_file(path, json.dumps(results).encode())
+
+
+def read_results(path, scenes):
+    """write_results' file, or another in COCO's format -> detections; boxes may be left out where
+    there are masks. Raises ValueError, one line, if it is none of scenes."""
+    label = {category: number for number, category in enumerate(scenes.category_ids)}
+    sizes, found, entry = dict(zip(scenes.ids, scenes.sides)), {}, None
+    try:
+        with open(path, encoding="utf-8") as file:
+            for entry in json.load(file):
+                if entry["image_id"] not in sizes or entry["category_id"] not in label:
+                    raise ValueError("there is no such picture or category")
+                mine = found.setdefault(entry["image_id"], [])
+                # Nothing uses a result's area: with one given, none is computed of the mask.
+                one = entry | {"area": 0.0}
+                _, _, box, mask = read_annotation(one, sizes[entry["image_id"]])
+                score = float(entry["score"])
+                if not math.isfinite(score):
+                    raise ValueError("a score that is no number")
+                mine.append((box, score, label[entry["category_id"]], mask))
+    except DAMAGED as error:
+        where = f" at {entry!r:.100}" if entry else ""
+        why = data.one_line(error)
+        raise ValueError(f"cannot read results from {path}{where}: {why}") from None
+    detections = {}
+    for image, entries in found.items():
+        boxes, scores, labels, masks = zip(*entries)
+        detections[image] = {
+            "boxes": np.array(boxes, dtype=np.float64),
+            "scores": np.array(scores, dtype=np.float64),
+            "labels": np.array(labels, dtype=np.int64),
+            "masks": None if None in masks else list(masks),
+        }
+    return detections
