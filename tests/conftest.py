@@ -5,8 +5,13 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see mae_pretrain.py
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the shapes are tiny, and processes run side by side
 
+import contextlib
+import errno
 import gc
+import io
+import itertools
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import resource
@@ -14,15 +19,26 @@ import runpy
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
+import threading
+import urllib.parse
+import zlib
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+
+import data
+from support import pack as pack_module
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, by kernels.py
@@ -190,3 +206,467 @@ def photos(tmp_path):
     for i in range(40):
         picture(i).save(folder / f"{i:03}.jpg")
     return folder
+
+
+def painting(height, width):
+    """An RGB picture (height, width, 3) uint8 in which no mirror image or rotation looks alike."""
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    blue = 128 + 60 * np.sin(9 * x) * np.cos(7 * y) + 60 * y
+    return np.stack([250 * x, 220 * y, blue], axis=2).round().astype(np.uint8)
+
+
+def encoded(pixels, kind="PNG", **options):
+    """The bytes of a picture file."""
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def decoded(content, size, channels=3, bits=None, min_crop=0.2):
+    """Bytes of a picture file -> (H, W, C) uint8 as crop_and_resize makes them, as int64."""
+    image = Image.open(io.BytesIO(content))
+    pixels = data.crop_and_resize(image, size, channels, bits, min_crop)
+    assert pixels.shape == (channels, *size) and pixels.dtype == torch.uint8
+    return pixels.permute(1, 2, 0).numpy().astype(np.int64)
+
+
+def handmade_png(width, height, depth, colour_type, rows):
+    """A PNG file by its specification: rows are the raw bytes, each with its filter byte 0."""
+
+    def chunk(name, content):
+        checksum = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + checksum
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def write_files(folder, files):
+    """{relative path: bytes} -> files below the folder, which is returned as a string."""
+    for name, content in files.items():
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return str(folder)
+
+
+def write_tar(path, members, **options):
+    """[(name, bytes)] -> a tar. A name that ends in / is a directory."""
+    with tarfile.open(path, "w", **options) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name.rstrip("/"))
+            member.size = len(content)
+            if name.endswith("/"):
+                member.type = tarfile.DIRTYPE
+            tar.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
+def tile(number):
+    """A small lossless picture that differs for each number."""
+    return encoded(np.full((4, 4, 3), (number * 7 % 256, number * 31 % 256, number % 256), "u1"))
+
+
+def members_of(numbers, classes=10):
+    """WebDataset members of the samples with these numbers: picture and class."""
+    for number in numbers:
+        yield f"{number:05}.png", tile(number)
+        yield f"{number:05}.cls", str(number % classes).encode()
+
+
+class Memory:
+    """A source of pictures in memory, all different."""
+
+    classes = None
+
+    def __init__(self, sizes):
+        self.sizes = np.array(sizes)
+
+    def read(self, number):
+        pixels = np.roll(painting(20, 30), number, axis=1) ^ np.uint8(number)
+        return {"image": lambda: Image.fromarray(pixels), "class": number}
+
+    def name(self, number):
+        return f"memory:{number}"
+
+
+def opened(where):
+    """The source to train on behind a --data string."""
+    return data.open_sources(str(where))[0]
+
+
+def everything(source):
+    """[(name, class, pixels)] of all samples of a source, in order."""
+    samples = []
+    for number in range(source.sizes.sum()):
+        sample = source.read(number)
+        pixels = np.asarray(sample["image"]().convert("RGB")).tolist()
+        samples.append((source.name(number), sample["class"], pixels))
+    return samples
+
+
+def stream(order, start, stop):
+    return [order(position) for position in range(start, stop)]
+
+
+def chi_square(counts, expected=None):
+    """Pearson's statistic of counts, by default against equal expectations, over its limit.
+
+    Below 1 unless something is wrong: the limit is passed by chance with probability 1e-6 (Wilson
+    and Hilferty's approximation of the quantile, z = 4.75).
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    expected = counts.mean() if expected is None else np.asarray(expected)
+    freedom = len(counts) - 1
+    limit = freedom * (1 - 2 / (9 * freedom) + 4.75 * math.sqrt(2 / (9 * freedom))) ** 3
+    return ((counts - expected) ** 2 / expected).sum() / limit
+
+
+def same_batch(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        same = torch.equal(value, other[name]) if torch.is_tensor(value) else value == other[name]
+        assert same, name
+
+
+def one_line(error):
+    """The message of a pytest.raises context, which must be one line."""
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+def epoch_counts(order, epoch):
+    return Counter(stream(order, epoch * order.length, (epoch + 1) * order.length))
+
+
+BATCH = {"size": (8, 12), "channels": 3, "batch_size": 12, "seed": 4, "num_patches": 6}
+
+
+SIZES = [5, 0, 9, 4, 1, 13, 7, 11]  # 50 samples: six steps of 12 run over an epoch border
+
+
+STEPS = range(6)
+
+
+def training_batches(process=0, processes=1, source=None):
+    source = source or Memory(SIZES)
+    order = data.Order(source.sizes, seed=4, lanes=6)
+    return data.Batches(source, order=order, process=process, processes=processes, **BATCH)
+
+
+# What a camera stored so that turning it as its tag says gives `upright` (EXIF 2.3, tag 274).
+STORED = {
+    1: lambda upright: upright,
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.transpose(1, 0, 2),
+    6: lambda upright: np.rot90(upright, 1),  # is shown after a quarter turn to the right
+    7: lambda upright: upright[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda upright: np.rot90(upright, -1),
+}
+
+
+def photo(upright, orientation, kind="PNG", **options):
+    tags = Image.Exif()
+    tags[274] = orientation
+    stored = np.ascontiguousarray(STORED.get(orientation, STORED[1])(upright))
+    return encoded(stored, kind, exif=tags, **options)
+
+
+def textured(height, width):
+    """A large picture with structure at every scale, as a photo has."""
+    random = np.random.default_rng(1)
+    pixels = painting(height, width).astype(np.float64)
+    for cells in (6, 12, 24, 48, 96, 192):
+        noise = random.normal(size=(cells, cells, 3)).astype(np.float32)
+        layers = [
+            Image.fromarray(noise[:, :, c]).resize((width, height), Image.Resampling.BICUBIC)
+            for c in range(3)
+        ]
+        pixels += 80 / math.sqrt(cells) * np.stack([np.asarray(layer) for layer in layers], axis=2)
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+def relative_labels(source, folder):
+    return {os.path.relpath(name, folder): label for name, label, _ in everything(source)}
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Five shards of 7, 0, 1, 12 and 3 samples: (folder, pattern)."""
+    folder, first = tmp_path / "shards", 0
+    folder.mkdir()
+    for number, count in enumerate([7, 0, 1, 12, 3]):
+        write_tar(folder / f"s-{number:02}.tar", members_of(range(first, first + count)))
+        first += count
+    return folder, f"{folder}/s-{{00..04}}.tar"
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """A folder of 20 pictures in two classes: (folder, {relative path: bytes})."""
+    files = {f"{('cat', 'dog')[i % 2]}/{i:02}.png": tile(i) for i in range(20)}
+    return Path(write_files(tmp_path / "pets", files)), files
+
+
+def run_main(monkeypatch, *arguments):
+    """data.main() with these arguments, here; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+    try:
+        pack_module.main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def captioned(path, samples):
+    """[{extension: bytes}] -> a shard of pictures with these files beside them: its path."""
+    members = []
+    for number, files in enumerate(samples):
+        members.append((f"{number:05}.png", tile(number % 256)))
+        members += [(f"{number:05}.{extension}", content) for extension, content in files.items()]
+    return write_tar(path, members)
+
+
+class Server(ThreadingHTTPServer):
+    """A web server of a folder, for one test, which misbehaves as `faults` say.
+
+    faults    {name: function(handler, content) -> whether it has answered}, tried at each request
+    requests  [(name, Range header or None)]
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.faults, self.requests = folder, {}, []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def asked(self):
+        return Counter(name for name, _ in self.requests)
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        name, wanted = urllib.parse.unquote(self.path[1:]), self.headers["Range"]
+        self.server.requests.append((name, wanted))
+        path = Path(self.server.folder, name)
+        content = path.read_bytes() if path.is_file() else None
+        if name in self.server.faults and self.server.faults[name](self, content):
+            return
+        if content is None:
+            return self.send_error(404)
+        if wanted:
+            return self.give(content, int(wanted[6:-1]))
+        self.give(content)
+
+    def give(self, content, start=None, length=None, cut=None):
+        """From `start` on as a range; with a Content-Length of `length`; cut after `cut` bytes."""
+        self.send_response(200 if start is None else 206)
+        if start is not None:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            content = content[start:]
+        if length != "none":
+            self.send_header("Content-Length", length or len(content))
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(content[:cut])
+        self.close_connection = True
+        return True
+
+    def log_message(self, *_):
+        pass
+
+
+def times(count, fault):
+    """A fault that comes `count` times."""
+    left = [count]
+
+    def fails(handler, content):
+        left[0] -= 1
+        return left[0] >= 0 and fault(handler, content)
+
+    return fails
+
+
+SMALL = {"size": "32x3x4", "image_size": (16, 24), "patch_size": 8}  # 2 x 3 patches
+
+
+SMALL_MAE = {**SMALL, "decoder": (16, 2, 2), "mask_ratio": 0.5}
+
+
+TINY_TEXT = {"size": "16x2x2", "vocabulary": 30}
+
+
+CPU = torch.device("cpu")
+
+
+def random_images(model, count=3, seed=0):
+    shape = (count, model.config["channels"], *model.config["image_size"])
+    dtype = model.cls_token.dtype
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def random_ids(model, count=3, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, model.num_patches, generator=generator).argsort(dim=1)
+
+
+def equal_states(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def reference_norm(x, weights, name):
+    mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+    x = (x - mean) / torch.sqrt(variance + 1e-6)
+    return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def reference_linear(x, weights, name):
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+
+def reference_attention(x, weights, name, heads):
+    """The branch and its attention (B, heads, N, N), one head after the other."""
+    width = x.shape[-1]
+    size = width // heads
+    qkv = reference_linear(x, weights, f"{name}.qkv")
+    outputs, maps = [], []
+    for head in range(heads):
+        start = head * size
+        q, k, v = (qkv[..., i * width + start : i * width + start + size] for i in range(3))
+        scores = torch.exp(q @ k.transpose(1, 2) / math.sqrt(size))
+        maps.append(scores / scores.sum(-1, keepdim=True))
+        outputs.append(maps[-1] @ v)
+    return reference_linear(torch.cat(outputs, -1), weights, f"{name}.proj"), torch.stack(maps, 1)
+
+
+def reference_mlp(x, weights, name):
+    x = reference_linear(x, weights, f"{name}.fc1")
+    x = 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+    return reference_linear(x, weights, f"{name}.fc2")
+
+
+def reference_blocks(x, weights, name, heads, gates=None):
+    """All blocks of a prefix; gates (B, L, 2) scale the branches. Returns x and the last map."""
+    for layer in range(len({n.split(".")[1] for n in weights if n.startswith(f"{name}.")})):
+        block = f"{name}.{layer}"
+        gate = (1, 1) if gates is None else gates[:, layer].T[..., None, None]
+        branch, attention = reference_attention(
+            reference_norm(x, weights, f"{block}.norm1"), weights, f"{block}.attn", heads
+        )
+        x = x + gate[0] * branch
+        branch = reference_mlp(
+            reference_norm(x, weights, f"{block}.norm2"), weights, f"{block}.mlp"
+        )
+        x = x + gate[1] * branch
+    return x, attention
+
+
+def reference_embedding(weights, images):
+    """Patches as tokens with their positions, (B, N, D), from a real convolution."""
+    weight = weights["patch_embed.proj.weight"]
+    x = F.conv2d(images, weight, weights["patch_embed.proj.bias"], stride=weight.shape[-1])
+    return x.flatten(2).transpose(1, 2) + weights["pos_embed"][:, 1:]
+
+
+def with_class_token(weights, x):
+    first = weights["cls_token"] + weights["pos_embed"][:, :1]
+    return torch.cat([first.repeat(len(x), 1, 1), x], 1)
+
+
+def reference_patches(images, patch):
+    """(B, N, P*P*C) by cutting out one patch after the other."""
+    _, _, height, width = images.shape
+    corners = itertools.product(range(0, height, patch), range(0, width, patch))
+    cut = [images[:, :, y : y + patch, x : x + patch] for y, x in corners]
+    return torch.stack([piece.permute(0, 2, 3, 1).flatten(1) for piece in cut], 1)
+
+
+def normalized(patches):
+    mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True, unbiased=True)
+    return (patches - mean) / torch.sqrt(variance + 1e-6)
+
+
+def public_mae(weights, images, ids, visible, heads, decoder_heads, normalize_targets):
+    """Losses (B,) as in facebookresearch/mae: un-shuffled decoder, all tokens, times the mask."""
+    restore = ids.argsort(1)
+    hidden = (restore >= visible).to(images.dtype)  # (B, N), 1 is hidden
+
+    def pick(x, order):
+        return torch.stack([sample[row] for sample, row in zip(x, order)])
+
+    x = with_class_token(weights, pick(reference_embedding(weights, images), ids[:, :visible]))
+    x = reference_norm(reference_blocks(x, weights, "blocks", heads)[0], weights, "norm")
+    x = reference_linear(x, weights, "decoder_embed")
+    masks = weights["mask_token"].repeat(len(x), ids.shape[1] - visible, 1)
+    unshuffled = pick(torch.cat([x[:, 1:], masks], 1), restore)
+    x = torch.cat([x[:, :1], unshuffled], 1) + weights["decoder_pos_embed"]
+    x = reference_blocks(x, weights, "decoder_blocks", decoder_heads)[0]
+    x = reference_linear(reference_norm(x, weights, "decoder_norm"), weights, "decoder_pred")[:, 1:]
+    targets = reference_patches(images, weights["patch_embed.proj.weight"].shape[-1])
+    targets = normalized(targets) if normalize_targets else targets
+    return ((x - targets).square().mean(-1) * hidden).sum(1) / hidden.sum(1)
+
+
+def section(line, title):
+    """What load_weights reports after "title: "."""
+    found = [part for part in line.split("; ") if part.startswith(f"{title}: ")]
+    return set(found[0].removeprefix(f"{title}: ").split(", ")) if found else set()
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class Trap:
+    """Its pickle makes a directory when it is loaded without restriction."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def __reduce__(self):
+        return os.system, (f'mkdir "{self.directory}"',)
+
+
+def train(run, first, last):
+    """Steps first .. last - 1; the data and the learning rate are functions of the step."""
+    model, optimizer = run
+    for step in range(first, last):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (1 + step)
+        optimizer.zero_grad()
+        model(
+            random_images(model, 4, 100 + step), random_ids(model, 4, 200 + step)
+        ).mean().backward()
+        optimizer.step()
+    return run
+
+
+def steps_in(folder):
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.fixture
+def group():
+    """A process group of one: what a single GPU trains under."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,313 @@
+"""test_hashtags"""
+
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import captioned, epoch_counts, npy, one_line, opened, run_main, tile, write_tar
+from PIL import Image
+
+import data
+from support import hashtags
+from support import pack as pack_module
+
+# ----------------------------------------------------------------------------------------- hashtags
+
+
+def test_canonical_tags_by_hand():
+    found = {
+        "#Blue-Square": {"bluesquare"},
+        "#\uff23\uff21\uff34": {"cat"},  # full-width letters
+        "#Stra\u00dfe": {"strasse"},
+        "#!?": set(),
+        "#\u0928\u092e\u0938\u094d\u0924\u0947": {
+            "\u0928\u092e\u0938\u094d\u0924\u0947"
+        },  # marks stay
+        "#kitten": {"cat"},
+    }
+    for tag, canonical in found.items():
+        assert hashtags.canonical([tag], {"kitten": "cat"}) == canonical
+    assert hashtags.canonical(["#a #b", "#c#d"], {}) == {"a", "b", "c", "d"}
+    text = "My #Cat, and the #DOG! no tag, a#b (#\u0928\u092e\u0938\u094d\u0924\u0947) #blue-square"
+    marks = "\u0928\u092e\u0938\u094d\u0924\u0947"
+    assert hashtags.canonical(text, {}) == {"cat", "dog", "b", "bluesquare", marks}
+    for wrong in ({"a": 1}, ["#a", 3], None, 7):
+        with pytest.raises(ValueError, match="list of texts"):
+            hashtags.canonical(wrong, {})
+
+
+def tagged_members(tags_of_samples, kind="json"):
+    for number, tags in enumerate(tags_of_samples):
+        yield f"{number:05}.png", tile(number % 256)
+        if tags is not None:
+            yield (
+                f"{number:05}.{kind}",
+                tags if isinstance(tags, bytes) else json.dumps(tags).encode(),
+            )
+
+
+# Of 60 samples: "all" on 57, "half" on 29, "few" on 6; 3 without a tag.
+LONG_TAIL = [
+    [] if i in (1, 2, 3) else ["#all"] + ["#half"] * (i % 2 == 0) + ["#FEW"] * (i % 10 == 0)
+    for i in range(60)
+]
+
+
+@pytest.fixture
+def tagged(tmp_path):
+    """Four shards of 15 samples with the tags of LONG_TAIL: their pattern."""
+    for shard in range(4):
+        write_tar(tmp_path / f"t-{shard}.tar", tagged_members(LONG_TAIL[15 * shard :][:15]))
+    return f"{tmp_path}/t-*.tar"
+
+
+def test_hashtags_of_all_that_may_hold_them(tmp_path):
+    samples = [["#a", "b"], "we like #a", {"hashtags": ["#a"], "caption": "#no"}, {"x": 1}, None]
+    source = opened(write_tar(tmp_path / "a.tar", tagged_members(samples)))
+    found = [hashtags.canonical(source.read(i)["hashtags"](), {}) for i in range(5)]
+    assert found == [{"a", "b"}, {"a"}, {"a"}, set(), set()]
+    texts = [b"first #one", "\u00fcber #zw\u00f6lf".encode()]
+    source = opened(write_tar(tmp_path / "b.tar", tagged_members(texts, "txt")))
+    found = [hashtags.canonical(source.read(i)["hashtags"](), {}) for i in range(2)]
+    assert found == [{"one"}, {"zw\u00f6lf"}]
+
+
+IMG2DATASET = b'{"url": "http://x", "caption": "a #cat", "key": "0", "width": 4, "sha256": "0"}'
+
+
+HASHTAGS_OF = [  # ({extension: bytes}, tags, None if damaged)
+    ({"json": IMG2DATASET, "txt": b"a #cat and a #Dog"}, {"cat", "dog"}),
+    ({"txt": b"a #cat", "json": IMG2DATASET}, {"cat"}),  # whichever comes first in the tar
+    ({"json": b'{"hashtags": ["#a"]}', "txt": b"#b"}, {"a"}),
+    ({"json": b'{"hashtags": "we like #a"}', "txt": b"#b"}, {"a"}),
+    ({"json": b'{"hashtags": []}', "txt": b"#b"}, {"b"}),
+    ({"json": b'{"hashtags": ["#", ""]}', "txt": b"#b"}, {"b"}),
+    ({"json": b'{"hashtags": ""}', "txt": b"#b"}, {"b"}),
+    ({"json": b'{"hashtags": "none"}', "txt": b"#b"}, {"b"}),
+    ({"json": b'{"hashtags": null}', "txt": b"#b"}, {"b"}),
+    ({"json": b"[]", "txt": b"#b"}, {"b"}),
+    ({"json": b"null", "txt": b"#b"}, {"b"}),
+    ({"json": b'"no tag"', "txt": b"#b"}, {"b"}),
+    ({"json": b'["#a"]', "txt": b"#b"}, {"a"}),
+    ({"json": b'{"hashtags": []}'}, set()),
+    ({"json": IMG2DATASET}, set()),
+    ({"json": IMG2DATASET, "txt": b"none"}, set()),
+    ({}, set()),
+    ({"json": b'{"hashtags": [3]}', "txt": b"#b"}, None),  # damaged is not "none"
+    ({"json": b'{"hashtags": 5}', "txt": b"#b"}, None),
+    ({"json": b'{"hashtags": false}', "txt": b"#b"}, None),
+    ({"json": b"{broken", "txt": b"#b"}, None),
+    ({"json": IMG2DATASET, "txt": b"caf\xe9 #b"}, None),
+]
+
+
+def test_hashtags_are_those_of_the_first_file_that_has_any(tmp_path, capsys):
+    path = captioned(tmp_path / "a.tar", [files for files, _ in HASHTAGS_OF])
+    pack_module.write_listing(data.Shards(path))
+    expected = Counter(tag for _, tags in HASHTAGS_OF for tag in tags or ())
+    names = [f"{number:05}" for number, (_, tags) in enumerate(HASHTAGS_OF) if tags is None]
+    for where in (path, f"pipe:cat {path}"):
+        source, _ = data.open_sources(where, cache=(f"{tmp_path}/cache", "1M"))
+        for number, (_, tags) in enumerate(HASHTAGS_OF):
+            found = source.read(number)["hashtags"]
+            if tags is None:
+                with pytest.raises(ValueError, match="the file of its hashtags is damaged"):
+                    found()
+            else:
+                assert hashtags.canonical(found(), {}) == tags
+        vocabulary = hashtags.count_hashtags(source, min_count=1)
+        assert vocabulary.counts == expected
+        lines = [line for line in capsys.readouterr().err.splitlines() if "unreadable" in line]
+        assert [line.split(": ")[1][-5:] for line in lines] == names
+        batch = data.Batches(source, (4, 4), 3, len(HASHTAGS_OF), vocabulary=vocabulary)[0]
+        ids = [sorted(vocabulary.numbers[tag] for tag in tags or ()) for _, tags in HASHTAGS_OF]
+        assert [[i for i in row if i >= 0] for row in batch["tags"].tolist()] == ids
+        assert batch["weight"].tolist() == [float(bool(tags)) for _, tags in HASHTAGS_OF]
+        assert [line.split(": ")[0][-5:] for line in batch["bad"]] == names
+
+
+def test_hashtags_and_captions_are_read_only_where_they_are_used(tmp_path, monkeypatch):
+    """Stage 1 uses neither, and its loader must not wait for them."""
+    source = opened(captioned(tmp_path / "a.tar", [{"json": b'{"hashtags": ["#a"]}'}] * 3))
+    monkeypatch.setattr(data.json, "loads", lambda content: pytest.fail("a .json was read"))
+    batch = data.Batches(source, (4, 4), 3, 3)[0]
+    assert batch["bad"] == [] and batch["weight"].tolist() == [1, 1, 1]
+
+
+def test_a_vocabulary_counts_pictures_and_is_cut_at_both_ends(tagged):
+    source = opened(tagged)
+    vocabulary = hashtags.count_hashtags(source, min_count=1)
+    assert vocabulary.counts == {"all": 57, "half": 29, "few": 6}  # most frequent first
+    assert vocabulary.ids(["#few", "#nothing", "ALL", "all"]) == [0, 2]
+    assert list(hashtags.count_hashtags(source, size=2, min_count=1).counts) == ["all", "half"]
+    assert list(hashtags.count_hashtags(source, min_count=7).counts) == ["all", "half"]
+    merged = hashtags.count_hashtags(source, min_count=1, synonyms={"few": "half"})
+    assert merged.counts == {"all": 57, "half": 29} and merged.ids(["#FEW"]) == [1]
+    with pytest.raises(ValueError, match="0 hashtags on 100 pictures") as error:
+        hashtags.count_hashtags(source, min_count=100)
+    one_line(error)
+
+
+def test_counting_and_weighing_do_not_depend_on_chunks_and_workers(tagged, tmp_path, monkeypatch):
+    found, sets = [], [{tag[1:].lower() for tag in tags} for tags in LONG_TAIL]
+    for chunk, workers in ((4096, 0), (7, 0), (15, 2)):
+        monkeypatch.setattr(hashtags, "TAG_CHUNK", chunk)
+        assert list(hashtags.TagChunks(opened(tagged), {}).read(workers, "reading")) == sets
+        out = tmp_path / f"tags-{chunk}"
+        hashtags.write_hashtags(opened(tagged), out, 10, workers)
+        found.append([(out / name).read_bytes() for name in ("vocabulary.json", "rarest.npy")])
+    assert found[0] == found[1] == found[2]
+
+
+def test_sampling_weights_by_hand(tagged, tmp_path):
+    """Of the first 57: "few" on 6 is the tail. Head: weight ~ 54 ** -0.5, or 27 ** -0.5 with "half"."""
+    source = opened(tagged)
+    hashtags.write_hashtags(source, tmp_path / "tags", 10, min_count=1)
+    vocabulary, train, held_out, draws = hashtags.open_hashtags(source, tmp_path / "tags")
+    assert held_out.sizes.sum() == 3 and train.sizes.tolist() == [15, 15, 15, 12]  # 5 % of 60
+    assert vocabulary.counts == {"all": 54, "half": 28, "few": 6}
+    tags = LONG_TAIL[:57]
+    drawn = [i for i, names in enumerate(tags) if names]
+    importance = {
+        i: (6 if "#FEW" in tags[i] else 28 if "#half" in tags[i] else 54) ** -0.5 for i in drawn
+    }
+    tail = {i for i in drawn if "#FEW" in tags[i]}
+    sums = {part: sum(v for i, v in importance.items() if (i in tail) == part) for part in (0, 1)}
+    weights = draws["weights"](0, 57) / data.WEIGHT
+    for i in range(57):
+        part = i in tail
+        wanted = len(drawn) * (0.7, 0.3)[part] * importance.get(i, 0) / sums[part]
+        assert weights[i] == pytest.approx(wanted, abs=1e-5)
+    shards = [draws["weights"](first, min(first + 15, 57)) for first in (0, 15, 30, 45)]
+    assert draws["totals"].tolist() == [units.sum() for units in shards]
+    assert weights.sum() == pytest.approx(len(drawn), abs=1e-3)
+    # And the order draws each sample as often: rounded in each epoch, exactly on average.
+    order = data.Order(train.sizes, 0, 2, **draws)
+    epochs, total = 500, Counter()
+    for epoch in range(epochs):
+        counts = epoch_counts(order, epoch)
+        missing = [math.floor(weights[i]) - counts[i] for i in range(57)]
+        assert sum(n for n in missing if n > 0) <= 1  # the sum of the weights is not whole
+        assert all(counts[i] <= math.ceil(weights[i]) for i in range(57))
+        total += counts
+    for i in range(57):
+        wanted = weights[i] * order.length / weights.sum()
+        assert abs(total[i] / epochs - wanted) <= 5 * math.sqrt(0.25 / epochs) * (weights[i] > 0)
+
+
+def test_where_all_is_head_or_tail_it_has_all_draws(tagged, tmp_path, capsys):
+    source = opened(tagged)
+    for tail_below, name in ((2, "head"), (100, "tail")):
+        hashtags.write_hashtags(source, tmp_path / name, tail_below)
+        assert f"all pictures are in the {name}" in capsys.readouterr().out
+        totals = hashtags.open_hashtags(source, tmp_path / name)[3]["totals"]
+        assert totals.sum() / data.WEIGHT == pytest.approx(54, abs=1e-3)
+
+
+def test_an_index_of_hashtags_is_replaced_whole_or_not_at_all(tagged, tmp_path, capsys):
+    source, out = opened(tagged), tmp_path / "tags"
+    hashtags.write_hashtags(source, out)
+    files = {path: path.read_bytes() for path in out.iterdir()}
+    in_use = hashtags.open_hashtags(source, out)[3]["weights"]
+    before = in_use(0, 10).tolist()
+    with pytest.raises(ValueError, match="want two at least"):
+        hashtags.write_hashtags(source, out, min_count=50)  # only one tag is that frequent
+    assert {path: path.read_bytes() for path in out.iterdir()} == files
+    hashtags.write_hashtags(source, out, min_count=1)
+    assert "held an index already: it is replaced" in capsys.readouterr().out
+    assert in_use(0, 10).tolist() == before  # a run that reads the earlier one goes on with it
+
+
+def test_pack_does_not_take_train_and_val_for_classes(tmp_path):
+    for name in ("train/a", "train/b", "val/a"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    with pytest.raises(ValueError, match="one after the other"):
+        pack_module.pack(str(tmp_path), str(tmp_path / "%03d.tar"))
+
+
+def test_an_unfinished_or_foreign_index_of_hashtags_is_refused(tagged, tmp_path):
+    source, out = opened(tagged), tmp_path / "tags"
+    hashtags.write_hashtags(source, out)
+    (out / "rarest.npy").rename(out / "away")
+    with pytest.raises(ValueError, match="no hashtags in") as error:
+        hashtags.open_hashtags(source, out)
+    one_line(error)
+    (out / "away").rename(out / "rarest.npy")
+    other = opened(write_tar(tmp_path / "other.tar", tagged_members(LONG_TAIL)))
+    with pytest.raises(ValueError, match="of other data") as error:
+        hashtags.open_hashtags(other, out)
+    one_line(error)
+    rarest = np.load(out / "rarest.npy")
+    for name, content in (
+        ("totals.npy", b""),
+        ("totals.npy", npy(np.zeros(9, np.int64))),
+        ("rarest.npy", npy(rarest + 1000)),
+    ):
+        whole = (out / name).read_bytes()
+        (out / name).write_bytes(content)
+        hashtags.open_array.cache_clear()
+        with pytest.raises(ValueError, match="python data.py hashtags") as error:
+            hashtags.open_hashtags(source, out)
+        one_line(error)
+        (out / name).write_bytes(whole)
+
+
+def test_unreadable_hashtags_are_named_and_counted_and_weigh_nothing(tmp_path, capsys):
+    samples = [["#a"], b"{broken", ["#a", "#b"], [3], None]
+    source = opened(write_tar(tmp_path / "a.tar", tagged_members(samples)))
+    vocabulary = hashtags.count_hashtags(source, min_count=1)
+    assert vocabulary.counts == {"a": 2, "b": 1}
+    printed = capsys.readouterr()
+    assert "unreadable hashtags: 2" in printed.out
+    assert "a.tar:00001" in printed.err and "a.tar:00003" in printed.err
+    batch = data.Batches(source, (4, 4), 3, 5, vocabulary=vocabulary)[0]
+    assert batch["tags"].tolist() == [[0, -1], [-1, -1], [0, 1], [-1, -1], [-1, -1]]
+    assert batch["weight"].tolist() == [1, 0, 1, 0, 0]
+    assert [name.split(":")[1] for name in batch["bad"]] == ["00001", "00003"]  # not 4: no tags
+
+
+def test_a_batch_holds_the_ids_of_its_tags(tagged):
+    source = opened(tagged)
+    vocabulary = hashtags.count_hashtags(source, min_count=1)
+    batch = data.Batches(source, (4, 4), 3, 12, vocabulary=vocabulary)[0]
+    ids = [
+        [0] * (i not in (1, 2, 3)) + [1] * (i % 2 == 0 and i != 2) + [2] * (i % 10 == 0)
+        for i in range(12)
+    ]
+    assert batch["tags"].tolist() == [row + [-1] * (3 - len(row)) for row in ids]
+    assert batch["weight"].tolist() == [float(bool(row)) for row in ids]
+
+
+def test_hashtags_on_the_command_line(tagged, tmp_path, monkeypatch, capsys):
+    (tmp_path / "map.tsv").write_text("#Few\thalf\n\nALL\t#all\n")
+    out = tmp_path / "out" / "tags"
+    flags = ["--synonyms", tmp_path / "map.tsv", "--min-count", 2, "--workers", 0]
+    assert run_main(monkeypatch, "hashtags", tagged, "--out", out, *flags) == 0
+    assert "2 hashtags; 54 of 57 pictures are drawn" in capsys.readouterr().out
+    content = json.loads((out / "vocabulary.json").read_text())
+    assert content["tags"] == [
+        {"tag": "all", "id": 0, "count": 54, "weight": content["tags"][0]["weight"]},
+        {"tag": "half", "id": 1, "count": 28, "weight": content["tags"][1]["weight"]},
+    ]
+    (tmp_path / "bad.tsv").write_text("one column\n")
+    (tmp_path / "two.tsv").write_text("a#b\tc\n")  # two tags in a cell
+    (tmp_path / "both.tsv").write_text("a\tb\na\tc\n")
+    (tmp_path / "chain.tsv").write_text("#Few\tfewer\nFEWER\thalf\n")
+    (tmp_path / "circle.tsv").write_text("a\tb\nb\ta\n")
+    for flag, value in (
+        ("--synonyms", tmp_path / "chain.tsv"),
+        ("--synonyms", tmp_path / "circle.tsv"),
+        ("--min-count", 99),
+        ("--synonyms", tmp_path / "two.tsv"),
+        ("--synonyms", tmp_path / "both.tsv"),
+        ("--synonyms", tmp_path / "bad.tsv"),
+        ("--labels", "no"),
+    ):
+        assert (
+            run_main(monkeypatch, "hashtags", tagged, "--out", tmp_path / "new", flag, value) == 2
+        )
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "new" / "vocabulary.json").exists()

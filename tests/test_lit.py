@@ -1,0 +1,488 @@
+"""test_lit"""
+
+import io
+import os
+import pickle
+import shutil
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    BATCH,
+    SIZES,
+    STEPS,
+    Memory,
+    captioned,
+    one_line,
+    opened,
+    same_batch,
+    stage,
+    tile,
+    training_batches,
+    write_files,
+)
+
+import data
+from support import hashtags, toy
+from support import labels as labels_module
+from support import pack as pack_module
+from tasks import lit
+
+
+def test_captions_of_all_that_may_hold_them(tmp_path):
+    expected = {
+        b'{"caption": "a red star"}': ["a red star"],
+        b'{"caption": ["a star", "\\u661f"], "title": "x"}': ["a star", "\u661f"],
+        b'{"caption": null}': [],
+        b'{"title": "a moon", "hashtags": ["#no"]}': [],
+        b'["#tag"]': [],
+        b'"we like #tags"': [],
+        b'{"caption": 5}': None,  # from here on damaged
+        b'{"caption": ["a", 5]}': None,
+        b'{"caption": {"en": "a"}}': None,
+        b'{"caption": "cut': None,
+        b"\xff\xff": None,
+        b"": None,
+    }
+    path = captioned(tmp_path / "a.tar", [{"json": content} for content in expected])
+    pack_module.write_listing(data.Shards(path))
+    for where in (path, f"pipe:cat {path}"):
+        sources = [
+            data.open_sources(where, cache=(f"{tmp_path}/cache", "1M"), caption_key=key)[0]
+            for key in ("caption", "title")
+        ]
+        titles = [[], ["x"], [], ["a moon"], [], [], [], [], [], None, None, None]
+        for source, wanted in zip(sources, (expected.values(), titles)):
+            for number, texts in enumerate(wanted):
+                found = source.read(number)["captions"]
+                if texts is None:
+                    with pytest.raises(ValueError, match="the file of its captions is damaged"):
+                        found()
+                else:
+                    assert found() == texts
+
+
+def test_a_text_file_is_one_caption_and_holds_hashtags_too(tmp_path):
+    texts = ["a red\n  star #sky\n", " \n", "\ufeff\u0441\u043e\u0431\u0430\u043a\u0430"]
+    files = [{"txt": text.encode()} for text in texts]
+    files += [{"txt": b"caf\xe9 noir"}, {"txt": b"the text", "json": b'{"id": 7}'}]
+    files += [{"txt": b"the text", "json": b'{"caption": "the json"}'}, {}]
+    files += [{"txt": b"the text", "json": b'{"caption": %s}' % c} for c in (b'""', b'[" ", "#"]')]
+    source = opened(captioned(tmp_path / "a.tar", files))
+    found = [source.read(number)["captions"]() for number in range(9)]
+    assert found[7:] == [["the text"]] * 2  # a caption of no word hides nothing
+    assert found[:7] == [["a red\n  star #sky"], [], ["\u0441\u043e\u0431\u0430\u043a\u0430"],
+                     ["caf\ufffd noir"], ["the text"], ["the json"], []]  # fmt: skip
+    assert hashtags.canonical(source.read(0)["hashtags"](), {}) == {"sky"}
+
+
+def test_captions_of_a_folder_come_from_its_labels(tmp_path, capsys):
+    folder = write_files(tmp_path / "p", {f"{name}.png": tile(i) for i, name in enumerate("abc")})
+    rows = ["path,caption", "a.png,a dog", '"./a.png","a ""big"" dog, or two"', "b.png,", "c.png,x"]
+    lines = ['{"path": "a.png", "caption": ["a dog", "a \\"big\\" dog, or two"]}']
+    lines += ['{"path": "b.png", "caption": ""}', '{"path": "c.png", "caption": "x"}']
+    files = {
+        "a.csv": rows,
+        "b.csv": [row.replace("caption", "title") for row in rows],
+        "c.csv": ["class,caption,path", *(f"cat,{row[6:]},a.png" for row in rows[1:2])],
+        "a.jsonl": lines,
+        "b.jsonl": ['{"path": "a.png", "caption": "a dog"}', lines[0].replace('"a dog", ', "")]
+        + lines[1:],
+    }
+    write_files(tmp_path, {name: "\n".join(text).encode() for name, text in files.items()})
+    identities = set()
+    for name, key in (("a.csv", "caption"), ("b.csv", "title"), ("a.jsonl", "caption"),
+                      ("b.jsonl", "caption")):  # fmt: skip
+        source, _ = data.open_sources(folder, labels=f"{tmp_path}/{name}", caption_key=key)
+        found = {path: source.read(i)["captions"]() for i, path in enumerate(source.paths)}
+        assert found == {"a.png": ["a dog", 'a "big" dog, or two'], "b.png": [""], "c.png": ["x"]}
+        identities.add(source.identity)
+    assert capsys.readouterr().err == "" and len(identities) == 1
+    source, _ = data.open_sources(folder, labels=f"{tmp_path}/c.csv")
+    assert source.read(0)["captions"]() == ["a dog"] and source.classes == ["cat"]
+    (tmp_path / "a.csv").write_text("\n".join([*rows, "c.png,y"]))  # another data set
+    source, _ = data.open_sources(folder, labels=f"{tmp_path}/a.csv")
+    assert source.identity not in identities
+    assert all(opened(folder).read(number)["captions"]() == [] for number in range(3))
+
+
+def test_captions_of_a_csv_keep_their_spaces(tmp_path):
+    """They are part of what a checkpoint compares. Paths and classes are stripped."""
+    folder = write_files(tmp_path / "p", {f"{name}.png": tile(0) for name in "abc"})
+    text = 'path,caption\na.png, a cat \nb.png,"a ""big"" dog, or two "\nc.png, a "b" c\n'
+    (tmp_path / "a.csv").write_text(text)
+    source, _ = data.open_sources(folder, labels=f"{tmp_path}/a.csv")
+    found = {path: source.read(number)["captions"]() for number, path in enumerate(source.paths)}
+    expected = {"a.png": [" a cat "], "b.png": ['a "big" dog, or two '], "c.png": [' a "b" c']}
+    assert found == expected
+    assert source.identity == "3 pictures, 1a7ee00735acd09f"  # as before spaces were looked at
+    (tmp_path / "a.csv").write_text(
+        'class, caption ,path\n cat , a "b" c, a.png \n"dog, 2",x,b.png'
+    )
+    found = labels_module.read_labels(f"{tmp_path}/a.csv")
+    assert found == {
+        "a.png": {"class": "cat", "captions": [' a "b" c']},
+        "b.png": {"class": "dog, 2", "captions": ["x"]},
+    }
+
+
+def test_damaged_captions_of_labels_are_counted_and_left_out(tmp_path, capsys):
+    rows = ["path,caption", "a.png,a dog", "b.png,a dog, too", "c.txt,a", "d.png", "a.png,more"]
+    write_files(tmp_path, {"a.csv": "\n".join(rows).encode() + b"\nf.png,caf\xe9"})
+    assert labels_module.read_labels(f"{tmp_path}/a.csv") == {
+        "a.png": {"captions": ["a dog", "more"]}
+    }
+    assert "a.csv: entries" in (printed := capsys.readouterr().err) and ": 4" in printed
+    lines = ['{"path": "a.png", "caption": 5}', '{"path": "b.png", "caption": ["x", null]}']
+    lines += ['{"path": "c.png", "class": 1, "caption": "x"}', '{"path": "d.png", "caption": null}']
+    lines += ['{"path": "c.png", "class": 2, "caption": "y"}']
+    write_files(tmp_path, {"a.jsonl": "\n".join(lines).encode()})
+    expected = {"c.png": {"class": "1", "captions": ["x"]}, "d.png": {"captions": []}}
+    assert labels_module.read_labels(f"{tmp_path}/a.jsonl") == expected
+    assert ": 3" in capsys.readouterr().err
+
+
+def test_labels_without_captions_are_the_data_set_they_were(tmp_path):
+    """What earlier versions said of this data: checkpoints and packed shards hold it."""
+    folder = write_files(tmp_path / "p", {"a.png": tile(0), "b.png": tile(1)})
+    lines = ['{"path": "a.png", "class": 1, "hashtags": ["#x"]}', '{"path": "b.png", "class": 2}']
+    write_files(tmp_path, {"labels.jsonl": "\n".join(lines).encode()})
+    source, _ = data.open_sources(folder, labels=f"{tmp_path}/labels.jsonl")
+    assert source.identity == "2 pictures, e23d8e52339fdadb"
+
+
+def test_all_captions_of_a_source_are_read_without_its_pictures(tmp_path, monkeypatch, capsys):
+    files = [{"json": b'{"caption": ["a #dog", "b"]}'}, {"json": b"{cut"}, {"txt": b"c"}, {}]
+    path = captioned(tmp_path / "a.tar", files)
+    monkeypatch.setattr(data.Image, "open", None)
+    assert lit.all_captions(opened(path)) == [["a #dog", "b"], [], ["c"], []]
+    printed = capsys.readouterr().err
+    assert "unreadable caption: " in printed and f"{path}:00001" in printed
+    assert lit.all_captions(data.Part(opened("toy"), [5])) == [toy.toy_sample(5)["captions"]()]
+
+
+def test_cleaned_captions_by_hand():
+    for text, expected in {
+        "a red star": "a red star",
+        "  #red #star#sky\r\n\tat\u00a0night\u3000 ": "red star sky at night",
+        "a\x00b\x1b[0m\x7f\u2028c": "a b [0m c",
+        "\uff03\u72ac #": "\u72ac",
+        "# \n": "",
+        "": "",
+        "\u0928\u092e\u0938\u094d\u0924\u0947": "\u0928\u092e\u0938\u094d\u0924\u0947",
+        "\U0001f468\u200d\U0001f467": "\U0001f468\u200d\U0001f467",  # the joiner is part of it
+    }.items():
+        assert lit.clean(text) == expected == lit.clean(expected)
+
+
+ODD_TEXTS = [
+    *("", " ", "\x00", "a\x00b", "a\tb\nc\r\n", "\x07\x1b[0m", "\ufeffbom", "\u2581x", "  a  b  "),
+    *("שלום", "\u200f\u202eثعلب\u202c", "日本語", "नमस्ते", "e\u0301 \u00e9", "\ufb01ne \uff21"),
+    *("\U0001f468\u200d\U0001f469\u200d\U0001f467", "👍🏽🇫🇷", "\u2764\ufe0f"),
+]
+
+
+def test_tokens_of_bytes_by_hand():
+    tokenizer = lit.open_tokenizer(None)
+    assert tokenizer.vocabulary == 260
+    tokens = tokenizer(["ab", "", "\u00e9\n"], 77)
+    assert tokens.dtype == torch.int64 and tokens.tolist() == [
+        [0, 4 + 97, 4 + 98, 2, 1, 1, 1, 1],
+        [0, 2, 1, 1, 1, 1, 1, 1],
+        [0, 4 + 0xC3, 4 + 0xA9, 4 + 10, 2, 1, 1, 1],
+    ]
+    assert tokenizer(["\ud83d x"], 77).tolist() == tokenizer(["? x"], 77).tolist()
+    for text in ODD_TEXTS:
+        (row,) = tokenizer([text], 100).tolist()
+        end = row.index(2)
+        assert row[0] == 0 and set(row[end + 1 :]) <= {1} and len(row) % 8 == 0
+        assert bytes(token - 4 for token in row[1:end]).decode() == text
+
+
+def test_a_row_of_tokens_is_cut_at_the_context_and_few_widths_occur():
+    tokenizer = lit.open_tokenizer(None)
+    text = "abcdefghijkl" * 1000
+    for context in (1, 5, 6, 7, 77, 100):
+        for length in (0, 1, 5, 6, 7, 40, 76, 77, 78, 12_000):
+            tokens = tokenizer([text[:length], "", text[:length]], context)
+            kept = min(length, context)
+            for row in tokens[::2].tolist():
+                ids = [4 + ord(letter) for letter in text[:kept]]
+                assert row == [0, *ids, 2] + [1] * (tokens.shape[1] - kept - 2)
+            assert tokens.shape[1] == min(-(-(kept + 2) // 8) * 8, context + 2)
+
+
+SENTENCES = [
+    "a large red striped star on plain green ground and a small blue circle",
+    "the quick brown fox jumps over the lazy dog twice on sundays",
+    "быстрая лиса прыгает через ленивую собаку",
+    "الثعلب البني السريع يقفز فوق الكلب الكسول",
+    "敏捷的棕色狐狸跳过了懒狗 今天天气很好",
+    "नमस्ते दुनिया यह एक छोटा वाक्य है",
+    "red heart ❤️ smile 😀 family 👨\u200d👩\u200d👧 thumbs 👍🏽",
+]
+
+
+def train_sentencepiece(path, **options):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 3),
+        model_writer=content,
+        vocab_size=400,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        num_threads=1,
+        minloglevel=2,
+        **options,
+    )
+    path.write_bytes(content.getvalue())
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def pieces(tmp_path_factory):
+    """A file like XLM-R's, trained on sentences of five scripts and emoji: its path."""
+    return train_sentencepiece(tmp_path_factory.mktemp("xlmr") / "sentencepiece.bpe.model")
+
+
+def test_ids_of_sentencepiece_in_fairseqs_order(pieces):
+    """<s> <pad> </s> <unk>, then sentencepiece's own pieces, from its fourth on; <mask> last."""
+    from sentencepiece import SentencePieceProcessor
+
+    model, tokenizer = SentencePieceProcessor(model_file=pieces), lit.open_tokenizer(pieces)
+    names = ["<s>", "<pad>", "</s>", "<unk>"]
+    names += [model.id_to_piece(number) for number in range(3, model.vocab_size())] + ["<mask>"]
+    assert len(names) == tokenizer.vocabulary
+    for text in [*SENTENCES, "a red star"]:
+        (row,) = tokenizer([text], 100).tolist()
+        found = [names[token] for token in row[1 : row.index(2)]]
+        assert found == model.encode(text, out_type=str) and "".join(found).strip("\u2581")
+    (row,) = tokenizer(["a \u2603 star"], 100).tolist()  # a snowman was not in the sentences
+    assert [names[token] for token in row].count("<unk>") == 1
+    assert tokenizer(["", " "], 100).tolist() == [[0, 2, 1, 1, 1, 1, 1, 1]] * 2
+    # What looks like a mark in a text is text.
+    assert {1, 2, tokenizer.vocabulary - 1}.isdisjoint(tokenizer.ids("<s> </s> <pad> <mask>"))
+
+
+def test_ids_of_sentencepiece_are_those_of_transformers(pieces):
+    pytest.importorskip("google.protobuf")  # transformers reads the file with it
+    reference = pytest.importorskip("transformers").XLMRobertaTokenizer
+    reference = reference.from_pretrained(os.path.dirname(pieces))
+    tokenizer = lit.open_tokenizer(pieces)
+    assert tokenizer.vocabulary == len(reference) == reference.mask_token_id + 1
+    for text in [*SENTENCES, *ODD_TEXTS, "a red star " * 1000]:
+        ids = reference(text, truncation=True, max_length=102)["input_ids"]
+        (row,) = tokenizer([text], 100).tolist()
+        assert row == ids + [1] * (len(row) - len(ids)), text
+
+
+@pytest.mark.parametrize("file", [False, True])
+def test_any_text_has_tokens_soon(file, request):
+    tokenizer = lit.open_tokenizer(request.getfixturevalue("pieces") if file else None)
+    lengthy = [
+        "star " * 2000,
+        "a" * 10_000,
+        "\U0001f600" * 10_000,
+        "\u0643" * 10_000,
+        "\x00" * 10_000,
+    ]
+    texts = [*ODD_TEXTS, "\ud800", "a\udcffb\udfff", *lengthy]
+    began = time.monotonic()
+    tokens = tokenizer(texts, 100)
+    assert time.monotonic() - began < 1  # seen: 0.02
+    assert tokens.shape == (len(texts), 102) and tokens.max() < tokenizer.vocabulary
+    assert (tokens[:, 0] == 0).all() and ((tokens == 2).sum(1) == 1).all()
+    assert torch.equal(pickle.loads(pickle.dumps(tokenizer))(texts, 100), tokens)
+
+
+def test_a_tokenizer_says_which_it_is(pieces, tmp_path):
+    other = train_sentencepiece(tmp_path / "other.model", normalization_rule_name="identity")
+    copy = shutil.copy(pieces, tmp_path / "copy.model")
+    found = [lit.open_tokenizer(path).identity for path in (pieces, copy, other, None)]
+    assert found[0] == found[1] and len(set(found)) == 3
+
+
+def test_a_wrong_tokenizer_file_is_one_line_that_names_it(pieces, tmp_path, monkeypatch):
+    whole = Path(pieces).read_bytes()
+    files = {"empty": b"", "cut": whole[:-3], "text": b"hello", "tar": bytes(10_240)}
+    write_files(tmp_path, files)
+    train_sentencepiece(tmp_path / "t5", unk_id=2, bos_id=-1, eos_id=1, pad_id=0)
+    (tmp_path / "folder").mkdir()
+    for name in (*files, "t5", "folder", "missing"):
+        with pytest.raises(ValueError, match=f"{tmp_path}/{name} is no tokenizer") as error:
+            lit.open_tokenizer(f"{tmp_path}/{name}")
+        one_line(error)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ValueError, match="pip install sentencepiece") as error:
+        lit.open_tokenizer(pieces)
+    assert pieces in one_line(error)
+
+
+class Captioned(Memory):
+    """Sample n has n % 4 captions."""
+
+    def read(self, number):
+        captions = [f"#caption {c} of {number}" for c in range(number % 4)]
+        return super().read(number) | {"captions": lambda: captions}
+
+
+def text_of(row):
+    """The text of a row of byte tokens."""
+    return bytes(token - 4 for token in row.tolist() if token >= 4).decode()
+
+
+def captioned_batches(process=0, processes=1, **options):
+    order = data.Order(SIZES, seed=4, lanes=6)
+    tokenizer, dealt = lit.open_tokenizer(None), {"process": process, "processes": processes}
+    return data.Batches(
+        Captioned(SIZES), order=order, tokenizer=tokenizer, **dealt, **BATCH, **options
+    )
+
+
+def test_a_caption_is_drawn_by_a_key_of_its_own():
+    order, seen = data.Order(SIZES, seed=4, lanes=6), Counter()
+    batches = captioned_batches(pictures=False)
+    for step in range(120):  # 29 epochs
+        batch = batches[step]
+        for row, position in enumerate(range(step * 12, step * 12 + 12)):
+            number = order(position)
+            bits = int(data.random_bits(1, 4, position // 50, position, data.CAPTION)[0])
+            captions = [f"caption {c} of {number}" for c in range(number % 4)] or [""]
+            text = captions[bits % len(captions)]
+            assert text_of(batch["tokens"][row]) == text and batch["samples"][row] == number
+            assert batch["weight"][row] == bool(text)
+            seen[text] += 1
+    assert len(seen) == 1 + sum(number % 4 for number in range(50))  # every caption came
+
+
+def test_captions_change_nothing_else_that_is_drawn():
+    for step in STEPS:
+        batch, expected = captioned_batches()[step], training_batches()[step]
+        assert batch.pop("tokens").shape[0] == 12
+        same_batch(batch | {"weight": expected["weight"]}, expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tokens_do_not_depend_on_processes_and_workers(workers):
+    parts = [list(data.loader(captioned_batches(p, 2), range(3), workers)) for p in range(2)]
+    for step in range(3):
+        whole = captioned_batches()[step]
+        position = torch.cat([part[step]["positions"] for part in parts]).argsort()
+        for name in ("samples", "weight"):
+            joined = torch.cat([part[step][name] for part in parts])[position]
+            assert torch.equal(joined, whole[name]), name
+        texts = [text_of(row) for part in parts for row in part[step]["tokens"]]
+        assert [texts[i] for i in position] == [text_of(row) for row in whole["tokens"]]
+
+
+def test_without_an_order_the_first_caption_comes_and_what_has_none_weighs_nothing(tmp_path):
+    texts = b'{"caption": ["#", "  a \\n#dog", "b"]}', b"{cut", b'{"caption": "c"}'
+    files = [{"json": text} for text in texts] + [{"txt": b"d\xe9"}, {}, {"txt": b" #\n"}]
+    source = opened(captioned(tmp_path / "a.tar", files))
+    batch = data.Batches(source, (4, 4), 3, 8, tokenizer=lit.open_tokenizer(None), context=5)[0]
+    found = [text_of(row) for row in batch["tokens"]]
+    assert found == ["a dog", "", "c", "d\ufffd", "", "", "", ""]
+    assert batch["weight"].tolist() == [1, 0, 1, 1, 0, 0, 0, 0]
+    assert batch["samples"].tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
+    assert batch["tokens"][4].tolist() == [0, 2, 1, 1, 1, 1, 1]
+    (line,) = batch["bad"]
+    assert "a.tar:00001" in line and "damaged" in line
+    batch = data.Batches(source, (4, 4), 3, 8)[0]  # who wants no captions misses none
+    assert batch["weight"].tolist() == [1] * 6 + [0] * 2 and "tokens" not in batch
+
+
+def test_a_sample_wants_both_a_caption_and_a_tag_where_both_are_looked_for(tmp_path):
+    vocabulary = hashtags.Vocabulary({"dog": 1}, {})
+    files = [{"txt": text} for text in (b"a #dog", b"a dog")] + [{"json": b'["dog"]'}]
+    source = opened(captioned(tmp_path / "a.tar", files))
+    wanted = {"tokenizer": lit.open_tokenizer(None), "vocabulary": vocabulary}
+    assert data.Batches(source, (4, 4), 3, 3, **wanted)[0]["weight"].tolist() == [1, 0, 0]
+
+
+def test_batches_without_pictures_open_none():
+    class Unopened(Captioned):
+        def read(self, number):
+            return super().read(number) | {"image": lambda: pytest.fail("opened")}
+
+    batches, whole = captioned_batches(pictures=False), captioned_batches()[1]
+    batches.source = Unopened(SIZES)
+    batch = batches[1]
+    assert batch["images"].shape == (12, 3, 0, 0)
+    same_batch(batch | {"images": whole["images"]}, whole)
+
+
+import pytest
+from conftest import TINY_TEXT
+
+from tasks.lit import TwoTowers
+
+# --------------------------------------------------------------------------------- pictures and texts
+
+PAIRS_OF_TWO_WORLDS = """
+import os
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tasks import lit
+
+processes = int(os.environ.get("WORLD_SIZE", 1))
+rank = int(os.environ.get("RANK", 0))
+if processes > 1:
+    dist.init_process_group("gloo")
+lit.Contrastive.ROWS = 4  # several of them, the last one shorter
+for left_out in ([], [0, 5, 11], range(4), range(12)):
+    generator = torch.Generator().manual_seed(3)
+    images, texts = torch.randn(2, 12, 5, dtype=torch.float64, generator=generator)
+    weight = torch.ones(12)
+    weight[list(left_out)] = 0
+    leaves = [F.normalize(x, dim=1).requires_grad_() for x in (images, texts)]
+    leaves.append(torch.tensor([7.0], dtype=torch.float64, requires_grad=True))
+    share = slice(12 // processes * rank, 12 // processes * (rank + 1))
+    ours = [x.detach()[share].requires_grad_() for x in leaves[:2]]
+    ours.append(leaves[2].detach().clone().requires_grad_())
+    loss = lit.contrastive_loss(*ours, weight[share])
+    (3 * loss).backward()  # whatever comes after it scales the gradients
+
+    kept = weight > 0
+    logits = leaves[2] * leaves[0][kept] @ leaves[1][kept].T
+    answers = torch.arange(len(logits))
+    whole = (F.cross_entropy(logits, answers) + F.cross_entropy(logits.T, answers)) / 2
+    if not kept.any():
+        assert loss == 0 and not any(x.grad.any() for x in ours)
+        continue
+    (3 * whole).backward()
+    scale = ours[2].grad.clone()
+    if processes > 1:
+        dist.all_reduce(scale)
+    assert abs(loss - whole) < 1e-10
+    for x, y in zip(ours, leaves[:2]):
+        assert (x.grad - y.grad[share]).abs().max() < 1e-10
+    assert (scale - leaves[2].grad).abs().max() < 1e-10
+if processes > 1:
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("processes", [None, 2, 3])
+def test_the_contrastive_loss_is_that_of_the_whole_matrix(processes):
+    ran = stage(processes=processes, code=PAIRS_OF_TWO_WORLDS)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_a_text_is_embedded_alike_alone_and_among_longer_ones():
+    pair = TwoTowers("16x2x2", TINY_TEXT, 8, image_size=16, patch_size=4)
+    tokens = torch.randint(4, 30, (3, 9), generator=torch.Generator().manual_seed(0))
+    tokens[1, 4:] = tokens[2, 1:] = lit.PADDING
+    found = pair(tokens=tokens)[1]
+    for row, length in enumerate((9, 4, 1)):
+        alone = pair(tokens=tokens[row : row + 1, :length])[1]
+        torch.testing.assert_close(alone[0], found[row])
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
+    swapped = tokens[:1, [0, 2, 1, *range(3, 9)]]  # positions count
+    assert (pair(tokens=swapped)[1] - found[0]).abs().max() > 1e-4
