@@ -84,55 +84,62 @@ def running_sum(counts):
 
 # -------------------------------------------------------------------------------------------- order
 
-WEIGHT = 1 << 16  # a sampling weight of 1.0: weights are whole numbers, so that sums are exact
 SHUFFLE_BLOCK = 8192  # samples that are shuffled together, from as few shards as hold them
 
 
 class Order:
     """The endless stream of samples: position -> sample number, counted through the shards.
 
-    Position p lies in epoch p // length. An epoch is a fixed multiset: every sample once or, with
-    sampling weights, as often as its weight says.
+    Position p lies in epoch p // length. An epoch has each sample once. (support/hashtags.py has an
+    order with sampling weights.)
 
-    The stream is dealt to `lanes` in pairs: lane (p // 2) % lanes (in pairs, because mixup mixes
-    positions 2i and 2i + 1). Process r of W takes the positions with (p // 2) % W == r: for any W
-    that divides the lanes these are whole lanes, so the global order is the same for all such W and
-    each process reads only its own lanes' shards.
+    The stream is dealt to `lanes`, in pairs of positions, because mixup mixes 2i and 2i + 1: the
+    lane of position p is (p // 2) % lanes. Process r of W takes the positions with (p // 2) % W ==
+    r: for any W that divides the lanes these are whole lanes. So the global order is the same for
+    all such W, and each process reads only its own lanes' shards.
 
-    For an epoch, all shards are laid end to end (in an order that depends on the seed alone) and
-    cut into one stretch per lane, each exactly as long as the number of positions that the lane has
-    in that epoch. So lanes never end unevenly. Instead, a shard that a cut runs through is read by
-    two lanes, and from epoch to epoch the cuts move by fewer than 2 x lanes samples. Within a lane,
-    shards come in a random order, and samples are shuffled in blocks of neighbouring shards: a
-    process holds two blocks of numbers per lane, and otherwise only what grows with the shards.
+    Example: shards 0, 1, 2 of 4, 3 and 5 samples (numbers 0-3, 4-6, 7-11), two lanes.
 
-    sizes    (S,) samples in each shard
-    totals   (S,) int64, the sum of each shard's sampling weights in units of 1 / WEIGHT, or None
-    weights  (first, stop) -> int64 weights of these samples in the same units, read with a shard
-    most     the largest of the weights
+        positions   0  1   2  3   4  5   6  7   8  9  10 11
+        lane        0  0   1  1   0  0   1  1   0  0   1  1      each lane has 6 of the 12
 
-    With weights, sample i owns a stretch of length weights[i] of a line of length sum(totals), and
-    is drawn once for each of the `length` points on it, which lie WEIGHT apart from a random offset
-    on, new in each epoch (systematic sampling): as often as its weight says, rounded up or down.
-    (Where the sum is no whole number, what is left over is shared out among the first gaps.)
+    1. The shards are laid end to end, in a random order that depends on the seed alone. Say it is
+       2, 0, 1: the line of samples is 7-11, 0-3, 4-6.
+    2. The line is cut into one stretch for each lane, as long as the lane's positions in this
+       epoch. Lane 0 gets 7-11 and 0, lane 1 gets 1-3 and 4-6. Lanes never end unevenly; a shard
+       that a cut runs through is read by both. (In the next epoch the cuts lie elsewhere, if the
+       samples cannot be dealt evenly; by fewer than 2 x lanes samples.)
+    3. The pieces of shards in a stretch come in a random order: lane 1 reads 4-6, then 1-3.
+    4. Samples are shuffled in blocks of neighbouring pieces. Here all six are one block: say
+       5 3 1 6 4 2. So positions 2, 3, 6, 7, 10, 11 are samples 5, 3, 1, 6, 4, 2.
+
+    A process holds two blocks of numbers per lane, and otherwise only what grows with the shards.
+
+    sizes   (S,) samples in each shard
+    lanes   default: 48, or the number of shards if that is smaller
     """
 
-    def __init__(self, sizes, seed=0, lanes=None, totals=None, weights=None, most=WEIGHT):
+    most = 1  # times that a sample comes in an epoch
+
+    def __init__(self, sizes, seed=0, lanes=None):
         sizes = np.asarray(sizes, dtype=np.int64)
-        self.seed, self.weights, self.most = seed, weights, most
-        self.lanes = lanes or min(48, len(sizes))
-        shards = permutation(len(sizes), seed, 0, 0, SHARDS)
-        spans = (sizes if weights is None else np.asarray(totals, dtype=np.int64))[shards]
-        self.edges = running_sum(spans)  # (S + 1,) in samples, or in weight
-        self.first, self.sizes = (np.cumsum(sizes) - sizes)[shards], sizes[shards]
-        self.length = int(self.edges[-1]) // (1 if weights is None else WEIGHT)
-        if self.length < 1:
-            raise ValueError("there are no samples to draw from")
+        self.seed, self.lanes = seed, lanes or min(48, len(sizes))
+        self.shards = permutation(len(sizes), seed, 0, 0, SHARDS)  # as they are laid end to end
+        self.sizes = sizes[self.shards]
+        self.first = (np.cumsum(sizes) - sizes)[self.shards]  # each shard's first sample number
+        self.edges = running_sum(self.sizes)  # (S + 1,) where each shard begins in the line
+        self.set_length(int(self.edges[-1]))
         self.blocks = {}  # lane -> [(epoch, first turn, sample numbers)] of its last two blocks
+
+    def set_length(self, length):
+        if length < 1:
+            raise ValueError("there are no samples to draw from")
+        self.length = length  # of an epoch, in samples
 
     def __call__(self, position):
         """The sample number of a position."""
         epoch, lane = position // self.length, position // 2 % self.lanes
+        # The position is the lane's turn-th of this epoch.
         turn = self.before(lane + 1, position, epoch) - self.before(lane, position, epoch)
         last = self.blocks.get(lane, [])
         for block_epoch, first, samples in last:
@@ -140,14 +147,6 @@ class Order:
                 return int(samples[turn - first])
         self.blocks[lane] = [*last[-1:], (epoch, *self.block(epoch, lane, turn))]
         return self(position)
-
-    def too_many(self, bad, drawn, share):
-        """Whether `bad` unreadable ones among the first `drawn` are over a share (--max-bad).
-
-        One picture alone, as often as it comes in the epochs begun, never is; all of them are.
-        """
-        alone = (drawn // self.length + 1) * -(-self.most // WEIGHT)
-        return bad > max(share * max(1000, drawn), alone) or bad == drawn > 1
 
     def before(self, lane, position, epoch):
         """How many of an epoch's positions before `position` belong to lanes before `lane`."""
@@ -157,49 +156,64 @@ class Order:
 
     def block(self, epoch, lane, turn):
         """The shuffled block of a lane that holds its `turn`: (its first turn, sample numbers)."""
-        edges = self.edges
-        if self.weights is not None:  # from weight to draws: the points that lie before each edge
-            gap, wider = divmod(int(edges[-1]), self.length)  # the first gaps are wider by one
-            offset = int(random_bits(1, self.seed, epoch, 0, OFFSET)[0] % gap)
-            rest = edges - offset
-            edges = np.maximum(-(-rest // (gap + 1)), -((wider - rest) // gap)).clip(min=0)
-        # The lane's stretch of the epoch's draws, and the pieces of shards that lie in it.
-        end = (epoch + 1) * self.length
+        end, edges = (epoch + 1) * self.length, self.edges_of(epoch)
         start, stop = self.before(lane, end, epoch), self.before(lane + 1, end, epoch)
-        piece = np.searchsorted(edges, start, "right") - 1
+        # The pieces of shards in the lane's stretch: piece i is cuts[i] .. cuts[i + 1] of the line.
+        shard = np.searchsorted(edges, start, "right") - 1
         last = np.searchsorted(edges, stop, "left")
-        cuts = np.clip(edges[piece : last + 1], start, stop)
-        order = permutation(len(cuts) - 1, self.seed, epoch, lane, LANES)
-        counts = np.diff(cuts)[order]
-        firsts = np.cumsum(counts) - counts
-        # The pieces that begin in the same SHUFFLE_BLOCK make a block.
-        number = firsts // SHUFFLE_BLOCK
-        block = number[np.searchsorted(firsts + counts, turn, "right")]
-        order, counts, firsts = (array[number == block] for array in (order, counts, firsts))
-        draws = np.arange(counts.sum()) + np.repeat(cuts[order] - (firsts - firsts[0]), counts)
-        shards = np.repeat(piece + order, counts)
-        if self.weights is None:
-            samples = draws - edges[shards]
-        else:
-            points = offset + draws * gap + np.minimum(draws, wider) - self.edges[shards]
-            samples = np.empty_like(draws)
-            for i in np.unique(shards):
-                ends = np.cumsum(self.weights(self.first[i], self.first[i] + self.sizes[i]))
-                samples[shards == i] = np.searchsorted(ends, points[shards == i], "right")
-        samples += self.first[shards]
-        shuffle = permutation(len(draws), self.seed, epoch, lane << 32 | int(block), BLOCKS)
-        return int(firsts[0]), samples[shuffle]
+        cuts = np.clip(edges[shard : last + 1], start, stop)
+        pieces = permutation(len(cuts) - 1, self.seed, epoch, lane, LANES)
+        counts = np.diff(cuts)[pieces]
+        turns = np.cumsum(counts) - counts  # each piece's first turn
+        # Pieces that begin in the same SHUFFLE_BLOCK turns make a block.
+        number = turns // SHUFFLE_BLOCK
+        block = number[np.searchsorted(turns + counts, turn, "right")]
+        pieces, counts, turns = (array[number == block] for array in (pieces, counts, turns))
+        first = int(turns[0])
+        places = np.arange(counts.sum()) + np.repeat(cuts[pieces] - (turns - first), counts)
+        samples = self.samples_at(epoch, places, np.repeat(shard + pieces, counts))
+        shuffle = permutation(len(samples), self.seed, epoch, lane << 32 | int(block), BLOCKS)
+        return first, samples[shuffle]
+
+    def edges_of(self, epoch):
+        """(S + 1,) where each shard begins in an epoch's line."""
+        return self.edges
+
+    def samples_at(self, epoch, places, shards):
+        """The sample numbers at these places of an epoch's line, which lie in these shards."""
+        return self.first[shards] + places - self.edges[shards]
 
 
 # ------------------------------------------------------------------------------------------ sources
-#
-# A source has: sizes (S,) int64, samples per shard; classes, a list of names, or None; identity;
-# name(number); where(number), the shard or picture, known without opening it; and read(number) ->
-# {"image": a function that opens the PIL image, "class": int, -1 if unknown, "hashtags": one that
-# gives a list of tags, or a text with #tags in it, "captions": one that gives a list of texts}.
-# (They raise ValueError where that is damaged.) So who wants labels, tags or captions reads the
-# same, and opens no picture. Numbers run through the shards. Remote shards have a cache, too.
-# Sources of videos have "video" instead, shards have both: see "videos".
+
+
+class Source:
+    """What a source of samples has: Folder, Shards, Subset, and those of support/ and tasks/.
+
+    sizes     (S,) int64, samples per shard; numbers of samples run through the shards
+    classes   the names of its classes, or None
+    identity  a text that is another one for other data
+    cache     of remote shards, see support/remote.py (may be missing)
+    """
+
+    def read(self, number):
+        """A dict whose functions open what they give only when they are called:
+
+        image      () -> PIL image
+        class      int, -1 if unknown
+        hashtags   () -> a list of tags, or a text with #tags in it (may be missing)
+        captions   () -> a list of texts (may be missing)
+        video      instead of image, or beside it: see tasks/video.py
+
+        The functions raise ValueError or OSError where the sample is damaged.
+        """
+
+    def name(self, number):
+        """The sample's name, for messages."""
+
+    def where(self, number):
+        """The shard or picture that it is in, known without opening anything."""
+
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -306,7 +320,7 @@ def open_source(data, size, classes, split, labels, cache, caption_key, videos):
     return shards
 
 
-class Folder:
+class Folder(Source):
     """Pictures below a folder. If all lie in subfolders, the first level's names are the classes.
 
     With `labels`, the pictures, classes, hashtags and captions that it lists: see read_labels.
@@ -441,7 +455,7 @@ def stable_hash(text):
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
 
 
-class Part:
+class Subset(Source):
     """The samples of a source with these numbers (a range or a list), in this order."""
 
     def __init__(self, source, numbers):
@@ -470,10 +484,10 @@ def hold_out(train, val, count, share=0.05):
     """(source to train on, at most `count` samples to measure on): val's first ones or, without
     val, the last ones of train, at most this share of it."""
     if val:
-        return train, Part(val, range(min(count, int(val.sizes.sum()))))
+        return train, Subset(val, range(min(count, int(val.sizes.sum()))))
     total = int(train.sizes.sum())
     count = min(count, int(total * share))
-    return Part(train, range(total - count)), Part(train, range(total - count, total))
+    return Subset(train, range(total - count)), Subset(train, range(total - count, total))
 
 
 # ------------------------------------------------------------------------------------------- shards
@@ -484,7 +498,7 @@ def hold_out(train, val, count, share=0.05):
 # if pack made them.
 
 
-class Shards:
+class Shards(Source):
     """Tar shards in the WebDataset layout, read in place: one pread for a sample."""
 
     caption_key = "caption"  # in .json
@@ -872,6 +886,9 @@ def upright(image):
     return image if orientation_of(image) == 1 else ImageOps.exif_transpose(image)
 
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
+
+
 def to_mode(image, channels):
     """Any picture -> 8 bits of grey (1 channel), RGB (3) or RGBA (4).
 
@@ -884,8 +901,14 @@ def to_mode(image, channels):
         # On white: under transparent pixels there may be any colour.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    mode = MODES[channels]
     return image if image.mode == mode else image.convert(mode)
+
+
+def check_channels(channels):
+    """Raise ValueError if pictures cannot be read with so many."""
+    if channels not in MODES:
+        raise ValueError(f"pictures can be read as 1, 3 or 4 channels, not as {channels}")
 
 
 def has_alpha(image):
@@ -946,156 +969,126 @@ def channel_statistics(channels):
 
 @dataclass(eq=False)
 class Batches(torch.utils.data.Dataset):
-    """step * pieces + piece -> that piece of this process's part of that step's batch, a dict:
+    """number -> the number-th micro-batch of this process's part of the batches, a dict.
 
-    images     (b, C, H, W) uint8, b = batch size / processes / pieces; zero where unreadable
-               (none of them is opened, and H and W are 0, if `pictures` is false); or, with Clips,
-               (b, C, T, H, W), T = clips.total frames
-    ids        (b, N) int64, each sample's random order of patches (only with num_patches)
-    labels     (b,) int64 class numbers, -1 where unknown
-    tags       (b, T) int64 ids of hashtags, filled up with -1 (only with a vocabulary)
-    tokens     (b, T) int64, see Tokenizer (only with a tokenizer): of a sample's cleaned captions
-               one at random or, without an order, the first one; of an empty text if there is none
-    weight     (b,) float32: 1, or 0 for a sample that could not be read, or without a known tag or
-               a caption, if these are asked for
+    make(sample, key) gives the row of a sample, a dict of tensors; rows are stacked. All random
+    draws for it are keyed by key = (seed, epoch, position). sample is what the source reads or,
+    where there is none, None: then the row is of the same shapes, zeros for a picture.
+
+    Beside the row's own, a batch of b = batch_size / processes / micro_batches samples has:
+    weight     (b,) float32: what the row says, else 1; 0 for a sample that could not be read
     positions  (b,) int64 in the global stream
     samples    (b,) int64, their numbers in the source; -1 past the last one
-    numbers    (b, draws) float32 uniform in [0, 1), for what happens on the device
     bad        a list of "name: error" for the samples that could not be read
     """
 
-    source: object
-    size: tuple  # (height, width)
-    channels: int
+    source: object  # see Source
+    make: object
     batch_size: int  # over all processes
     process: int = 0  # this one's number
     processes: int = 1
-    num_patches: int = 0
-    # An Order to train in: random crops and flips. None: one sample after the other, centre crops,
-    # and weight 0 past the last one.
+    # An Order: training. None: evaluation, of one sample after the other, then padding.
     order: object = None
     seed: int = 0
-    min_crop: float = 0.2  # least area of a random crop
-    pieces: int = 1  # a process's part is made in pieces: they need not be in memory together
-    vocabulary: object = None
-    augment: object = None  # (uint8 tensor, (seed, epoch, position)) -> the same, changed
-    draws: int = 0
-    centre: float = 1.0  # without an order: see crop_and_resize
-    tokenizer: object = None
-    context: int = 77  # most tokens of a caption, but for BOS and EOS
-    pictures: bool = True
-    clips: object = None  # a Clips, for videos
+    micro_batches: int = 1  # of each process, in a batch
 
     def __post_init__(self):
-        if self.channels not in (1, 3, 4):
-            raise ValueError(f"pictures can be read as 1, 3 or 4 channels, not as {self.channels}")
         if self.processes > 1 and self.batch_size % (2 * self.processes):
-            why = f"a batch of {self.batch_size} cannot be dealt to {self.processes} processes"
-            raise ValueError(f"{why} in pairs: use a multiple of {2 * self.processes}")
+            raise ValueError(
+                f"a batch of {self.batch_size} cannot be dealt to {self.processes} processes "
+                f"in pairs: use a multiple of {2 * self.processes}"
+            )
         if self.order is not None and self.order.lanes % self.processes:
-            why = f"{self.order.lanes} lanes cannot be dealt to {self.processes} processes"
-            raise ValueError(f"{why}: give --lanes, a multiple of {self.processes}, and keep to it")
+            raise ValueError(
+                f"{self.order.lanes} lanes cannot be dealt to {self.processes} processes: "
+                f"give --lanes, a multiple of {self.processes}, and keep to it"
+            )
         self.total, self.cache = int(self.source.sizes.sum()), getattr(self.source, "cache", None)
         if self.cache and self.order is not None:  # each lane reads the shards of a block
             block = math.ceil(SHUFFLE_BLOCK * len(self.source.sizes) / self.order.length)
             self.cache.must_hold(self.order.lanes // self.processes * block)
 
     def __len__(self):
-        """Items in which every sample comes once (the last step may hold others or padding)."""
-        return math.ceil(self.total / self.batch_size) * self.pieces
+        """Micro-batches in which each sample comes once (the last ones may hold padding)."""
+        return math.ceil(self.total / self.batch_size) * self.micro_batches
 
-    def positions(self, item):
-        """(b,) int64 in the global stream: an item's."""
-        step, piece = divmod(item, self.pieces)
+    def positions(self, number):
+        """(b,) int64 in the global stream: a micro-batch's."""
+        step, micro_batch = divmod(number, self.micro_batches)
         positions = step * self.batch_size + np.arange(self.batch_size)
         positions = positions[positions // 2 % self.processes == self.process]
-        return positions.reshape(self.pieces, -1)[piece]
+        return positions.reshape(self.micro_batches, -1)[micro_batch]
+
+    def __getitem__(self, number):
+        positions = self.positions(number)
+        if self.cache:  # fetch what is needed now, and half a block later or the next shard
+            later = SHUFFLE_BLOCK // 2 * self.order.lanes if self.order else self.source.sizes.max()
+            self.cache.ask(self.places(np.concatenate([positions, positions + later])))
+        bad = []
+        rows = [self.row(position, bad) for position in positions.tolist()]
+        batch = {name: stack([row[name] for row in rows]) for name in rows[0]}
+        return batch | {"positions": torch.from_numpy(positions), "bad": bad}
+
+    def row(self, position, bad):
+        """The row of a position; its name and error are added to `bad` if it cannot be read."""
+        epoch = position // self.order.length if self.order else 0
+        number = self.order(position) if self.order else position
+        key, missing = (self.seed, epoch, position), {"weight": torch.tensor(0.0)}
+        if number >= self.total:
+            return self.make(None, key) | missing | {"samples": torch.tensor(-1)}
+        found = {"samples": torch.tensor(number)}
+        try:
+            return {"weight": torch.tensor(1.0)} | self.make(self.source.read(number), key) | found
+        except Exception as error:  # noqa: BLE001 (decoders raise anything: named, counted)
+            raise_if_unreachable(error)
+            bad.append(f"{self.source.name(number)}: {one_line(error)}")
+            return self.make(None, key) | missing | found
+
+    def over_max_bad(self, bad, drawn, share):
+        """True if more than this share of the `drawn` first samples are bad (--max-bad).
+
+        The share is of 1,000 samples at least. A single bad file, however often it comes in the
+        epochs so far, never stops a run; nothing but bad files always does.
+        """
+        alone = (drawn // self.order.length + 1) * self.order.most
+        return bad > max(share * max(1000, drawn), alone) or bad == drawn > 1
 
     def places(self, positions):
         """The shards or pictures that positions are in, each once. Nothing is opened."""
         numbers = map(self.order, positions.tolist()) if self.order else positions.tolist()
         return list(dict.fromkeys(self.source.where(n) for n in numbers if n < self.total))
 
-    def about(self, item):
-        """What an item is made of, in words: of what is remote, what has not come yet."""
-        places = self.places(self.positions(item))
+    def about(self, number):
+        """What a micro-batch is made of, in words: of what is remote, what has not come yet."""
+        places = self.places(self.positions(number))
         if self.cache:
             places = [place for place in places if not self.cache.has(place)] or places
         some = ", ".join(places[:4]) + ", ..." * (len(places) > 4)
-        return f"process {self.process}, step {item // self.pieces + 1}: {some}"
+        return f"process {self.process}, step {number // self.micro_batches + 1}: {some}"
 
-    def __getitem__(self, item):
-        positions = self.positions(item)
-        if self.cache:  # fetch what is needed now, and half a block later or the next shard
-            later = SHUFFLE_BLOCK // 2 * self.order.lanes if self.order else self.source.sizes.max()
-            self.cache.ask(self.places(np.concatenate([positions, positions + later])))
-        height, width = self.size if self.pictures else (0, 0)
-        # Channels-last memory, because the pictures arrive in it and patchify reads it that way.
-        frames = [self.clips.total] if self.clips else []
-        shape = len(positions), *frames, height, width, self.channels
-        images = torch.zeros(shape, dtype=torch.uint8).movedim(-1, 1)
-        labels = torch.full((len(positions),), -1)
-        weight = torch.zeros(len(positions))
-        ids = torch.zeros(len(positions), self.num_patches, dtype=torch.int64)
-        numbers = torch.zeros(len(positions), self.draws)
-        tags, texts, bad = [[] for _ in positions], [""] * len(positions), []
-        samples = torch.full((len(positions),), -1)
-        for i, position in enumerate(positions.tolist()):
-            epoch = position // self.order.length if self.order else 0
-            if self.num_patches:
-                shuffled = permutation(self.num_patches, self.seed, epoch, position, MASK)
-                ids[i] = torch.from_numpy(shuffled)
-            if self.draws:
-                drawn = random_bits(self.draws, self.seed, epoch, position, DEVICE)
-                numbers[i] = torch.from_numpy(uniform(drawn))
-            number = self.order(position) if self.order else position
-            if number >= self.total:
-                continue
-            samples[i] = number
-            bits = random_bits(24, self.seed, epoch, position, VIEW) if self.order else None
-            try:
-                sample = self.source.read(number)
-                if self.pictures:
-                    images[i] = self.pixels(sample, bits, (self.seed, epoch, position))
-                known = True
-                if self.vocabulary is not None:
-                    tags[i] = self.vocabulary.ids(sample["hashtags"]())
-                    known = len(tags[i]) > 0
-                if self.tokenizer is not None:
-                    texts[i] = self.caption(sample, epoch, position)
-                    known = known and texts[i] != ""
-                labels[i], weight[i] = sample["class"], known
-            except Exception as error:  # noqa: BLE001 (decoders raise anything: named, counted)
-                raise_if_unreachable(error)
-                images[i] = 0
-                bad.append(f"{self.source.name(number)}: {one_line(error)}")
-        longest = max(map(len, tags))
-        tags = torch.tensor([t + [-1] * (longest - len(t)) for t in tags], dtype=torch.int64)
-        batch = {"images": images, "ids": ids, "labels": labels, "tags": tags, "weight": weight}
-        if self.tokenizer is not None:
-            batch["tokens"] = self.tokenizer(texts, self.context)
-        batch |= {"positions": torch.from_numpy(positions), "samples": samples}
-        return batch | {"numbers": numbers, "bad": bad}
 
-    def pixels(self, sample, bits, key):
-        """(C, H, W) uint8 of a sample or, of a video, (C, T, H, W), augmented alike."""
-        how = self.size, self.channels, bits, self.min_crop, self.centre
-        if self.clips:
-            frames = self.clips(sample["video"](self.clips.short_side), *how)
-        else:
-            frames = [crop_and_resize(sample["image"](), *how)]
-        if self.augment:
-            frames = [self.augment(frame, key) for frame in frames]
-        return torch.stack(frames, dim=1) if self.clips else frames[0]
+def stack(rows):
+    """Tensors of one shape -> one tensor with an axis more, in front. Of tensors (n,) of different
+    lengths, the shorter ones are filled up with -1. What is no tensor stays a list."""
+    if not isinstance(rows[0], torch.Tensor):
+        return rows
+    if rows[0].ndim == 1:
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+    if rows[0].ndim > 2:
+        # Pictures are in channels-last memory, and patchify reads them in it.
+        return torch.stack([row.movedim(0, -1) for row in rows]).movedim(-1, 1)
+    return torch.stack(rows)
 
-    def caption(self, sample, epoch, position):
-        """One of a sample's captions, cleaned; "" if all are empty."""
-        from tasks.lit import clean
 
-        texts = list(filter(None, map(clean, sample["captions"]()))) or [""]
-        if not self.order:
-            return texts[0]
-        return texts[int(random_bits(1, self.seed, epoch, position, CAPTION)[0] % len(texts))]
+def make_picture(sample, key, size, channels, min_crop=None, centre=1.0):
+    """(C, H, W) uint8 of a source's sample: a random crop and flip or, without min_crop, the centre.
+
+    sample None: zeros. For Batches' make; the other arguments are crop_and_resize's.
+    """
+    if sample is None:
+        return torch.zeros(*size, channels, dtype=torch.uint8).movedim(-1, 0)
+    bits = None if min_crop is None else random_bits(24, *key, VIEW)
+    return crop_and_resize(sample["image"](), size, channels, bits, min_crop, centre)
 
 
 def one_line(error):

@@ -25,6 +25,7 @@ import math
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see mae_pretrain.py
@@ -73,8 +74,13 @@ def extract(
     process, processes = distributed()
     size, channels = models.pair(config["image_size"]), config["channels"]
     batch_size = 2 * processes * max(1, batch_size // 2)  # batches are dealt in pairs
-    share = {"process": process, "processes": processes, "centre": centre, "clips": clips}
-    batches = data.Batches(source, size, channels, batch_size, **share)
+    data.check_channels(channels)
+    make = partial(labelled, size=size, channels=channels, centre=centre)
+    if clips:
+        from tasks.video import make_clips
+
+        make = partial(make_clips, clips=clips, size=size, channels=channels, centre=centre)
+    batches = data.Batches(source, make, batch_size, process, processes)
     total, features = int(source.sizes.sum()), {}
     labels, read = torch.zeros(total, dtype=torch.int64), torch.zeros(total)
     steps = data.loader(batches, range(len(batches)), workers)
@@ -99,6 +105,13 @@ def extract(
         raise ValueError(f"{bad} of {total} pictures cannot be read, over --max-bad {max_bad}")
     features = {name: found[read] for name, found in features.items()}
     return features, labels[read], read.nonzero()[:, 0]
+
+
+def labelled(sample, key, size, channels, min_crop=None, centre=1.0):
+    """A row of a batch: images (C, H, W) uint8, see data.make_picture, and labels (), -1 if
+    unknown."""
+    images = data.make_picture(sample, key, size, channels, min_crop, centre)
+    return {"images": images, "labels": torch.tensor(sample["class"] if sample else -1)}
 
 
 def usual_crop(size):
@@ -171,7 +184,7 @@ def print_probe(weights, config, train, test, pool, seed, samples=math.inf, **op
     """
     if train.classes != test.classes or not train.classes:
         return print("linear probe: left out, for want of labels")
-    train = data.Part(train, range(min(4096, int(train.sizes.sum()))))
+    train = data.Subset(train, range(min(4096, int(train.sizes.sum()))))
     if 3 * samples < 2 * int(train.sizes.sum() + test.sizes.sum()):  # backward counts two
         return print("linear probe: left out, it would take longer than the training")
     trained, untrained = (models.ViT(**models.encoder_config(config)).eval() for _ in range(2))
@@ -381,7 +394,7 @@ def task_classify(model, sources, run):
     if run.mistakes and speaks:
         wrong = [i for i in counted if best[i][0] not in answers[i]]
         wrong.sort(key=lambda i: -found[i, -1])
-        pictures = data.Part(source, numbers[wrong[: run.count]].tolist())
+        pictures = data.Subset(source, numbers[wrong[: run.count]].tolist())
         line = "{} ({:.0%}), is {}".format
         shown = [(names[best[i][0]], found[i, -1], names[min(answers[i])]) for i in wrong]
         lines = [line(*what) for what in shown[: run.count]]
@@ -396,7 +409,7 @@ def best_five(logits):
     return torch.cat([best.indices.float(), best.values[:, :1]], dim=1)
 
 
-class Bordered(data.Part):
+class Bordered(data.Subset):
     """A source without the outermost pixels of its pictures (ObjectNet's have a red frame)."""
 
     def __init__(self, source, border):

@@ -60,6 +60,7 @@ from support.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+from support.hashtags import WeightedOrder
 from support.labels import names_of_list
 from support.launch import check_agreement, not_finite, set_timeouts, verdict
 from support.plan import (
@@ -100,14 +101,15 @@ from tasks.lit import (
     all_captions,
     clean,
     learn_pairs,
+    make_pair,
     read_text_weights,
     recall_table,
     retrieval,
     tokenizer_for,
 )
 from tasks.lowshot import LOWSHOT_RATES, PENALTIES, SEEDS, Prompted, few_shot_split, logistic_scores
-from tasks.scenes import SceneBatches, ToyScenes, classes_present, open_scenes, repeat_factors
-from tasks.video import VIDEO_RECIPES, Clips, VideoClassifier
+from tasks.scenes import ToyScenes, classes_present, open_scenes, repeat_factors, scene_maker
+from tasks.video import VIDEO_RECIPES, Clips, VideoClassifier, make_clips
 
 # size: (batch size, lr per 256 images, epochs, layer decay, drop path) of classify. B, L and H: the
 # public MAE code's FINETUNE.md. What the paper did for 2B and 6.5B is unknown: they get H's.
@@ -451,8 +453,8 @@ def prepare_labels(run, classes_of_head, pool):
             raise ValueError(f"--keep-head: the head in --init reads --pool {pool}")
         run.pool = pool
     if isinstance(run.val, Toy):  # it has no end
-        run.val = data.Part(run.val, range(1024))
-        run.train = run.train if run.finetunes else data.Part(run.train, range(16_384))
+        run.val = data.Subset(run.val, range(1024))
+        run.train = run.train if run.finetunes else data.Subset(run.train, range(16_384))
     if not run.finetunes:  # what is chosen is chosen on a slice of train
         run.train, run.slice = data.hold_out(run.train, None, 10_000)
         if not run.slice.sizes.any():
@@ -631,7 +633,7 @@ def learn_labels(run, model, pieces):
     """A step on labels: see train. Losses are the batch's sums, to be divided by the weights'."""
     sums = torch.zeros(3, device=run.device)
     for batch in pieces:
-        readable, labels, numbers = batch["weight"], batch["labels"], batch["numbers"]
+        readable, labels, numbers = batch["weight"], batch["labels"], batch.get("numbers")
         labels = torch.where((readable > 0) & (labels < run.classes), labels, -1)
         images, share, noise = data.normalize(batch["images"]), torch.ones_like(readable), None
         if run.finetunes:
@@ -655,21 +657,21 @@ def check_pieces(run, share, micro_batch):
         raise ValueError(f"--micro-batch {micro_batch} of a process's {share}: want {wanted}")
 
 
-def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_labels,
-          batches_of=data.Batches, methods=(), **drawn):  # fmt: skip
+def train(run, model, optimizer, source, make, out, steps, say, flops, learn=learn_labels,
+          methods=()):  # fmt: skip
     """Train a model on a source; True when it came to its end, False when a signal stopped it.
 
     Checkpoints and metrics.jsonl are in `out`, where the same call goes on. The optimizer's groups
     have an initial_lr and may have an lr_scale. run.measure(model) is logged with every save.
-    flops: of a training step, for an image. batches_of: data.Batches, or one like it, and what
-    else it shall draw or make. methods: of the model that are called from outside, see
-    models.parallelize.
+    flops: of a training step, for an image. make: see data.Batches. methods: of the model that are
+    called from outside, see models.parallelize.
     learn(run, model, pieces): backward through a step's batches, which come one by one, already on
     the device; returns the sums [loss, weight, samples of no use]; see learn_labels.
     """
     # --------------------------------------------------------------------------------------- data
     device = run.device
-    order = data.Order(source.sizes, run.seed, run.lanes, **run.weighting)
+    kind = partial(WeightedOrder, **run.weighting) if run.weighting else data.Order
+    order = kind(source.sizes, run.seed, run.lanes)
     share = run.batch_size // run.processes
     trunk = getattr(model, "trunk", model)
     shard_group = settle_sharding(trunk, run)
@@ -679,11 +681,10 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
     whole = share if run.batch_norm else fitting_batch(trunk, share, settled)
     micro_batch = settled.micro_batch = run.micro_batch or whole
     pieces = share // micro_batch
-    dealt = {"process": run.process, "processes": run.processes, "pieces": pieces}
-    drawn = {"min_crop": run.min_crop, "clips": run.clips, **drawn}
-    drawn |= {"order": order, "seed": run.seed}
-    shape = run.image_size, run.config["channels"], run.batch_size
-    batches = batches_of(source, *shape, **dealt, **drawn)
+    settings = {"order": order, "seed": run.seed, "micro_batches": pieces}
+    batches = dataset = data.Batches(
+        source, make, run.batch_size, run.process, run.processes, **settings
+    )
     check_pieces(run, share, micro_batch)
 
     # -------------------------------------------------------------------------------- parallelize
@@ -793,7 +794,7 @@ def train(run, model, optimizer, source, out, steps, say, flops, learn=learn_lab
         for name in unreadable[: max(0, 20 - bad)]:  # all are counted, the first ones named
             tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
         done, bad, unlabelled = step + 1, bad + int(new_bad), unlabelled + int(unknown)
-        if order.too_many(bad + unlabelled, done * run.batch_size, run.max_bad):
+        if dataset.over_max_bad(bad + unlabelled, done * run.batch_size, run.max_bad):
             lacking = f"label from 0 to {run.classes - 1}" if run.task != "lit" else "caption"
             what = f"of {done * run.batch_size} pictures {bad} cannot be read and {unlabelled} have"
             what += f" no {lacking}"
@@ -886,11 +887,32 @@ def step_line(entry, steps):
 # -------------------------------------------------------------------------------------------- tasks
 
 
+def sample_maker(run, **how):
+    """make for data.Batches of labelled pictures or clips. how: see evaluate.labelled."""
+    data.check_channels(run.config["channels"])
+    how |= {"size": run.image_size, "channels": run.config["channels"]}
+    if run.clips:
+        return partial(make_clips, clips=run.clips, **how)
+    return partial(augmented, **how) if "augment" in how else partial(evaluate.labelled, **how)
+
+
+def augmented(sample, key, augment, **how):
+    """evaluate.labelled's row with the picture changed by augment(pixels, key)."""
+    row = evaluate.labelled(sample, key, **how)
+    return row | {"images": augment(row["images"], key)} if sample else row
+
+
+def with_numbers(sample, key, made, count):
+    """A row with numbers (count,) uniform in [0, 1), for what is drawn on the device."""
+    numbers = data.uniform(data.random_bits(count, *key, data.DEVICE))
+    return made(sample, key) | {"numbers": torch.from_numpy(numbers).float()}
+
+
 def measured(run, model, source):
     """([(top-1, top-5)] of each of a model's heads, pictures that count): exact, see evaluate.py"""
     pairs = 2 * run.processes * (4 if run.clips else 32)
-    shape = run.image_size, run.config["channels"], pairs, run.process, run.processes
-    batches = data.Batches(source, *shape, centre=run.val_crop, clips=run.clips)
+    make = sample_maker(run, centre=run.val_crop)
+    batches = data.Batches(source, make, pairs, run.process, run.processes)
     options = run.device, "labels", run.workers, run.max_bad
     rates, count = evaluate.hit_rates(model, batches, *options)
     if not count:
@@ -907,7 +929,7 @@ def classify(run, say):
         run.micro_batch = run.micro_batch or fitting_batch(model, share, run)
         run.pieces = share // run.micro_batch
         dealt = run.batch_size, run.process, run.processes  # as it would be: else a ValueError
-        data.Batches(run.train, run.image_size, run.config["channels"], *dealt)
+        data.Batches(run.train, sample_maker(run), *dealt)
         check_pieces(run, share, run.micro_batch)
         return run.process or print_plan(model, run)
     model = build_trunk(run, say)
@@ -920,11 +942,13 @@ def classify(run, say):
             group |= {"initial_lr": run.lr, "ema": run.ema}
         return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=run.device.type != "mps")
 
-    drawn, flops = {"draws": MIX_DRAWS + 2 * model.layers}, 3 * flops_per_image(model)
+    flops, how = 3 * flops_per_image(model), {}
     if run.rand_augment or run.erase:
         how = {"magnitude": run.rand_augment, "erasing": run.erase}
-        drawn["augment"] = partial(augment, **how, operations=OPERATIONS_DONE[run.task])
-    if not train(run, model, optimizer, run.train, run.out, steps, say, flops, **drawn):
+        how = {"augment": partial(augment, **how, operations=OPERATIONS_DONE[run.task])}
+    made = sample_maker(run, min_crop=run.min_crop, **how)
+    make = partial(with_numbers, made=made, count=MIX_DRAWS + 2 * model.layers)
+    if not train(run, model, optimizer, run.train, make, run.out, steps, say, flops):
         return
     ((top1, top5), *_), count = measured(run, model, run.val)
     weights = models.full_state(model)  # every process takes part
@@ -950,7 +974,8 @@ def linear(run, say):
 
     steps = run.steps or math.ceil(run.epochs * int(run.train.sizes.sum()) / run.batch_size)
     flops = flops_per_image(trunk)  # no backward through it
-    if not train(run, model, optimizer, run.train, run.out, steps, say, flops):
+    make = sample_maker(run, min_crop=run.min_crop)
+    if not train(run, model, optimizer, run.train, make, run.out, steps, say, flops):
         return
     (chosen_by, some), (on_val, count) = (measured(run, model, on) for on in (run.slice, run.val))
     best = max(range(len(LINEAR_RATES)), key=lambda head: chosen_by[head])
@@ -1020,7 +1045,7 @@ def lowshot(run, say):
     for (fit, grid), shots in itertools.product(ways, run.shots):
         for seed in SEEDS:
             chosen = known[few_shot_split(labels[known], int(shots), seed)]
-            source, name = data.Part(run.train, chosen.tolist()), f"{shots}-shots-draw-{seed}"
+            source, name = data.Subset(run.train, chosen.tolist()), f"{shots}-shots-draw-{seed}"
             tried = [fit(source, seed, value, name) for value in grid]  # (on the slice, on val)
             best = max(range(len(grid)), key=lambda i: tried[i][0])
             grid = [grid[best]]  # what is best on the slice at the first draw is used for all
@@ -1060,7 +1085,8 @@ def train_prompts(run, source, seed, rate, out, say):
         return torch.optim.AdamW([{"params": trained, "initial_lr": rate}], weight_decay=1e-4)
 
     flops = 2 * flops_per_image(model.trunk)  # whose weights need no gradients
-    if not train(run, model, optimizer, source, out, steps, lambda _: None, flops):
+    make = sample_maker(run, min_crop=run.min_crop)
+    if not train(run, model, optimizer, source, make, out, steps, lambda _: None, flops):
         say(f"stopped in {out}, saved: the same command goes on")
         raise SystemExit(0)
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
@@ -1116,16 +1142,28 @@ def lit(run, say):
     most = min(fitting_batch(model, share, settled), room / (each * length))
     fitting = (n for n in range(2, share + 1, 2) if share % n == 0 and n <= most)
     run.micro_batch = run.micro_batch or max(fitting, default=2)
-    some = data.Part(run.train, range(min(256, int(run.train.sizes.sum()))))
+    some = data.Subset(run.train, range(min(256, int(run.train.sizes.sum()))))
     some = [captions[0] if captions else "" for captions in all_captions(some)]
     some = tokenizer(some, run.context)
     length = (some != PADDING).sum().item() / max(1, len(some))
     flops = 3 * len(model.text.blocks) * block_flops(model.text.width, length)
     flops += 0 if run.cache_features else flops_per_image(model)
-    drawn = {"tokenizer": tokenizer, "context": run.context, "pictures": run.features is None}
-    drawn["methods"] = ("features",)
+    data.check_channels(run.config["channels"])
+    shown = {"size": run.image_size, "channels": run.config["channels"], "min_crop": run.min_crop}
+    make = partial(make_pair, tokenizer=tokenizer, context=run.context)
+    make = partial(make, **({} if run.cache_features else shown))
     if not train(
-        run, model, optimizer, run.train, run.out, steps, say, flops, learn_pairs, **drawn
+        run,
+        model,
+        optimizer,
+        run.train,
+        make,
+        run.out,
+        steps,
+        say,
+        flops,
+        learn_pairs,
+        methods=("features",),
     ):
         return
     result, weights = measure(model), models.full_state(model)  # every process takes part
@@ -1168,10 +1206,10 @@ def detect(run, say):
 
     last, run.measure = [], measure
     steps = run.steps or math.ceil(run.epochs * int(run.train.sizes.sum()) / run.batch_size)
-    flops, drawn = 3 * detector_flops(model), {"jitter": run.jitter}
-    drawn["methods"] = ("detect",)
-    how = learn_scenes, SceneBatches
-    if not train(run, model, optimizer, run.train, run.out, steps, say, flops, *how, **drawn):
+    flops = 3 * detector_flops(model)
+    make = scene_maker(run.train, {**run.config, "image_size": run.image_size}, run.jitter)
+    how = learn_scenes, ("detect",)
+    if not train(run, model, optimizer, run.train, make, run.out, steps, say, flops, *how):
         return
     # Every process takes part. A run that was at its end when it began has found nothing yet.
     detections, weights = last[0] if last else found(model), models.full_state(model)

@@ -22,6 +22,7 @@ import shlex
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 # On a CPU, OpenMP's idle threads spin: on two cores, one busy loader process then makes two
@@ -185,11 +186,20 @@ def prepare(run):
     run.pieces = share // run.micro_batch
     if run.pieces * run.micro_batch != share:
         raise ValueError(f"--micro-batch {run.micro_batch} does not divide a process's {share}")
-    dealt = (run.process, run.processes, run.model.num_patches)
-    drawn = {"order": order, "seed": run.seed, "min_crop": run.min_crop, "pieces": run.pieces}
-    run.batches = data.Batches(run.source, size, channels, run.batch_size, *dealt, **drawn)
+    data.check_channels(channels)
+    make = partial(make_sample, size=size, channels=channels, num_patches=run.model.num_patches)
+    share_out = {"process": run.process, "processes": run.processes}
+    run.batches = data.Batches(
+        run.source,
+        partial(make, min_crop=run.min_crop),
+        run.batch_size,
+        order=order,
+        seed=run.seed,
+        micro_batches=run.pieces,
+        **share_out,
+    )
     pairs = 2 * run.processes * max(1, run.micro_batch // 2)
-    run.held_out_batches = data.Batches(run.held_out, size, channels, pairs, *dealt)
+    run.held_out_batches = data.Batches(run.held_out, make, pairs, **share_out)
 
     # The paper trains 1600 epochs on ImageNet-1k, and on 5 billion samples of its own data.
     longest = 5e9 if run.plan and not run.data else min(1600 * order.length, 5e9)
@@ -205,6 +215,12 @@ def prepare(run):
     run.identity["max_pixels"] = None if usual else run.max_pixels
     if not run.plan:
         run.checkpoint = find_checkpoint(run.out, run.resume, run.identity)
+
+
+def make_sample(sample, key, size, channels, num_patches, min_crop=None):
+    """A row of a batch: images (C, H, W) uint8, and ids (N,), a random order of the patches."""
+    ids = torch.from_numpy(data.permutation(num_patches, *key, data.MASK))
+    return {"images": data.make_picture(sample, key, size, channels, min_crop), "ids": ids}
 
 
 def train(run):
@@ -331,7 +347,7 @@ def train(run):
         for name in unreadable[: max(0, 20 - bad)]:  # all are counted, the first ones named
             tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
         done, bad = step + 1, bad + int(new_bad)
-        if run.batches.order.too_many(bad, done * run.batch_size, run.max_bad):
+        if run.batches.over_max_bad(bad, done * run.batch_size, run.max_bad):
             what = f"{bad} of {done * run.batch_size} pictures cannot be read"
             fail(f"{what}: all, or over --max-bad {run.max_bad}; mend or remove them", 1)
         if not math.isfinite(loss + norm):

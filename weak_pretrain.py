@@ -22,6 +22,7 @@ import shlex
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 # On a CPU, OpenMP's idle threads spin: on two cores, one busy loader process then makes two
@@ -38,7 +39,7 @@ import evaluate
 import kernels
 import model as models
 from support.checkpoints import begin_run, find_checkpoint, load_checkpoint, save_checkpoint
-from support.hashtags import Vocabulary, open_hashtags
+from support.hashtags import Vocabulary, WeightedOrder, open_hashtags
 from support.launch import check_agreement, not_finite, set_timeouts, verdict
 from support.plan import (
     check_shard_group,
@@ -174,7 +175,8 @@ def prepare(run):
         run.vocabulary, run.source, run.held_out, draws = open_hashtags(run.source, run.tags)
     # A plan without data says what lanes the run will need: see print_plan.
     planned = math.lcm(48, run.processes) if run.plan and not run.data else None
-    order = data.Order(run.source.sizes, run.seed, run.lanes or planned, **draws)
+    kind = partial(WeightedOrder, **draws) if draws else data.Order
+    order = kind(run.source.sizes, run.seed, run.lanes or planned)
 
     # -------------------------------------------------------------------------------------- model
     with torch.device("meta"):  # shapes without memory
@@ -189,11 +191,20 @@ def prepare(run):
     run.pieces = share // run.micro_batch
     if run.pieces * run.micro_batch != share:
         raise ValueError(f"--micro-batch {run.micro_batch} does not divide a process's {share}")
-    dealt = {"process": run.process, "processes": run.processes, "vocabulary": run.vocabulary}
-    drawn = {"order": order, "seed": run.seed, "min_crop": run.min_crop, "pieces": run.pieces}
-    run.batches = data.Batches(run.source, size, channels, run.batch_size, **dealt, **drawn)
+    data.check_channels(channels)
+    make = partial(make_sample, size=size, channels=channels, vocabulary=run.vocabulary)
+    share_out = {"process": run.process, "processes": run.processes}
+    run.batches = data.Batches(
+        run.source,
+        partial(make, min_crop=run.min_crop),
+        run.batch_size,
+        order=order,
+        seed=run.seed,
+        micro_batches=run.pieces,
+        **share_out,
+    )
     pairs = 2 * run.processes * max(1, run.micro_batch // 2)
-    run.held_out_batches = data.Batches(run.held_out, size, channels, pairs, **dealt)
+    run.held_out_batches = data.Batches(run.held_out, make, pairs, **share_out)
     epoch = 5e9 if run.plan and not run.data else order.length  # the paper's, or the data's own
     samples = (run.epochs or 0) * order.length or run.samples or samples or epoch
     run.steps = run.steps or math.ceil(samples / run.batch_size)
@@ -207,6 +218,16 @@ def prepare(run):
     run.identity["max_pixels"] = None if usual else run.max_pixels
     if not run.plan:
         run.checkpoint = find_checkpoint(run.out, run.resume, run.identity)
+
+
+def make_sample(sample, key, size, channels, vocabulary, min_crop=None):
+    """A row of a batch: images (C, H, W) uint8; tags (T,) int64; weight 0 if no tag is known."""
+    tags = vocabulary.ids(sample["hashtags"]()) if sample else []
+    return {
+        "images": data.make_picture(sample, key, size, channels, min_crop),
+        "tags": torch.tensor(tags, dtype=torch.int64),
+        "weight": torch.tensor(float(len(tags) > 0)),
+    }
 
 
 def train(run):
@@ -334,7 +355,7 @@ def train(run):
             tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
         done, bad = step + 1, bad + int(new_bad)
         untagged += round(run.batch_size - weight - new_bad)
-        if run.batches.order.too_many(bad, done * run.batch_size, run.max_bad):
+        if run.batches.over_max_bad(bad, done * run.batch_size, run.max_bad):
             what = f"{bad} of {done * run.batch_size} pictures cannot be read"
             fail(f"{what}: all, or over --max-bad {run.max_bad}; mend or remove them", 1)
         if not math.isfinite(loss + norm):

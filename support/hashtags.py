@@ -22,12 +22,14 @@ from tqdm import tqdm
 
 from data import (
     HELD_OUT,
-    WEIGHT,
-    Part,
+    OFFSET,
+    Order,
+    Subset,
     hold_out,
     loader,
     one_line,
     raise_if_unreachable,
+    random_bits,
     running_sum,
 )
 from support.toy import Toy
@@ -50,6 +52,57 @@ TAG_CHUNK = 4096  # samples whose tags are read together
 
 
 MOST_TAGS = 4_000_000  # counted at once; past it the rarest are forgotten, and counts are too low
+
+
+WEIGHT = 1 << 16  # a sampling weight of 1.0: weights are whole numbers, so that sums are exact
+
+
+class WeightedOrder(Order):
+    """An Order in which a sample comes as often in an epoch as its weight says.
+
+    Sample i owns a stretch of length weights[i] of a line of length sum(weights). The draws are the
+    points on it that lie WEIGHT apart, from a random offset on that is new in each epoch (systematic
+    sampling). So a sample comes as often as its weight says, rounded up or down.
+
+    Example: weights 0.5, 1 and 2 (times WEIGHT). Their stretches are 0 - 0.5, 0.5 - 1.5, 1.5 - 3.5.
+    The sum is 3.5, so an epoch has 3 draws, and the gap between two points is 3.5 / 3: what is left
+    of the sum is shared out among the first gaps. With an offset of 0.2 the points are 0.2, 1.37
+    and 2.53: samples 0, 1 and 2. With 0.7: 0.7, 1.87 and 3.03, samples 1, 2 and 2.
+
+    totals   (S,) int64, the sum of each shard's weights in units of 1 / WEIGHT
+    weights  (first, stop) -> int64 weights of these samples in the same units, read with a shard
+    largest  of the weights
+    """
+
+    def __init__(self, sizes, seed=0, lanes=None, *, totals, weights, largest):
+        super().__init__(sizes, seed, lanes)
+        self.weights, self.most = weights, math.ceil(largest / WEIGHT)
+        self.ends = running_sum(np.asarray(totals, dtype=np.int64)[self.shards])  # (S + 1,)
+        self.set_length(int(self.ends[-1]) // WEIGHT)
+
+    def gaps(self, epoch):
+        """(offset of the first point, the least gap, how many gaps are wider by one)."""
+        gap, wider = divmod(int(self.ends[-1]), self.length)
+        offset = int(random_bits(1, self.seed, epoch, 0, OFFSET)[0] % gap)
+        return offset, gap, wider
+
+    def edges_of(self, epoch):
+        """(S + 1,) how many points lie before each shard's stretch."""
+        offset, gap, wider = self.gaps(epoch)
+        rest = self.ends - offset
+        # Rounded up: of the first points, which are gap + 1 apart, or of those behind them.
+        return np.maximum(-(-rest // (gap + 1)), -((wider - rest) // gap)).clip(min=0)
+
+    def samples_at(self, epoch, places, shards):
+        offset, gap, wider = self.gaps(epoch)
+        points = offset + places * gap + np.minimum(places, wider) - self.ends[shards]
+        samples = np.empty_like(places)
+        for shard in np.unique(shards):
+            first = self.first[shard]
+            ends = np.cumsum(self.weights(first, first + self.sizes[shard]))
+            mine = shards == shard
+            samples[mine] = first + np.searchsorted(ends, points[mine], "right")
+        return samples
 
 
 class Vocabulary:
@@ -150,7 +203,7 @@ def write_hashtags(source, out, tail_below=None, workers=0, **counting):
     """Index the hashtags of a source, but for a slice that is held out, into the folder `out`:
 
     rarest.npy, the id of each sample's rarest tag; totals.npy, each shard's sum of sampling
-    weights (see Order); and vocabulary.json, with the weight that each rarest tag gives.
+    weights (see WeightedOrder); and vocabulary.json, with the weight that each rarest tag gives.
 
     SWAG's sampler (arXiv 2201.08371; cut and shares are its authors'). The tail is the pictures
     with a tag that fewer than `tail_below` pictures carry, the head is the others; 70 % of an epoch
@@ -203,14 +256,14 @@ def write_hashtags(source, out, tail_below=None, workers=0, **counting):
 
 
 def open_hashtags(source, folder):
-    """(Vocabulary, source to train on, slice to measure on, Order's "totals", "weights", "most").
+    """(Vocabulary, source to train on, slice to measure on, WeightedOrder's arguments).
 
     From a folder that write_hashtags wrote for this source; without one, for the toy world: the
     tags of its first pictures, and no weights. Raises ValueError, one line, when that cannot be.
     """
     if not folder and isinstance(source, Toy):
-        vocabulary = count_hashtags(Part(source, range(TAG_CHUNK)))
-        return vocabulary, source, Part(Toy("val", source.sides), range(HELD_OUT)), {}
+        vocabulary = count_hashtags(Subset(source, range(TAG_CHUNK)))
+        return vocabulary, source, Subset(Toy("val", source.sides), range(HELD_OUT)), {}
     train, held_out = hold_out(source, None, HELD_OUT)
     hint = "write it with: python data.py hashtags DATA --out TAGS, and give --tags TAGS"
     hint += " (and both the same --labels, if any)"
@@ -230,7 +283,12 @@ def open_hashtags(source, folder):
     if len(totals) != len(train.sizes) or rarest.max() >= len(counts):
         raise ValueError(f"{folder} is damaged (its files do not fit each other): {hint}")
     weights = partial(weights_of, f"{folder}/rarest.npy", table)
-    return vocabulary, train, held_out, {"totals": totals, "weights": weights, "most": table.max()}
+    return (
+        vocabulary,
+        train,
+        held_out,
+        {"totals": totals, "weights": weights, "largest": table.max()},
+    )
 
 
 def weights_of(rarest, table, start, stop):

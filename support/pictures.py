@@ -56,7 +56,8 @@ def draw_attention(model, source, path, count=8):
 def some_pictures(source, config, count):
     """The readable ones among the first `count` pictures of a source, (B, C, H, W) uint8."""
     size, channels = models.pair(config["image_size"]), config["channels"]
-    batch = data.Batches(source, size, channels, count)[0]
+    make = lambda *given: {"images": data.make_picture(*given, size, channels)}
+    batch = data.Batches(source, make, count)[0]
     for name in batch["bad"]:
         print(f"unreadable, left out: {name}", file=sys.stderr)
     if not batch["weight"].any():

@@ -34,7 +34,7 @@ import model as models
 from evaluate import distributed
 from support.formats import open_weights
 from tasks.coco import average_precision, draw_detections, encode_mask, print_table
-from tasks.scenes import SceneBatches, read_results, write_results
+from tasks.scenes import read_results, scene_maker, write_results
 
 # Of every size but toy: detectron2's projects/ViTDet/configs/COCO and its models/mask_rcnn_vitdet.
 SETTINGS = {
@@ -754,10 +754,9 @@ def detect_in(model, scenes, batch_size=8, workers=0, device="cpu", max_bad=0.01
     process, processes = 0, 1
     if dist.is_initialized():
         process, processes = dist.get_rank(), dist.get_world_size()
-    dealt = {"process": process, "processes": processes}
     batch_size = 2 * processes * max(1, batch_size // 2)  # batches are dealt in pairs
-    shape = model.config["image_size"], model.config["channels"], batch_size
-    batches = SceneBatches(scenes, *shape, **dealt)
+    make = scene_maker(scenes, model.config)
+    batches = data.Batches(scenes, make, batch_size, process, processes)
     found, bad, total = {}, 0, int(scenes.sizes.sum())
     model.eval()
     steps = data.loader(batches, range(len(batches)), workers)

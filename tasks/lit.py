@@ -539,6 +539,23 @@ LIT = (32_768, 1e-3, 0.01, 0.03, 1.0)
 # ----------------------------------------------------------------------------------------- training
 
 
+def make_pair(sample, key, tokenizer, context, size=None, channels=3, min_crop=None):
+    """A row of a batch: tokens (T,) int64 of one of the captions, filled up with PADDING to a
+    multiple of 8 or context + 2: few shapes occur; images (C, H, W) uint8, if a size is given.
+
+    Captions are cleaned, and one is drawn. The weight is 0 if there is none. See
+    data.make_picture for the other arguments.
+    """
+    captions = sample["captions"]() if sample else []
+    texts = [text for text in map(clean, captions) if text] or [""]
+    chosen = int(data.random_bits(1, *key, data.CAPTION)[0] % len(texts))
+    text = texts[chosen]
+    row = {"tokens": tokenizer([text], context)[0], "weight": torch.tensor(float(text != ""))}
+    if size:
+        row["images"] = data.make_picture(sample, key, size, channels, min_crop)
+    return row
+
+
 def learn_pairs(run, model, pieces):
     """A step on pairs of picture and caption: see train. Exact however the batch is cut in pieces.
 
@@ -557,7 +574,8 @@ def learn_pairs(run, model, pieces):
             features = run.features[batch["samples"].cpu()].to(run.device)
             weight = weight * features.isfinite().all(dim=1)  # those of unreadable pictures are nan
             features = features.nan_to_num()
-        kept.append((features, batch["tokens"], weight))
+        tokens = batch["tokens"].masked_fill(batch["tokens"] < 0, PADDING)  # see data.stack
+        kept.append((features, tokens, weight))
     with torch.set_grad_enabled(len(kept) == 1):
         found = [model(features, tokens) for features, tokens, _ in kept]
     images, texts, scales = ([x.detach() for x in parts] for parts in zip(*found))

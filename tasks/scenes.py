@@ -9,7 +9,6 @@ import os
 import re
 import sys
 from collections import namedtuple
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from PIL import Image, ImageOps
 
 import data
+from support.hashtags import WEIGHT
 from support.toy import Toy
 from tasks.coco import (
     as_rle,
@@ -299,7 +299,7 @@ def tight_box(mask):
 
 
 def repeat_factors(scenes, threshold=0.001):
-    """Order's "totals", "weights" and "most" for LVIS's repeat-factor sampling.
+    """WeightedOrder's arguments for LVIS's repeat-factor sampling.
 
     A picture comes max(1, sqrt(threshold / f)) times in an epoch, where f is the share of pictures
     with its rarest category in them: the LVIS paper's (arXiv 1908.03195, appendix B), whose
@@ -308,8 +308,12 @@ def repeat_factors(scenes, threshold=0.001):
     present, counts = classes_present(scenes)
     factors = np.sqrt(threshold * len(present) / counts.clip(1)).clip(1)
     weights = [factors[labels].max(initial=1) for labels in present]
-    weights = np.rint(np.array(weights) * data.WEIGHT).astype(np.int64)
-    return {"totals": weights, "weights": partial(weights_between, weights), "most": weights.max()}
+    weights = np.rint(np.array(weights) * WEIGHT).astype(np.int64)
+    return {
+        "totals": weights,
+        "weights": partial(weights_between, weights),
+        "largest": weights.max(),
+    }
 
 
 def classes_present(scenes):
@@ -396,7 +400,7 @@ def view_mask(segment, size, view, side):
 
 
 def view_target(sample, view, side, with_masks):
-    """What there is to find in the square: see SceneBatches. Objects cut away are left out.
+    """What there is to find in the square: see make_scene. Objects cut away are left out.
 
     The box of an object that is cut, or known by its pixels, is that of the pixels to be seen, as
     detectron2's ViTDet (recompute_boxes); of other polygons it is the annotation's own, finer one.
@@ -427,56 +431,44 @@ def view_target(sample, view, side, with_masks):
     }
 
 
-@dataclass
-class SceneBatches(data.Batches):
-    """step * pieces + piece -> that piece of this process's part of that step's batch, a dict:
+def make_scene(sample, key, side, channels, has_masks, jitter=None):
+    """A row of a batch of scenes:
 
-    images     (b, C, S, S) uint8, S = size[0] = size[1]; of the mean colour where padded
-    targets    b dicts of {"boxes": (n, 4) float32 x1 y1 x2 y2 in the square, "labels": (n,) int64,
-               "masks": (n, S, S) bool or None, "size": (height, width) that the picture has
-               there, "seed": an int for what is drawn on the device}; without crowds; nothing in
-               them where unreadable
-    sizes      (b, 2) int64, the picture's height and width
-    scales     (b, 2) float64, x and y: boxes of the square / scales = boxes of the picture
-               (without an order: with one, it was cut and flipped as well)
-    weight, positions, samples, bad: see data.Batches
+    images   (C, S, S) uint8, S = side; of the mean colour where padded
+    targets  a dict: "boxes" (n, 4) float32 x1 y1 x2 y2 in the square; "labels" (n,) int64; "masks"
+             (n, S, S) bool or None; "size", (height, width) that the picture has there; "seed", an
+             int for what is drawn on the device. Crowds are left out
+    sizes    (2,) int64, the picture's height and width
+    scales   (2,) float64, x and y: boxes of the square / scales = boxes of the picture (without
+             jitter: with it, the picture was cut and flipped as well)
 
-    With an order: large-scale jitter, flips, random squares. Without: see random_view.
+    jitter   (least, largest) scale: training, with random scales, flips and squares. None: see
+             random_view
     """
+    seed = int(data.random_bits(1, *key, data.DEVICE)[0] >> np.uint64(1))
+    if sample is None:
+        return {
+            "images": torch.zeros(side, side, channels, dtype=torch.uint8).movedim(-1, 0),
+            "targets": empty_target(side, has_masks) | {"seed": seed},
+            "sizes": torch.tensor((side, side)),
+            "scales": torch.ones(2, dtype=torch.float64),
+        }
+    draws = data.uniform(data.random_bits(4, *key, data.VIEW)).tolist() if jitter else None
+    view = random_view(sample["size"], side, draws, jitter)
+    return {
+        "images": view_pixels(sample["image"](), view, side, channels),
+        "targets": view_target(sample, view, side, has_masks) | {"seed": seed},
+        "sizes": torch.tensor(sample["size"]),
+        "scales": torch.tensor(view.scale, dtype=torch.float64),
+    }
 
-    jitter: tuple = (0.1, 2.0)
 
-    def __getitem__(self, item):
-        positions, side = self.positions(item), self.size[0]
-        images = torch.zeros(len(positions), side, side, self.channels, dtype=torch.uint8)
-        images = images.permute(0, 3, 1, 2)  # in channels-last memory, as data.Batches
-        weight, targets, bad = torch.zeros(len(positions)), [], []
-        sizes = torch.full((len(positions), 2), side)
-        scales = torch.ones(len(positions), 2, dtype=torch.float64)
-        samples = torch.full((len(positions),), -1)
-        for i, position in enumerate(positions.tolist()):
-            key = self.seed, position // self.order.length if self.order else 0, position
-            number = self.order(position) if self.order else position
-            target = empty_target(side, self.source.has_masks)
-            try:
-                if number < self.total:
-                    samples[i] = number
-                    sample, draws = self.source.read(number), None
-                    if self.order:
-                        draws = data.uniform(data.random_bits(4, *key, data.VIEW)).tolist()
-                    view = random_view(sample["size"], side, draws, self.jitter)
-                    pixels = view_pixels(sample["image"](), view, side, self.channels)
-                    target = view_target(sample, view, side, self.source.has_masks)
-                    images[i], weight[i] = pixels, 1
-                    sizes[i], scales[i] = torch.tensor(sample["size"]), torch.tensor(view.scale)
-            except Exception as error:  # noqa: BLE001 (decoders raise anything: named, counted)
-                data.raise_if_unreachable(error)
-                bad.append(f"{self.source.name(number)}: {data.one_line(error)}")
-            target["seed"] = int(data.random_bits(1, *key, data.DEVICE)[0] >> np.uint64(1))
-            targets.append(target)
-        batch = {"images": images, "targets": targets, "sizes": sizes, "scales": scales}
-        batch |= {"weight": weight, "positions": torch.from_numpy(positions)}
-        return batch | {"samples": samples, "bad": bad}
+def scene_maker(scenes, config, jitter=None):
+    """make_scene for data.Batches of these scenes and a detector with this config."""
+    side, channels = max(config["image_size"]), config["channels"]
+    data.check_channels(channels)
+    options = {"side": side, "channels": channels, "has_masks": scenes.has_masks}
+    return partial(make_scene, **options, jitter=jitter)
 
 
 def empty_target(side, with_masks):

@@ -28,6 +28,7 @@ from data import (
     ANIMATIONS,
     TOY,
     VIDEOS,
+    VIEW,
     Folder,
     by_number,
     class_of,
@@ -486,6 +487,23 @@ class VideoClassifier(Classifier):
         x = (x + self.time_embed[:, :, None]).flatten(1, 2)
         first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         return torch.cat([first, x], dim=1)
+
+
+def make_clips(sample, key, clips, size, channels, min_crop=None, centre=1.0, augment=None):
+    """A row of a batch: images (C, T, H, W) uint8, T = clips.total frames, and labels ().
+
+    With min_crop, one clip at a random time, with one random crop and flip for all frames. augment:
+    a function (pixels, key) -> pixels, for each frame alike. Others: see data.make_picture.
+    """
+    if sample is None:
+        frames = torch.zeros(clips.total, *size, channels, dtype=torch.uint8).movedim(-1, 0)
+        return {"images": frames, "labels": torch.tensor(-1)}
+    bits = None if min_crop is None else random_bits(24, *key, VIEW)
+    video = sample["video"](clips.short_side)
+    frames = clips(video, size, channels, bits, min_crop, centre)
+    if augment:
+        frames = [augment(frame, key) for frame in frames]
+    return {"images": torch.stack(frames, dim=1), "labels": torch.tensor(sample["class"])}
 
 
 def over_views(model):

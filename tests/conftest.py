@@ -28,6 +28,7 @@ import threading
 import urllib.parse
 import zlib
 from collections import Counter
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -39,9 +40,15 @@ from PIL import Image
 
 import data
 from support import pack as pack_module
+from tasks import video
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, by kernels.py
+
+import evaluate
+import finetune
+import mae_pretrain
+import weak_pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -342,6 +349,35 @@ def epoch_counts(order, epoch):
     return Counter(stream(order, epoch * order.length, (epoch + 1) * order.length))
 
 
+def make_row(sample, key, num_patches=0, vocabulary=None, augment=None, **how):
+    """The row of a labelled picture or, with clips, of a video. num_patches, vocabulary: with ids
+    as stage 1's, with hashtags as stage 2's."""
+    shape = {name: how[name] for name in ("size", "channels")}
+    if "clips" in how:
+        row = video.make_clips(sample, key, augment=augment, **how)
+    elif augment:
+        row = finetune.augmented(sample, key, augment, **how)
+    else:
+        row = evaluate.labelled(sample, key, **how)
+    if num_patches:
+        row["ids"] = mae_pretrain.make_sample(None, key, **shape, num_patches=num_patches)["ids"]
+    if vocabulary:
+        tagged = sample and sample | {"image": lambda: Image.new("RGB", (8, 8))}
+        tagged = weak_pretrain.make_sample(tagged, key, **shape, vocabulary=vocabulary)
+        row |= {name: tagged[name] for name in ("tags", "weight")}
+    return row
+
+
+def picture_batches(source, size, channels, batch_size, *dealt, **options):
+    """data.Batches with make_row. With an order: random crops."""
+    data.check_channels(channels)
+    of_row = ("num_patches", "vocabulary", "augment", "clips", "centre", "min_crop")
+    how = {name: options.pop(name) for name in of_row if name in options}
+    how["min_crop"] = how.get("min_crop", 0.2) if options.get("order") else None
+    make = partial(make_row, size=size, channels=channels, **how)
+    return data.Batches(source, make, batch_size, *dealt, **options)
+
+
 BATCH = {"size": (8, 12), "channels": 3, "batch_size": 12, "seed": 4, "num_patches": 6}
 
 
@@ -354,7 +390,7 @@ STEPS = range(6)
 def training_batches(process=0, processes=1, source=None):
     source = source or Memory(SIZES)
     order = data.Order(source.sizes, seed=4, lanes=6)
-    return data.Batches(source, order=order, process=process, processes=processes, **BATCH)
+    return picture_batches(source, order=order, process=process, processes=processes, **BATCH)
 
 
 # What a camera stored so that turning it as its tag says gives `upright` (EXIF 2.3, tag 274).

@@ -54,6 +54,7 @@ from conftest import (
     painting,
     photo,
     picture,
+    picture_batches,
     read_metrics,
     relative_labels,
     run_main,
@@ -239,23 +240,30 @@ def test_a_cut_shard_is_read_by_two_lanes_and_cuts_hardly_move():
             assert len(one - other) < 2 * 2 * lanes and len(other - one) < 2 * 2 * lanes
 
 
+def in_order(order):
+    return picture_batches(Memory([60]), (8, 8), 3, 8, order=order)
+
+
 def test_one_unreadable_picture_is_never_too_many():
-    order = data.Order([60])  # it comes once in each epoch of 60
+    order = in_order(data.Order([60]))  # it comes once in each epoch of 60
     for drawn in (1, 59, 60, 61, 600, 60_000):
         come = -(-drawn // 60)  # at most so often so far
-        assert not order.too_many(come, drawn, 0.01)
-    assert order.too_many(11, 120, 0.01) and not order.too_many(10, 120, 0.01)  # 1 % of 1,000
-    assert order.too_many(1002, 60_000, 0.01) and not order.too_many(1001, 60_000, 0.01)
-    assert order.too_many(3, 60, 0) and not order.too_many(2, 60, 0)
-    assert order.too_many(40, 40, 1) and not order.too_many(39, 40, 1)  # all of them
-    assert not order.too_many(1, 1, 0.01)
+        assert not order.over_max_bad(come, drawn, 0.01)
+    assert order.over_max_bad(11, 120, 0.01) and not order.over_max_bad(
+        10, 120, 0.01
+    )  # 1 % of 1,000
+    assert order.over_max_bad(1002, 60_000, 0.01) and not order.over_max_bad(1001, 60_000, 0.01)
+    assert order.over_max_bad(3, 60, 0) and not order.over_max_bad(2, 60, 0)
+    assert order.over_max_bad(40, 40, 1) and not order.over_max_bad(39, 40, 1)  # all of them
+    assert not order.over_max_bad(1, 1, 0.01)
     # With weights, it comes as often in an epoch as its weight says.
-    spans = np.array([5 * data.WEIGHT // 2, *[data.WEIGHT] * 59])
+    spans = np.array([5 * hashtags.WEIGHT // 2, *[hashtags.WEIGHT] * 59])
     weights = lambda a, b: spans[a:b]
-    heavy = data.Order([60], totals=[spans.sum()], weights=weights, most=spans.max())
-    assert heavy.length == 61 and sorted(stream(heavy, 0, 61)).count(0) in (2, 3)
-    assert not heavy.too_many(3 * 100, 100 * 61, 0) and not heavy.too_many(3, 5, 0)
-    assert heavy.too_many(3 * 101 + 1, 100 * 61, 0)
+    order = hashtags.WeightedOrder([60], totals=[spans.sum()], weights=weights, largest=spans.max())
+    assert order.length == 61 and sorted(stream(order, 0, 61)).count(0) in (2, 3)
+    heavy = in_order(order)
+    assert not heavy.over_max_bad(3 * 100, 100 * 61, 0) and not heavy.over_max_bad(3, 5, 0)
+    assert heavy.over_max_bad(3 * 101 + 1, 100 * 61, 0)
 
 
 def test_seeds_and_epochs_give_different_orders():
@@ -328,7 +336,7 @@ class Weights:
     """Sampling weights, a list for each shard, as Order wants them; remembers what it asked for."""
 
     def __init__(self, shards):
-        self.shards = [np.round(np.array(w) * data.WEIGHT).astype(np.int64) for w in shards]
+        self.shards = [np.round(np.array(w) * hashtags.WEIGHT).astype(np.int64) for w in shards]
         self.weights, self.asked = np.concatenate(self.shards), set()
 
     def __call__(self, first, stop):
@@ -337,11 +345,13 @@ class Weights:
 
     def order(self, **options):
         sizes, totals = [len(w) for w in self.shards], [w.sum() for w in self.shards]
-        return data.Order(sizes, totals=totals, weights=self, **options)
+        return hashtags.WeightedOrder(
+            sizes, totals=totals, weights=self, **{"largest": hashtags.WEIGHT} | options
+        )
 
     def items(self):
         """(sample, weight as a number) of every sample."""
-        return enumerate((self.weights / data.WEIGHT).tolist())
+        return enumerate((self.weights / hashtags.WEIGHT).tolist())
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 5, 48])
@@ -386,8 +396,10 @@ def test_no_sample_is_favoured_where_the_weights_are_no_whole_number_in_all(weig
 
 def test_a_weight_of_zero_is_never_drawn_even_where_a_point_falls_on_its_edge():
     """65,536 pairs of weights 0 and 1 / 65,536: every point lies on the edge of a pair."""
-    totals = np.ones(data.WEIGHT, dtype=np.int64)
-    order = data.Order(totals * 2, seed=1, totals=totals, weights=lambda *_: np.array([0, 1]))
+    totals = np.ones(hashtags.WEIGHT, dtype=np.int64)
+    order = hashtags.WeightedOrder(
+        totals * 2, seed=1, totals=totals, weights=lambda *_: np.array([0, 1]), largest=1
+    )
     assert order.length == 1
     drawn = stream(order, 0, 5)
     assert all(sample % 2 for sample in drawn) and len(set(drawn)) == 5
@@ -522,7 +534,7 @@ def test_without_an_order_the_source_comes_once_and_is_padded():
     centre = [data.crop_and_resize(source.read(i)["image"](), (8, 12), 3) for i in range(13)]
     for processes in (1, 2):
         parts = [
-            data.Batches(source, (8, 12), 3, 8, process=process, processes=processes)
+            picture_batches(source, (8, 12), 3, 8, process=process, processes=processes)
             for process in range(processes)
         ]
         assert [len(part) for part in parts] == [2] * processes  # 13 samples, 8 at a time
@@ -537,21 +549,21 @@ def test_without_an_order_the_source_comes_once_and_is_padded():
         assert labels.tolist() == [*range(13), -1, -1, -1]
         assert weight.tolist() == [1] * 13 + [0] * 3
         assert torch.equal(images[:13], torch.stack(centre)) and not images[13:].any()
-        assert all(batch["bad"] == [] and batch["ids"].shape[1] == 0 for batch in batches)
+        assert all(batch["bad"] == [] for batch in batches)
 
 
 def test_batches_that_cannot_be_dealt_are_refused_with_the_number_to_use():
     source = Memory([4] * 8)
     with pytest.raises(ValueError, match="multiple of 6") as error:
-        data.Batches(source, (8, 8), 3, 8, processes=3)
+        picture_batches(source, (8, 8), 3, 8, processes=3)
     one_line(error)
     with pytest.raises(ValueError, match="multiple of 4"):  # divisible, but not in pairs
-        data.Batches(source, (8, 8), 3, 6, processes=2)
+        picture_batches(source, (8, 8), 3, 6, processes=2)
     with pytest.raises(ValueError, match="--lanes") as error:
-        data.Batches(source, (8, 8), 3, 12, order=data.Order(source.sizes), processes=3)
+        picture_batches(source, (8, 8), 3, 12, order=data.Order(source.sizes), processes=3)
     assert "multiple of 3" in one_line(error)
     with pytest.raises(ValueError, match="channels") as error:
-        data.Batches(source, (8, 8), 2, 12)
+        picture_batches(source, (8, 8), 2, 12)
     one_line(error)
 
 
@@ -1015,7 +1027,7 @@ def compare_with_bad(good, bad, names):
     count = int(good.sizes.sum())
     for orders in (order, (None, None)):
         expected, batch = (
-            data.Batches(source, (8, 8), 3, count, order=o, seed=1, num_patches=4)[0]
+            picture_batches(source, (8, 8), 3, count, order=o, seed=1, num_patches=4)[0]
             for source, o in zip((good, bad), orders)
         )
         broken = batch["weight"] == 0
@@ -1053,7 +1065,7 @@ def test_bad_files_in_a_folder_keep_their_positions(tmp_path):
     bad = opened(folder)
     names = [f"{folder}/{name}" for name in whole]
     compare_with_bad(good, bad, names)
-    batch = data.Batches(bad, (8, 8), 3, 19)[0]
+    batch = picture_batches(bad, (8, 8), 3, 19)[0]
     (line,) = [line for line in batch["bad"] if "bomb" in line]
     assert "DecompressionBomb" in line  # refused by its header, before memory is asked for
 
@@ -1069,7 +1081,7 @@ def test_the_limit_of_pixels_holds_for_all_that_is_read_and_in_spawned_workers(
     folder = opened(write_files(tmp_path / "folder", files))
     shard = opened(write_tar(tmp_path / "a.tar", files.items()))
     for source in (folder, shard):
-        batches = data.Batches(source, (4, 4), 3, 2)
+        batches = picture_batches(source, (4, 4), 3, 2)
         for limit, bad in ((40, 1), (100, 0)):
             data.limit_pixels(limit)
             assert len(batches[0]["bad"]) == bad
@@ -1109,7 +1121,7 @@ def test_a_missing_or_unreadable_label_is_unknown_and_not_bad(tmp_path):
     texts = {"00003.cls": b"cat", "00004.cls": b"", "00005.cls": b"-7"}
     members = [(n, texts.get(n, c)) for n, c in members_of(range(6)) if n != "00002.cls"]
     source = opened(write_tar(tmp_path / "a.tar", members))
-    batch = data.Batches(source, (4, 4), 3, 6)[0]
+    batch = picture_batches(source, (4, 4), 3, 6)[0]
     assert batch["labels"].tolist() == [0, 1, -1, -1, -1, -1]
     assert batch["weight"].tolist() == [1] * 6
 
@@ -1119,7 +1131,7 @@ def test_a_tar_that_is_cut_gives_the_samples_before_the_cut(tmp_path, capsys):
     with tarfile.open(whole) as tar:
         member = tar.getmember("00007.png")
     os.truncate(cut, member.offset_data + member.size // 2)  # in the middle of a picture
-    expected, batch = (data.Batches(opened(path), (4, 4), 3, 12)[0] for path in (whole, cut))
+    expected, batch = (picture_batches(opened(path), (4, 4), 3, 12)[0] for path in (whole, cut))
     assert "cut" in capsys.readouterr().err
     assert batch["weight"].tolist() == [1] * 7 + [0] * 5
     assert torch.equal(batch["images"][:7], expected["images"][:7])
@@ -1136,7 +1148,7 @@ def test_a_label_that_is_cut_is_not_taken_for_another(tmp_path):
     with tarfile.open(path) as tar:
         offset = tar.getmember("b.cls").offset_data
     os.truncate(path, offset + 1)  # a 1 is left of it
-    batch = data.Batches(opened(path), (4, 4), 3, 2)[0]
+    batch = picture_batches(opened(path), (4, 4), 3, 2)[0]
     assert batch["labels"].tolist() == [12, -1] and batch["weight"].tolist() == [1, 0]
 
 
@@ -1169,7 +1181,7 @@ def test_whatever_a_decoder_raises_is_one_line():
                 raise errors[sample["class"]]
             return sample
 
-    batch = data.Batches(Raising([8]), (8, 8), 3, 8)[0]
+    batch = picture_batches(Raising([8]), (8, 8), 3, 8)[0]
     assert batch["weight"].tolist() == [1, 0, 0, 0, 0, 0, 1, 1]
     assert not batch["images"][1:6].any() and batch["labels"][1:6].tolist() == [-1] * 5
     starts = [f"memory:{i}: {name}" for i, name in enumerate("RMKKK", start=1)]
@@ -1187,7 +1199,7 @@ def test_a_shard_that_changes_under_an_open_source_is_not_fatal(tmp_path, read_b
     }
     for name, (change, bad) in changes.items():
         path = write_tar(tmp_path / f"{name}.tar", members_of(range(4)))
-        batches = data.Batches(opened(path), (4, 4), 3, 4)
+        batches = picture_batches(opened(path), (4, 4), 3, 4)
         if read_before:
             assert batches[0]["bad"] == []
         change(path)
@@ -1753,7 +1765,7 @@ def test_a_link_in_a_shard_is_counted_as_unreadable(tmp_path):
             link = tarfile.TarInfo(name)
             link.type, link.linkname = kind, "00000.png"
             tar.addfile(link)
-    batch = data.Batches(opened(path), (4, 4), 3, 4)[0]
+    batch = picture_batches(opened(path), (4, 4), 3, 4)[0]
     assert batch["weight"].tolist() == [1, 1, 0, 0]
     assert [line.split(": ")[0] for line in batch["bad"]] == [f"{path}:hard", f"{path}:soft"]
     assert batch["bad"][0].endswith("cannot identify image file")  # and no address of a buffer
@@ -2054,10 +2066,10 @@ def test_held_out_samples_are_the_first_of_val_where_there_is_one(shards):
 )
 def test_a_slice_may_begin_and_end_anywhere(shards, start, stop):
     source = opened(shards[1])
-    part = data.Part(source, range(start, stop))
+    part = data.Subset(source, range(start, stop))
     assert everything(part) == everything(source)[start:stop]
     assert len(part.sizes) == len(source.sizes)  # as many lanes as the whole source gives
-    again = data.Part(part, range(1, int(part.sizes.sum())))
+    again = data.Subset(part, range(1, int(part.sizes.sum())))
     assert everything(again) == everything(part)[1:]
 
 
@@ -2118,7 +2130,7 @@ def test_too_few_open_files_are_not_unreadable_pictures(monkeypatch):
 
     monkeypatch.setattr(source, "read", read)
     with pytest.raises(data.Unreachable, match="Too many open files: '0.png': .*ulimit -n 65536"):
-        data.Batches(source, (8, 8), 3, 4)[0]
+        picture_batches(source, (8, 8), 3, 4)[0]
     chunks = hashtags.TagChunks(source, {})
     with pytest.raises(data.Unreachable, match="ulimit"):
         chunks[0]
@@ -2253,10 +2265,10 @@ def test_what_goes_wrong_in_measuring_costs_no_step(program, mishap, processes, 
 def test_fewer_shards_than_processes_is_one_line_with_a_way_out():
     source = Memory([4, 4, 4])
     with pytest.raises(ValueError, match="3 lanes cannot be dealt to 4.*--lanes, a multiple of 4"):
-        data.Batches(source, (8, 8), 3, 8, order=data.Order(source.sizes), processes=4)
+        picture_batches(source, (8, 8), 3, 8, order=data.Order(source.sizes), processes=4)
     order = data.Order(source.sizes, lanes=4)  # more lanes than shards: they share them
     parts = [
-        data.Batches(source, (8, 8), 3, 8, order=order, process=p, processes=4) for p in range(4)
+        picture_batches(source, (8, 8), 3, 8, order=order, process=p, processes=4) for p in range(4)
     ]
     labels = torch.cat([part[step]["labels"] for part in parts for step in range(3)])
     assert sorted(labels.tolist()) == sorted([*range(12)] * 2)

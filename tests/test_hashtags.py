@@ -6,7 +6,17 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import captioned, epoch_counts, npy, one_line, opened, run_main, tile, write_tar
+from conftest import (
+    captioned,
+    epoch_counts,
+    npy,
+    one_line,
+    opened,
+    picture_batches,
+    run_main,
+    tile,
+    write_tar,
+)
 from PIL import Image
 
 import data
@@ -121,7 +131,7 @@ def test_hashtags_are_those_of_the_first_file_that_has_any(tmp_path, capsys):
         assert vocabulary.counts == expected
         lines = [line for line in capsys.readouterr().err.splitlines() if "unreadable" in line]
         assert [line.split(": ")[1][-5:] for line in lines] == names
-        batch = data.Batches(source, (4, 4), 3, len(HASHTAGS_OF), vocabulary=vocabulary)[0]
+        batch = picture_batches(source, (4, 4), 3, len(HASHTAGS_OF), vocabulary=vocabulary)[0]
         ids = [sorted(vocabulary.numbers[tag] for tag in tags or ()) for _, tags in HASHTAGS_OF]
         assert [[i for i in row if i >= 0] for row in batch["tags"].tolist()] == ids
         assert batch["weight"].tolist() == [float(bool(tags)) for _, tags in HASHTAGS_OF]
@@ -132,7 +142,7 @@ def test_hashtags_and_captions_are_read_only_where_they_are_used(tmp_path, monke
     """Stage 1 uses neither, and its loader must not wait for them."""
     source = opened(captioned(tmp_path / "a.tar", [{"json": b'{"hashtags": ["#a"]}'}] * 3))
     monkeypatch.setattr(data.json, "loads", lambda content: pytest.fail("a .json was read"))
-    batch = data.Batches(source, (4, 4), 3, 3)[0]
+    batch = picture_batches(source, (4, 4), 3, 3)[0]
     assert batch["bad"] == [] and batch["weight"].tolist() == [1, 1, 1]
 
 
@@ -175,7 +185,7 @@ def test_sampling_weights_by_hand(tagged, tmp_path):
     }
     tail = {i for i in drawn if "#FEW" in tags[i]}
     sums = {part: sum(v for i, v in importance.items() if (i in tail) == part) for part in (0, 1)}
-    weights = draws["weights"](0, 57) / data.WEIGHT
+    weights = draws["weights"](0, 57) / hashtags.WEIGHT
     for i in range(57):
         part = i in tail
         wanted = len(drawn) * (0.7, 0.3)[part] * importance.get(i, 0) / sums[part]
@@ -184,7 +194,7 @@ def test_sampling_weights_by_hand(tagged, tmp_path):
     assert draws["totals"].tolist() == [units.sum() for units in shards]
     assert weights.sum() == pytest.approx(len(drawn), abs=1e-3)
     # And the order draws each sample as often: rounded in each epoch, exactly on average.
-    order = data.Order(train.sizes, 0, 2, **draws)
+    order = hashtags.WeightedOrder(train.sizes, 0, 2, **draws)
     epochs, total = 500, Counter()
     for epoch in range(epochs):
         counts = epoch_counts(order, epoch)
@@ -203,7 +213,7 @@ def test_where_all_is_head_or_tail_it_has_all_draws(tagged, tmp_path, capsys):
         hashtags.write_hashtags(source, tmp_path / name, tail_below)
         assert f"all pictures are in the {name}" in capsys.readouterr().out
         totals = hashtags.open_hashtags(source, tmp_path / name)[3]["totals"]
-        assert totals.sum() / data.WEIGHT == pytest.approx(54, abs=1e-3)
+        assert totals.sum() / hashtags.WEIGHT == pytest.approx(54, abs=1e-3)
 
 
 def test_an_index_of_hashtags_is_replaced_whole_or_not_at_all(tagged, tmp_path, capsys):
@@ -263,7 +273,7 @@ def test_unreadable_hashtags_are_named_and_counted_and_weigh_nothing(tmp_path, c
     printed = capsys.readouterr()
     assert "unreadable hashtags: 2" in printed.out
     assert "a.tar:00001" in printed.err and "a.tar:00003" in printed.err
-    batch = data.Batches(source, (4, 4), 3, 5, vocabulary=vocabulary)[0]
+    batch = picture_batches(source, (4, 4), 3, 5, vocabulary=vocabulary)[0]
     assert batch["tags"].tolist() == [[0, -1], [-1, -1], [0, 1], [-1, -1], [-1, -1]]
     assert batch["weight"].tolist() == [1, 0, 1, 0, 0]
     assert [name.split(":")[1] for name in batch["bad"]] == ["00001", "00003"]  # not 4: no tags
@@ -272,7 +282,7 @@ def test_unreadable_hashtags_are_named_and_counted_and_weigh_nothing(tmp_path, c
 def test_a_batch_holds_the_ids_of_its_tags(tagged):
     source = opened(tagged)
     vocabulary = hashtags.count_hashtags(source, min_count=1)
-    batch = data.Batches(source, (4, 4), 3, 12, vocabulary=vocabulary)[0]
+    batch = picture_batches(source, (4, 4), 3, 12, vocabulary=vocabulary)[0]
     ids = [
         [0] * (i not in (1, 2, 3)) + [1] * (i % 2 == 0 and i != 2) + [2] * (i % 10 == 0)
         for i in range(12)

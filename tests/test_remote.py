@@ -23,6 +23,7 @@ from conftest import (
     npy,
     one_line,
     opened,
+    picture_batches,
     run_main,
     same_batch,
     times,
@@ -163,8 +164,8 @@ def test_what_cannot_be_had_is_one_clear_line_and_not_a_bad_sample(
 def test_a_shard_that_is_missing_weighs_nothing_and_is_asked_for_once(remote, shards, code):
     server, pattern, cache = remote
     server.faults["s-03.tar"] = lambda handler, content: handler.send_error(code) or True
-    batches = data.Batches(opened_remote(pattern, cache), (4, 4), 3, 23)
-    local = data.Batches(opened(shards[1]), (4, 4), 3, 23)[0]
+    batches = picture_batches(opened_remote(pattern, cache), (4, 4), 3, 23)
+    local = picture_batches(opened(shards[1]), (4, 4), 3, 23)[0]
     batch = batches[0]
     assert batch["weight"].tolist() == [1] * 8 + [0] * 12 + [1] * 3
     assert torch.equal(batch["images"][batch["weight"] > 0], local["images"][batch["weight"] > 0])
@@ -175,7 +176,7 @@ def test_a_shard_that_is_missing_weighs_nothing_and_is_asked_for_once(remote, sh
 
 
 def test_a_local_shard_that_goes_missing_weighs_nothing(shards):
-    batches = data.Batches(opened(shards[1]), (4, 4), 3, 23)
+    batches = picture_batches(opened(shards[1]), (4, 4), 3, 23)
     (shards[0] / "s-03.tar").unlink()
     assert batches[0]["weight"].tolist() == [1] * 8 + [0] * 12 + [1] * 3
 
@@ -281,7 +282,7 @@ def test_a_copy_in_the_cache_that_is_damaged_is_fetched_again(remote, shards, da
 def test_a_copy_in_the_cache_that_is_always_damaged_is_counted(remote, monkeypatch):
     _, pattern, cache = remote
     monkeypatch.setattr(remote_module, "index_bytes", lambda *_: bytes(64))
-    batch = data.Batches(opened_remote(pattern, cache), (4, 4), 3, 8)[0]
+    batch = picture_batches(opened_remote(pattern, cache), (4, 4), 3, 8)[0]
     assert batch["weight"].tolist() == [0] * 8
     assert all("damaged" in line and "s-0" in line for line in batch["bad"])
 
@@ -473,7 +474,7 @@ def test_shards_are_fetched_before_they_are_needed(remote, monkeypatch):
     monkeypatch.setattr(data, "SHUFFLE_BLOCK", 8)
     source = opened_remote(pattern, cache)
     order = data.Order(source.sizes, lanes=1)
-    batches = data.Batches(source, (4, 4), 3, 2, order=order)
+    batches = picture_batches(source, (4, 4), 3, 2, order=order)
     later = {source.where(order(position)) for position in (0, 1, 4, 5)}
     batches[0]
     deadline = time.monotonic() + 5
@@ -482,7 +483,7 @@ def test_shards_are_fetched_before_they_are_needed(remote, monkeypatch):
     assert all(map(source.cache.has, later))
     assert server.asked().total() == 1 + len(later) < 6
     for step in range(1, 12):  # the stream is the same as without
-        same_batch(batches[step], data.Batches(source, (4, 4), 3, 2, order=order)[step])
+        same_batch(batches[step], picture_batches(source, (4, 4), 3, 2, order=order)[step])
 
 
 def test_a_loader_that_stalls_says_what_it_waits_for(remote, monkeypatch, capsys):
@@ -491,7 +492,7 @@ def test_a_loader_that_stalls_says_what_it_waits_for(remote, monkeypatch, capsys
     monkeypatch.setattr(remote_module, "TIMEOUT", 5)
     source = opened_remote(pattern, cache)
     server.faults["s-03.tar"] = slow
-    batches = data.Batches(source, (4, 4), 3, 12, process=0, processes=2)
+    batches = picture_batches(source, (4, 4), 3, 12, process=0, processes=2)
     for workers in (0, 1):
         made = list(data.loader(batches, range(2), workers))
         assert [batch["bad"] for batch in made] == [[], []]
@@ -502,9 +503,9 @@ def test_a_loader_that_stalls_says_what_it_waits_for(remote, monkeypatch, capsys
         for line in printed:
             assert re.match(r"no batch for \d+ s: process 0, step [12]: http.*/s-03.tar", line)
     for source in (toy.Toy("train", (8, 8)), opened_remote(pattern, cache)):
-        item = data.Batches(source, (8, 8), 3, 4).about(1)
+        item = picture_batches(source, (8, 8), 3, 4).about(1)
         assert item.startswith("process 0, step 2: ")
-    list(data.loader(data.Batches(toy.Toy("train", (8, 8)), (8, 8), 3, 2), range(3), 0))
+    list(data.loader(picture_batches(toy.Toy("train", (8, 8)), (8, 8), 3, 2), range(3), 0))
     assert capsys.readouterr().err == ""
 
 
@@ -513,7 +514,7 @@ def test_ctrl_c_does_not_wait_for_workers_that_wait(remote, monkeypatch):
     monkeypatch.setattr(remote_module, "TIMEOUT", 60)
     done = threading.Event()
     server.faults = {f"s-{n:02}.tar": lambda *_: done.wait(60) for n in range(5)}
-    batches = data.Batches(opened_remote(pattern, cache), (4, 4), 3, 4)
+    batches = picture_batches(opened_remote(pattern, cache), (4, 4), 3, 4)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup has it ignored
     made = iter(data.loader(batches, range(4), 2))
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()

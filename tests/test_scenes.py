@@ -16,6 +16,7 @@ from PIL import Image
 
 import data
 from support import toy as toy_module
+from support.hashtags import WEIGHT, WeightedOrder
 from tasks import coco as coco_module
 from tasks import scenes as scenes_module
 
@@ -356,9 +357,11 @@ def pictures_for(scenes, folder):
         Image.fromarray(small).resize((width, height)).save(folder / name)
 
 
-def batches(scenes, side=64, **options):
-    options = {"batch_size": 8, "channels": 3} | options
-    return scenes_module.SceneBatches(scenes, (side, side), **options)
+def batches(scenes, side=64, channels=3, batch_size=8, jitter=(0.1, 2.0), **options):
+    config = {"image_size": (side, side), "channels": channels}
+    jitter = jitter if options.get("order") else None
+    make = scenes_module.scene_maker(scenes, config, jitter)
+    return data.Batches(scenes, make, batch_size, **options)
 
 
 def test_bad_annotations_are_counted_and_left_out(tmp_path, capsys):
@@ -587,13 +590,11 @@ def test_repeat_factors(tmp_path):
     labels = [set(scenes.read(i)["labels"].tolist()) for i in range(len(scenes.sizes))]
     share = [np.mean([k in there for there in labels]) for k in range(5)]
     wanted = [max(1, *(np.sqrt(0.9 / share[k]) for k in there)) for there in labels]
-    assert sampling["totals"] / data.WEIGHT == pytest.approx(np.array(wanted), abs=1e-4)
-    order = data.Order(scenes.sizes, **sampling)
+    assert sampling["totals"] / WEIGHT == pytest.approx(np.array(wanted), abs=1e-4)
+    order = WeightedOrder(scenes.sizes, **sampling)
     drawn = np.bincount([order(p) for p in range(order.length)], minlength=len(wanted))
     assert order.length == int(sum(wanted)) and (np.abs(drawn - wanted) < 1).all()
-    assert (
-        scenes_module.repeat_factors(scenes)["totals"] == data.WEIGHT
-    ).all()  # 0.001: none is rare
+    assert (scenes_module.repeat_factors(scenes)["totals"] == WEIGHT).all()  # 0.001: none is rare
 
 
 def test_boxes_and_masks_move_with_the_picture():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ODD_NAMES, picture, read_metrics, stage
+from conftest import ODD_NAMES, picture, picture_batches, read_metrics, stage
 from PIL import Image
 
 import data
@@ -197,15 +197,15 @@ def test_all_frames_of_a_clip_are_cropped_flipped_and_augmented_alike():
     how = {"order": order, "min_crop": 0.2, "clips": video_module.Clips(4, stride=1)}
     changed = lambda *key: augment_module.augment(*key, magnitude=7, erasing=0.9, operations=4)
     for augment in (None, changed):
-        images = data.Batches(source, (16, 16), 3, 8, augment=augment, **how)[0]["images"]
+        images = picture_batches(source, (16, 16), 3, 8, augment=augment, **how)[0]["images"]
         assert images.shape == (8, 3, 4, 16, 16)
         assert (images == images[:, :, :1]).all()  # equal frames stay equal
         assert (images[0] != images[1]).any()
     # And pictures are cropped like clips with the same draws.
-    frames = data.Batches(source, (16, 16), 3, 8, **how)[0]["images"][:, :, 0]
+    frames = picture_batches(source, (16, 16), 3, 8, **how)[0]["images"][:, :, 0]
     source.read = lambda number: {"image": lambda: source.videos[number][0], "class": 0}
     how.pop("clips")
-    assert (data.Batches(source, (16, 16), 3, 8, **how)[0]["images"] == frames).all()
+    assert (picture_batches(source, (16, 16), 3, 8, **how)[0]["images"] == frames).all()
 
 
 def test_flips_only_where_classes_have_no_direction():
@@ -214,7 +214,7 @@ def test_flips_only_where_classes_have_no_direction():
     for flip in (True, False):
         how = {"order": data.Order([1]), "min_crop": 1.0}
         clips = video_module.Clips(2, stride=1, flip=flip)
-        batches = data.Batches(Source([ramp]), (16, 16), 1, 64, clips=clips, **how)
+        batches = picture_batches(Source([ramp]), (16, 16), 1, 64, clips=clips, **how)
         images = batches[0]["images"]
         flipped.append((images[..., 0] > images[..., -1]).float().mean())
     assert 0.3 < flipped[0] < 0.7 and flipped[1] == 0
@@ -225,7 +225,7 @@ def test_three_crops_along_the_longer_side(upright):
     pixels = np.tile(np.arange(20, dtype=np.uint8), (8, 1))
     pixels = pixels.T.copy() if upright else pixels
     clips = video_module.Clips(2, stride=1, clips=2, crops=3)
-    batches = data.Batches(Source([Image.fromarray(pixels)] * 3), (8, 8), 1, 2, clips=clips)
+    batches = picture_batches(Source([Image.fromarray(pixels)] * 3), (8, 8), 1, 2, clips=clips)
     images = batches[0]["images"][0, 0].unflatten(0, (2, 3, 2))  # clips, crops, frames
     for crop, start in enumerate((0, 6, 12)):
         part = pixels[start : start + 8] if upright else pixels[:, start : start + 8]
@@ -698,7 +698,7 @@ def test_a_film_that_is_cut_in_its_first_half_is_named_and_weighs_nothing(film, 
         Path(path).write_bytes(content[: int(share * len(content))])
         video_module.probe.cache_clear()
         source = video_module.VideoFolder(os.path.dirname(path))
-        batch = data.Batches(source, (8, 8), 3, 1, clips=video_module.Clips(2, span=1))[0]
+        batch = picture_batches(source, (8, 8), 3, 1, clips=video_module.Clips(2, span=1))[0]
         assert batch["weight"].tolist() == [good] and len(batch["bad"]) == 1 - good
         assert good or f"{path}: ValueError: it is cut" in batch["bad"][0]
 
@@ -728,7 +728,7 @@ def test_a_damaged_film_is_named_and_weighs_nothing(film, tmp_path):
     (folder / "list.mkv").write_text("ffconcat version 1.0\nfile good.mkv\nduration 2\n")
     (folder / "more.mkv").touch()
     source = video_module.VideoFolder(str(folder))
-    batch = data.Batches(source, (8, 8), 3, 6, clips=video_module.Clips(2, span=1))[0]
+    batch = picture_batches(source, (8, 8), 3, 6, clips=video_module.Clips(2, span=1))[0]
     readable = [source.name(int(n)) for n in batch["samples"][batch["weight"] > 0]]
     assert readable == [good] and len(batch["bad"]) == 5
     assert any("list.mkv: ValueError: ffmpeg finds no video" in line for line in batch["bad"])
@@ -770,7 +770,7 @@ def test_the_motion_is_what_the_class_says():
 
 
 def test_a_linear_probe_of_single_frames_stays_at_chance():
-    batches = data.Batches(
+    batches = picture_batches(
         video_module.ToyMotion("train", (24, 24)), (24, 24), 3, 900, clips=video_module.Clips(1)
     )
     batch = batches[0]
@@ -868,7 +868,7 @@ def test_evaluation_is_the_mean_over_all_views_in_any_batch(run, videos):
     model, _ = evaluate.load_model(out / "model.pt", "video", "cpu")
     source = data.open_sources(str(videos), videos=True)[1]
     clips = video_module.Clips(4, stride=2, clips=2, crops=3)
-    batch = data.Batches(source, (16, 16), 3, 4, clips=clips)[0]
+    batch = picture_batches(source, (16, 16), 3, 4, clips=clips)[0]
     views = data.normalize(batch["images"]).unflatten(2, (6, 4)).unbind(dim=2)
     with torch.no_grad():
         mean = torch.stack([model(view).softmax(dim=1) for view in views]).mean(dim=0)

@@ -28,7 +28,7 @@ def main():
     model, _ = evaluate.load_model(run.checkpoint, "zeroshot", torch.device("cpu"))
     tokenizer = lit.tokenizer_for(None, model.config["text"])
     source = data.open_sources("toy", size=model.config["image_size"])[1]
-    source = data.Part(source, range(run.pictures))
+    source = data.Subset(source, range(run.pictures))
     images, *_ = evaluate.extract(
         {"": lambda images: model(model.features(images))[0]}, source, model.config, 256
     )

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 import data
+from support import hashtags
 
 
 def build(samples, shards, lanes, weighted):
@@ -32,13 +33,16 @@ def build(samples, shards, lanes, weighted):
     if not weighted:
         return sizes, None, data.Order(sizes, lanes=lanes)
     # Quarters from 0 to 3, 1 on average; one table for all shards, so that totals cost nothing.
-    table = np.random.default_rng(1).integers(0, 5, sizes.max()) * (data.WEIGHT // 4)
+    table = np.random.default_rng(1).integers(0, 5, sizes.max()) * (hashtags.WEIGHT // 4)
     totals = np.cumsum(table)[sizes - 1] * (1 + (np.cumsum(sizes) - sizes) % 3)
 
     def weights(first, stop):
         return table[: stop - first] * (1 + first % 3)
 
-    return sizes, weights, data.Order(sizes, lanes=lanes, totals=totals, weights=weights)
+    order = hashtags.WeightedOrder(
+        sizes, lanes=lanes, totals=totals, weights=weights, largest=4 * hashtags.WEIGHT
+    )
+    return sizes, weights, order
 
 
 def positions(count, first, process, processes):
@@ -86,7 +90,7 @@ def count(weighted, processes=8, epochs=20):
     wrong = 0
     for epoch in range(epochs):
         for first, stop in pairwise(data.running_sum(sizes).tolist()):
-            promised = weights(first, stop) / data.WEIGHT if weighted else np.ones(stop - first)
+            promised = weights(first, stop) / hashtags.WEIGHT if weighted else np.ones(stop - first)
             drawn = np.array([draws[epoch, number] for number in range(first, stop)])
             wrong += np.sum((drawn < np.floor(promised)) | (drawn > np.ceil(promised)))
     wrong += draws.total() != epochs * order.length

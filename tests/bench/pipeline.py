@@ -86,7 +86,8 @@ def main():
     contents = contents[: len(contents) // options.batch * options.batch]  # whole batches
     source, side = Memory(contents), options.image_size
     order = data.Order(source.sizes)
-    batches = data.Batches(source, (side, side), 3, options.batch, order=order)
+    make = lambda *given: {"images": data.make_picture(*given, (side, side), 3, min_crop=0.2)}
+    batches = data.Batches(source, make, options.batch, order=order)
 
     def ours(epoch, normalize=data.normalize):
         for step in range(epoch * len(batches), (epoch + 1) * len(batches)):

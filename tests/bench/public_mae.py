@@ -43,8 +43,8 @@ def main():
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     source, size = data.open_source(given.data, None), (given.image_size,) * 2
     order = data.Order(source.sizes, given.seed)
-    drawn = {"order": order, "seed": given.seed, "min_crop": 1.0}
-    batches = data.Batches(source, size, 3, given.batch_size, **drawn)
+    make = lambda *which: {"images": data.make_picture(*which, size, 3, min_crop=1.0)}
+    batches = data.Batches(source, make, given.batch_size, order=order, seed=given.seed)
     steps, warmup = int(given.epochs * order.length / given.batch_size), 0.05
     bar = tqdm(data.loader(batches, range(steps), workers=1), total=steps, disable=None)
     for step, batch in enumerate(bar):

@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 import data
+from mae_pretrain import make_sample
 from support import pack
 
 
@@ -64,7 +65,8 @@ def read_epoch(pattern, cache, options):
     source, _ = data.open_sources(pattern, cache=(str(cache), "10G"))
     order = data.Order(source.sizes, lanes=options.lanes)
     side = (options.image_size, options.image_size)
-    batches = data.Batches(source, side, 3, options.batch, order=order)
+    make = functools.partial(make_sample, size=side, channels=3, num_patches=1, min_crop=0.2)
+    batches = data.Batches(source, make, options.batch, order=order)
     began, cpu, read = time.perf_counter(), cpu_seconds(), 0
     for batch in data.loader(batches, range(len(batches)), workers=1):
         read += int(batch["weight"].sum())
