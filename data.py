@@ -193,8 +193,11 @@ class Source:
     sizes     (S,) int64, samples per shard; numbers of samples run through the shards
     classes   the names of its classes, or None
     identity  a text that is another one for other data
-    cache     of remote shards, see support/remote.py (may be missing)
+    cache     of remote shards, see support/remote.py
+    endless   True if an epoch is a number, and samples never run out: the toy world's
     """
+
+    cache, endless = None, False
 
     def read(self, number):
         """A dict whose functions open what they give only when they are called:
@@ -460,7 +463,7 @@ class Subset(Source):
 
     def __init__(self, source, numbers):
         self.source, self.numbers, self.classes = source, numbers, source.classes
-        self.cache = getattr(source, "cache", None)
+        self.cache = source.cache
         self.sizes = np.ones(len(numbers), dtype=np.int64)
         if isinstance(numbers, range):  # shards stay shards, and lanes lanes: some may be empty
             self.sizes = np.diff(running_sum(source.sizes).clip(numbers.start, numbers.stop))
@@ -1003,7 +1006,7 @@ class Batches(torch.utils.data.Dataset):
                 f"{self.order.lanes} lanes cannot be dealt to {self.processes} processes: "
                 f"give --lanes, a multiple of {self.processes}, and keep to it"
             )
-        self.total, self.cache = int(self.source.sizes.sum()), getattr(self.source, "cache", None)
+        self.total, self.cache = int(self.source.sizes.sum()), self.source.cache
         if self.cache and self.order is not None:  # each lane reads the shards of a block
             block = math.ceil(SHUFFLE_BLOCK * len(self.source.sizes) / self.order.length)
             self.cache.must_hold(self.order.lanes // self.processes * block)

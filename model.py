@@ -760,8 +760,8 @@ def read_weights(path, heads=None, image_size=None, entry=None):
     one_network.
     Raises ValueError or OSError, one line, when there is nothing usable in the file.
     """
+    from support.checkpoints import last_line
     from support.formats import infer_config, network, read_file
-    from support.launch import last_line
 
     path, style, state, config = read_file(path, entry)
     kernel = state.get("patch_embed.proj.weight")

@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 
 import kernels
-from support.launch import is_lost, last_line
 
 # One process needs no process group, and DCP need not say so at every save.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
@@ -339,3 +338,18 @@ def write_file(path, content):
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def last_line(error):
+    """What an error says, in one line: DCP's hold a whole traceback, some others nothing.
+
+    After what it has to say, torch's C++ code may list its own frames.
+    """
+    said = str(error).partition("\nException raised from ")[0].strip()
+    return (said or type(error).__name__).splitlines()[-1]
+
+
+def is_lost(error):
+    """Whether an error says that another process has died, or was never met."""
+    said = isinstance(error, RuntimeError) and "gloo" in str(error)  # it has no class of its own
+    return said or isinstance(error, dist.DistError)

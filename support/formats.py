@@ -32,8 +32,7 @@ from model import (
     read_weights,
     save_weights,
 )
-from support.checkpoints import write_file
-from support.launch import last_line
+from support.checkpoints import last_line, write_file
 
 # -------------------------------------------------------------------------------------------- names
 

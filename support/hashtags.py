@@ -261,7 +261,7 @@ def open_hashtags(source, folder):
     From a folder that write_hashtags wrote for this source; without one, for the toy world: the
     tags of its first pictures, and no weights. Raises ValueError, one line, when that cannot be.
     """
-    if not folder and isinstance(source, Toy):
+    if not folder and source.endless:
         vocabulary = count_hashtags(Subset(source, range(TAG_CHUNK)))
         return vocabulary, source, Subset(Toy("val", source.sides), range(HELD_OUT)), {}
     train, held_out = hold_out(source, None, HELD_OUT)

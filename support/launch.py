@@ -1,18 +1,202 @@
-"""What the processes of a run settle with each other, and what is said when it ends early."""
+"""What the three stages share around their methods: flags, start-up, sums, logging, saving.
 
+    make_parser, add_flags   the flags that every stage has
+    place, begin, resume     device and processes; the process group; the checkpoint to go on from
+    Totals                   a step's sums over micro-batches and processes, read once
+    Progress                 what is timed, counted, logged and saved
+    report_errors            one line and an exit status for what ends a run
+
+This file needs torch, tqdm and support/checkpoints.py.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import math
+import os
+import sys
+import time
 from datetime import timedelta
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from tqdm import tqdm
+
+from support.checkpoints import begin_run, is_lost, last_line, load_checkpoint, save_checkpoint
+
+# -------------------------------------------------------------------------------------------- flags
 
 
-def not_finite(model, step, batch_size, loss, norm, lr):
-    """What to say of a step (from 0) whose loss or gradient is not finite. All must call it."""
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    full = lambda found: found.full_tensor() if hasattr(found, "full_tensor") else found  # sharded
-    names = [name for name, grad in gradients.items() if not full(grad.isfinite().all())]
-    what = f"step {step + 1}: loss {loss}, gradient norm {norm}, lr {lr:.2e}; it was not saved. "
-    what += f"Positions {step * batch_size} to {(step + 1) * batch_size - 1}. "
-    return f"{what}Gradients not finite: {' '.join(names) or 'none'}"
+def make_parser(program, description):
+    """(parser, {title: its group of flags}). Its errors are one line, of one process a machine."""
+    parser = argparse.ArgumentParser(program, allow_abbrev=False, description=description)
+    parser.error = lambda message: fail(program, f"{message} (--help lists all flags)")
+    titles = "data", "model", "optimisation", "run"
+    return parser, {title: parser.add_argument_group(title) for title in titles}
+
+
+def number(kind, least, most=2**62, above=False):
+    """An argparse type: a number from `least` to `most`; above: `least` itself is refused."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+        if not least <= value <= most or above and value == least:
+            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        return value
+
+    return parse
+
+
+count = number(int, 1)
+fraction = number(float, 0, 1)
+positive = number(float, 0, above=True)
+not_negative = number(float, 0)
+
+
+def add_flags(groups, out, batch_size, seed_of):
+    """Add the flags that every stage has. out: default; others: help texts."""
+    add = groups["data"].add_argument
+    add("--cache-dir", help="folder for remote shards (of yours, among the temporary files)")
+    add("--cache-size", default="20G", help="the most that it holds, like 500G (20G)")
+    add("--lanes", type=count, help="sample streams: a multiple of the processes (48, or shards)")
+    add("--workers", type=number(int, 0), help="loader processes per process (the cores left)")
+    add("--max-bad", type=fraction, default=0.01, help="unreadable share to stop at (0.01)")
+    add = groups["model"].add_argument
+    add("--patch-size", type=count, help="side of a patch (the size's own)")
+    add("--heads", type=count, help="attention heads of an --init of unknown size")
+    add("--entry", help="of an --init with several networks: state_dict_ema, or a prefix of names")
+    add = groups["optimisation"].add_argument
+    add("--batch-size", type=count, help=f"global, over all processes ({batch_size})")
+    add("--micro-batch", type=count, help="images at once on a process (what should fit)")
+    add("--seed", type=number(int, 0), default=0, help=f"of {seed_of} (0)")
+    add = groups["run"].add_argument
+    add("--out", type=Path, default=out, help=f"where all is written ({out or 'runs/TASK'})")
+    add("--precision", choices=("bf16", "fp32"), help="of the compute (CUDA: bf16, else fp32)")
+    option = argparse.BooleanOptionalAction
+    add("--compile", action=option, default=None, help="torch.compile the model (CUDA: yes)")
+    add("--checkpoint-activations", action="store_true", help="less memory, a third more compute")
+    add(
+        "--shard-group", type=count, help="processes per copy of the weights (1 if it fits, or all)"
+    )
+    add("--log-every", type=count, default=50, help="steps between step lines (50)")
+    add("--keep-last", type=count, default=2, help="checkpoints that are kept (2)")
+    add("--keep-every", type=count, help="every so many steps, one is kept for good (none)")
+    add("--memory", type=positive, help="GiB for --micro-batch to fit (the GPU's; planned: 80)")
+
+
+def add_resume_flags(groups):
+    """Add the flags of a run that goes on from a checkpoint."""
+    add = groups["run"].add_argument
+    add("--resume", help="a run, or one of its checkpoints, to go on from (the one in --out)")
+    add("--save-every", type=count, help="steps between saves (a tenth, at most 1000)")
+
+
+def add_plan_flags(groups):
+    """Add the flags of a stage that can print what it takes."""
+    add = groups["run"].add_argument
+    add("--plan", action="store_true", help="print what the run takes, and exit")
+    add("--gpus", type=count, help="processes to plan for (as many as run now): --plan, too")
+    share = number(float, 0, 1, above=True)
+    add("--mfu", type=share, default=0.4, help="--plan: share of the peak FLOP/s (0.4)")
+
+
+def add_label_flags(groups):
+    """Add the flags of what is known of pictures or videos, and how they are shown."""
+    add = groups["data"].add_argument
+    add("--labels", help="of the folder --data: .csv (path,class), .jsonl, or iNaturalist's .json")
+    add("--val-labels", help="the same for val (paths in --val-data or, without it, --data)")
+    add("--min-crop", type=fraction, help="least area of a crop, 1: none (the recipe's)")
+    add(
+        "--val-crop", type=fraction, help="of val's pictures: share of the centre, 0: all, squashed"
+    )
+    add = groups["model"].add_argument
+    add("--pool", choices=("cls", "mean"), help="what the head reads (classify, video: mean)")
+
+
+def parse_task(argv, program, description, tasks, add_flags):
+    """Parse the arguments of a program with --task.
+
+    tasks: their names. add_flags(task, groups) adds the flags of a task, and those of all. A flag
+    that only other tasks have is refused with their names.
+    """
+
+    def parser_of(task):
+        parser, groups = make_parser(program, description)
+        parser.add_argument("--task", required=True, choices=tasks)
+        parser.set_defaults(plan=False, gpus=None, cuda_graph=False)
+        if task in tasks:
+            add_flags(task, groups)
+        else:
+            parser.epilog = f"python {program} --task NAME --help lists the flags of a task"
+        return parser
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task")
+    task = first.parse_known_args(argv)[0].task
+    parser = parser_of(task)
+    run, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        owners = [name for name in tasks if flag in parser_of(name).format_help().split()]
+        why = f"is for --task {', '.join(owners)}" if owners else "is no flag of this program"
+        parser.error(f"{flag} {why}")
+    return run
+
+
+def add_length_flags(groups, epochs, samples):
+    """Add --steps, --epochs and --samples, of which one may be given."""
+    group = groups["optimisation"].add_mutually_exclusive_group()
+    group.add_argument("--steps", type=count, help="length of the run; or --epochs, or --samples")
+    group.add_argument("--epochs", type=positive, help=epochs)
+    group.add_argument("--samples", type=positive, help=samples)
+
+
+# ----------------------------------------------------------------------------------------- start-up
+
+
+def place(run):
+    """Settle where a run computes: process, processes, processes_here, device, precision.
+
+    Returns the kind of device: "cuda" as well for a plan of GPUs. Raises ValueError.
+    """
+    launched = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}  # by torchrun
+    run.process, run.processes, local, run.processes_here = (
+        int(os.environ.get(name, str(alone))) for name, alone in launched.items()
+    )
+    kind = (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
+    if kind == "mps" and run.processes > 1:  # no collectives there
+        kind = "cpu"
+    run.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    run.plan = run.plan or bool(run.gpus)
+    if run.gpus:  # a plan for GPUs may be made anywhere
+        run.processes, kind = run.gpus, "cuda"
+    run.precision = run.precision or ("bf16" if kind == "cuda" else "fp32")
+    if run.precision == "bf16" and kind != "cuda":
+        raise ValueError("--precision bf16 needs CUDA")
+    run.say = tqdm.write if run.process == 0 else lambda _: None
+    return kind
+
+
+def begin(run):
+    """Join the run's other processes, if there are any."""
+    if run.device.type == "cuda":
+        torch.cuda.set_device(run.device)
+    if run.processes > 1:
+        backend = "cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo"
+        # Longer than reading weights, compiling, and the patience with remote data.
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+
+
+def end(run):
+    """Leave the process group."""
+    if run.processes > 1 and dist.is_initialized():
+        dist.barrier()  # without it, a process may abort at exit
+        dist.destroy_process_group()
 
 
 def check_agreement(facts):
@@ -28,40 +212,273 @@ def check_agreement(facts):
                 raise ValueError(f"{where}: all nodes want the same command, --data and --out")
 
 
-def set_timeouts(minutes):
-    """Give up on a process that has not answered for so long. (One that dies is noticed at once.)
+def resume(run, model, optimizer):
+    """Load the run's checkpoint, if there is one, and begin its folder.
 
-    As they start, some compile or read weights while others wait; after that, it has to be longer
-    than the data's patience. There is no public name for this in PyTorch.
+    Returns the checkpoint's record, {"step": 0} for a new run.
     """
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group.group_desc != "checkpoints":  # which may take their time
-            dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+    names = "micro_batch", "shard_group", "save_every", "out", "checkpoint"
+    check_agreement(run.identity | {name: str(getattr(run, name)) for name in names})
+    record = {"step": 0}
+    if run.checkpoint:
+        run.say(f"going on from {run.checkpoint}")
+        record = load_checkpoint(run.checkpoint, model, optimizer)
+    if run.process == 0:
+        config = {**run.identity, "command": sys.argv, "resume": run.resume}
+        begin_run(run.out, config, run.checkpoint, record["step"])
+    return record
 
 
-def last_line(error):
-    """What an error says, in one line: DCP's hold a whole traceback, some others nothing.
+# --------------------------------------------------------------------------------------------- loop
 
-    After what it has to say, torch's C++ code may list its own frames.
+
+def to(device, batch, *names):
+    """These tensors of a batch on a device. The copies do not wait for each other."""
+    return [batch[name].to(device, non_blocking=True) for name in names]
+
+
+class Totals:
+    """A step's sums over micro-batches and processes. The host reads them once, together.
+
+    loss, weight   sums over the batch; after read(), loss is the mean over the weight
+    norm           of the gradient (after read())
+    new_bad        samples of the batch that could not be read; unreadable: this process's names
+    unknown        samples that can be read, but have no label or caption
+    stopping       True if a process was asked to stop after this step
+    lacking        True if a process has got no batch: then this step must not be taken
     """
-    said = str(error).partition("\nException raised from ")[0].strip()
-    return (said or type(error).__name__).splitlines()[-1]
+
+    def __init__(self, device):
+        self.sums, self.unreadable = torch.zeros(7, device=device), []
+
+    def add(self, loss, weight, bad=(), unknown=0):
+        """A micro-batch's part: loss, weight and unknown are tensors () or numbers."""
+        self.sums[0] += loss
+        self.sums[1] += weight
+        self.sums[2] += unknown
+        self.unreadable += bad
+
+    def read(self, gradients, batch_size, stop, copies=1):
+        """Sum over the processes, and make loss and gradients means over the samples that count.
+
+        gradients: of all trained parameters, this process's parts, scaled in place. copies of the
+        model: each has all parts of the norm.
+        """
+        self.sums[3], self.sums[4] = len(self.unreadable), stop.asked
+        self.sums[5] = stop.no_batch is not None
+        self.sums[6] = torch.nn.utils.get_total_norm(gradients).square() / copies
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
+        self.loss, self.weight, *counts, stopping, lacking, norm = self.sums.tolist()
+        self.unknown, self.new_bad = map(int, counts)
+        self.stopping, self.lacking = bool(stopping), bool(lacking)
+        scale = batch_size / max(self.weight, 1e-9)
+        self.loss, self.norm = self.loss * scale, norm**0.5 * scale
+        scale_gradients(gradients, scale)
+
+    def clip(self, gradients, most):
+        """Scale the gradients so that their norm is at most this."""
+        scale_gradients(gradients, min(1.0, most / max(self.norm, 1e-9)))
 
 
-def is_lost(error):
-    """Whether an error says that another process has died, or was never met."""
-    said = isinstance(error, RuntimeError) and "gloo" in str(error)  # it has no class of its own
-    return said or isinstance(error, dist.DistError)
+def scale_gradients(gradients, scale):
+    for gradient in gradients if scale != 1.0 else ():
+        gradient.mul_(scale)
 
 
-def verdict(error):
-    """(what to say, exit status, whether this process alone knows) of what ended a run.
+class Progress:
+    """The steps of a run: what is timed, counted, logged and saved.
 
-    What is neither in what was given nor in the machine is a mistake of ours, and raised again.
+    done    steps so far
+    counts  {name: samples of no use so far}: "bad", and what else a stage counts
+    saving  True if the run saves after this step
+    lacking True if the run ends because a process has got no batch
+    flops   of a training step, for an image; peak: FLOP/s of the device, or None
     """
-    if is_lost(error):
-        why = f"another process is gone, or was never met ({last_line(error):.120})"
-        return f"{why}: the same command goes on from the last checkpoint", 1, False
-    if isinstance(error, ValueError | OSError):
-        return error, 2 if isinstance(error, ValueError) else 1, isinstance(error, OSError)
-    raise error
+
+    def __init__(self, run, record, counts, flops, peak):
+        self.run, self.flops, self.peak = run, flops, peak
+        self.done = self.first_step = self.saved_step = self.logged_step = record["step"]
+        self.counts = {name: record.get(name, 0) for name in counts}
+        self.saving, self.lacking, self.waited = False, False, 0.0
+        self.wait_for_save = lambda: None
+        self.began = self.logged = time.perf_counter()
+        shown = None if run.process == 0 else True
+        self.bar = tqdm(total=run.steps, initial=self.done, disable=shown)
+        gc.disable()  # it would stop each process at another moment, and all would wait for each
+
+    def wait_for(self, batches):
+        """The next batch."""
+        asked = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - asked
+        return batch
+
+    def count(self, totals, **others):
+        """Count a step that was computed. The first unreadable samples are named.
+
+        others: {name of another count: new samples}
+        """
+        for name in totals.unreadable[: max(0, 20 - self.counts["bad"])]:
+            tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
+        self.done += 1
+        for name, new in {"bad": totals.new_bad, **others}.items():
+            self.counts[name] += new
+        self.saving = self.done % self.run.save_every == 0 or self.done == self.run.steps
+
+    def check(self, batches, bad, what="cannot be read"):
+        """Raise Failure if so many bad samples are too many: see data.Batches.over_max_bad."""
+        drawn = self.done * self.run.batch_size
+        if batches.over_max_bad(bad, drawn, self.run.max_bad):
+            raise Failure(
+                f"{bad} of {drawn} pictures {what}: all, or over --max-bad {self.run.max_bad}; "
+                "mend or remove them"
+            )
+
+    def stepped(self):
+        """Show the step that was taken. True if it is to be logged."""
+        self.bar.update()
+        return self.saving or self.done % self.run.log_every == 0 or self.done == 1
+
+    def log(self, facts, shown):
+        """Write a line of metrics.jsonl and print the step line.
+
+        facts: {"loss", "lr", "grad_norm", and what else was measured}. shown: {name: format} of
+        what is printed behind the usual ones, if it is there and not 0.
+        """
+        run, now = self.run, time.perf_counter()
+        rate = (self.done - self.logged_step) * run.batch_size / (now - self.logged)
+        entry = {"step": self.done, "samples": self.done * run.batch_size, **self.counts, **facts}
+        entry["images_per_second"] = rate
+        entry["mfu"] = rate * self.flops / (self.peak * run.processes) if self.peak else 0.0
+        entry["data_wait"] = self.waited / (now - self.logged)
+        entry["memory_gib"] = peak_memory(run.device)
+        steps_per_second = (self.done - self.first_step) / (now - self.began)
+        entry["eta_seconds"] = (run.steps - self.done) / steps_per_second
+        if run.process == 0:
+            with open(run.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
+            tqdm.write(step_line(entry, run.steps, shown))
+        gc.collect(2 if self.saving else 1)
+        self.waited, self.logged_step, self.logged = 0.0, self.done, time.perf_counter()
+
+    def save(self, model, optimizer):
+        """Write a checkpoint; on CUDA in the background."""
+        run = self.run
+        self.wait_for_save()  # the one before: never two at once
+        self.saved_step = self.done
+        self.wait_for_save = save_checkpoint(
+            run.out / "checkpoints",
+            self.done,
+            model,
+            optimizer,
+            {"identity": run.identity, **self.counts},
+            keep_last=run.keep_last,
+            keep_every=run.keep_every,
+            background=run.device.type == "cuda",
+        )
+
+    def finish(self, model, optimizer, stop):
+        """Save what is not saved yet. True if the run is at its end.
+
+        Raises Failure where it ended early for want of batches.
+        """
+        if self.done > self.saved_step:
+            self.save(model, optimizer)
+        self.wait_for_save()
+        self.bar.close()
+        gc.enable()
+        stop.release()
+        if self.done == self.run.steps:
+            return True
+        kept = "saved: the same command goes on" if self.done else "with nothing to save"
+        self.run.say(f"stopped at step {self.done} of {self.run.steps}, {kept}")
+        if self.lacking:
+            end(self.run)
+            alone = stop.no_batch is not None
+            raise Failure(stop.no_batch or "another process has got no batch", alone)
+        return False
+
+
+def step_line(entry, steps, shown):
+    """A line of metrics in words: see Progress.log."""
+    text = (
+        "step {step}/{steps}  loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  "
+        "{images_per_second:.1f} images/s  mfu {mfu:.1%}  data wait {data_wait:.0%}  "
+        "memory {memory_gib:.1f} GiB  eta {eta}"
+    ).format(steps=steps, eta=tqdm.format_interval(entry["eta_seconds"]), **entry)
+    found = {name: entry.get(name) for name in shown}
+    parts = [shown[name].format(value) for name, value in found.items() if value]
+    return "  ".join([text, *parts])
+
+
+def peak_memory(device):
+    """GiB used at most so far: the allocator's on CUDA, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        return 0.0
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def guard(model, run, step, totals, lr):
+    """Raise Failure if loss or gradient is not finite: nothing of it is stepped on or saved.
+
+    Every process must call it. step: the number of the step that was computed, from 0.
+    """
+    if math.isfinite(totals.loss + totals.norm):
+        return
+    full = lambda found: found.full_tensor() if hasattr(found, "full_tensor") else found  # sharded
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    names = [name for name, grad in gradients.items() if not full(grad.isfinite().all())]
+    raise Failure(
+        f"step {step + 1}: loss {totals.loss}, gradient norm {totals.norm}, lr {lr:.2e}; it was "
+        f"not saved. Positions {step * run.batch_size} to {(step + 1) * run.batch_size - 1}. "
+        f"Gradients not finite: {' '.join(names) or 'none'}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- end
+
+
+class Failure(Exception):
+    """What ends a run: one line. alone: only this process knows of it."""
+
+    def __init__(self, message, alone=False):
+        super().__init__(message)
+        self.alone = alone
+
+
+def fail(program, message, status=2, alone=False):
+    """Print one line and exit. One process of a machine does, unless only this one knows."""
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{program}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def report_errors(program):
+    """Make one line and an exit status of what ends a run: 2 for what was given, 1 for the rest.
+
+    An error of ours, such as a KeyError, stays what it is, with its traceback.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:  # before the loop, which saves
+        fail(program, "stopped", 130)
+    except Failure as error:
+        fail(program, error, 1, error.alone)
+    except (ValueError, OSError, RuntimeError) as error:
+        if is_lost(error):
+            fail(
+                program,
+                f"another process is gone, or was never met ({last_line(error):.120}): "
+                "the same command goes on from the last checkpoint",
+                1,
+            )
+        if isinstance(error, RuntimeError) and not isinstance(error, ValueError | OSError):
+            raise
+        fail(program, error, 2 if isinstance(error, ValueError) else 1, isinstance(error, OSError))

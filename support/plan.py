@@ -3,11 +3,10 @@
 import copy
 import math
 import os
-import sys
 
 import torch
 
-from model import MAE, Block
+from model import MAE, Block, choose_attention
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets; the name is looked for in the device's.
 PEAK_FLOPS = {
@@ -212,18 +211,6 @@ def fitting_batch(model, images, run, recompute=None):
     return least
 
 
-def peak_memory(device):
-    """GiB used at most so far: the allocator's on CUDA, else the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if sys.platform == "win32":
-        return 0.0
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
 def planned_batch(batch_size, run):
     """A recipe's batch size or, of a plan, the nearest that its processes can share; that is said.
 
@@ -241,8 +228,37 @@ def planned_batch(batch_size, run):
     return nearest
 
 
-def print_plan(model, run):
-    """What a training run takes, from shapes alone. run: a stage's settled arguments."""
+def settle_micro_batches(run, model):
+    """Settle micro_batch, the images that a process computes at once, and micro_batches, how many
+    of them make its part of a batch. Raises ValueError."""
+    per_process = run.batch_size // run.processes
+    run.micro_batch = run.micro_batch or fitting_batch(model, per_process, run)
+    run.micro_batches = per_process // run.micro_batch
+    if run.micro_batches * run.micro_batch != per_process:
+        raise ValueError(
+            f"--micro-batch {run.micro_batch} does not divide a process's {per_process}"
+        )
+
+
+def describe_run(run, model, flops, chip):
+    """Print what is trained, and how. flops: of an image; chip: the device's name."""
+    millions = sum(p.numel() for p in model.parameters()) / 1e6  # of a MAE, with the decoder
+    size = f"{model.config['size']}, {millions:.1f} M weights"
+    shares = f"{run.processes} processes x {run.micro_batches} x {run.micro_batch}"
+    how = run.precision + (", compiled in the first step" if run.compile else "")
+    how += " and recorded as a CUDA graph" if run.cuda_graph else ""
+    run.say(f"model    {size}, {flops / 1e9:.2f} GFLOP an image")
+    run.say(f"batch    {run.batch_size}: {shares}")
+    run.say(f"parallel {describe_sharding(model, run)}")
+    run.say(f"attention {choose_attention(model, run.micro_batch, run.device, run.precision)}")
+    run.say(f"run      {run.steps} steps, peak lr {run.lr:.2e}, {how} on {chip}")
+
+
+def print_plan(run):
+    """Print what a training run takes, from shapes alone. run: a stage's settled arguments."""
+    if run.process:
+        return
+    model = run.model
     parts, root = dict.fromkeys(("encoder", "decoder", "head"), 0), 0
     for name, parameter in model.named_parameters():
         part = "decoder" if name.startswith(("decoder", "mask")) else name.split(".")[0]
@@ -255,7 +271,7 @@ def print_plan(model, run):
     print(f"compute      {flops / 1e9:,.2f} GFLOP for an image of a training step")
     print(f"steps        {run.steps:,} of {run.batch_size:,} images: {samples:,} samples")
     lanes = f"; with --lanes {math.lcm(48, processes)}" if 48 % processes and not run.lanes else ""
-    pieces = f"{run.pieces} micro-batches of {run.micro_batch} images"
+    pieces = f"{run.micro_batches} micro-batches of {run.micro_batch} images"
     print(f"batch        {processes} processes x {pieces}{lanes}")
     print(f"parallel     {describe_sharding(model, run)}")
 
@@ -274,7 +290,7 @@ def print_plan(model, run):
     # FSDP2 gathers blocks and head for their forward and again for their backward, the rest (the
     # root) once; for each piece of a batch. Gradients are reduced once a step, in fp32.
     others, copies = (group - 1) / group / 2**30, processes // group
-    gather = (2 * count - root) * (2 if run.precision == "bf16" else 4) * run.pieces * others
+    gather = (2 * count - root) * (2 if run.precision == "bf16" else 4) * run.micro_batches * others
     scatter, between = 4 * count * others, 8 * count / group * (1 - 1 / copies) / 2**30
     print("network      GiB that a process sends, and receives, in a step:")
     shares = f"{gather:.2f} weights and {scatter:.2f} gradients in its group of {group}"

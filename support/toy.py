@@ -11,7 +11,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from data import TOY, random_bits, uniform
+from data import TOY, Source, random_bits, uniform
 
 TOY_EPOCH = 65_536  # pictures in an epoch, for those who count in epochs
 
@@ -208,8 +208,10 @@ def toy_sample(number, size=64):
     }
 
 
-class Toy:
+class Toy(Source):
     """The procedural world of toy_sample. Its epoch is a number, the pictures never run out."""
+
+    endless = True
 
     def __init__(self, split, size):
         self.first = 0 if split == "train" else TOY_VAL

@@ -1,6 +1,7 @@
 """Augmentation of the public MAE code's finetuning: RandAugment, random erasing, mixup, CutMix."""
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,6 +9,68 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
 import data
+from support import launch
+
+# Of the public MAE code's FINETUNE.md; a toy run is too short for most of it (ours).
+USUAL = {"min_crop": 0.08, "mixup": 0.8, "cutmix": 1.0, "rand_augment": 9.0, "erase": 0.25}
+TOY = dict.fromkeys(USUAL, 0.0) | {"min_crop": 0.5}
+# Settings that decide a run's results.
+SAME = ("lr", "layer_decay", "drop_path", "weight_decay", "smoothing", "mixup", "cutmix")
+SAME += ("rand_augment", "erase")
+
+
+def add_flags(groups):
+    """Add the flags of a task that trains every weight."""
+    below_1 = launch.number(float, 0, 0.999)  # 1 would drop all of the last block
+    add = groups["model"].add_argument
+    add("--drop-path", type=below_1, help="of the last block, rising from 0 (the recipe's)")
+    add = groups["optimisation"].add_argument
+    add("--lr", type=launch.positive, help="peak (the recipe's)")
+    add("--layer-decay", type=launch.fraction, help="of the lr, from block to block (the recipe's)")
+    add("--weight-decay", type=launch.not_negative, help="not of 1-D parameters (0.05)")
+    add("--smoothing", type=launch.fraction, default=0.1, help="of labels (0.1)")
+    add("--mixup", type=launch.fraction, help="alpha, 0: none (0.8; toy: 0)")
+    add("--cutmix", type=launch.fraction, help="alpha, 0: none (1.0; toy: 0)")
+    magnitude = launch.number(float, 0, 10)
+    add("--rand-augment", type=magnitude, help="magnitude, 0: none (9; video: 7; toy: 0)")
+    add("--erase", type=launch.fraction, help="probability of random erasing (0.25; toy: 0)")
+
+
+def recipe(run, **others):
+    """What a run's augmentation is where nothing is given; others: this task's own values."""
+    values = (TOY if run.toy else USUAL) | others
+    magnitude = values["rand_augment"] if run.rand_augment is None else run.rand_augment
+    if magnitude and run.config["channels"] == 4:
+        raise ValueError("RandAugment is for grey and RGB pictures: give --rand-augment 0")
+    return values
+
+
+def maker(run, sample_maker, layers, operations=2):
+    """make for data.Batches: a run's augmented pictures or clips, and numbers for mix() and drop
+    path. operations: of RandAugment."""
+    made = sample_maker(run, min_crop=run.min_crop)
+    if run.rand_augment or run.erase:
+        options = {"magnitude": run.rand_augment, "erasing": run.erase, "operations": operations}
+        made = partial(augmented, made=made, change=partial(augment, **options))
+    return partial(with_numbers, made=made, count=MIX_DRAWS + 2 * layers)
+
+
+def augmented(sample, key, made, change):
+    """A row of which the picture, or each frame of a clip alike, is changed by change(pixels, key)."""
+    row = made(sample, key)
+    if sample is None:
+        return row
+    images = row["images"]  # (C, H, W) or (C, T, H, W)
+    if images.ndim == 4:
+        frames = [change(frame, key) for frame in images.unbind(dim=1)]
+        return row | {"images": torch.stack(frames, dim=1)}
+    return row | {"images": change(images, key)}
+
+
+def with_numbers(sample, key, made, count):
+    """A row with numbers (count,) uniform in [0, 1), for what is drawn on the device."""
+    numbers = data.uniform(data.random_bits(count, *key, data.DEVICE))
+    return made(sample, key) | {"numbers": torch.from_numpy(numbers).float()}
 
 
 def warp(image, *matrix):
@@ -126,17 +189,16 @@ def beta(u, alpha):
     return values[torch.searchsorted(mass.cumsum(dim=0), u * mass.sum()).clamp(max=4095)]
 
 
-def label_loss(logits, labels, share, smoothing, class_weights):
+def label_loss(logits, labels, share, smoothing):
     """Cross-entropy with each sample's label and its neighbour's: (losses (B,), weights (B,)).
 
     logits (B, heads, classes): the sum over the heads, which do not know of each other. share: see
-    mix(). class_weights (classes,): a loss counts as much as its labels' weights; the mean over a
-    batch is losses.sum() / weights.sum(). Labels below 0 weigh nothing.
+    mix(). The mean over a batch is losses.sum() / weights.sum(). Labels below 0 weigh nothing.
     """
     losses, weights = 0, 0
     neighbours = labels.unflatten(0, (-1, 2)).flip(1).flatten()
     for label, part in ((labels, share), (neighbours, 1 - share)):
-        part = part * torch.where(label >= 0, class_weights[label.clamp(min=0)], 0.0)
+        part = part * (label >= 0)
         targets = label.clamp(min=0)[:, None].expand(-1, logits.shape[1])  # (B, heads)
         loss = F.cross_entropy(
             logits.float().transpose(1, 2), targets, reduction="none", label_smoothing=smoothing

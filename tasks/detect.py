@@ -32,9 +32,18 @@ import data
 import kernels
 import model as models
 from evaluate import distributed
+from support import launch
 from support.formats import open_weights
 from tasks.coco import average_precision, draw_detections, encode_mask, print_table
-from tasks.scenes import read_results, scene_maker, write_results
+from tasks.scenes import (
+    ToyScenes,
+    classes_present,
+    open_scenes,
+    read_results,
+    repeat_factors,
+    scene_maker,
+    write_results,
+)
 
 # Of every size but toy: detectron2's projects/ViTDet/configs/COCO and its models/mask_rcnn_vitdet.
 SETTINGS = {
@@ -858,16 +867,14 @@ VITDET = {
 # ----------------------------------------------------------------------------------------- training
 
 
-def learn_scenes(run, model, pieces):
-    """A step on scenes: see train. What a detector's loss is made of, see Detector."""
-    sums = torch.zeros(3, device=run.device)
-    for batch in pieces:
+def learn_scenes(run, model, micro_batches, totals):
+    """Backward through a step's batches of scenes: see finetune.py's train."""
+    for batch in micro_batches:
         losses, _ = model(data.normalize(batch["images"]), batch["targets"])
         loss = (losses * batch["weight"]).sum() / run.batch_size
         (loss * run.processes).backward()  # gradients are averaged over the processes
         weight = batch["weight"]
-        sums += torch.stack([loss.detach(), weight.sum(), (weight == 0).sum()])
-    return sums
+        totals.add(loss.detach(), weight.sum(), batch["bad"], (weight == 0).sum())
 
 
 def vitdet_schedule(step, steps, warmup):
@@ -877,3 +884,122 @@ def vitdet_schedule(step, steps, warmup):
     if step < rise:
         return 0.001 + 0.999 * step / rise
     return 0.1 ** ((9 * step >= 8 * steps) + (27 * step >= 26 * steps))
+
+
+# ----------------------------------------------------------------------------------- stage 3's task
+
+SAME = ("lr", "layer_decay", "drop_path", "weight_decay", "min_jitter", "max_jitter", "decay_floor")
+
+
+def add_flags(groups):
+    """Add the flags of stage 3's task."""
+    launch.add_resume_flags(groups)
+    scale = launch.positive
+    add = groups["data"].add_argument
+    add("--min-jitter", type=scale, help="least scale of a picture (0.1; toy: 0.8)")
+    add("--max-jitter", type=scale, help="largest (2.0; toy: 1.25)")
+    add = groups["model"].add_argument
+    below_1 = launch.number(float, 0, 0.999)
+    add("--drop-path", type=below_1, help="of the last block, rising from 0 (B 0.1, L 0.4, H 0.5)")
+    add = groups["optimisation"].add_argument
+    add("--lr", type=launch.positive, help="peak (1e-4 for a batch of 64)")
+    add("--layer-decay", type=launch.fraction, help="of the lr, from block to block (B 0.7, L 0.8)")
+    add("--decay-floor", type=launch.fraction, help="least lr_scale (0.1 if --init has a head)")
+    add("--weight-decay", type=launch.not_negative, help="(0.1)")
+
+
+def open_data(run):
+    """Open the scenes, whose pictures become squares."""
+    side = run.given_size
+    toy, state, grid = run.data in (None, "toy"), *(run.weights or ({}, None))
+    goes_on = "trunk.pos_embed" in state  # from a detector
+    usual = (128 if run.config["size"] == "toy" else 1024,) * 2
+    height, width = side or (run.image_size if goes_on else usual)
+    if height != width:
+        raise ValueError(f"--image-size {height}x{width}: detect fills pictures up to a square")
+    if not toy and run.data.endswith(".json") and not run.val_data:
+        raise ValueError(f"{run.data} is all of the data: give --val-data, too")
+    run.image_size, run.config["image_size"] = (height, width), height
+    run.train, run.val = open_scenes(run.data or "toy", run.val_data, height)
+    run.val = ToyScenes("val", height, 64) if toy else run.val
+    run.classes = len(run.train.classes)
+    if (
+        goes_on and run.classes_of_head != run.train.classes
+    ):  # what tells them apart is learned anew
+        of_classes = re.compile(r"boxes\.\d\.class_predictor\.|mask\.predictor\.")
+        run.weights = {n: t for n, t in state.items() if not of_classes.match(n)}, grid
+    low, high = (0.8, 1.25) if toy else (0.1, 2.0)  # ViTDet's; toy is ours
+    run.jitter = (
+        low if run.min_jitter is None else run.min_jitter,
+        high if run.max_jitter is None else run.max_jitter,
+    )
+    if run.jitter[0] > run.jitter[1]:
+        raise ValueError(f"--min-jitter {run.jitter[0]} is over --max-jitter {run.jitter[1]}")
+
+
+def prepare(run):
+    lvis = run.train.frequencies is not None
+    rates, layer_decay, drop_paths, lengths = VITDET.get(run.config["size"], VITDET["B"])
+    batch_size, scale = 64, (run.batch_size or 64) / 64
+    if run.config["size"] == "toy":
+        batch_size, scale = 2, 1
+    # Of encoders that have learned hashtags (recalled).
+    has_head = run.weights and "head.weight" in run.weights[0]
+    run.weighting = repeat_factors(run.train) if lvis else {}
+    return {
+        "batch_size": batch_size,
+        "lr": rates[lvis] * scale,
+        "epochs": 0.02 if run.toy else lengths[lvis],
+        "layer_decay": layer_decay,
+        "drop_path": drop_paths[lvis],
+        "weight_decay": 0.1,
+        "decay_floor": 0.1 if has_head else 0.0,
+        "warmup": 0.05 if run.toy else 0.0,  # see vitdet_schedule
+    }
+
+
+def main(run, stage):
+    config = run.config | {"class_names": run.train.classes, "drop_path": run.drop_path}
+    config["masks"] = run.train.has_masks
+    if run.train.frequencies:  # LVIS (detectron2's settings)
+        config |= {"federated": 50, "score_threshold": 0.02, "detections": 300}
+        config["class_counts"] = classes_present(run.train)[1].tolist()
+    model = Detector(classes=run.classes, **config)
+    models.initialize(model, run.seed)
+    if run.weights:
+        run.say(load_trunk(model, *run.weights))
+    model.trunk.pos_embed.requires_grad_()  # trained from here on (detectron2)
+    config = model.config | {"positions": "learned"}
+    # One picture of 1024 pixels fills a GPU, and so do the biases of attention: see tests/bench.
+    run.micro_batch = run.micro_batch or (
+        run.batch_size // run.processes if run.image_size[0] <= 256 else 2
+    )
+
+    def optimizer(model):
+        # Of H on, detectron2 decays norms and positions, too; of B and L, biases and relative ones.
+        all_decayed = run.config["size"] in ("H", "2B", "6.5B")
+        settings = run.weight_decay, run.layer_decay, run.decay_floor, all_decayed
+        return stage.adamw(stage.layer_groups(model, *settings), run)
+
+    def found(model):
+        options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
+        return detect_in(model, run.val, **options)
+
+    def measure(model):
+        last[:] = [found(model)]
+        return detection_numbers(run.val, *last)
+
+    last, run.save_every = [], run.save_every or min(5000, math.ceil(run.steps / 3))
+    make = scene_maker(run.train, {**run.config, "image_size": run.image_size}, run.jitter)
+    more = {"measure": measure, "methods": ("detect",), "schedule": vitdet_schedule}
+    if not stage.train(
+        run, model, optimizer, make, 3 * detector_flops(model), learn_scenes, **more
+    ):
+        return
+    # Every process takes part. A run that was at its end when it began has found nothing yet.
+    detections, weights = last[0] if last else found(model), models.full_state(model)
+    if run.process == 0:
+        print_detection(run.val, detections, run.out / "detections.png")
+    result = detection_numbers(run.val, detections)
+    flags = ["--val-data", run.val_data] if run.val_data else []
+    stage.finish(run, weights, config, result, "detect", flags)

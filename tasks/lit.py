@@ -1,13 +1,18 @@
 """Pictures and texts: a text tower learns to meet the frozen encoder (LiT, arXiv 2111.07991), and
 classes are recognised by their names (zero-shot)."""
 
+import copy
 import hashlib
+import itertools
 import json
 import math
+import os
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -19,9 +24,18 @@ import model as models
 from data import one_line, read_all
 from evaluate import best_five, extract
 from model import Block, ViT, initialize, pool, triple
+from support import launch
+from support.checkpoints import barrier, find_checkpoint, last_line
 from support.formats import infer_shape, name_of, read_file
 from support.labels import names_of_list, say_same_names, texts_in
-from support.launch import last_line
+from support.plan import (
+    block_flops,
+    fitting_batch,
+    flops_per_image,
+    memory_budget,
+    settle_sharding,
+    training_memory,
+)
 
 # ----------------------------------------------------------------------------------------- captions
 
@@ -556,16 +570,17 @@ def make_pair(sample, key, tokenizer, context, size=None, channels=3, min_crop=N
     return row
 
 
-def learn_pairs(run, model, pieces):
+def learn_pairs(run, model, micro_batches, totals):
     """A step on pairs of picture and caption: see train. Exact however the batch is cut in pieces.
 
-    Of several pieces, first only the embeddings are computed. The loss of the whole batch says how
+    Of several micro-batches, first only the embeddings are computed. The loss of the whole batch says how
     each should move, and with that each piece is computed again, now with its gradient (GradCache,
     arXiv 2101.06983). Pictures are seen once: their tower is frozen.
     """
     kept = []
     towers = getattr(model, "module", model)  # DistributedDataParallel hands on forward alone
-    for batch in pieces:
+    for batch in micro_batches:
+        totals.unreadable += batch["bad"]
         weight = batch["weight"]
         if run.features is None:
             with torch.no_grad():
@@ -593,5 +608,161 @@ def learn_pairs(run, model, pieces):
         else:
             torch.autograd.backward(found[i], (*gradient, leaves[2].grad))
     # The loss is the batch's mean already.
-    share = run.batch_size / run.processes
-    return torch.stack([loss.detach() / run.processes, loss.new_tensor(share), (weight == 0).sum()])
+    part = run.batch_size / run.processes
+    totals.add(loss.detach() / run.processes, part, unknown=(weight == 0).sum())
+
+
+# ----------------------------------------------------------------------------------- stage 3's task
+
+CONFIG = ("text", "shared_width")
+SAME = ("lr", "weight_decay", "cache_features", "caption_key")
+
+
+def add_flags(groups):
+    """Add the flags of stage 3's task."""
+    launch.add_label_flags(groups)
+    launch.add_resume_flags(groups)
+    add = groups["data"].add_argument
+    add("--caption-key", default="caption", help="of the captions in .json (caption)")
+    add("--cache-features", action="store_true", help="of pictures' centres, computed once")
+    add = groups["model"].add_argument
+    add("--text-size", help=f"{' '.join(TEXT_SIZES)}, or WIDTHxLAYERSxHEADS (by size)")
+    add("--text-init", help="XLM-R's weights for the text tower to start from")
+    add("--tokenizer", help="XLM-R's sentencepiece file (without: bytes)")
+    add("--context", type=launch.count, help="tokens that a caption may have (100; toy: 40)")
+    add("--shared-width", type=launch.count, help="of the space for both (by size)")
+    add = groups["optimisation"].add_argument
+    add("--lr", type=launch.positive, help="peak (1e-3)")
+    add("--weight-decay", type=launch.not_negative, help="not of 1-D parameters (0.01)")
+
+
+def prepare(run):
+    """The tokenizer, the text tower, and the pairs that are held out."""
+    if not run.weights:
+        raise ValueError("--task lit wants --init: the encoder is frozen, it must have learned")
+    run.pool, run.classes = run.pool or run.pool_of_init, 0
+    run.train, run.val = data.hold_out(run.train, run.val, 1000, share=0.1)
+    if not run.val.sizes.any():
+        raise ValueError(f"{run.train.identity} is too small: a tenth of it is held out")
+    if not any(map(clean, itertools.chain(*all_captions(run.val)))):
+        want = f"want .txt or .json with {run.caption_key!r} in shards, or --labels (path,caption)"
+        raise ValueError(f"no captions in {run.val.identity}: {want}")
+    known = run.config.get("text", {})  # where --init is a pair of towers already
+    if known and run.text_init:
+        raise ValueError(f"{run.init} has a text tower: leave --text-init out")
+    run.text_weights = None
+    if run.text_init:
+        run.text_weights, known = read_text_weights(run.text_init)
+        run.origin += f", text {models.origin_of(run.text_weights)}"
+    if known and run.text_size not in (None, known["size"]):
+        raise ValueError(f"--text-size {run.text_size}: the weights are of size {known['size']}")
+    run.tokenizer_file = run.tokenizer
+    run.tokenizer = tokenizer_for(run.tokenizer_file, known)
+    size, shared_width = PAIRS.get(run.config["size"], PAIRS["L"])
+    text = {"size": run.text_size or size, "vocabulary": run.tokenizer.vocabulary}
+    text["context"] = 40 if text["size"] == "toy" else 100  # toy: the first object of a caption
+    text |= known | {"tokenizer": run.tokenizer.identity}
+    text["context"] = run.context = run.context or text["context"]
+    if run.context > text.get("positions", 514) - 4:  # begin, end, and positions start at 2
+        raise ValueError(f"--context {run.context} is over {text.get('positions', 514) - 4}")
+    run.config |= {"text": text, "shared_width": run.config.get("shared_width", shared_width)}
+    if run.shared_width not in (None, run.config["shared_width"]) and known.get("context"):
+        raise ValueError(f"--shared-width: that of {run.init} is {run.config['shared_width']}")
+    run.config["shared_width"] = run.shared_width or run.config["shared_width"]
+    batch_size, lr, weight_decay, warmup, _ = LIT
+    # Of less data, a smaller one: a pair must not meet itself in a batch.
+    pairs = int(run.train.sizes.sum())
+    batch_size = 256 if run.toy else min(batch_size, 2 ** max(1, (pairs // 8).bit_length()))
+    if (run.batch_size or 0) > pairs:
+        raise ValueError(f"--batch-size {run.batch_size}: the data has {pairs} pairs")
+    recipe = {"batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "epochs": 1}
+    recipe["warmup"] = max(warmup, 0.05) if run.toy else warmup
+    return recipe | {"min_crop": LIT_CROP, "val_crop": 1.0}
+
+
+def main(run, stage):
+    with torch.device("meta"):
+        model = TwoTowers(pool=run.pool, **run.config)
+    model = model.to_empty(device="cpu")
+    models.initialize(model, run.seed)
+    run.say(models.load_weights(model, *run.weights))
+    if run.text_weights:
+        model.text.load_state_dict(run.text_weights)
+        run.say(f"text tower: {len(run.text_weights)} tensors loaded from {run.text_init}")
+    config, tokenizer = model.config, run.tokenizer
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("text", "image_projection", "logit_scale")))
+    run.features = None
+    if run.cache_features:  # for a run that will not be refused
+        find_checkpoint(run.out, run.resume, run.identity | {"steps": run.steps})
+        run.features = cached_features(run, model.to(run.device), stage.extract)
+
+    def optimizer(model):
+        adam = stage.adamw(models.parameter_groups(model, run.weight_decay), run)
+
+        @torch.no_grad()
+        def clamp(*_):  # as CLIP's; right after a step FSDP's weights are the ones that stay
+            model.logit_scale.clamp_(max=math.log(100))
+
+        adam.register_step_post_hook(clamp)
+        return adam
+
+    def measure(model):
+        options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
+        model.eval()
+        found = retrieval(model, run.val, tokenizer, centre=run.val_crop, **options)
+        model.train()
+        return found
+
+    # What a text's blocks keep for its backward, as a picture's do: see models.training_memory.
+    settled = copy.copy(run)
+    settled.shard_group = settle_sharding(model, run)
+    length, share = run.context + 2, run.batch_size // run.processes
+    each = 16 * (2 if run.precision == "bf16" else 4) * len(model.text.blocks) * model.text.width
+    room = memory_budget(model, settled)
+    room -= training_memory(model, settled, 0, False)["peak"]
+    most = min(fitting_batch(model, share, settled), room / (each * length))
+    fitting = (n for n in range(2, share + 1, 2) if share % n == 0 and n <= most)
+    run.micro_batch = run.micro_batch or max(fitting, default=2)
+    some = data.Subset(run.train, range(min(256, int(run.train.sizes.sum()))))
+    some = [captions[0] if captions else "" for captions in all_captions(some)]
+    some = tokenizer(some, run.context)
+    length = (some != PADDING).sum().item() / max(1, len(some))
+    flops = 3 * len(model.text.blocks) * block_flops(model.text.width, length)
+    flops += 0 if run.cache_features else flops_per_image(model)
+    shown = {"size": run.image_size, "channels": run.config["channels"], "min_crop": run.min_crop}
+    make = partial(make_pair, tokenizer=tokenizer, context=run.context)
+    make = partial(make, **({} if run.cache_features else shown))
+    more = {"measure": measure, "methods": ("features",), "clip": LIT[4], "nothing": "caption"}
+    if not stage.train(run, model, optimizer, make, flops, learn_pairs, **more):
+        return
+    result, weights = measure(model), models.full_state(model)  # every process takes part
+    run.say(recall_table(result))
+    task = "zeroshot" if run.val.classes else "retrieval"
+    flags = stage.names_given(run, "tokenizer_file")
+    if task == "retrieval" and run.caption_key != "caption":
+        flags += ["--caption-key", run.caption_key]
+    stage.finish(run, weights, config, result, task, flags)
+
+
+def cached_features(run, model, extract):
+    """(n, D) features of the centres of train's pictures, nan where unreadable: a file in --out."""
+    encoder = models.encoder_config(run.config)  # --heads change it, and no tensor
+    facts = run.train.identity, run.origin, encoder, run.val_crop, run.pool
+    facts += (run.max_pixels,) if run.max_pixels != data.MAX_PIXELS else ()
+    path = run.out / f"features-{data.stable_hash(str(facts)).hex()}.npy"
+    found = path.exists()
+    barrier()  # all have looked before the first one writes
+    if not found:
+        options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
+        options["centre"] = run.val_crop
+        x, _, rows = extract({"": model.features}, run.train, model.config, **options)
+        table = torch.full((int(run.train.sizes.sum()), model.width), torch.nan)
+        table[rows] = x[""]
+        if run.process == 0:
+            run.out.mkdir(parents=True, exist_ok=True)
+            np.save(f"{path}.tmp.npy", table.numpy())
+            os.replace(f"{path}.tmp.npy", path)
+            run.say(f"wrote {path}: features of {len(rows)} pictures")
+        barrier()
+    return torch.from_numpy(np.load(path, mmap_mode="c"))

@@ -1,12 +1,19 @@
 """A few labelled pictures of each class: visual prompts (VPT) and logistic regression."""
 
+import argparse
+import copy
+import itertools
+import json
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import data
+from support import launch
+from support.plan import flops_per_image
 
 
 def few_shot_split(labels, shots, seed):
@@ -81,3 +88,119 @@ def logistic_scores(x, y, on, classes, penalty):
 
     solver.step(closure)
     return (on @ weight.T).detach()
+
+
+# ----------------------------------------------------------------------------------- stage 3's task
+
+LABELS = True
+SAME = ()
+
+
+def add_flags(groups):
+    """Add the flags of stage 3's task."""
+    launch.add_label_flags(groups)
+    add = groups["data"].add_argument
+    add("--classes", type=launch.count, help="how many, where the data does not name them")
+    add = groups["optimisation"].add_argument
+    add("--shots", type=shots, default=["1", "5", "10"], help="pictures per class (1,5,10)")
+
+
+def shots(text):
+    """ "1,5" -> ["1", "5"]."""
+    items = text.split(",")
+    if "all" in items:
+        raise argparse.ArgumentTypeError("wants numbers: for all pictures there is --task linear")
+    if not all(item.isdigit() and int(item) > 0 for item in items):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers")
+    return items
+
+
+def prepare(run):
+    if (run.out / "config.json").exists() or run.out.is_file():
+        raise ValueError(f"--out {run.out} is a file, or another run's: use another --out")
+    run.resume = run.save_every = None
+    # VPT's code: 100 epochs, of which 10 warm up. Toy: of the few pictures that are drawn (ours).
+    batch_size, epochs = (64, 10) if run.toy else (128, 100)
+    crop = 0.5 if run.toy else 0.08
+    return {"batch_size": batch_size, "epochs": epochs, "warmup": 0.1, "min_crop": crop}
+
+
+def main(run, stage):
+    trunk, say = stage.build_trunk(run).to(run.device).eval(), run.say
+    labels = torch.from_numpy(data.all_labels(run.train))
+    known = ((labels >= 0) & (labels < run.classes)).nonzero()[:, 0]
+    outside = int((labels >= run.classes).sum())
+    if not len(known) or outside > max(1, run.max_bad * len(labels)):
+        raise ValueError(f"{outside} labels of train are over {run.classes - 1}, the last class")
+    if len(known) < len(labels):
+        say(f"{len(labels) - len(known)} pictures without a known label are left out")
+    options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
+    options["centre"] = run.val_crop
+
+    def features(source):
+        x, y, _ = stage.extract({"": trunk.features}, source, trunk.config, **options)
+        known = (y >= 0) & (y < run.classes)
+        return x[""][known], y[known]
+
+    def logistic(source, seed, penalty, name):
+        scores = (logistic_scores(*features(source), x, run.classes, penalty) for x, _ in frozen)
+        return [stage.accuracy(found, y, 1) for found, (_, y) in zip(scores, frozen)]
+
+    def prompts(source, seed, rate, name):
+        return train_prompts(run, stage, source, seed, rate, run.out / f"{name}-lr-{rate:g}")
+
+    frozen, tops = [features(run.slice), features(run.val)], {}
+    ways = ((prompts, LOWSHOT_RATES), (logistic, PENALTIES))
+    for (fit, grid), shots in itertools.product(ways, run.shots):
+        for seed in SEEDS:
+            chosen = known[few_shot_split(labels[known], int(shots), seed)]
+            source, name = data.Subset(run.train, chosen.tolist()), f"{shots}-shots-draw-{seed}"
+            tried = [fit(source, seed, value, name) for value in grid]  # (on the slice, on val)
+            best = max(range(len(grid)), key=lambda i: tried[i][0])
+            grid = [grid[best]]  # what is best on the slice at the first draw is used for all
+            tops.setdefault(fit.__name__, {}).setdefault(shots, []).append(tried[best][1])
+    say(f"top-1 on {len(frozen[1][1])} pictures, mean of {len(SEEDS)} draws (standard deviation)")
+    say("shots     prompts (VPT)       logistic regression")
+    for shots in run.shots:
+        cells = (f"{np.mean(t[shots]):7.2%} ({np.std(t[shots]):.2%})" for t in tops.values())
+        say(f"{shots:>5}   {'   '.join(cells)}")
+    result = {
+        key: {name: {k: float(f(v)) for k, v in t.items()} for name, t in tops.items()}
+        for key, f in (("top1", np.mean), ("top1_std", np.std))
+    }
+    say(json.dumps({"task": "lowshot", **result}))
+
+
+def train_prompts(run, stage, source, seed, rate, out):
+    """(top-1 on the slice, on val) of prompts that are trained on a source.
+
+    It is a run in `out`, measured at its end: one that has ended before is not repeated.
+    """
+    say, quiet = run.say, lambda _: None
+    run, pictures = copy.copy(run), int(source.sizes.sum())
+    run.train, run.seed, run.out, run.say = source, seed, out, quiet
+    run.lanes = run.lanes or 48
+    # 48 can be dealt to 1, 2, 3, 4, 6, 8 ... processes: nothing depends on how many there are.
+    run.batch_size = min(run.batch_size, 48 * math.ceil(pictures / 48))
+    epoch = math.ceil(pictures / run.batch_size)
+    run.steps = run.save_every = run.given_steps or math.ceil(run.epochs * epoch)
+    part = run.batch_size // run.processes
+    if run.micro_batch:  # at most: batches differ with the shots
+        fitting = (n for n in range(2, part + 1, 2) if part % n == 0 and n <= run.micro_batch)
+        run.micro_batch = max(fitting, default=2)
+    model = Prompted(stage.build_trunk(run), seed)
+
+    def optimizer(model):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.AdamW([{"params": trained, "initial_lr": rate}], weight_decay=1e-4)
+
+    places = {"slice": run.slice, "val": run.val}
+    measure = lambda model: {k: stage.measured(run, model, v)[0][0][0] for k, v in places.items()}
+    make = stage.sample_maker(run, min_crop=run.min_crop)
+    flops = 2 * flops_per_image(model.trunk)  # whose weights need no gradients
+    if not stage.train(run, model, optimizer, make, flops, measure=measure):
+        say(f"stopped in {out}, saved: the same command goes on")
+        raise SystemExit(0)
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    say(f"prompts, {out.name}: {last['slice']:.2%} on the slice of train, {last['val']:.2%} on val")
+    return last["slice"], last["val"]

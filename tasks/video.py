@@ -5,6 +5,7 @@ the pictures of a sample in a shard (KEY.000.jpg, KEY.001.jpg ...), or a file th
 program decodes. Only the last have a clock. A clip's frames are numbers.
 """
 
+import argparse
 import csv
 import json
 import math
@@ -42,7 +43,9 @@ from data import (
     warn_of_splits,
 )
 from model import Attention, Classifier, initialize, patchify
+from support import launch
 from support.toy import Toy, toy_render, toy_scene
+from tasks import augment
 
 # ------------------------------------------------------------------------------------------- videos
 
@@ -489,11 +492,11 @@ class VideoClassifier(Classifier):
         return torch.cat([first, x], dim=1)
 
 
-def make_clips(sample, key, clips, size, channels, min_crop=None, centre=1.0, augment=None):
+def make_clips(sample, key, clips, size, channels, min_crop=None, centre=1.0):
     """A row of a batch: images (C, T, H, W) uint8, T = clips.total frames, and labels ().
 
-    With min_crop, one clip at a random time, with one random crop and flip for all frames. augment:
-    a function (pixels, key) -> pixels, for each frame alike. Others: see data.make_picture.
+    With min_crop, one clip at a random time, with one random crop and flip for all frames. Others:
+    see data.make_picture.
     """
     if sample is None:
         frames = torch.zeros(clips.total, *size, channels, dtype=torch.uint8).movedim(-1, 0)
@@ -501,8 +504,6 @@ def make_clips(sample, key, clips, size, channels, min_crop=None, centre=1.0, au
     bits = None if min_crop is None else random_bits(24, *key, VIEW)
     video = sample["video"](clips.short_side)
     frames = clips(video, size, channels, bits, min_crop, centre)
-    if augment:
-        frames = [augment(frame, key) for frame in frames]
     return {"images": torch.stack(frames, dim=1), "labels": torch.tensor(sample["class"])}
 
 
@@ -532,3 +533,52 @@ VIDEO_RECIPES |= {"2B": VIDEO_RECIPES["H"], "6.5B": VIDEO_RECIPES["H"]}
 
 # Ours: what moves is seen first by the patch embedding, which has to learn it.
 VIDEO_RECIPES["toy"] = (32, 8e-3, 100, 1.0, 0.0)
+
+
+# ----------------------------------------------------------------------------------- stage 3's task
+
+LABELS = FINETUNES = OF_VIDEOS = True
+CONFIG = ("frames", "relative_positions")
+SAME = (*augment.SAME, "span", "stride", "no_flip", "short_side")
+TOY_SIDE = 32
+CLASSIFIER, HEAD_STD = VideoClassifier, 0.01  # OmniMAE's
+
+
+def add_flags(groups):
+    """Add the flags of stage 3's task."""
+    launch.add_label_flags(groups)
+    launch.add_resume_flags(groups)
+    augment.add_flags(groups)
+    add = groups["data"].add_argument
+    add("--classes", type=launch.count, help="how many, where the data does not name them")
+    seconds = {"type": launch.number(float, 0, 1e6), "default": 2.7}
+    add("--span", **seconds, help="seconds of a clip of a video file (2.7)")
+    frames = {"type": launch.number(float, 0, 1e6), "default": 4.0}
+    add("--stride", **frames, help="frames from one to the next, without a clock (4)")
+    side = launch.number(int, 8, 2**16)
+    add("--short-side", type=side, help="what files are scaled down to as they are decoded")
+    add("--no-flip", action="store_true", help="classes have a direction")
+    add = groups["model"].add_argument
+    add("--frames", type=launch.count, help="of a clip, an even number (16; toy: 4)")
+    option = argparse.BooleanOptionalAction
+    add("--relative-positions", action=option, default=True, help="in every block (yes)")
+
+
+def prepare(run):
+    names = "batch_size", "lr_per_256", "epochs", "layer_decay", "drop_path"
+    recipe = dict(zip(names, VIDEO_RECIPES.get(run.config["size"], VIDEO_RECIPES["B"])))
+    recipe |= {"warmup": 0.125, "weight_decay": 0.05, "pool": "mean", "val_crop": 1.0}
+    if run.toy:
+        recipe["epochs"] = 0.2  # of 65,536 videos
+    recipe |= augment.recipe(run, **({"min_crop": 1.0} if run.toy else {"rand_augment": 7.0}))
+    run.frames = run.frames or run.config.get("frames", 4 if run.toy else 16)
+    run.no_flip = run.no_flip or run.train.endless  # whose classes have a direction
+    run.config |= {"frames": run.frames, "relative_positions": run.relative_positions}
+    options = {"span": run.span, "stride": run.stride, "short_side": run.short_side}
+    run.clips = Clips(run.frames, flip=not run.no_flip, **options)
+    return recipe
+
+
+def main(run, stage):
+    run.config["positions"] = "learned"  # as in classify
+    stage.finetune(run, operations=4)
