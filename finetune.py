@@ -437,6 +437,11 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, measure=None, 
     )
     optimizer = optimizer(model)
 
+    attention = None
+    if run.task not in ("lowshot", "detect"):  # prompts make other shapes, detect has biases
+        shapes = models.attention_shapes(trunk)
+        attention = kernels.describe(shapes, device, run.precision)
+
     # ------------------------------------------------------------------------------------- resume
     run.identity = {**run.identity, "lanes": order.lanes, "samples": run.train.identity}
     run.identity["steps"] = run.steps
@@ -454,9 +459,8 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, measure=None, 
     spread = describe_sharding(trunk, run)
     # The memory in it is that of a trunk of which every weight is trained.
     run.say(f"parallel {spread if run.finetunes else spread.split(' (')[0]}")
-    if run.task not in ("lowshot", "detect"):  # prompts make other shapes, detect has biases
-        chosen = models.choose_attention(trunk, run.micro_batch, device, run.precision)
-        run.say(f"attention {chosen}")
+    if attention:
+        run.say(f"attention {attention}")
     how = run.precision + (", compiled in the first step" if run.compile else "")
     run.say(f"run      {run.steps} steps, {how} on {chip}")
 

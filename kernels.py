@@ -1,78 +1,87 @@
-"""Fused attention for the shapes that a Vision Transformer meets, in Triton, and the choice of it.
+"""Fused attention in Triton for the shapes of a Vision Transformer, and the rule that chooses it.
 
-    python kernels.py                  # correctness; on a GPU also speed, beside PyTorch's own
-    python kernels.py > speed.csv      # its table of speed is all that goes to stdout
-    ATTENTION=torch python mae_pretrain.py ...      # or triton: not what is faster, but this
+    ATTENTION=torch python mae_pretrain.py      # or triton: overrides the rule
+    python tests/bench/attention.py             # errors against float64; on a GPU also speed
 
-attention() is what the models call: these kernels where choose() has found them faster on this very
-machine, else PyTorch's scaled_dot_product_attention. Padding and biases are PyTorch's alone.
+Models call attention(). It runs these kernels on a CUDA GPU in 16 bits and PyTorch's
+scaled_dot_product_attention elsewhere: see choose(). Padding and biases need PyTorch's.
 
-Whoever knows PyTorch and no Triton can start here. A kernel is written for one *program*, which
-works on tiles: small matrices in registers. A launch starts a grid of programs, and `tl.program_id`
-tells each which one it is. A tensor is given as a pointer to its first number: a tile of it is read
-from `pointer + row * stride + column`, under a mask where that would be outside. The sides of tiles
-are powers of two, known when the kernel is compiled (`tl.constexpr`): for each other set of them it
-is compiled again. A program runs on `num_warps` times 32 threads, which share its tiles: more have
-more registers, and what does not fit spills to slow memory. In a loop, what the next `num_stages`
-turns need is loaded while this one computes.
+An introduction for readers who know PyTorch and not Triton. A kernel is written for one *program*,
+which works on tiles: small matrices in registers. A launch starts a grid of programs, and
+`tl.program_id` is a program's number in it. A tensor is given as a pointer to its first element: a
+tile of it is read from `pointer + row * stride + column`, with a mask for what lies outside. The
+sides of tiles are powers of two and known when the kernel is compiled (`tl.constexpr`): each other
+set of them compiles the kernel again. A program runs on `num_warps` times 32 threads, which share
+its tiles. More threads have more registers; what does not fit spills to slow memory. A loop loads
+what its next `num_stages` iterations need while the current one computes.
 
-What is computed is softmax(q k^T / sqrt(d)) v, for each head of each sample. Special to ViTs:
+The kernels compute softmax(q k^T / sqrt(d)) v for each head of each sample. Special to ViTs:
 
 * q, k and v are read where the qkv layer left them, in one (B, N, 3 D) tensor, and the result is
-  written as the next layer wants it, (B, N, D). Nothing is permuted or copied; backward likewise.
-* A head may be 80 wide (H and 2B): it is a tile of 64 columns beside one of 16, not a padded 128.
-* Sequences are short. Up to 64 tokens, all keys of a head are one tile: softmax is taken at once,
-  and backward is one kernel. Longer ones walk over tiles of keys and correct as they go.
-* In MAE's last decoder block only the hidden tokens ask: queries before `first_query` are left out.
-* The number of tokens is a constant of the kernel, too, since a model meets only a few.
+  written as the next layer needs it, (B, N, D). Nothing is permuted or copied, also in backward.
+* A head may have 80 columns (H and 2B): it is a tile of 64 beside one of 16, not a padded 128.
+* Sequences are short. Up to 64 tokens, all keys of a head are one tile: the softmax is taken at
+  once, and backward is one kernel. Longer ones loop over tiles of keys and rescale.
+* In MAE's last decoder block only the hidden tokens have queries: those before `first_query` are
+  skipped.
+* The number of tokens is also a constant of the kernel, since a model has only a few.
 
 The (N, N) matrices never leave the registers. Forward keeps log2(sum(2^s)) of each row of scores s,
 from which backward computes the softmax again. There are no atomics: same input, same bits.
 """
 
-import argparse
-import itertools
 import math
 import os
-import sys
-from functools import partial
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # run kernels in Python; read when triton is imported
 try:
     import triton
     import triton.language as tl
-except ImportError:  # PyTorch's attention does it all, and the kernels are never called
+except ImportError:  # PyTorch's attention computes everything; the kernels are never called
     triton = SimpleNamespace(jit=lambda kernel: kernel, __version__=None)
     tl = SimpleNamespace(constexpr=float)
 
-# exp(x) = 2^(x log2 e), and 2^x is one instruction: scores are multiplied by this, too. Gradients
-# are those of the scores without it.
+# exp(x) = 2^(x log2 e), and 2^x is one instruction: scores are multiplied by this. Gradients are
+# those of the scores without it.
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-# ------------------------------------------------------------------------------- the definition
+# -------------------------------------------------------------------------------------- attention
+
+
+def attention(qkv, num_heads, first_query=0):
+    """softmax(q k^T / sqrt(d)) v for every head, accumulated in float32.
+
+    qkv (B, N, 3 * D), as a linear layer writes it -> (B, N - first_query, D), as the next one reads
+    it. The first `first_query` tokens are keys and values only. ValueError: see choose().
+    """
+    head = qkv.shape[2] // (3 * num_heads)
+    name, _ = choose(qkv.device, qkv.dtype, qkv.shape[1], head)
+    function = triton_attention if name == "Triton" else pytorch_attention
+    return function(qkv, num_heads, first_query)
 
 
 def reference(qkv, heads, first_query=0):
-    """Attention as it is defined: qkv (B, N, 3 * D) -> (B, N - first_query, D), of one dtype."""
+    """The definition: qkv (B, N, 3 * D) -> (B, N - first_query, D), in the dtype of qkv."""
     q, k, v = split_heads(qkv, heads)
     scores = q[:, :, first_query:] @ k.transpose(2, 3) / math.sqrt(q.shape[3])
     return (scores.softmax(dim=3) @ v).transpose(1, 2).flatten(2)
 
 
 def pytorch_attention(qkv, heads, first_query=0):
-    """The same by PyTorch's fused kernels, which read q, k and v where they lie, too."""
+    """reference() by PyTorch's fused kernels, which also read q, k and v in place."""
     q, k, v = split_heads(qkv, heads)
     x = F.scaled_dot_product_attention(q[:, :, first_query:], k, v)
     return x.transpose(1, 2).flatten(2)
+
+
+def triton_attention(qkv, heads, first_query=0):
+    """reference() by the kernels below: any N, heads of 16, 32 ... 128 columns, any float dtype."""
+    return fused(qkv, heads, first_query)[0]
 
 
 def split_heads(qkv, heads):
@@ -80,23 +89,96 @@ def split_heads(qkv, heads):
     return qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
+# ------------------------------------------------------------------------------------- the choice
+
+FORCED = os.environ.get("ATTENTION") or None  # "torch" or "triton" overrides the rule
+SIXTEEN_BIT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+# Compute capabilities in tests/bench/attention_*.csv. The kernels were never slower than PyTorch's
+# attention there: 2.0 to 4.8 times as fast up to 257 tokens, 1.02 to 1.2 times at 1,025 and 1,370.
+MEASURED = [(9, 0)]
+
+
+def choose(device, dtype, tokens, head):
+    """("Triton" or "PyTorch", the reason) for this number of tokens and of columns of a head.
+
+    The rule: Triton where the kernels can run and dtype has 16 bits; if the GPU's capability was
+    not measured, only up to 257 tokens. ATTENTION=torch or triton in the environment overrides it.
+    ValueError if ATTENTION has another value, or is triton where the kernels cannot run.
+    """
+    word, problem = forced(), obstacle(device, head)
+    if word == "triton" and problem:
+        raise ValueError(f"ATTENTION=triton in the environment cannot run ({problem}): unset it")
+    if word:
+        return "Triton" if word == "triton" else "PyTorch", f"ATTENTION={word}"
+    if problem:
+        return "PyTorch", problem
+    if dtype not in SIXTEEN_BIT:
+        return "PyTorch", "not 16-bit"
+    major, minor = capability(device)
+    if (major, minor) not in MEASURED and tokens > 257:
+        return "PyTorch", f"CUDA capability {major}.{minor} not measured over 257 tokens"
+    return "Triton", f"CUDA capability {major}.{minor}, {SIXTEEN_BIT[dtype]}"
+
+
+def describe(shapes, device, precision):
+    """What computes a model's attention and why, for the first lines of a run.
+
+    shapes: (tokens, columns of a head) of its layers; empty if they have relative positions.
+    precision: "bf16" or "fp32". ValueError: see choose().
+    """
+    if not shapes:
+        return "PyTorch (relative positions are a bias: the kernels take none)"
+    dtype, lines = torch.bfloat16 if precision == "bf16" else torch.float32, {}
+    for tokens, head in shapes:
+        line = "{} ({})".format(*choose(device, dtype, tokens, head))
+        lines.setdefault(line, []).append(f"{tokens} tokens with heads of {head}")
+    if len(lines) == 1:
+        return line
+    return "; ".join(f"{line} for {', '.join(which)}" for line, which in lines.items())
+
+
+def forced():
+    """ATTENTION in the environment: "torch", "triton" or None. ValueError if it is another word."""
+    if FORCED not in (None, "torch", "triton"):
+        raise ValueError(f"ATTENTION={FORCED} in the environment: set torch, triton or nothing")
+    return FORCED
+
+
+def obstacle(device, head):
+    """Why the kernels cannot run, or None. head: columns of a head."""
+    if device.type != "cuda":
+        return "no CUDA"
+    if triton.__version__ is None:
+        return "no Triton"
+    if capability(device) < (8, 0):
+        return "CUDA capability {}.{} is below 8.0".format(*capability(device))
+    return None if head in range(16, 129, 16) else f"heads of {head} are not 16, 32 ... 128 wide"
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the query
+def capability(device):
+    """CUDA's compute capability of a GPU: (major, minor)."""
+    return torch.cuda.get_device_capability(device)
+
+
 # ------------------------------------------------------------------------------------ the kernels
 #
-# `rows` are queries and `keys` keys, both as numbers of tokens; ROWS and KEYS, how many are in a
-# tile. A head, of HEAD columns, is a tuple of tiles: of one, or for 48, 80 and 96 of two.
+# `rows` are numbers of tokens whose queries are used, `keys` those whose keys are; a tile has ROWS or
+# KEYS of them. A head has HEAD columns and is a tuple of tiles: two for 48, 80 and 96, else one.
 #
-#     qkv, dqkv      (B, N, 3, heads, HEAD)           what came in, and its gradient
-#     out, grad      (B, N - FIRST, heads, HEAD)      what goes out, and its gradient
-#     logsum, delta  (B, heads, N - FIRST) float32    what backward wants to know of each row
+#     qkv, dqkv      (B, N, 3, heads, HEAD)           the input and its gradient
+#     out, grad      (B, N - FIRST, heads, HEAD)      the result and its gradient
+#     logsum, delta  (B, heads, N - FIRST) float32    what backward needs of each row
 
 
 @triton.jit
-def place(TILES, heads, N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr):
-    """Which of the TILES of a head this program computes; where that head is in qkv, out, logsum.
+def offsets(TILES, heads, N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr):
+    """(tile, offset in qkv, in out, in logsum): which of the TILES of which head to compute.
 
-    Results have no rows before FIRST: they begin that much earlier, and numbers of rows fit.
+    out and logsum have no rows before FIRST. Their offsets are that much smaller, so that a row
+    number of qkv can be added to them.
     """
-    # Neighbouring programs are tiles of one head: what they share is still in the cache.
+    # Neighbouring programs compute tiles of one head, whose keys and values are in the cache.
     tile, pair = tl.program_id(0) % TILES, (tl.program_id(0) // TILES).to(tl.int64)
     sample, column = pair // heads, pair % heads * HEAD
     in_out = (sample * (N - FIRST) - FIRST) * heads * HEAD + column
@@ -105,7 +187,7 @@ def place(TILES, heads, N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr
 
 @triton.jit
 def columns_of(HEAD: tl.constexpr):
-    """The numbers of a head's columns: (1, 64) and (1, 16) for 80, but (1, 128) for 112."""
+    """Column numbers of each tile of a head: (1, 64) and (1, 16) for 80, but (1, 128) for 112."""
     FULL: tl.constexpr = triton.next_power_of_2(HEAD)
     HALF: tl.constexpr = FULL // 2
     if 4 * HEAD > 3 * FULL:
@@ -117,14 +199,14 @@ def columns_of(HEAD: tl.constexpr):
 
 @triton.jit
 def load_head(base, rows, stride, N: tl.constexpr, HEAD: tl.constexpr):
-    """A head of these tokens: (rows, HEAD), 0 beyond N tokens. stride: from token to token."""
+    """Load a head of these tokens: (rows, HEAD), 0 beyond N. stride: from token to token."""
     line, inside = base + rows[:, None] * stride, (rows < N)[:, None]
     return [tl.load(line + c, inside & (c < HEAD), other=0.0) for c in columns_of(HEAD)]
 
 
 @triton.jit
 def store_head(base, rows, stride, head, N: tl.constexpr, HEAD: tl.constexpr):
-    """Its counterpart: nothing is written beyond N tokens."""
+    """Store a head of these tokens. Nothing is written beyond N."""
     line, inside, columns = base + rows[:, None] * stride, (rows < N)[:, None], columns_of(HEAD)
     for i in tl.static_range(len(columns)):
         tile = head[i].to(base.dtype.element_ty)
@@ -137,12 +219,12 @@ def zeros_like(head):
 
 
 @triton.jit
-def times(head, factor):
+def scale(head, factor):
     return [tile * factor for tile in head]
 
 
 @triton.jit
-def over_head(a, b):
+def dot_t(a, b):
     """a b^T: (M, HEAD), (N, HEAD) -> (M, N) float32. "ieee": float32 is not rounded to tf32."""
     product = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
     for i in tl.static_range(1, len(a)):
@@ -151,7 +233,7 @@ def over_head(a, b):
 
 
 @triton.jit
-def onto_head(p, a, total):
+def dot_add(p, a, total):
     """total + p a: (M, N), (N, HEAD) -> (M, HEAD) float32. p is rounded to a's dtype."""
     p, result = p.to(a[0].dtype), ()
     for i in tl.static_range(len(a)):
@@ -164,13 +246,12 @@ def forward_rows(
     qkv, out, logsum, heads,
     N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
-    """out and logsum of a tile of rows. Grid: B * heads * tiles of rows.
+    """Compute out and logsum of a tile of rows. Grid: B * heads * tiles of rows.
 
-    Where one tile of keys holds them all, their softmax is taken at once. Else it does not wait for
-    the largest score: sums are relative to the largest one so far, and are shrunk when a larger one
-    turns up (arXiv 1805.02867).
+    If one tile holds all keys, the softmax is taken at once. Else it is an online softmax (arXiv
+    1805.02867): sums are relative to the largest score so far and shrink when a larger one comes.
     """
-    tile, in_qkv, in_out, in_logsum = place(tl.cdiv(N - FIRST, ROWS), heads, N, FIRST, HEAD)
+    tile, in_qkv, in_out, in_logsum = offsets(tl.cdiv(N - FIRST, ROWS), heads, N, FIRST, HEAD)
     D, SCALE = heads * HEAD, HEAD**-0.5 * LOG2_E
     rows = FIRST + tile * ROWS + tl.arange(0, ROWS)
     q = load_head(qkv + in_qkv, rows, 3 * D, N, HEAD)
@@ -180,17 +261,17 @@ def forward_rows(
         keys = start + tl.arange(0, KEYS)
         k = load_head(qkv + in_qkv + D, keys, 3 * D, N, HEAD)
         v = load_head(qkv + in_qkv + 2 * D, keys, 3 * D, N, HEAD)
-        scores = over_head(q, k) * SCALE  # (ROWS, KEYS)
+        scores = dot_t(q, k) * SCALE  # (ROWS, KEYS)
         scores = tl.where((keys < N)[None, :], scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, axis=1))  # (ROWS,)
         p = tl.exp2(scores - larger[:, None])
         if KEYS < N:
             shrink = tl.exp2(largest - larger)  # 0 for the first tile
-            total, result = total * shrink, times(result, shrink[:, None])
+            total, result = total * shrink, scale(result, shrink[:, None])
         total += tl.sum(p, axis=1)
-        result = onto_head(p, v, result)  # (ROWS, HEAD)
+        result = dot_add(p, v, result)  # (ROWS, HEAD)
         largest = larger
-    store_head(out + in_out, rows, D, times(result, 1 / total[:, None]), N, HEAD)
+    store_head(out + in_out, rows, D, scale(result, 1 / total[:, None]), N, HEAD)
     tl.store(logsum + in_logsum + rows, largest + tl.log2(total), mask=rows < N)
 
 
@@ -198,7 +279,7 @@ def forward_rows(
 #     dv = p^T g,   dp = g v^T,   ds = p * (dp - delta),
 #     delta = sum of p * dp over the keys = sum of g * out over the head,
 #     dk = ds^T q,  dq = ds k,  both / sqrt(d), as the scores were.
-# One kernel sums dk and dv of its keys over the rows, the other dq of its rows over the keys.
+# backward_keys sums dk and dv of its keys over the rows, backward_rows dq of its rows over the keys.
 
 
 @triton.jit
@@ -206,12 +287,12 @@ def backward_keys(
     qkv, grad, logsum, delta, dqkv, heads,
     N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
-    """dk and dv of a tile of keys. Grid: B * heads * tiles of keys.
+    """Compute dk and dv of a tile of keys. Grid: B * heads * tiles of keys.
 
-    Where this tile holds all keys, dq is found on the way, and no other kernel is needed; else
-    delta is read as the other kernel left it. Tiles of scores stand as (KEYS, ROWS) here.
+    If this tile holds all keys, dq is computed here too and no other kernel is needed. Else delta
+    is read, which backward_rows has written. Tiles of scores are transposed here: (KEYS, ROWS).
     """
-    tile, in_qkv, in_out, in_logsum = place(tl.cdiv(N, KEYS), heads, N, FIRST, HEAD)
+    tile, in_qkv, in_out, in_logsum = offsets(tl.cdiv(N, KEYS), heads, N, FIRST, HEAD)
     D, SCALE = heads * HEAD, HEAD**-0.5
     dqkv += in_qkv
     keys = tile * KEYS + tl.arange(0, KEYS)
@@ -223,23 +304,23 @@ def backward_keys(
         q = load_head(qkv + in_qkv, rows, 3 * D, N, HEAD)
         g = load_head(grad + in_out, rows, D, N, HEAD)  # 0 beyond N, and so is ds
         normal = tl.load(logsum + in_logsum + rows, mask=rows < N, other=0.0)
-        scores = over_head(k, q) * (SCALE * LOG2_E)  # (KEYS, ROWS)
+        scores = dot_t(k, q) * (SCALE * LOG2_E)  # (KEYS, ROWS)
         scores = tl.where((keys < N)[:, None], scores, float("-inf"))
         p = tl.exp2(scores - normal[None, :])
-        dv = onto_head(p, g, dv)
-        dp = over_head(v, g)  # (KEYS, ROWS)
+        dv = dot_add(p, g, dv)
+        dp = dot_t(v, g)  # (KEYS, ROWS)
         if KEYS >= N:
             row_delta = tl.sum(p * dp, axis=0)  # (ROWS,)
         else:
             row_delta = tl.load(delta + in_logsum + rows, mask=rows < N, other=0.0)
         ds = p * (dp - row_delta[None, :])
-        dk = onto_head(ds, q, dk)
+        dk = dot_add(ds, q, dk)
         if KEYS >= N:
-            dq = onto_head(tl.trans(ds), k, zeros_like(q))
-            store_head(dqkv, rows, 3 * D, times(dq, SCALE), N, HEAD)
-    store_head(dqkv + D, keys, 3 * D, times(dk, SCALE), N, HEAD)
+            dq = dot_add(tl.trans(ds), k, zeros_like(q))
+            store_head(dqkv, rows, 3 * D, scale(dq, SCALE), N, HEAD)
+    store_head(dqkv + D, keys, 3 * D, scale(dk, SCALE), N, HEAD)
     store_head(dqkv + 2 * D, keys, 3 * D, dv, N, HEAD)
-    if FIRST > 0:  # those who did not ask
+    if FIRST > 0:  # these tokens have no query: dq is 0
         store_head(dqkv, keys, 3 * D, zeros_like(k), FIRST, HEAD)
 
 
@@ -248,8 +329,8 @@ def backward_rows(
     qkv, out, grad, logsum, delta, dqkv, heads,
     N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
-    """dq and delta of a tile of rows (delta for backward_keys). Grid: B * heads * tiles of rows."""
-    tile, in_qkv, in_out, in_logsum = place(tl.cdiv(N - FIRST, ROWS), heads, N, FIRST, HEAD)
+    """Compute dq and delta of a tile of rows. Grid: B * heads * tiles of rows."""
+    tile, in_qkv, in_out, in_logsum = offsets(tl.cdiv(N - FIRST, ROWS), heads, N, FIRST, HEAD)
     D, SCALE = heads * HEAD, HEAD**-0.5
     rows = FIRST + tile * ROWS + tl.arange(0, ROWS)
     q = load_head(qkv + in_qkv, rows, 3 * D, N, HEAD)
@@ -265,81 +346,85 @@ def backward_rows(
         keys = start + tl.arange(0, KEYS)
         k = load_head(qkv + in_qkv + D, keys, 3 * D, N, HEAD)
         v = load_head(qkv + in_qkv + 2 * D, keys, 3 * D, N, HEAD)
-        scores = over_head(q, k) * (SCALE * LOG2_E)  # (ROWS, KEYS)
+        scores = dot_t(q, k) * (SCALE * LOG2_E)  # (ROWS, KEYS)
         scores = tl.where((keys < N)[None, :], scores, float("-inf"))
         p = tl.exp2(scores - normal[:, None])
-        ds = p * (over_head(g, v) - row_delta[:, None])
-        dq = onto_head(ds, k, dq)
-    store_head(dqkv + in_qkv, rows, 3 * D, times(dq, SCALE), N, HEAD)
+        ds = p * (dot_t(g, v) - row_delta[:, None])
+        dq = dot_add(ds, k, dq)
+    store_head(dqkv + in_qkv, rows, 3 * D, scale(dq, SCALE), N, HEAD)
 
 
-# --------------------------------------------------------------------------- the plain functions
+# ------------------------------------------------------------------------------------ the launches
 
 
-def tiles(tokens, first_query, head, device, own, walked):
-    """The constants of a launch: how a kernel cuts up its work.
+def launch_shape(tokens, first_query, head, device, tile, loop):
+    """The constants of a launch: how a kernel divides its work.
 
-    own, walked: ROWS and KEYS, or the other way round. A program's own tile has up to 64 tokens,
-    16 at least, as a matrix product wants. Where it does not hold all, the program walks over the
-    others by 32; by 16 for the 65 tokens of H's encoder, which are 80 then, and not 96. Found on an
-    H200, where few shapes gain 10 % from tiles of their own: tests/bench/attention_tiles.csv.
-    Before Hopper, wide heads need the registers of more warps; on Blackwell, a kernel that loads
-    two turns ahead spills, and one that loads three does not.
+    tile, loop: "ROWS" and "KEYS", or the reverse. A program computes a tile of the one and loops
+    over the other. The sizes were measured on an H200, where few shapes gain 10 % from others:
+    tests/bench/attention_tiles.csv. Before Hopper, wide heads need the registers of more warps. On
+    Blackwell, a kernel that loads two iterations ahead spills, and one that loads three does not.
     """
-    chip = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    tile = min(64, max(16, 1 << (tokens - 1).bit_length()))
-    others = tile if tokens <= tile else 16 if tokens <= 80 and head == 80 else 32
-    sizes = {"N": tokens, "FIRST": first_query, "HEAD": head, own: tile, walked: others}
+    chip = capability(device) if device.type == "cuda" else (8, 0)
+    own = min(64, max(16, 1 << (tokens - 1).bit_length()))  # 16 is the least of a matrix product
+    if tokens <= own:
+        step = own  # one iteration
+    elif tokens <= 80 and head == 80:
+        step = 16  # the 65 tokens of H's encoder take 80, not 96
+    else:
+        step = 32
+    sizes = {"N": tokens, "FIRST": first_query, "HEAD": head, tile: own, loop: step}
     warps = 8 if head > 96 and chip < (9, 0) else 4
     return sizes | {"num_warps": warps, "num_stages": 4 if chip >= (10, 0) else 3}
 
 
 def launch(kernel, programs, sizes, *tensors, heads):
-    """Run it, so many programs for each head of each sample, on the GPU of the tensors."""
-    # When torch.compile or an operator is traced, wrap_triton lets it see the kernel.
+    """Run a kernel on the GPU of the tensors. programs: for each head of each sample."""
+    # wrap_triton shows the kernel to torch.compile, and to the tracer of an operator.
     kernel = torch.library.wrap_triton(kernel) if TRACED else kernel
-    with torch.cuda.device_of(tensors[0]):  # Triton would take the current GPU
+    with torch.cuda.device_of(tensors[0]):  # else Triton uses the current GPU
         kernel[(tensors[0].shape[0] * heads * programs,)](*tensors, heads, **sizes)
 
 
 def empty_results(qkv, heads, first_query):
-    """out (B, N - first_query, D), logsum (B, heads, N - first_query) float32, to be written."""
+    """Allocate out (B, N - first_query, D) and logsum (B, heads, N - first_query) float32."""
     B, N, D = *qkv.shape[:2], qkv.shape[2] // 3
     logsum = qkv.new_empty(B, heads, N - first_query, dtype=torch.float32)
     return qkv.new_empty(B, N - first_query, D), logsum
 
 
 def attention_forward(qkv: Tensor, heads: int, first_query: int) -> tuple[Tensor, Tensor]:
-    """out and logsum, log2 of the softmax's denominators, of qkv (B, N, 3 * D)."""
+    """qkv (B, N, 3 * D) -> out and logsum, see empty_results(): log2 of the softmax's sums."""
     N, head = qkv.shape[1], qkv.shape[2] // (3 * heads)
-    sizes = tiles(N, first_query, head, qkv.device, own="ROWS", walked="KEYS")
+    sizes = launch_shape(N, first_query, head, qkv.device, tile="ROWS", loop="KEYS")
     results = empty_results(qkv, heads, first_query)
     of_rows = triton.cdiv(N - first_query, sizes["ROWS"])
-    launch(forward_rows, of_rows, sizes, qkv.contiguous(), *results, heads=heads)  # slices: copied
+    qkv = qkv.contiguous()  # the kernels know no other strides
+    launch(forward_rows, of_rows, sizes, qkv, *results, heads=heads)
     return results
 
 
 def attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, logsum: Tensor, heads: int, first_query: int
 ) -> Tensor:
-    """The gradient of qkv, (B, N, 3 * D), from the one of out and what forward returned."""
+    """The gradient of qkv, (B, N, 3 * D), from the gradient of out and the results of forward."""
     N, head = qkv.shape[1], qkv.shape[2] // (3 * heads)
     qkv, grad, delta = qkv.contiguous(), grad.contiguous(), torch.empty_like(logsum)
     tensors = grad, logsum, delta, torch.empty_like(qkv)
-    sizes = tiles(N, first_query, head, qkv.device, own="ROWS", walked="KEYS")
+    sizes = launch_shape(N, first_query, head, qkv.device, tile="ROWS", loop="KEYS")
     if sizes["KEYS"] < N:
         of_rows = triton.cdiv(N - first_query, sizes["ROWS"])
         launch(backward_rows, of_rows, sizes, qkv, out, *tensors, heads=heads)
-    sizes = tiles(N, first_query, head, qkv.device, own="KEYS", walked="ROWS")
+    sizes = launch_shape(N, first_query, head, qkv.device, tile="KEYS", loop="ROWS")
     launch(backward_keys, triton.cdiv(N, sizes["KEYS"]), sizes, qkv, *tensors, heads=heads)
     return tensors[-1]
 
 
 # ----------------------------------------------------------------------------------- the operator
 #
-# To PyTorch, a call is one operation with a name, a shape rule and a gradient: so it goes through
-# torch.compile, FSDP2, activation checkpointing and autocast. (The interpreter cannot be traced;
-# where there is no GPU, triton_op would only load torch's compiler, for a second.)
+# To PyTorch, a call is one operation with a name, a shape rule and a gradient. So it works with
+# torch.compile, FSDP2, activation checkpointing and autocast. Triton's interpreter cannot be traced.
+# Without a GPU, triton_op would only take a second to load torch's compiler.
 
 TRACED = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 register = torch.library.triton_op if TRACED else torch.library.custom_op
@@ -349,201 +434,15 @@ fused.register_fake(empty_results)
 fused_backward.register_fake(lambda grad, qkv, *_: qkv.new_empty(qkv.shape))
 
 
-def remember(ctx, inputs, output):  # PyTorch passes them by these names
+def setup_context(ctx, inputs, output):  # PyTorch passes the arguments by these names
     qkv, ctx.heads, ctx.first_query = inputs
     ctx.save_for_backward(qkv, *output)
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros for logsum's
+    ctx.set_materialize_grads(False)  # else zeros are made as the gradient of logsum
 
 
-def gradient(ctx, grad, _):
+def backward(ctx, grad, _):
     return fused_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.first_query), None, None
 
 
-fused.register_autograd(gradient, setup_context=remember)
-
-
-def triton_attention(qkv, heads, first_query=0):
-    """reference() by the kernels: any N, heads of 16, 32, ... 128 columns, in any float dtype."""
-    return fused(qkv, heads, first_query)[0]
-
-
-# ------------------------------------------------------------------------------------- the choice
-
-CHOSEN = {}  # (tokens, first query, columns of a head, dtype's name) -> do the kernels compute it
-TIMED = {}  # (name of the GPU, *what CHOSEN has) -> PyTorch's time over theirs; in checkpoints, too
-
-
-def attention(qkv, num_heads, first_query=0):
-    """softmax(q k^T / sqrt(d)) v for every head, by the faster way: see choose().
-
-    qkv (B, N, 3 * D) as a linear layer leaves it -> (B, N - first_query, D), as the next one wants
-    it. Tokens before first_query are looked at but do not ask. Accumulated in float32.
-    """
-    shape = qkv.shape[1], first_query, qkv.shape[2] // (3 * num_heads), str(qkv.dtype)
-    faster = triton_attention if CHOSEN.get(shape) else pytorch_attention
-    return faster(qkv, num_heads, first_query)
-
-
-def choose(shapes, batch, device, dtype):
-    """Decide what attention() does with each of the shapes; return a line that says it and why.
-
-    shapes   (tokens, first query, heads, columns of a head) of a model's attention layers
-    batch    images at once; this, device and dtype as in training: both ways are timed with them
-
-    What is in TIMED already, of the run that goes on, is not timed again; see forced(), too. Under
-    torchrun all must call it, and the slowest process's answer is everyone's.
-    """
-    asked, said = forced(), {}
-    for tokens, first, heads, columns in shapes:
-        shape, why = (tokens, first, columns, str(dtype)), obstacle(device, dtype, columns)
-        key = None if why or asked else (torch.cuda.get_device_name(device), *shape)
-        when = "timed before" if key in TIMED else "timed now"
-        if key is None:
-            ratio, why = float(asked == "triton" and not why), why or f"ATTENTION={asked}"
-        elif key in TIMED:
-            ratio = TIMED[key]
-        else:
-            ratio, why = compare(batch, tokens, first, heads, columns, device, dtype)
-        if dist.is_initialized():
-            slowest = torch.tensor(ratio, device=device)
-            dist.all_reduce(slowest, dist.ReduceOp.MIN)  # it must be faster on all
-            ratio = slowest.item()
-        if key and ratio > 0:
-            TIMED[key] = ratio
-        CHOSEN[shape] = ratio >= 1
-        why = why or (f"{ratio:.2f}x PyTorch, {when}" if ratio else "kernels fail elsewhere")
-        way = "Triton" if CHOSEN[shape] else "PyTorch"
-        said.setdefault(f"{way} ({why})", []).append(f"N={tokens} d={columns}")
-    return "; ".join(f"{way} for {', '.join(dict.fromkeys(s))}" for way, s in said.items())
-
-
-def forced():
-    """ATTENTION in the environment: torch, triton or None; ValueError if it is something else."""
-    asked = os.environ.get("ATTENTION") or None
-    if asked not in (None, "torch", "triton"):
-        raise ValueError(f"ATTENTION={asked} in the environment: it is torch or triton, or not set")
-    return asked
-
-
-def obstacle(device, dtype, columns):
-    """Why the kernels cannot be used, or None."""
-    if triton.__version__ is None or device.type != "cuda":
-        return "no Triton here" if device.type == "cuda" else "no GPU for Triton"
-    if torch.cuda.get_device_capability(device) < (8, 0) or dtype == torch.float32:
-        return "the kernels want 16 bits, and a GPU of compute capability 8.0"
-    return "heads are not 16, 32 ... 128 wide" if columns not in range(16, 129, 16) else None
-
-
-def compare(batch, tokens, first, heads, columns, device, dtype):
-    """(PyTorch's time over the kernels', forward and backward, None), or (0, why they fail)."""
-    try:
-        tensors = random_tensors(batch, tokens, first, heads, columns, device, dtype)
-        ways = triton_attention, pytorch_attention
-        ours, theirs = (median(both_ways(way, *tensors, heads, first)) for way in ways)
-        return theirs / ours, None
-    except Exception as error:  # noqa: BLE001 (compilers, on a GPU that nobody has tried)
-        said = " ".join(str(error).split())[:80]
-        return 0.0, f"kernels fail: {type(error).__name__} {said}"
-
-
-def random_tensors(batch, tokens, first, heads, columns, device, dtype):
-    """(qkv, gradient of the result)."""
-    draw = torch.Generator(device).manual_seed(0)
-    shapes = (batch, tokens, 3 * heads * columns), (batch, tokens - first, heads * columns)
-    qkv, grad = (torch.randn(s, generator=draw, device=device).to(dtype) for s in shapes)
-    return qkv.requires_grad_(), grad
-
-
-def both_ways(function, qkv, grad, heads, first):
-    """Forward and backward, as a function of nothing."""
-    return lambda: torch.autograd.grad(function(qkv, heads, first), qkv, grad)
-
-
-def median(work):
-    """Milliseconds on a GPU, of a recording: without the CPU, which is ahead of it in training."""
-    return triton.testing.do_bench_cudagraph(work, rep=10, return_mode="median")
-
-
-def measure(function, qkv, grad, heads, first):
-    """Milliseconds on a GPU (medians) of (forward, forward and backward); MiB that both take."""
-    both, held = both_ways(function, qkv, grad, heads, first), torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    both()
-    peak = (torch.cuda.max_memory_allocated() - held) >> 20
-    return median(lambda: function(qkv, heads, first)), median(both), peak
-
-
-# ------------------------------------------------------------------------------------- the tables
-
-say = partial(print, file=sys.stderr)  # all but the table of speed, which is kept as a file
-
-
-def correctness(device):
-    """Print the largest errors against float64, of the kernels and of the formula in PyTorch."""
-    say("tokens first columns dtype      result: here  PyTorch   gradient: here  PyTorch")
-    shapes = (50, 0, 64), (65, 0, 80), (197, 50, 32), (257, 65, 32), (150, 0, 128)
-    dtypes = [torch.float32, torch.float16]  # Triton's interpreter gets bfloat16 wrong
-    dtypes += [torch.bfloat16] if device.type == "cuda" else []
-    for (tokens, first, columns), dtype in itertools.product(shapes, dtypes):
-        qkv, grad = random_tensors(2, tokens, first, 2, columns, device, dtype)
-        found = []
-        for way, kind in (reference, torch.float64), (triton_attention, dtype), (reference, dtype):
-            given = qkv.detach().to(kind).requires_grad_()
-            out = way(given, 2, first)
-            out.backward(grad.to(kind))
-            found.append((out, given.grad))
-        errors = [(x - exact).abs().max() for exact, *two in zip(*found) for x in two]
-        line = "{:6} {:5} {:7} {:9} {:13.1e} {:8.1e} {:16.1e} {:8.1e}"
-        say(line.format(tokens, first, columns, str(dtype).removeprefix("torch."), *errors))
-
-
-# (tokens, first query, heads, columns): of every size, MAE's encoder and its decoder, and the
-# classifier at 224 and at 512 (patch 16) or 518 (patch 14).
-SHAPES = [(tokens, 0, heads, 64) for heads in (12, 16) for tokens in (50, 197, 1025)]
-SHAPES += [(n, 0, h, c) for h, c in ((16, 80), (32, 80), (32, 128)) for n in (65, 257, 1370)]
-SHAPES += [(197, 0, 16, 32), (197, 50, 16, 32), (257, 0, 16, 32), (257, 65, 16, 32)]
-
-
-def speed(device):
-    """Print, as CSV, the speed of every shape in bfloat16: medians of repeated runs."""
-    print("tokens,first,heads,columns,way,forward TFLOP/s,backward TFLOP/s,both TFLOP/s,"
-          "both over the fastest of PyTorch,peak MiB beside the inputs")  # fmt: skip
-    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
-    backends |= {"memory-efficient": SDPBackend.EFFICIENT_ATTENTION}
-    ways = {"Triton": triton_attention, **dict.fromkeys(backends, pytorch_attention)}
-    ways["formula"] = reference
-    for tokens, first, heads, columns in SHAPES:
-        batch, found = max(1, 65_536 // tokens), {}
-        tensors = random_tensors(batch, tokens, first, heads, columns, device, torch.bfloat16)
-        for way, function in ways.items():
-            try:
-                with sdpa_kernel(backends.get(way, SDPBackend.MATH)):
-                    found[way] = measure(function, *tensors, heads, first)
-            except Exception as error:  # noqa: BLE001 (a backend that does not take this shape)
-                say(f"{way}, {tokens} tokens of {columns} columns: {error!s:.80}")
-        fastest = min((found[way][1] for way in backends if way in found), default=math.nan)
-        flops = 4e-9 * batch * tokens * (tokens - first) * heads * columns
-        for way, (forward, both, peak) in found.items():
-            # Forward has two matrix products, backward five.
-            speeds = flops / forward, 2.5 * flops / (both - forward), 3.5 * flops / both
-            row = tokens, first, heads, columns, way, *(f"{s:.0f}" for s in speeds)
-            print(*row, f"{fastest / both:.2f}", peak, sep=",", flush=True)
-
-
-def main():
-    parser = argparse.ArgumentParser("kernels.py", description=__doc__.splitlines()[0])
-    parser.parse_args()
-    if triton.__version__ is None:
-        parser.exit(2, "kernels.py: there is no Triton here: pip install triton\n")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    correctness(device)
-    if device.type == "cuda":
-        say(torch.cuda.get_device_name(device))
-        speed(device)
-    else:
-        say("(in Triton's interpreter; speed is measured on a GPU, and there is none)")
-
-
-if __name__ == "__main__":
-    main()
+fused.register_autograd(backward, setup_context=setup_context)

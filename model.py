@@ -534,18 +534,18 @@ def parameter_groups(model, weight_decay):
     ]
 
 
-def choose_attention(model, batch, device, precision):
-    """Settle which kernels compute a model's attention in training; what to print: see kernels."""
+def attention_shapes(model):
+    """(tokens, columns of a head) of a model's attention layers: see kernels.describe.
+
+    Empty for layers with relative positions, which PyTorch's attention adds as a bias.
+    """
     if model.config.get("relative_positions"):
-        return "PyTorch (relative positions are a bias: the kernels take none)"
-    N, heads = model.num_patches, model.heads
-    shapes = [(1 + N, 0, heads, model.width // heads)]
-    if isinstance(model, MAE):
-        K, (width, _, decoder_heads) = model.num_visible, model.config["decoder"]
-        decoder = decoder_heads, width // decoder_heads
-        shapes = [(1 + K, 0, *shapes[0][2:]), (1 + N, 0, *decoder), (1 + N, 1 + K, *decoder)]
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return kernels.choose(shapes, batch, device, dtype)
+        return []
+    tokens, head = 1 + model.num_patches, model.width // model.heads
+    if not isinstance(model, MAE):
+        return [(tokens, head)]
+    width, _, heads = model.config["decoder"]
+    return [(1 + model.num_visible, head), (tokens, width // heads)]
 
 
 def parallelize(

@@ -105,7 +105,6 @@ def prepare(run):
     # ------------------------------------------------------------------------------------ runtime
     kind = launch.place(run)
     check_shard_group(run)
-    kernels.forced()  # a wrong ATTENTION in the environment is found here, not after loading
     run.compile = models.compiles(kind) if run.compile is None else run.compile
     if run.cuda_graph and (kind != "cuda" or run.processes > 1):
         raise ValueError("--cuda-graph is for one process on one GPU")
@@ -167,6 +166,8 @@ def prepare(run):
     usual = run.max_pixels == data.MAX_PIXELS  # as in runs from before there was this flag: None
     run.identity["max_pixels"] = None if usual else run.max_pixels
     if not run.plan:
+        shapes = models.attention_shapes(run.model)
+        run.attention = kernels.describe(shapes, run.device, run.precision)
         run.checkpoint = find_checkpoint(run.out, run.resume, run.identity)
 
 

@@ -25,8 +25,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import kernels
-
 # One process needs no process group, and DCP need not say so at every save.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
@@ -82,7 +80,7 @@ def save_checkpoint(
         if missing := [name for name in stored if not (temporary / name).exists()]:
             raise OSError(f"no {min(missing)} of another process: do all nodes share the folder?")
         files = {path.name: path.stat().st_size for path in temporary.iterdir()}
-        kept = {**record, "step": step, "files": files, "attention": [*kernels.TIMED.items()]}
+        kept = {**record, "step": step, "files": files}
         write_file(temporary / "state.json", json.dumps(kept))
         shutil.rmtree(final, ignore_errors=True)  # left by a run killed before it moved LATEST
         os.replace(temporary, final)
@@ -159,7 +157,6 @@ def load_checkpoint(path, model, optimizer):
     except (Exception, dcp.api.CheckpointException) as error:
         # A damaged file fails in many ways; DCP's own exception is no Exception.
         raise OSError(f"cannot load {path}: {last_line(error)}; --resume another") from error
-    kernels.TIMED.update((tuple(key), ratio) for key, ratio in record.pop("attention", ()))
     return record
 
 

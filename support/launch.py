@@ -32,7 +32,12 @@ from support.checkpoints import begin_run, is_lost, last_line, load_checkpoint, 
 def make_parser(program, description):
     """(parser, {title: its group of flags}). Its errors are one line, of one process a machine."""
     parser = argparse.ArgumentParser(program, allow_abbrev=False, description=description)
-    parser.error = lambda message: fail(program, f"{message} (--help lists all flags)")
+
+    def error(message):
+        message = message.removeprefix("argument ").replace(": ", " ", 1)  # --lr nan is out of ...
+        fail(program, f"{message} (--help lists all flags)")
+
+    parser.error = error
     titles = "data", "model", "optimisation", "run"
     return parser, {title: parser.add_argument_group(title) for title in titles}
 

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from model import MAE, Block, choose_attention
+from model import MAE, Block
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets; the name is looked for in the device's.
 PEAK_FLOPS = {
@@ -250,7 +250,7 @@ def describe_run(run, model, flops, chip):
     run.say(f"model    {size}, {flops / 1e9:.2f} GFLOP an image")
     run.say(f"batch    {run.batch_size}: {shares}")
     run.say(f"parallel {describe_sharding(model, run)}")
-    run.say(f"attention {choose_attention(model, run.micro_batch, run.device, run.precision)}")
+    run.say(f"attention {run.attention}")
     run.say(f"run      {run.steps} steps, peak lr {run.lr:.2e}, {how} on {chip}")
 
 

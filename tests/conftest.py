@@ -38,17 +38,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import data
-from support import pack as pack_module
-from tasks import video
-
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, by kernels.py
 
+import data
 import evaluate
 import finetune
 import mae_pretrain
 import weak_pretrain
+from support import pack as pack_module
+from tasks import video
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 from functools import partial
 
 import numpy as np
@@ -173,7 +174,7 @@ def test_other_hashtags_are_another_run(tagged, photos, tmp_path, capsys):
 def test_the_gradient_is_clipped_where_the_recipe_says_so(hashtags, tmp_path, monkeypatch):
     found = []
     for clip in (None, 1e9, 1e-3):
-        recipe = (8, 1e-3, 16, 0.08, 24, 0.999, clip)
+        recipe = weak_pretrain.Recipe(8, 1e-3, 16, 24, 0.08, 0.999, clip)
         monkeypatch.setattr(weak_pretrain, "recipe", lambda _, recipe=recipe: recipe)
         out = tmp_path / f"clip-{clip}"
         asked = [*TINY[:6], *hashtags, "--workers", "0", "--log-every", "1"]
@@ -231,7 +232,7 @@ def test_a_plan_of_many_processes_needs_no_data_and_no_lanes(capsys):
 
 
 def test_learning_rate_is_a_ramp_and_a_line():
-    run = weak_pretrain.argparse.Namespace(lr=1.0, warmup=0.1, steps=100)
+    run = Namespace(lr=1.0, warmup=0.1, steps=100)
     rates = [weak_pretrain.learning_rate(step, run) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 11) and max(rates) == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.5) and rates[99] == pytest.approx(1 / 90)

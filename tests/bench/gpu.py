@@ -53,6 +53,7 @@ if REHEARSAL:
 
 import torch
 import torch.distributed as dist
+from attention import random_tensors
 from peer import build_peer, peer_step
 from torch.nn.utils import get_total_norm
 
@@ -204,8 +205,10 @@ def check(numbers, copied=None):
         raise RuntimeError(f"not finite: {numbers.tolist()}")
 
 
-def our_step(model, images, graph=False, late=False, attention="", compile=True, shard_group=None):
-    """(a function that takes a step as mae_pretrain.py does, what chose the attention)."""
+def our_step(
+    model, images, graph=False, late=False, attention=None, compile=True, shard_group=None
+):
+    """(a function that takes a step as mae_pretrain.py does, what computes the attention)."""
     batch, images = len(images), images.contiguous(memory_format=torch.channels_last)  # as loaded
     if shard_group:
         backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"
@@ -214,9 +217,9 @@ def our_step(model, images, graph=False, late=False, attention="", compile=True,
     models.initialize(model)
     optimizer, weight = adam(model), torch.ones(batch, device=DEVICE)
     ids = torch.rand(batch, model.num_patches, device=DEVICE).argsort(dim=1)
-    os.environ["ATTENTION"] = attention
-    note = models.choose_attention(model, batch, DEVICE, "bf16")
-    chosen, unread = dict(kernels.CHOSEN), []
+    kernels.FORCED = attention
+    note = kernels.describe(models.attention_shapes(model), DEVICE, "bf16")
+    unread = []
 
     def forward_backward(images, ids, weight):
         losses = parallel(data.normalize(images), ids)  # (B,)
@@ -228,7 +231,7 @@ def our_step(model, images, graph=False, late=False, attention="", compile=True,
         forward_backward = CUDAGraph(forward_backward)
 
     def step():
-        kernels.CHOSEN.update(chosen)  # another variant may have another choice
+        kernels.FORCED = attention  # another variant may have set another one
         sums = torch.zeros(5, device=DEVICE)
         sums[:2] += forward_backward(images, ids, weight)
         gradients = [models.local(p.grad) for p in model.parameters() if p.grad is not None]
@@ -366,7 +369,7 @@ def check_attention(path):
     dtype, ours = torch.bfloat16, kernels.triton_attention if CUDA else kernels.pytorch_attention
     for tokens, first, heads, columns in SHAPES:
         shape = 2 if REHEARSAL else 16, tokens, first, heads, columns
-        qkv, grad = kernels.random_tensors(*shape, DEVICE, dtype)
+        qkv, grad = random_tensors(*shape, DEVICE, dtype)
         found = []
         for way in kernels.reference, ours, kernels.pytorch_attention:
             kind = torch.float64 if way is kernels.reference else dtype
