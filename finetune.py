@@ -499,8 +499,9 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, measure=None, 
             break
         progress.count(totals, unlabelled=totals.unknown - totals.new_bad)
         counts = progress.counts
-        what = f"({counts['bad']} of them) or have no {nothing} ({counts['unlabelled']})"
-        progress.check(dataset, sum(counts.values()), f"cannot be read {what}")
+        what = f"of {progress.done * run.batch_size} pictures {counts['bad']} cannot be read and "
+        what += f"{counts['unlabelled']} have no {nothing}"
+        progress.check(dataset, sum(counts.values()), what)
         launch.guard(model, run, step, totals, lr)
         if clip:
             totals.clip(gradients, clip)

@@ -331,14 +331,15 @@ class Progress:
             self.counts[name] += new
         self.saving = self.done % self.run.save_every == 0 or self.done == self.run.steps
 
-    def check(self, batches, bad, what="cannot be read"):
-        """Raise Failure if so many bad samples are too many: see data.Batches.over_max_bad."""
+    def check(self, batches, bad, what=None):
+        """Raise Failure if so many bad samples are too many: see data.Batches.over_max_bad.
+
+        what: how many of how many they are, in words; default: those that cannot be read
+        """
         drawn = self.done * self.run.batch_size
+        what = what or f"{bad} of {drawn} pictures cannot be read"
         if batches.over_max_bad(bad, drawn, self.run.max_bad):
-            raise Failure(
-                f"{bad} of {drawn} pictures {what}: all, or over --max-bad {self.run.max_bad}; "
-                "mend or remove them"
-            )
+            raise Failure(f"{what}: all, or over --max-bad {self.run.max_bad}; mend or remove them")
 
     def stepped(self):
         """Show the step that was taken. True if it is to be logged."""

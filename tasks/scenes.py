@@ -78,7 +78,7 @@ DAMAGED = OSError, ValueError, LookupError, TypeError, AttributeError, OverflowE
 FARTHEST = 100_000  # pixels: outlines are walked in steps of a fifth of one, see polygon_to_rle
 
 
-class Scenes:
+class Scenes(data.Source):
     """Pictures with COCO's or LVIS's annotations, in the order of their ids. The layouts known:
 
     DIR/annotations/NAME_SPLIT.json with pictures at DIR/SPLIT/file_name or DIR/file_name; without

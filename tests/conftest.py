@@ -43,11 +43,11 @@ if not torch.cuda.is_available():
 
 import data
 import evaluate
-import finetune
 import mae_pretrain
 import weak_pretrain
 from support import pack as pack_module
 from tasks import video
+from tasks.augment import augmented
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -282,7 +282,7 @@ def members_of(numbers, classes=10):
         yield f"{number:05}.cls", str(number % classes).encode()
 
 
-class Memory:
+class Memory(data.Source):
     """A source of pictures in memory, all different."""
 
     classes = None
@@ -352,12 +352,8 @@ def make_row(sample, key, num_patches=0, vocabulary=None, augment=None, **how):
     """The row of a labelled picture or, with clips, of a video. num_patches, vocabulary: with ids
     as stage 1's, with hashtags as stage 2's."""
     shape = {name: how[name] for name in ("size", "channels")}
-    if "clips" in how:
-        row = video.make_clips(sample, key, augment=augment, **how)
-    elif augment:
-        row = finetune.augmented(sample, key, augment, **how)
-    else:
-        row = evaluate.labelled(sample, key, **how)
+    made = partial(video.make_clips if "clips" in how else evaluate.labelled, **how)
+    row = augmented(sample, key, made, augment) if augment else made(sample, key)
     if num_patches:
         row["ids"] = mae_pretrain.make_sample(None, key, **shape, num_patches=num_patches)["ids"]
     if vocabulary:

@@ -173,7 +173,7 @@ def test_random_starts_are_all_equally_likely():
     assert shares == pytest.approx([0.25] * 4, abs=0.04)  # four standard errors
 
 
-class Source:
+class Source(data.Source):
     """Videos that are lists of pictures; classes are 0."""
 
     def __init__(self, *videos):

@@ -23,7 +23,7 @@ from PIL import Image
 import data
 
 
-class Memory:
+class Memory(data.Source):
     """A source of encoded pictures."""
 
     def __init__(self, contents):
