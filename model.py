@@ -26,6 +26,7 @@ import os
 import re
 import shutil
 import warnings
+import zipfile
 from functools import lru_cache, partial
 
 import torch
@@ -486,11 +487,11 @@ def initialize(model, seed=0):
             continue
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        fill(parameter, initial_value(model, name, parameter, generator))
+        copy_into(parameter, initial_value(model, name, parameter, generator))
 
 
 @torch.no_grad()
-def fill(parameter, value):
+def copy_into(parameter, value):
     """Copy a whole tensor into a parameter or, if that is sharded, this process's part of it."""
     if hasattr(parameter, "device_mesh"):
         layout = parameter.device_mesh, parameter.placements
@@ -714,7 +715,7 @@ def sharding_mesh(kind, shard_group, everyone):
 
 
 def local(tensor):
-    """This process's part of a tensor, if it is sharded. They share their memory."""
+    """This process's shard of a tensor, which shares its memory; an unsharded tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -736,14 +737,14 @@ def full_state(model):
 def save_weights(path, state, config):
     """Write model.pt, {"model": {name: tensor}, "config": JSON-able dict}: whole or not at all.
 
-    Raises OSError where it cannot be written.
+    Raises OSError if it cannot be written, TypeError if the config is not JSON-able.
     """
-    json.dumps(config)  # what is not JSON-able must not get in
+    json.dumps(config)
     temporary = f"{path}.tmp"
     with open(temporary, "wb") as file:
         try:
             torch.save({"model": state, "config": config}, file)
-        except RuntimeError as error:  # as torch.save calls a full disk
+        except RuntimeError as error:  # torch.save raises it when the disk is full
             raise OSError(f"cannot write {path}: {error}") from None
         file.flush()
         os.fsync(file.fileno())
@@ -751,42 +752,73 @@ def save_weights(path, state, config):
 
 
 def read_weights(path, heads=None, image_size=None, entry=None):
-    """(state, config) by our own names of a file, or a Hugging Face folder, of weights: FORMATS.
+    """Read a ViT, an MAE, a classifier or a pair of towers: ({our name: tensor}, config).
 
-    It may be a ViT, a MAE, a classifier or a pair of towers; the first line printed says what. No
-    code runs from it. Without a config, the architecture is read off the tensors' shapes, and the
-    number of heads off the sizes that are known; or `heads` says it. Positions that nothing is said
-    of are taken for a square grid's; what is none may be that of the `image_size`. entry: see
-    one_network.
-    Raises ValueError or OSError, one line, when there is nothing usable in the file.
+    A model.pt of ours is read here, all other files and folders by support/formats.py. The first
+    process prints one line about what was read.
+
+    heads       number of attention heads, if neither a config nor a known size determines it
+    image_size  of weights without a config whose positions are not a square grid
+    entry       which of several networks to read: an entry of the file, or a prefix of names
+    Raises ValueError or OSError, one line, if nothing usable is found.
     """
-    from support.checkpoints import last_line
-    from support.formats import infer_config, network, read_file
+    torch_file = str(path).endswith((".pt", ".pth")) and not os.path.isdir(path)
+    content = load_file(path) if torch_file and entry is None else None
+    match content:
+        case {"model": {"patch_embed.proj.weight": _} as state, "config": {"size": _} as config}:
+            model = check_weights(path, state, config, heads)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{path}: our own {type(model).__name__}")
+            return state, config
+    from support.formats import read_public
 
-    path, style, state, config = read_file(path, entry)
-    kernel = state.get("patch_embed.proj.weight")
-    if kernel is None or kernel.ndim != (5 if "frames" in config else 4):
-        raise ValueError(f"{path} is a text tower alone: no (D, C, P, P) patch_embed.proj.weight")
-    source = "config" if style == "our own" else "set of weights"
+    return read_public(path, heads, image_size, entry)
+
+
+def load_file(path):
+    """What torch.save wrote to a file: tensors and plain values. No code runs from the file.
+
+    Raises ValueError, one line, if there is no such file, or anything else in it.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"no weights at {path}: give a model.pt or a public checkpoint")
     try:
-        if style != "our own":
-            eps = 1e-12 if style == "Hugging Face" else 1e-6
-            config = infer_config(state, heads, config, eps, image_size)
-        model = network(state, config)
-        # A model that the config asks for is never made in memory before this.
-        wanted = {name: t.shape for name, t in model.state_dict().items() if name in state}
-        misfits = [name for name in wanted if state[name].shape != wanted[name]]
-        if misfits and style == "our own":
-            name, shape = misfits[0], tuple(state[misfits[0]].shape)
-            raise ValueError(f"{name} is {shape}, wanted {tuple(wanted[name])}")
-    except KeyError as error:
-        raise ValueError(f"the {source} in {path} lacks {error}") from None
-    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
-        why = f"{last_line(error):.300}"
-        raise ValueError(f"the {source} in {path} cannot be used: {why}") from None
+        # The public MAE code stores its arguments beside the weights: plain values in a Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # Mapped, not read: the processes of a machine share one copy.
+            mapped = zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # noqa: BLE001 (torch.load reports damage in a dozen ways)
+        reason = f"{type(error).__name__}: damaged, or more than tensors and plain values in it"
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):  # torch's message has ten lines
+            reason = f"torch refuses the {refused[1]} in it: save its tensors and plain values only"
+        raise ValueError(f"cannot read weights from {path} ({reason}): nothing was run") from None
+
+
+def check_weights(path, state, config, heads=None):
+    """Build the model of a config on the meta device, compare its shapes with tensors; return it.
+
+    So no memory is taken for what a damaged config asks for. Tensors may be missing: a head that
+    was cut off. Raises ValueError, one line about `path`, if config and tensors do not fit.
+    """
+    Kind = MAE if "decoder" in config else Classifier if "classes" in config else ViT
+    if "text" in config:
+        from tasks.lit import TwoTowers as Kind
+    if "frames" in config:
+        from tasks.video import VideoClassifier as Kind
+    arguments = {name: value for name, value in config.items() if name != "val_crop"}
+    with one_line_errors(path):
+        with torch.device("meta"):
+            model = Kind(**arguments | encoder_config(config))
+        for name, wanted in model.state_dict().items():
+            tensor = state.get(name, wanted)
+            if tensor.shape != wanted.shape:
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, wanted {tuple(wanted.shape)}")
+            if tensor.layout != torch.strided or (name in state and tensor.is_meta):
+                raise ValueError(f"{name} is sparse, or a shape without numbers")
     if heads not in (None, model.heads):
         raise ValueError(f"{path} has {model.heads} heads: leave --heads {heads} out")
-    return state, config
+    return model
 
 
 def encoder_config(config):
@@ -795,20 +827,30 @@ def encoder_config(config):
     return {key: config[key] for key in keys} | {"norm_eps": config.get("norm_eps", 1e-6)}
 
 
-def inherit(init, given, names, heads=None, read=read_weights, entry=None):
-    """(weights to start from, config, origin) of the file `init` with what is `given` changed.
+@contextlib.contextmanager
+def one_line_errors(path):
+    """Turn the errors of odd tensors or configs into a ValueError of one line about a file."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).strip()
+        reason = (reason or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be used: {reason:.300}") from None
 
-    names: the entries of the config that the model to be built knows; the others are left out.
-    Without a file: (None, given, None). Another size, patch or number of channels is a ValueError.
-    heads, entry, read: see read_weights, or read is another like it.
-    The weights are (state, grid of its position table), as load_weights takes them; for the origin,
-    see origin_of.
+
+def inherit(init, given, names, heads=None, read=read_weights, entry=None):
+    """Read the weights that a run starts from: (weights, config of its model, fingerprint).
+
+    init    a file of weights; None: the result is (None, given, None)
+    given   entries of the config that the run sets. Raises ValueError if they change the size, the
+            patch or the channels of the weights
+    names   entries of the config to inherit; the others are left out
+    read    read_weights, or a function with the same arguments and results
+    The weights are (state, grid of its position table): arguments of load_weights.
     """
     if not init:
-        if heads:
-            raise ValueError("--heads is for the weights in --init: without it, see --size")
-        if entry:
-            raise ValueError(f"--entry {entry} is of the weights in --init: there is none")
+        if heads or entry:
+            raise ValueError("--heads and --entry describe the weights in --init: give these")
         return None, given, None
     state, config = read(init, heads, given.get("image_size"), entry)
     for name in ("size", "patch_size", "channels"):
@@ -816,79 +858,80 @@ def inherit(init, given, names, heads=None, read=read_weights, entry=None):
             raise ValueError(f"{init} has {name} {config[name]}: it cannot be changed")
     grid = [side // config["patch_size"] for side in config["image_size"]]
     config = {name: config[name] for name in names if name in config} | given
-    return (state, grid), config, origin_of(state)
+    return (state, grid), config, fingerprint(state)
 
 
-def origin_of(state):
-    """Says which weights these are, by some numbers of each tensor: training changes them all."""
-    some = [(name, tensor.flatten()[:8].tolist()) for name, tensor in sorted(state.items())]
-    return f"weights {hashlib.sha256(repr(some).encode()).hexdigest()[:8]}"
+def fingerprint(state):
+    """A hash of the first 8 numbers of each tensor of a state dict: training changes all of them."""
+    numbers = [(name, tensor.flatten()[:8].tolist()) for name, tensor in sorted(state.items())]
+    return f"weights {hashlib.sha256(repr(numbers).encode()).hexdigest()[:8]}"
 
 
 def load_weights(model, state, old_grid=None, keep_head=False):
     """Load tensors by our names into any of the models; return one line on the outcome.
 
-    Position tables of another grid are resampled (old_grid: theirs, square if not given), and a
-    picture's patch embedding is inflated to tubelets: half of it for each of two frames. A
-    decoder, a head or what texts need that the file has and the model lacks is dropped, and so is
-    any head unless keep_head; what the model has of these, or of positions in time and relative
-    ones, and the file lacks keeps its initial values. Anything else that does not fit is a
-    ValueError.
+    Position tables of another grid are resampled (old_grid: theirs; None: a square), and a patch
+    embedding of pictures is inflated to tubelets: half of it for each of two frames. Decoder, head
+    and text tower may be in the file alone (dropped) or in the model alone (newly initialised);
+    positions in time and relative ones in the model alone. keep_head=False drops any head.
+    Raises ValueError, and changes nothing, if anything else does not fit.
     """
     own = model.state_dict()
+    # A classifier that pools the mean calls its last norm fc_norm.
     renamed = "fc_norm.weight" in state and "fc_norm.weight" not in own and "norm.weight" in own
-    if renamed:  # a classifier that pools the mean has its last norm under this name
+    if renamed:
         state = {name.replace("fc_norm.", "norm."): tensor for name, tensor in state.items()}
     optional = ("decoder_", "mask_token", "head.", "fc_norm.", "text.", "logit_scale")
     optional += ("image_projection", "text_projection")
-    optional += ("norm.",) if "fc_norm.weight" in own else ()  # which stands for it
-    of_video, inflated = ("time_embed", *(name for name in own if ".rel_pos_" in name)), False
-    kept = {name for name in state if keep_head or not name.startswith("head.")}
-    loaded, resampled, problems = {}, [], []
-    moved = old_grid and tuple(old_grid) != model.grid  # 8x2 has as many positions as 4x4
-    for name, tensor in state.items():
-        if name not in own or name not in kept:
-            continue
-        table = name.endswith("pos_embed") and tensor.ndim == 3
-        if table and (moved or tensor.shape[1] != own[name].shape[1]):
-            grid = old_grid or (math.isqrt(tensor.shape[1] - 1),) * 2
-            if math.prod(grid) != tensor.shape[1] - 1:
+    optional += ("norm.",) if "fc_norm.weight" in own else ()
+    new_in_time = ("time_embed", *(name for name in own if ".rel_pos_" in name))
+
+    used = {name: tensor for name, tensor in state.items() if name in own}
+    if not keep_head:
+        used = {name: tensor for name, tensor in used.items() if not name.startswith("head.")}
+    new = [name for name in own if name not in used]
+    dropped = [name for name in state if name not in used]
+    problems = [f"{n} is missing" for n in new if not n.startswith(optional + new_in_time)]
+    problems += [f"{n} is unknown" for n in dropped if not n.startswith(optional)]
+    loaded, resampled, inflated = {}, [], ""
+    for name, tensor in used.items():
+        wanted = own[name]
+        if name.endswith("pos_embed") and tensor.ndim == 3:
+            rows = tensor.shape[1]
+            square = (math.isqrt(rows - 1),) * 2
+            # 8x2 has as many positions as 4x4: only old_grid tells them apart.
+            grid = tuple(old_grid or (model.grid if rows == wanted.shape[1] else square))
+            if math.prod(grid) != rows - 1:
                 problems.append(f"{name} does not have {grid[0]}x{grid[1]} positions")
-                continue
-            tensor = resample_positions(tensor, tuple(grid), model.grid)
-            resampled.append(f"{name} from {grid[0]}x{grid[1]} to {model.grid[0]}x{model.grid[1]}")
-        if tensor.ndim == 4 and own[name].ndim == 5:
-            tensor, inflated = tensor[:, :, None].expand(-1, -1, 2, -1, -1) / 2, True
-        if tensor.shape == own[name].shape:
-            loaded[name] = tensor
-        else:
-            problems.append(f"{name} is {tuple(tensor.shape)}, wanted {tuple(own[name].shape)}")
-    new = [name for name in own if name not in kept]
-    dropped = [name for name in state if name not in own or name not in kept]
-    problems += [f"{name} is missing" for name in new if not name.startswith(optional + of_video)]
-    problems += [f"{name} is unknown" for name in dropped if not name.startswith(optional)]
+            elif grid != model.grid:
+                tensor = resample_positions(tensor, grid, model.grid)
+                resampled.append("{} from {}x{} to {}x{}".format(name, *grid, *model.grid))
+        if tensor.ndim == 4 and wanted.ndim == 5:
+            tensor = tensor[:, :, None].expand(-1, -1, 2, -1, -1) / 2
+            inflated = "; patch_embed.proj inflated from one frame to two"
+        if tensor.shape != wanted.shape:
+            problems.append(f"{name} is {tuple(tensor.shape)}, wanted {tuple(wanted.shape)}")
+        loaded[name] = tensor
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"the weights do not fit the model: {'; '.join(problems[:3])}{more}")
     for name, tensor in loaded.items():
-        fill(own[name], tensor)
+        copy_into(own[name], tensor)
 
     def families(names):
         names = (re.sub(r"^blocks\.\d+\.attn\.(?=rel_pos_)", "", name) for name in names)
-        return ", ".join(sorted({name.split(".")[0] for name in names}))
+        return sorted({name.split(".")[0] for name in names})
 
-    return (
-        f"weights: {len(loaded)} tensors loaded"
-        + ("" if resampled or "pos_embed" not in loaded else ", positions as they were")
-        + (f"; resampled: {', '.join(resampled)}" if resampled else "")
-        + ("; patch_embed.proj inflated from one frame to two" if inflated else "")
-        + (f"; newly initialised: {families(new)}" if new else "")
-        + (f"; dropped: {families(dropped)}" if dropped else "")
-        + ("; norm from fc_norm" if renamed else "")
-    )
+    line = f"weights: {len(loaded)} tensors loaded"
+    line += ", positions as they were" if "pos_embed" in loaded and not resampled else ""
+    line += f"; resampled: {', '.join(resampled)}" if resampled else ""
+    line += inflated
+    line += f"; newly initialised: {', '.join(families(new))}" if new else ""
+    line += f"; dropped: {', '.join(families(dropped))}" if dropped else ""
+    return line + ("; norm from fc_norm" if renamed else "")
 
 
 if __name__ == "__main__":
-    from support.formats import main
+    from support.convert import main
 
     main()

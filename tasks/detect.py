@@ -194,7 +194,7 @@ def load_trunk(model, state, grid=None):
         raise ValueError(f"the weights do not fit the model: {', '.join(sorted(odd)[:3])}")
     said = models.load_weights(model.trunk, state, grid) + said
     for name in fit:
-        models.fill(own[name], heads[name])
+        models.copy_into(own[name], heads[name])
     part = r"\.\d+|\.\w+$" if heads else r"\..*"  # boxes.class_predictor, or all of boxes
     new, gone = (
         ", ".join(sorted({re.sub(part, "", name) for name in names})) or "none"

@@ -653,7 +653,7 @@ def prepare(run):
     run.text_weights = None
     if run.text_init:
         run.text_weights, known = read_text_weights(run.text_init)
-        run.origin += f", text {models.origin_of(run.text_weights)}"
+        run.origin += f", text {models.fingerprint(run.text_weights)}"
     if known and run.text_size not in (None, known["size"]):
         raise ValueError(f"--text-size {run.text_size}: the weights are of size {known['size']}")
     run.tokenizer_file = run.tokenizer

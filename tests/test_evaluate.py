@@ -24,9 +24,10 @@ from PIL import Image
 import data
 import evaluate
 import model as models
-from support import formats, pack
 from support import labels as labels_module
+from support import pack
 from support import pictures as pictures_module
+from support.convert import convert
 from tasks import lit as lit_module
 from tasks import lowshot
 
@@ -1359,7 +1360,7 @@ def test_released_finetuned_weights_see_squashed_pictures(pool, squashed, tmp_pa
     asked = ["--checkpoint", tmp_path / "vit_512.pt", "--data", tmp_path / "val", "--heads", 2]
     evaluate.main(["--task", "classify", "--workers", "0", *map(str, asked)])
     assert ("pictures are squashed" in capsys.readouterr().out) is squashed
-    formats.convert(tmp_path / "vit_512.pt", tmp_path / "own.pt", "own", 2)  # which keeps that
+    convert(tmp_path / "vit_512.pt", tmp_path / "own.pt", "own", 2)  # which keeps that
     asked[1] = tmp_path / "own.pt"
     evaluate.main(["--task", "classify", "--workers", "0", *map(str, asked)])
     assert ("pictures are squashed" in capsys.readouterr().out) is squashed

@@ -543,7 +543,7 @@ def test_unusable_input_is_refused_in_one_line(pets, photos, tmp_path, capsys):
     line = refused(capsys, *head, tmp_path / "head.pt", "--pool", "mean")
     assert "the head in --init reads --pool cls" in line
     assert "names 3" in refused(capsys, *common, "--data", pets, "--classes", 5)
-    for flag in (["--save-every", 2], ["--class-weights"], ["--resume", tmp_path]):
+    for flag in (["--save-every", 2], ["--resume", tmp_path]):
         line = refused(capsys, "--task", "lowshot", *linear[2:], *flag)
         assert f"{flag[0]} is for --task classify, linear" in line
     missing = ["--val-labels", tmp_path / "no.csv", "--val-data", tmp_path / "numbered" / "0.tar"]

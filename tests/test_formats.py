@@ -1,15 +1,21 @@
-"""test_formats"""
+"""Weights: our own files, and other libraries' files read and written, against their own code.
 
-import argparse
+Models are small, and every parameter is random.
+"""
+
+import importlib
 import json
 import os
 import re
+import sys
 from argparse import Namespace
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import (
     SMALL,
@@ -19,232 +25,140 @@ from conftest import (
     equal_states,
     full_disk,
     one_line,
+    picture,
     public_mae,
     random_ids,
     random_images,
     section,
+    stage,
 )
+from torch import nn
 
 import evaluate
 import model as models
-from model import MAE, ViT
+from model import MAE, Classifier, ViT, inherit, load_weights, read_weights, save_weights
 from support import formats
+from support.convert import convert, main
 from tasks import detect, lit, video
-from tasks.lit import TwoTowers
+from tasks.lit import TextTower, TwoTowers
 
-# ------------------------------------------------------------------------------------------ weights
-
-
-def block_tensors(prefix, width, layers):
-    shapes = {
-        "norm1.weight": (width,),
-        "norm1.bias": (width,),
-        "attn.qkv.weight": (3 * width, width),
-        "attn.qkv.bias": (3 * width,),
-        "attn.proj.weight": (width, width),
-        "attn.proj.bias": (width,),
-        "norm2.weight": (width,),
-        "norm2.bias": (width,),
-        "mlp.fc1.weight": (4 * width, width),
-        "mlp.fc1.bias": (4 * width,),
-        "mlp.fc2.weight": (width, 4 * width),
-        "mlp.fc2.bias": (width,),
-    }
-    return {f"{prefix}.{i}.{name}": shape for i in range(layers) for name, shape in shapes.items()}
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+SQUARE = {"size": "32x2x4", "image_size": 32, "patch_size": 8}
+NAMED = {"classes": 3, "class_names": ["a", "b", "c"], "head_std": 0.1}
+TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+HF |= {"intermediate_size": 128}
+HF_VIT = {**HF, "image_size": 32, "patch_size": 8}
+HF_DECODER = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 2}
+HF_DECODER |= {"decoder_num_attention_heads": 2, "decoder_intermediate_size": 64}
 
 
-def public_tensors(width, layers, patch, patches, channels=3, decoder=None):
-    """Random tensors under timm's and the public MAE's names, written out here by hand."""
-    shapes = {
-        "cls_token": (1, 1, width),
-        "pos_embed": (1, 1 + patches, width),
-        "patch_embed.proj.weight": (width, channels, patch, patch),
-        "patch_embed.proj.bias": (width,),
-        **block_tensors("blocks", width, layers),
-        "norm.weight": (width,),
-        "norm.bias": (width,),
-    }
-    if decoder:
-        small, decoder_layers = decoder
-        shapes |= {
-            "mask_token": (1, 1, small),
-            "decoder_pos_embed": (1, 1 + patches, small),
-            "decoder_embed.weight": (small, width),
-            "decoder_embed.bias": (small,),
-            **block_tensors("decoder_blocks", small, decoder_layers),
-            "decoder_norm.weight": (small,),
-            "decoder_norm.bias": (small,),
-            "decoder_pred.weight": (patch * patch * channels, small),
-            "decoder_pred.bias": (patch * patch * channels,),
-        }
-    generator = torch.Generator().manual_seed(0)
-    return {n: 0.05 * torch.randn(shape, generator=generator) for n, shape in shapes.items()}
+def randomize(model, seed=0):
+    """Every parameter random, scales of norms around 1: a bias of 0 or a scale of 1 hides much."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            shift = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05 + shift)
+    return model.eval()
 
 
-DECODER_FAMILIES = {
-    "mask_token",
-    "decoder_pos_embed",
-    "decoder_embed",
-    "decoder_blocks",
-    "decoder_norm",
-    "decoder_pred",
-}
+A, B = (randomize(Classifier(**SQUARE, classes=3), seed).state_dict() for seed in (0, 1))
+VIT = {name: tensor for name, tensor in A.items() if not name.startswith("head.")}
+LOSS = {"loss.weight": torch.ones(3), "loss.step": torch.tensor(2)}
+PATCHES = "patch_embed.proj.weight"
 
 
-def test_weights_come_back_bit_for_bit(tmp_path):
-    model = MAE(**SMALL_MAE, channels=4)
-    path = tmp_path / "model.pt"
-    models.save_weights(path, models.full_state(model), model.config)
-    state, config = models.read_weights(path)
+def below(prefix, state):
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+def own_file(path, model, **changes):
+    save_weights(path, model.state_dict(), model.config | changes)
+    return path
+
+
+def torch_file(path, content, **options):
+    torch.save(content, path, **options)
+    return path
+
+
+def converted(source, out, format, *flags):
+    """The file that `python model.py convert` writes."""
+    main(["convert", *map(str, (source, out, "--format", format, *flags))])
+    return out
+
+
+def load(kind, path, heads=None, **others):
+    """A model of the weights in a file, with all that the file's config says of it."""
+    state, config = read_weights(path, heads)
+    keys = {MAE: "decoder mask_ratio normalize_targets", Classifier: "classes pool class_names"}
+    keys |= {TwoTowers: "text shared_width pool", ViT: ""}
+    own = {key: config[key] for key in keys[kind].split() if key in config}
+    model = kind(**models.encoder_config(config) | own | others)
+    return model.eval(), load_weights(model, state, keep_head=True)
+
+
+def lost(path, model, heads=None, unsaid=()):
+    """Families that a file lacks of a model. What it has must be the model's, bit for bit."""
+    state, config = read_weights(path, heads)
+    own = model.state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in state.items())
+    assert {k: v for k, v in config.items() if k not in unsaid and v != model.config[k]} == {}
+    return {name.split(".")[0] for name in own.keys() - state.keys()}
+
+
+# ------------------------------------------------------------------------------------ our own files
+
+
+def test_weights_come_back_bit_for_bit_and_a_failed_save_leaves_the_old_ones(tmp_path, monkeypatch):
+    model = randomize(MAE(**SMALL_MAE, channels=4))
+    path = own_file(tmp_path / "model.pt", model)
+    state, config = read_weights(path)
     assert equal_states(state, model.state_dict())
     assert config == model.config == json.loads(json.dumps(config))
     other = MAE(**config)
-    models.initialize(other, seed=1)
-    line = models.load_weights(other, state)
-    assert f"{len(state)} tensors loaded" in line
-    assert not any(section(line, t) for t in ("resampled", "newly initialised", "dropped"))
+    line = load_weights(other, state)
+    assert line == f"weights: {len(state)} tensors loaded, positions as they were"
     assert equal_states(other.state_dict(), model.state_dict())
     assert [path] == list(tmp_path.iterdir())
-
-
-def test_a_failed_save_leaves_the_old_weights(tmp_path, monkeypatch):
-    model, path = ViT(**SMALL), tmp_path / "model.pt"
-    models.save_weights(path, models.full_state(model), model.config)
     before = path.read_bytes()
-    models.initialize(model, seed=1)
     with pytest.raises(TypeError):
-        models.save_weights(path, models.full_state(model), {"not": torch.Size, "for": "JSON"})
+        own_file(path, ViT(**SMALL), no_json=torch.Size)
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError):
-        models.save_weights(path, models.full_state(model), model.config)
+        own_file(path, ViT(**SMALL))
     assert path.read_bytes() == before
 
 
-def test_a_public_mae_checkpoint_loads_by_name(tmp_path):
-    tensors = public_tensors(192, 3, 8, 4, decoder=(512, 8))
-    arguments = argparse.Namespace(lr=1e-3, model="mae")  # as the public code stores them
-    torch.save(
-        {"model": tensors, "optimizer": {"step": 3}, "args": arguments}, tmp_path / "public.pth"
-    )
-    state, config = models.read_weights(tmp_path / "public.pth")
-    assert config["decoder"] == [512, 8, 16] and config["image_size"] == [16, 16]
-    model = MAE(**config)
-    line = models.load_weights(model, state)
-    assert f"{len(tensors)} tensors loaded" in line
-    assert equal_states(model.state_dict(), {name: tensors[name] for name in model.state_dict()})
-    model.double()
-    images, ids = random_images(model), random_ids(model)
-    parameters = dict(model.named_parameters())
-    expected = public_mae(parameters, images, ids, 1, 6, 16, normalize_targets=True)
-    torch.testing.assert_close(model(images, ids), expected, rtol=1e-10, atol=1e-10)
+DECODER = "mask_token decoder_pos_embed decoder_embed decoder_blocks decoder_norm decoder_pred"
 
 
-# The arguments beside a public MAE's weights, what is read of them, and what is said.
-ARGUMENTS = {
-    "none": (None, {}, "timm-named ViTMAE\n"),
-    "others": (Namespace(lr=1e-3, input_size=None), {}, "its args: input_size None (not used)\n"),
-    "raw": (
-        Namespace(norm_pix_loss=False, mask_ratio=0.5, input_size=16),
-        {"normalize_targets": False, "mask_ratio": 0.5},
-        "its args: input_size 16, mask_ratio 0.5, norm_pix_loss False\n",
-    ),
-    "normalised": (
-        {"norm_pix_loss": True, "mask_ratio": 0.25},  # a dict, as some keep them
-        {"normalize_targets": True, "mask_ratio": 0.25},
-        "its args: mask_ratio 0.25, norm_pix_loss True\n",
-    ),
-    "a number": (Namespace(norm_pix_loss=0), {"normalize_targets": False}, "norm_pix_loss 0\n"),
-    "no square": (
-        Namespace(input_size=[8, 32]),
-        {"image_size": [8, 32]},
-        "its args: input_size [8, 32]\n",
-    ),
-    "unusable": (
-        Namespace(norm_pix_loss="False", mask_ratio=[0.5], input_size=224),
-        {},
-        "input_size 224 (not used), mask_ratio [0.5] (not used), norm_pix_loss 'False' (not used)\n",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", ARGUMENTS)
-def test_the_arguments_of_the_public_mae_code_say_what_was_predicted(tmp_path, capsys, case):
-    arguments, known, said = ARGUMENTS[case]
-    tensors, path = public_tensors(192, 3, 8, 4, decoder=(512, 8)), tmp_path / "public.pth"
-    torch.save({"model": tensors, "args": arguments}, path)
-    state, config = models.read_weights(path)
-    assert capsys.readouterr().out.endswith(said)
-    assert config["image_size"] == known.get("image_size", [16, 16])
-    model = MAE(**config).double()
-    models.load_weights(model, state)
-    images, ids = random_images(model), random_ids(model)
-    visible = int(4 * (1 - known.get("mask_ratio", 0.75)))
-    normalize = known.get("normalize_targets", True)
-    expected = public_mae(dict(model.named_parameters()), images, ids, visible, 6, 16, normalize)
-    torch.testing.assert_close(model(images, ids), expected, rtol=1e-10, atol=1e-10)
-    formats.convert(path, tmp_path / "own.pt", "own")
-    converted = models.read_weights(tmp_path / "own.pt")[1]
-    assert converted.items() >= {"mask_ratio": 0.75, "normalize_targets": True, **known}.items()
-
-
-@pytest.mark.parametrize("size", ["toy", "T", "B", "H"])
-def test_the_architecture_is_read_off_the_tensors(size):
-    with torch.device("meta"):
-        model = ViT(size, image_size=2 * models.SIZES[size][3], channels=4)
-        config = formats.infer_config(dict(model.named_parameters()))
-        found = ViT(**config)
-    # Heads show in no shape: T and toy have the same width.
-    assert (found.width, found.layers, found.heads) == (model.width, model.layers, model.heads)
-    assert found.patch_size == model.patch_size and found.grid == (2, 2)
-    assert config["channels"] == 4
-
-
-def test_what_is_wrong_with_a_file_of_weights_is_said(tmp_path):
-    tensors = public_tensors(192, 12, 8, 16)
-    flat = tensors["patch_embed.proj.weight"].flatten(1)
-    no_class = tensors["pos_embed"][:, 1:]
-    for content, words in (
-        ({"weights": tensors, "epoch": 3}, "among weights, epoch"),
-        ({f"my.{name}": tensor for name, tensor in tensors.items()}, "among my."),
-        (tensors | {"patch_embed.proj.weight": flat}, r"no \(D, C, P, P\)"),
-        (tensors | {"pos_embed": no_class}, "pos_embed has 16 rows"),
-        ({"model": tensors, "config": {"size": "T"}}, "lacks 'image_size'"),
-        ({"model": tensors, "config": ["size"]}, "cannot be used"),
-        (5, "holds no ViT"),
-    ):
-        torch.save(content, tmp_path / "weights.pt")
-        with pytest.raises(ValueError, match=f"weights.pt.*{words}") as error:
-            models.read_weights(tmp_path / "weights.pt")
-        assert one_line(error)
-
-
-def test_a_bare_encoder_into_a_mae_keeps_the_decoder_s_initial_values(tmp_path):
-    tensors = public_tensors(32, 3, 8, 6)
-    torch.save(tensors, tmp_path / "bare.pth")
-    model = MAE(**SMALL_MAE)
+def test_a_decoder_and_a_head_are_dropped_or_newly_initialised_by_name():
+    bare, whole = ViT(**SMALL).state_dict(), MAE(**SMALL_MAE).state_dict()
+    model = randomize(MAE(**SMALL_MAE))
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    line = models.load_weights(model, torch.load(tmp_path / "bare.pth", weights_only=True), (2, 3))
-    assert section(line, "newly initialised") == DECODER_FAMILIES
+    line = load_weights(model, bare, (2, 3))
+    assert section(line, "newly initialised") == {*DECODER.split()}
     assert not section(line, "dropped")
-    assert equal_states(model.state_dict(), {**initial, **tensors})
-
-
-def test_a_mae_into_a_vit_drops_the_decoder_and_a_head():
-    tensors = public_tensors(32, 3, 8, 6, decoder=(16, 2))
-    extra = {"head.weight": torch.zeros(10, 32), "head.bias": torch.zeros(10)}
-    model = ViT(**SMALL)
-    line = models.load_weights(model, {**tensors, **extra})
-    assert section(line, "dropped") == DECODER_FAMILIES | {"head"}
+    assert equal_states(model.state_dict(), {**initial, **bare})
+    model = randomize(ViT(**SMALL))
+    line = load_weights(model, whole | {"head.weight": torch.zeros(10, 32)})
+    assert section(line, "dropped") == {*DECODER.split(), "head"}
     assert not section(line, "newly initialised")
-    assert equal_states(model.state_dict(), {name: tensors[name] for name in model.state_dict()})
+    assert equal_states(model.state_dict(), {name: whole[name] for name in model.state_dict()})
+    mean = randomize(Classifier(**SMALL, classes=3, pool="mean"))
+    line = load_weights(model, mean.state_dict())  # its last norm has another name
+    assert section(line, "dropped") == {"head"} and line.endswith("; norm from fc_norm")
+    assert torch.equal(model.norm.bias, mean.fc_norm.bias)
 
 
-@pytest.mark.parametrize("patches, old_grid", [(9, None), (8, (4, 2)), (6, (6, 1))])
-def test_positions_of_another_grid_are_resampled(patches, old_grid):
-    tensors = public_tensors(32, 3, 8, patches, decoder=(16, 2))
+@pytest.mark.parametrize("height, width, given", [(24, 24, False), (32, 16, True), (48, 8, True)])
+def test_positions_of_another_grid_are_resampled(height, width, given):
+    old = height // 8, width // 8
+    tensors = randomize(MAE(**{**SMALL_MAE, "image_size": (height, width)})).state_dict()
     model = MAE(**SMALL_MAE)
-    line = models.load_weights(model, tensors, old_grid)
-    old = old_grid or (3, 3)
+    line = load_weights(model, tensors, old if given else None)
     names = {"pos_embed", "decoder_pos_embed"}
     assert section(line, "resampled") == {f"{n} from {old[0]}x{old[1]} to 2x3" for n in names}
     for name, tensor in model.state_dict().items():
@@ -253,186 +167,834 @@ def test_positions_of_another_grid_are_resampled(patches, old_grid):
         assert torch.equal(tensor, wanted)
 
 
-MISFITS = {
-    "unknown": {"blocks.0.ls1.gamma": torch.zeros(32)},
-    "missing": {"blocks.1.attn.qkv.bias": None},
-    "misshaped": {"norm.weight": torch.zeros(33)},
-    "of another width": {"pos_embed": torch.zeros(1, 10, 64)},
-    "a decoder of another width": {"mask_token": torch.zeros(1, 1, 8)},
-    "positions that are no square": {"pos_embed": torch.zeros(1, 1 + 8, 32)},
-}
+MISFITS = [
+    {"blocks.0.ls1.gamma": torch.zeros(32)},
+    {"blocks.1.attn.qkv.bias": None},
+    {"norm.weight": torch.zeros(33)},
+    {"pos_embed": torch.zeros(1, 10, 64)},  # of another width
+    {"mask_token": torch.zeros(1, 1, 8)},
+    {"pos_embed": torch.zeros(1, 1 + 8, 32)},  # no square
+]
 
 
-@pytest.mark.parametrize("misfit", MISFITS)
+@pytest.mark.parametrize("misfit", MISFITS, ids=lambda misfit: next(iter(misfit)))
 def test_tensors_that_do_not_fit_are_refused_by_name(misfit):
-    tensors = {**public_tensors(32, 3, 8, 6, decoder=(16, 2)), **MISFITS[misfit]}
+    tensors = MAE(**SMALL_MAE).state_dict() | misfit
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    model = MAE(**SMALL_MAE)
+    model = randomize(MAE(**SMALL_MAE))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=next(iter(MISFITS[misfit]))) as error:
-        models.load_weights(model, tensors)
-    assert one_line(error)
-    assert equal_states(model.state_dict(), before)
+    with pytest.raises(ValueError, match=next(iter(misfit))) as error:
+        load_weights(model, tensors)
+    assert one_line(error) and equal_states(model.state_dict(), before)
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle"])
-def test_code_in_a_weights_file_is_refused_and_never_runs(tmp_path, zipped):
-    path, sprung = tmp_path / "model.pt", tmp_path / "sprung"
-    content = {"model": public_tensors(32, 1, 8, 6), "config": Trap(sprung)}
-    torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match="model.pt") as error:
-        models.read_weights(path)
-    assert one_line(error)
-    assert not sprung.exists()
-    torch.load(path, weights_only=False)
-    assert sprung.exists()  # so it was a live one
+def test_a_stage_inherits_norm_eps_and_heads(tmp_path):
+    names, model = ("size", "norm_eps"), ViT(**SQUARE, norm_eps=0.1)
+    bare = torch_file(tmp_path / "bare.pt", model.state_dict())
+    assert inherit(bare, {}, names, 4)[1] == {"size": "32x2x4", "norm_eps": 1e-6}
+    path = own_file(tmp_path / "model.pt", model)
+    assert inherit(path, {}, names)[1]["norm_eps"] == 0.1
+    del model.config["norm_eps"]  # as it was before there was one
+    assert load(ViT, own_file(path, model))[0].config["norm_eps"] == 1e-6
+    for of_weights in ({"heads": 4}, {"entry": "teacher"}):
+        with pytest.raises(ValueError, match="--heads and --entry describe the weights in --init"):
+            inherit(None, {}, names, **of_weights)
+
+
+# -------------------------------------------------------------------------- files that are refused
+
+
+ZIPPED = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle"])
 
 
 REFUSED = {
     r"numpy\S+\.scalar": np.float64(0.5),
     r"numpy\S+\._reconstruct": np.zeros(3),
-    r"pathlib\S+Path": argparse.Namespace(output_dir=Path("runs")),
+    r"pathlib\S+Path": Namespace(output_dir=Path("runs")),
     r"collections\.defaultdict": {"scores": defaultdict(list)},
-    r"torch\.nn\.modules\.linear\.Linear": torch.nn.Linear(2, 2),
+    r"torch\.nn\.modules\.linear\.Linear": nn.Linear(2, 2),
+    r"\w+\.system": None,  # a Trap
 }
 
 
-READERS = {
-    "weights": models.read_weights,
-    "text": lit.read_text_weights,
-    "detector": detect.read_detector,
-    "trunk": detect.read_weights,
-    "evaluate": lambda path: evaluate.load_model(path, "knn", "cpu"),
-}
-
-
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle"])
-@pytest.mark.parametrize("reader", READERS)
-def test_the_type_that_torch_refuses_is_named(tmp_path, reader, zipped):
-    for name, value in REFUSED.items():
-        content = {"model": public_tensors(32, 1, 8, 6), "best": value}
-        torch.save(content, tmp_path / "m.pt", _use_new_zipfile_serialization=zipped)
+@ZIPPED
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_torch_refuses_is_named_and_never_runs(tmp_path, name, zipped):
+    sprung, value = tmp_path / "sprung", REFUSED[name]
+    content = {"model": VIT, "best": Trap(sprung) if value is None else value}
+    path = torch_file(tmp_path / "m.pt", content, _use_new_zipfile_serialization=zipped)
+    readers = [read_weights, lit.read_text_weights, detect.read_detector, detect.read_weights]
+    for read in [*readers, lambda path: evaluate.load_model(path, "knn", "cpu")]:
         with pytest.raises(ValueError, match=rf"m\.pt \(torch refuses the {name} in it") as error:
-            READERS[reader](tmp_path / "m.pt")
-        assert one_line(error)
+            read(path)
+        assert one_line(error) and not sprung.exists()
+    torch.load(path, weights_only=False)
+    assert sprung.exists() == (value is None)  # it was a live one
 
 
-SMALL_TEXT = {"text": {**TINY_TEXT, "positions": 9}, "shared_width": 8}
-
-
+TEXT = {**TINY_TEXT, "positions": 9}
 KINDS = {
     "features": (ViT, SMALL),
     "reconstruct": (MAE, SMALL_MAE),
-    "classify": (models.Classifier, {**SMALL, "classes": 3}),
+    "classify": (Classifier, {**SMALL, "classes": 3}),
     "video": (video.VideoClassifier, {**SMALL, "classes": 3, "frames": 4}),
-    "zeroshot": (TwoTowers, {**SMALL, **SMALL_TEXT}),
+    "zeroshot": (TwoTowers, {**SMALL, "text": TEXT, "shared_width": 8}),
     "detect": (detect.Detector, {"size": "toy", "image_size": 32, "classes": 2}),
 }
-
-
 HUGE = {
-    "features": {
-        "image_size": [2**40, [2**40, 2**40], [2**70, 16], "9" * 5000, [16, 24, "a" * 500], None],
-        "size": [f"{2**40}x3x4", f"{2**70}x3x4", f"32x{2**40}x4", "x" * 5000],
-        "patch_size": [2**40, 2**70, -8],
-        "channels": [2**40, 2**70, -3, None],
-        "positions": ["x" * 5000],
-    },
+    "image_size": [2**40, [2**40, 2**40], [2**70, 16], "9" * 5000, [16, 24, "a" * 500], None],
+    "size": [f"{2**40}x3x4", f"{2**70}x3x4", f"32x{2**40}x4", "x" * 5000],
+    "patch_size": [2**40, 2**70, -8],
+    "channels": [2**40, 2**70, -3, None],
+    "positions": ["x" * 5000],
+}
+HUGE_OF_KIND = {
+    "features": {},
     "reconstruct": {"decoder": [[2**40, 2, 2], [16, 2**40, 2], [16], "16x2x2", 7]},
+    "classify": {"classes": [2**40, 2**70, "many"]},
     "video": {"frames": [2**40, 2**70, "many"]},
     "zeroshot": {
         "shared_width": [2**40, 2**70],
-        "text": [{**SMALL_TEXT["text"], name: 2**n} for name in TINY_TEXT for n in (40, 70)]
-        + [{**SMALL_TEXT["text"], "positions": 2**40}, {"size": f"16x{2**40}x2"}],
+        "text": [{**TEXT, name: 2**n} for name in TINY_TEXT for n in (40, 70)]
+        + [{**TEXT, "positions": 2**40}, {"size": f"16x{2**40}x2"}],
     },
-    "detect": {"image_size": [2**40, [2**40, 2**40], None], "classes": [2**40, 2**70]},
 }
+HUGE_OF_KIND = {kind: {**HUGE, **values} for kind, values in HUGE_OF_KIND.items()}
+HUGE_OF_KIND["detect"] = {"image_size": [2**40, [2**40] * 2, None], "classes": [2**40, 2**70]}
 
 
-HUGE = [
-    pytest.param(task, {name: value}, id=f"{task}-{name}-{value!s:.20}")
-    for task in HUGE
-    for name, values in {**(HUGE["features"] if task != "detect" else {}), **HUGE[task]}.items()
-    for value in values
-]
-
-
-@pytest.mark.parametrize("task, change", HUGE)
-def test_a_config_that_cannot_be_its_weights_is_one_line(tmp_path, task, change):
+@pytest.mark.parametrize("task, name", [(t, name) for t in KINDS for name in HUGE_OF_KIND[t]])
+def test_a_config_that_cannot_be_its_weights_is_one_line(tmp_path, task, name):
     """Nothing of the size that it asks for is made."""
     kind, arguments = KINDS[task]
     model, path = kind(**arguments), tmp_path / "model.pt"
-    models.save_weights(path, model.state_dict(), model.config | change)
     readers = [lambda: evaluate.load_model(path, task, "cpu")]
-    readers.append(lambda: models.inherit(path, {}, ("size",), read=detect.read_weights))
-    readers += [lambda: lit.read_text_weights(path)] if "text" in change else []
-    for read in readers:
-        with pytest.raises(ValueError, match=re.escape(str(path))) as error:
-            read()
-        assert one_line(error) and len(str(error.value)) < 400 + len(str(path))
-        # What torch says is there, without the frames of its C++ code.
-        assert re.search(": .*[a-z]{3}", str(error.value)) and "frame #" not in str(error.value)
+    readers.append(lambda: inherit(path, {}, ("size",), read=detect.read_weights))
+    readers += [lambda: lit.read_text_weights(path)] if name == "text" else []
+    for value in HUGE_OF_KIND[task][name]:
+        own_file(path, model, **{name: value})
+        for read in readers:
+            with pytest.raises(ValueError, match=re.escape(str(path))) as error:
+                read()
+            assert len(one_line(error)) < 400 + len(str(path))
+            # What torch says is there, without the frames of its C++ code.
+            assert re.search(": .*[a-z]{3}", str(error.value)) and "frame #" not in str(error.value)
 
 
 @pytest.mark.parametrize("task", KINDS)
-def test_the_config_of_each_kind_is_that_of_its_weights(tmp_path, task):
+def test_the_config_of_each_kind_is_that_of_its_weights(tmp_path, monkeypatch, task):
+    monkeypatch.setitem(sys.modules, "support.formats", None)  # model.py reads its own files alone
     kind, arguments = KINDS[task]
-    model, path = kind(**arguments), tmp_path / "model.pt"
-    models.save_weights(path, model.state_dict(), model.config)
+    model = kind(**arguments)
+    path = own_file(tmp_path / "model.pt", model)
     found = evaluate.load_model(path, task, "cpu")[0]
     assert type(found) is kind and equal_states(found.state_dict(), model.state_dict())
     trunk = {n: t for n, t in model.state_dict().items() if not n.startswith("head.")}
-    models.save_weights(path, trunk, model.config)  # as somebody may pass it on
+    save_weights(path, trunk, model.config)  # as somebody may pass it on
     if task in ("classify", "video"):
-        assert equal_states(models.read_weights(path)[0], trunk)
+        assert equal_states(read_weights(path)[0], trunk)
 
 
-@pytest.fixture(scope="module")
-def weights_bytes(tmp_path_factory):
-    model, path = ViT(**SMALL), tmp_path_factory.mktemp("weights") / "model.pt"
-    models.save_weights(path, models.full_state(model), model.config)
-    return path.read_bytes()
+def pair_file(changes=(), **config):
+    """The content of a pair's file with tensors (None: left out) and the config changed."""
+    model = TwoTowers(**SQUARE, text={"size": "16x1x2", "vocabulary": 20}, shared_width=8)
+    state = {n: t for n, t in (model.state_dict() | dict(changes)).items() if t is not None}
+    return {"model": state, "config": model.config | config}
+
+
+META, COMPILED = torch.ones(32, device="meta"), {"model._orig_mod.cls_token": torch.ones(1)}
+SCALED = VIT | {"blocks.0.ls1.gamma": torch.ones(32)}
+WIDE = VIT | {PATCHES: torch.ones(100, 3, 8, 8)}
+# (words of the message, what the file holds)
+UNUSABLE = [
+    ("no ViT or text tower .* of 5$", 5),
+    ("no ViT or text tower", [torch.zeros(3)]),
+    ("no ViT or text tower", {}),
+    ("no ViT or text tower .* of conv1.weight$", {"conv1.weight": torch.zeros(3)}),
+    ("no ViT or text tower", {"model": torch.zeros(3)}),
+    ("no ViT or text tower", {"model": [torch.zeros(3)]}),
+    ("no ViT or text tower .* of 1, pos_embed$", {1: torch.ones(2), "pos_embed": torch.ones(2)}),
+    ("--entry reads what is in weights$", {"weights": VIT, "epoch": 3}),
+    ("of my.cls_token, .*--entry reads what is in my$", below("my.", VIT)),
+    (r"no \(D, C, P, P\)", VIT | {PATCHES: torch.ones(32, 192)}),
+    (r"no \(D, C, P, P\)", {PATCHES: torch.ones(8, 3, 0, 0)}),
+    ("pos_embed has 16 rows", VIT | {"pos_embed": torch.ones(1, 16, 32)}),
+    ("no .* pos_embed", {n: VIT[n] for n in VIT if n != "pos_embed"}),
+    ("no .* pos_embed", VIT | {"pos_embed": torch.zeros(3)}),
+    ("size '100x2x4'", WIDE),
+    ("'image_size' is missing", {"model": VIT, "config": {"size": "T"}}),
+    ("unhashable|size", {"model": VIT, "config": ViT(**SQUARE).config | {"size": ["T"]}}),
+    ("same name but for a prefix", below("model.", VIT) | COMPILED),
+    ("nothing explains module.cls_token", VIT | {"module.cls_token": VIT["cls_token"]}),
+    ("nothing explains blocks.0.ls1.gamma: it is of an", below("model.", SCALED) | LOSS),
+    ("nothing explains reg_token", VIT | {"reg_token": VIT["cls_token"]}),
+    (
+        "nothing explains blocks.0.attn.k_norm.w",
+        VIT | {"blocks.0.attn.k_norm.weight": torch.ones(8)},
+    ),
+    ("nothing explains norm_pre.weight", VIT | {"norm_pre.weight": torch.ones(32)}),
+    ("mlp.fc2.weight is", VIT | {"blocks.1.mlp.fc2.weight": torch.ones(32, 64)}),  # SwiGLU
+    ("norm.weight is sparse", pair_file({"norm.weight": torch.ones(32).to_sparse()})),
+    ("norm.bias is sparse, or a shape", pair_file({"norm.bias": META})),
+    ("norm.bias is sparse, or a shape", VIT | {"norm.bias": META}),
+    ("head.weight is one number", VIT | {"head.weight": torch.ones(())}),
+    (r"pos_embed is \(5,\)", pair_file({"pos_embed": torch.ones(5)})),
+    ("not a mapping", pair_file(text="abc")),
+    (r"wanted \(32, 768\)", pair_file(shared_width=768)),
+]
+NAMES = [PATCHES, "pos_embed", "mask_token", "blocks.0.norm1.weight", "head.weight"]
+SHAPES = [torch.ones(shape) for shape in ((), (3,), (2, 2, 2))]
+UNUSABLE += [("", A | {name: tensor}) for name in NAMES for tensor in SHAPES]
+
+
+@pytest.mark.parametrize("words, content", UNUSABLE)
+def test_a_file_without_a_network_that_is_known_is_one_line(tmp_path, words, content):
+    path, own = torch_file(tmp_path / "weights.pt", content), tmp_path / "own.pt"
+    readers = [lambda: read_weights(path, 4), lambda: convert(path, own, "own", 4)]
+    for read in [*readers, lambda: evaluate.load_model(path, "knn", "cpu", 4)]:
+        with pytest.raises(ValueError, match=f"weights.pt.*{words}") as error:
+            read()
+        assert one_line(error)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.999])
-def test_an_empty_or_truncated_file_is_a_value_error(tmp_path, weights_bytes, share):
-    path = tmp_path / "model.pt"
-    path.write_bytes(weights_bytes[: int(share * len(weights_bytes))])
-    with pytest.raises(ValueError, match="model.pt") as error:
-        models.read_weights(path)
+@pytest.mark.parametrize("save", [torch.save, safetensors.torch.save_file])
+def test_an_empty_or_truncated_file_is_one_line(tmp_path, save, share):
+    path = tmp_path / ("model.pt" if save is torch.save else "model.safetensors")
+    save(VIT, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=f"cannot read weights from {path}") as error:
+        read_weights(path, 4)
     assert one_line(error)
 
 
-PATCHES = {"patch_embed.proj.weight": torch.zeros(192, 3, 8, 8), "norm.weight": torch.ones(192)}
+def test_a_path_without_a_file_is_one_line(tmp_path):
+    for path in (tmp_path, tmp_path / "none.pt", tmp_path / "none.safetensors"):
+        with pytest.raises(ValueError, match=f"no weights at {path}") as error:
+            read_weights(path)
+        assert one_line(error)
 
 
-BLOCK = {"blocks.0.norm1.weight": torch.ones(192)}
+# ----------------------------------------------------------------------- the public MAE code, timm
 
 
-NOT_A_VIT = {
-    "a number": 1,
-    "a list": [torch.zeros(3)],
-    "nothing": {},
-    "another network": {"conv1.weight": torch.zeros(3)},
-    "a tensor as model": {"model": torch.zeros(3)},
-    "a list as model": {"model": [torch.zeros(3)]},
-    "no blocks": PATCHES,
-    "no positions": {**PATCHES, **BLOCK},
-    "positions of another kind": {**PATCHES, **BLOCK, "pos_embed": torch.zeros(3)},
-    "an unknown width": {**BLOCK, "patch_embed.proj.weight": torch.zeros(100, 3, 8, 8)},
+# (arguments beside a public MAE's weights, what is read of them)
+ARGUMENTS = [
+    (None, {}),
+    (Namespace(lr=1e-3, input_size=None), {}),
+    (
+        Namespace(norm_pix_loss=False, mask_ratio=0.5, input_size=16),
+        {"normalize_targets": False, "mask_ratio": 0.5},
+    ),
+    ({"norm_pix_loss": True, "mask_ratio": 0.25}, {"normalize_targets": True, "mask_ratio": 0.25}),
+    (
+        Namespace(norm_pix_loss=0, input_size=[8, 32]),
+        {"normalize_targets": 0, "image_size": [8, 32]},
+    ),
+    (Namespace(norm_pix_loss="False", mask_ratio=[0.5], input_size=224), {}),
+]
+
+
+@pytest.mark.parametrize("arguments, known", ARGUMENTS)
+def test_a_public_mae_s_arguments_say_what_was_predicted(tmp_path, capsys, arguments, known):
+    tensors = randomize(MAE("toy", decoder=(512, 8, 16), image_size=16)).state_dict()
+    content = {"model": tensors, "args": arguments, "optimizer": {"step": 3}}
+    path = torch_file(tmp_path / "public.pth", content)
+    state, config = read_weights(path)
+    said = capsys.readouterr().out
+    assert "timm-named ViTMAE" in said and ("mask_ratio" in said) == ("mask_ratio" in known)
+    assert config["image_size"] == known.get("image_size", [16, 16])
+    assert config["decoder"] == [512, 8, 16]
+    model = MAE(**config)
+    assert f"{len(tensors)} tensors loaded" in load_weights(model, state)
+    assert equal_states(model.state_dict(), tensors)
+    model.double()
+    images, ids = random_images(model), random_ids(model)
+    visible = int(4 * (1 - known.get("mask_ratio", 0.75)))
+    normalize = known.get("normalize_targets", True)
+    expected = public_mae(dict(model.named_parameters()), images, ids, visible, 6, 16, normalize)
+    torch.testing.assert_close(model(images, ids), expected, rtol=1e-10, atol=1e-10)
+    convert(path, tmp_path / "own.pt", "own")
+    converted = read_weights(tmp_path / "own.pt")[1]
+    assert converted.items() >= {"mask_ratio": 0.75, "normalize_targets": True, **known}.items()
+
+
+@pytest.mark.parametrize("size", ["toy", "T", "B", "H"])
+def test_the_architecture_is_read_off_the_tensors(size):
+    with torch.device("meta"):
+        model = ViT(size, image_size=2 * models.SIZES[size][3], channels=4)
+    # Heads show in no shape: T and toy have the same width.
+    assert formats.infer_config(model.state_dict()) == model.config
+    if size in lit.PAIRS:
+        text, shared = lit.PAIRS[size]
+        with torch.device("meta"):
+            pair = TwoTowers(size, text={"size": text, "vocabulary": 250_002}, shared_width=shared)
+        config = formats.infer_config(pair.state_dict())
+        assert config["text"].items() >= pair.config["text"].items()
+        assert {**config, "text": pair.config["text"]} == pair.config
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torchvision():
+    """timm and transformers import it, and a CPU torch lacks two operators that it then wants."""
+    library = None
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pass
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+    yield library
+
+
+@pytest.fixture(scope="session")
+def timm():
+    return pytest.importorskip("timm", reason="pip install --no-deps torchvision timm")
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    return pytest.importorskip("transformers", reason="pip install transformers")
+
+
+# (arguments of timm's VisionTransformer, heads to be given, file)
+VITS = {
+    "B/16": ({"depth": 12, "embed_dim": 768, "num_heads": 12}, None, "vit.safetensors"),
+    "H/14": ({"depth": 1, "embed_dim": 1280, "num_heads": 16, "patch_size": 14}, 16, "vit.pth"),
+    "512 px": ({"depth": 2, "embed_dim": 64, "num_heads": 4, "img_size": 512}, 4, "vit.pt"),
+    "grey": ({"depth": 2, "embed_dim": 64, "num_heads": 4, "in_chans": 1}, 4, "vit.pt"),
+    "classes": ({**TIMM, "num_classes": 5}, 4, "vit.pt"),
+    "mean": ({**TIMM, "num_classes": 5, "global_pool": "avg"}, 4, "vit.pt"),
 }
 
 
-@pytest.mark.parametrize("content", NOT_A_VIT)
-def test_a_file_that_holds_no_vit_is_a_value_error(tmp_path, content):
-    torch.save(NOT_A_VIT[content], tmp_path / "model.pt")
-    with pytest.raises(ValueError) as error:
-        models.read_weights(tmp_path / "model.pt")
+@pytest.mark.parametrize("case", VITS)
+@torch.no_grad()
+def test_timm_s_vits_compute_the_same_here(timm, tmp_path, capsys, case):
+    arguments, heads, name = VITS[case]
+    arguments = {"num_classes": 0, "weight_init": "skip", **arguments}
+    theirs = randomize(timm.models.VisionTransformer(**arguments))
+    save = safetensors.torch.save_file if name.endswith("safetensors") else torch.save
+    save(theirs.state_dict(), tmp_path / name)
+    ours, line = load(Classifier if arguments["num_classes"] else ViT, tmp_path / name, heads)
+    assert "timm-named ViT" in capsys.readouterr().out
+    assert "dropped" not in line and "newly" not in line
+    images = random_images(ours, 2)
+    close(ours(images), theirs(images) if theirs.num_classes else theirs.forward_features(images))
+
+
+def test_weights_of_images_that_are_no_square_want_an_image_size(timm, tmp_path):
+    sizes = {**TIMM, "img_size": (40, 24), "num_classes": 3}
+    theirs = randomize(timm.models.VisionTransformer(**sizes))
+    path, out = torch_file(tmp_path / "timm.pt", theirs.state_dict()), tmp_path / "own.pt"
+    model, line = evaluate.load_model(path, "classify", "cpu", 4, (40, 24))
+    assert "positions as they were" in line
+    close(model(random_images(model)), theirs(random_images(model)))
+    # Without it, or with one that it cannot be: what to type.
+    why = "pos_embed has 16 rows, .* give the weights' own --image-size HEIGHTxWIDTH, of 15 patches"
+    for size in (None, (24, 24), (48, 24)):
+        for use in (
+            partial(evaluate.load_model, path, "knn", "cpu", 4, size),
+            partial(inherit, path, {"image_size": size}, (), 4),
+            partial(convert, path, out, "own", 4, size),
+        ):
+            with pytest.raises(ValueError, match=why) as error:
+                use()
+            assert one_line(error)
+    converted(path, out, "own", "--heads", 4, "--image-size", "40x24")
+    assert read_weights(out)[1]["image_size"] == [40, 24]
+    with pytest.raises(ValueError, match="own.pt is of images of 40x24: leave --image-size out"):
+        convert(out, tmp_path / "again.pt", "own", image_size=(24, 40))
+
+
+@pytest.mark.parametrize("size", [(64, 16), (48, 24)])  # as many patches as there are, and others
+def test_an_image_size_that_the_weights_are_not_of_resamples_their_positions(tmp_path, size):
+    model, line = evaluate.load_model(torch_file(tmp_path / "v.pt", A), "classify", "cpu", 4, size)
+    grid = size[0] // 8, size[1] // 8
+    assert f"resampled: pos_embed from 4x4 to {grid[0]}x{grid[1]}" in line
+    table = models.resample_positions(A["pos_embed"], (4, 4), grid)
+    assert torch.equal(model.pos_embed, table) and model.config["image_size"] == [*size]
+
+
+# --------------------------------------------------------------------------- one network of a file
+
+
+COMPILED_BLOCKS = {re.sub(r"(blocks\.\d\.)", r"\1_orig_mod.", n): t for n, t in A.items()}
+OPTIMIZER = {"optimizer": {"state": {0: LOSS}}}
+LIGHTNING = {"state_dict": below("model.", A) | below("ema.module.", B) | LOSS}
+DINO = {"student": below("module.backbone.", B), "teacher": below("backbone.", A) | LOSS}
+WITHIN = {"state_dict": below("model.", B) | below("ema._orig_mod.", A)}
+HINT = "; --entry reads what is in"
+# (--entry, the content of a file with the wanted network A, how the line that is printed ends)
+NETWORKS = [
+    (None, below("_orig_mod.", A), "ViT"),  # torch.compile
+    (None, COMPILED_BLOCKS, "ViT"),
+    (None, {"model": below("_orig_mod.module.", A)}, "ViT in model/module"),
+    (None, below("module._orig_mod.", A), "ViT in module"),
+    (None, below("module.", A) | {"n": torch.ones(1)}, "ViT in module; not read: n"),
+    (None, LIGHTNING, f"model; not read: state_dict.loss{HINT} state_dict/ema.module"),
+    (None, below("model.encoder.", A) | {"model.head.bias": A["head.bias"]}, "read: model.head"),
+    (None, below("encoder.", A) | {"decoder.bias": A["head.bias"]}, "not read: decoder"),
+    (None, below("backbone.", A) | below("momentum.", B), f"{HINT} momentum"),  # solo-learn
+    (None, {"state_dict": A, "ema": B} | OPTIMIZER, f"not read: optimizer{HINT} ema"),  # timm
+    (None, {"model": A, "model_ema": B}, f"ViT in model{HINT} model_ema"),  # DeiT
+    (None, {"state_dict": A, "model": LOSS}, "not read: model"),
+    (None, A | OPTIMIZER, "ViT"),
+    ("model", {"state_dict": B, "model": A}, f"{HINT} state_dict"),
+    ("teacher", DINO, f"backbone; not read: teacher.loss{HINT} student/module.backbone"),
+    ("student/module.backbone", {"student": below("module.backbone.", A), "teacher": B}, "teacher"),
+    ("ema", {"state_dict": B, "ema": below("module.", A)}, f"in ema/module{HINT} state_dict"),
+    ("ema", WITHIN, f"ViT in state_dict/ema{HINT} state_dict/model"),
+    ("visual.trunk", below("visual.trunk.", A) | {"text": META}, "not read: text"),  # open_clip
+    ("encoder", below("encoder.", A) | below("backbone.", B), f"in encoder{HINT} backbone"),
+]
+
+
+@pytest.mark.parametrize("entry, content, said", NETWORKS)
+def test_one_network_of_a_file_is_read_and_the_rest_is_said(tmp_path, capsys, entry, content, said):
+    state, _ = read_weights(torch_file(tmp_path / "file.pt", content), 4, entry=entry)
+    assert equal_states(state, A)
+    assert capsys.readouterr().out.endswith(f"{said}\n")
+
+
+# (the networks that --entry may say, the content of a file)
+AMBIGUOUS = [
+    ("student or teacher", below("student.", VIT) | below("teacher.", VIT)),
+    ("student or teacher", {"student": VIT, "teacher": VIT}),
+    ("backbone or model.encoder", below("model.encoder.", VIT) | below("backbone.", VIT)),
+    ("encoder", VIT | below("encoder.", VIT)),
+    ("model or state_dict", {"model": VIT, "state_dict": VIT}),
+]
+
+
+@pytest.mark.parametrize("names, content", AMBIGUOUS)
+def test_of_several_networks_none_is_chosen_in_silence(tmp_path, names, content):
+    path = torch_file(tmp_path / "file.pt", content)
+    for entry, words in ((None, ""), ("nobody", "known here in nobody, of .*")):
+        with pytest.raises(ValueError, match=f"{words}{HINT} {names}$") as error:
+            read_weights(path, 4, entry=entry)
+        assert one_line(error)
+    with pytest.raises(ValueError) as error:  # --text-init has no such flag
+        lit.read_text_weights(path, 4)
+    assert "--entry" not in one_line(error)
+
+
+TASKS = ["classify", "linear", "lowshot", "lit", "video", "detect"]
+STAGES = ["mae_pretrain --decoder 16x1x2", "weak_pretrain"]
+STAGES += [f"finetune --task {task}" for task in TASKS]
+
+
+@pytest.mark.parametrize("case", STAGES)
+def test_each_stage_takes_entry_heads_and_image_size(tmp_path, case):
+    program, *flags = case.split()
+    size, grid = ((48, 48), (4, 4)) if "detect" in case else ((40, 24), (5, 3))
+    wanted = VIT if "detect" in case else ViT(**{**SQUARE, "image_size": size}).state_dict()
+    path = torch_file(tmp_path / "file.pt", {"state_dict": B, "ema": wanted})
+    flags += ["--init", path, "--heads", 4, "--entry", "ema", "--out", tmp_path / "run"]
+    flags += ["--batch-size", 8, "--image-size", "{}x{}".format(*size)]
+    program = importlib.import_module(program)
+    run = program.parse_arguments(list(map(str, flags)))
+    program.prepare(run)
+    weights, found = run.weights
+    assert tuple(found) == grid and run.config["size"] == SQUARE["size"]
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights.items())
+
+
+def test_evaluate_and_convert_take_the_entry_that_they_are_told(tmp_path, capsys):
+    path, own = torch_file(tmp_path / "f.pt", {"state_dict": B, "ema": A}), tmp_path / "own.pt"
+    flags = ["--heads", 4, "--entry", "ema"]
+    assert equal_states(read_weights(converted(path, own, "own", *flags))[0], A)
+    picture(0, 40, 40).save(tmp_path / "0.png")
+    found = []
+    for number, given in enumerate(([own], [path, *flags], [path, *flags[:2]])):
+        out = tmp_path / f"{number}.npz"
+        asked = ["--task", "features", "--split", "train", "--data", tmp_path, "--out", out]
+        evaluate.main(list(map(str, [*asked, "--workers", 0, "--checkpoint", *given])))
+        with np.load(out) as arrays:
+            found.append(arrays["features"])
+    assert np.array_equal(found[0], found[1]) and not np.allclose(found[0], found[2])
+    with pytest.raises(SystemExit):
+        evaluate.main(["--task", "detect", "--checkpoint", str(path), "--entry", "a"])
+    assert "--entry is for --task classify" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------- Hugging Face and torchtext
+
+
+def hf_file(model, tmp_path, how):
+    """(path, heads to be given) of a folder, whole or in shards, or of a file, names below `how`.
+
+    transformers 5 has other names in memory than in the files of a folder.
+    """
+    if how not in ("folder", "shards"):
+        state = below(how, model.state_dict())
+        return torch_file(tmp_path / "pytorch_model.bin", state), 4
+    model.save_pretrained(tmp_path / how, max_shard_size="40kB" if how == "shards" else "1GB")
+    assert (len([*(tmp_path / how).glob("*.safetensors")]) > 2) == (how == "shards")
+    return tmp_path / how, None
+
+
+# Their own names begin with "encoder.", which is a prefix, too.
+HOW = ["folder", "shards", "", "model.", "module.encoder.", "_orig_mod."]
+HOW = pytest.mark.parametrize("how", HOW)
+
+
+@HOW
+@torch.no_grad()
+def test_hugging_face_s_vits_compute_the_same_here(transformers, tmp_path, capsys, how):
+    config = transformers.ViTConfig(**HF_VIT, num_labels=3, id2label={0: "a", 1: "b", 2: "c"})
+    theirs = randomize(transformers.ViTForImageClassification(config))
+    path, heads = hf_file(theirs, tmp_path, how)
+    ours, _ = load(Classifier, path, heads)
+    assert "Hugging Face ViT" in capsys.readouterr().out
+    assert ours.config["norm_eps"] == 1e-12 and ours.config["pool"] == "cls"
+    assert ours.config["class_names"] == (["a", "b", "c"] if heads is None else None)
+    images = random_images(ours)
+    close(ours(images), theirs(images).logits)
+    # An eps that matters: where it is not kept, the outputs differ.
+    theirs = randomize(transformers.ViTModel(transformers.ViTConfig(**HF_VIT, layer_norm_eps=0.1)))
+    path, heads = hf_file(theirs, tmp_path, how)
+    ours, _ = load(ViT, path, heads, **({"norm_eps": 0.1} if heads else {}))
+    assert re.search("Hugging Face ViT.*; not read: pooler\n", capsys.readouterr().out)
+    close(ours(images), theirs(images).last_hidden_state)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_an_index_and_its_files_are_one_or_refused_in_one_line(tmp_path, suffix):
+    files = {name: f"part-{1 + number % 2}.{suffix}" for number, name in enumerate(A)}
+    save = safetensors.torch.save_file if suffix == "safetensors" else torch.save
+    for file in set(files.values()):
+        save({name: tensor for name, tensor in A.items() if files[name] == file}, tmp_path / file)
+    name = "model" if suffix == "safetensors" else "pytorch_model"
+    index = tmp_path / f"{name}.{suffix}.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    for path in (tmp_path, index):
+        state = read_weights(path, 4)[0]
+        assert equal_states(state, A) and models.fingerprint(state) == models.fingerprint(A)
+    torch.save([torch.ones(3), 4], tmp_path / "list.bin")
+    for words, content in (
+        ("cannot be used: ", "no dict"),
+        ("'weight_map' is missing", {}),
+        ("Invalid name", {"weight_map": {"a": "../a"}}),
+        ("no weights at .*3.bin", {"weight_map": {"a": "3.bin"}}),
+        ("list indices", {"weight_map": {"a": "list.bin"}}),
+        ("'loss' is missing", {"weight_map": {**files, "loss": files["norm.bias"]}}),
+    ):
+        index.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"{index.name}.*{words}") as error:
+            read_weights(tmp_path, 4)
+        assert one_line(error)
+
+
+@HOW
+@torch.no_grad()
+def test_hugging_face_s_vitmae_computes_the_same_here(transformers, tmp_path, capsys, how):
+    config = transformers.ViTMAEConfig(**HF_VIT, **HF_DECODER, norm_pix_loss=True)
+    theirs = randomize(transformers.ViTMAEForPreTraining(config))
+    path, heads = hf_file(theirs, tmp_path, how)
+    if heads:  # how many heads a decoder has cannot be said
+        with pytest.raises(ValueError, match="2 decoder_blocks of width 16 have how many heads"):
+            read_weights(path, heads)
+        known = {"model_type": "vit_mae", "decoder_num_attention_heads": 2}
+        (tmp_path / "config.json").write_text(json.dumps(known))
+    ours, _ = load(MAE, path, heads)
+    assert "Hugging Face ViTMAE" in capsys.readouterr().out
+    images = random_images(ours, 2)
+    noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(2))
+    found = theirs(images, noise=noise)
+    ids = noise.argsort(dim=1)
+    close(ours(images, ids).mean(), found.loss)
+    hidden = models.take(found.logits, ids[:, ours.num_visible :])
+    close(ours.predict(models.patchify(images, 8), ids), hidden)
+    encoder, _ = load(ViT, path, heads)
+    theirs.vit.config.mask_ratio = theirs.vit.embeddings.config.mask_ratio = 0.0
+    ordered = torch.arange(16.0).expand(2, -1)
+    close(encoder(images), theirs.vit(images, noise=ordered).last_hidden_state)
+
+
+def texts(vocabulary, lengths=(9, 1, 5)):
+    """(B, T) random tokens, filled up with the padding's id."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(2, vocabulary, (len(lengths), max(lengths)), generator=generator)
+    for row, length in zip(tokens, lengths):
+        row[length:] = lit.PADDING
+    return tokens
+
+
+def text_tower(path, heads=None):
+    state, arguments = lit.read_text_weights(path, heads)
+    tower = TextTower(**arguments)
+    tower.load_state_dict(state)
+    return tower, arguments
+
+
+@pytest.mark.parametrize("kind", ["XLMRobertaModel", "XLMRobertaForMaskedLM"])
+@HOW
+@torch.no_grad()
+def test_hugging_face_s_xlm_r_computes_the_same_here(transformers, tmp_path, capsys, kind, how):
+    sizes = {**HF, "vocab_size": 50, "max_position_embeddings": 20, "layer_norm_eps": 1e-5}
+    theirs = randomize(getattr(transformers, kind)(transformers.XLMRobertaConfig(**sizes)))
+    path, heads = hf_file(theirs, tmp_path, how)
+    ours, arguments = text_tower(path, heads)
+    unused = "lm_head" if "Masked" in kind else "pooler"
+    assert re.search(f"Hugging Face XLM-R.*; not read: {unused}\n", capsys.readouterr().out)
+    expected = {"size": "32x2x4", "vocabulary": 50, "positions": 20, "norm_eps": 1e-5}
+    assert arguments == expected
+    tokens, encoder = texts(50), getattr(theirs, "roberta", theirs)
+    found = encoder(tokens, attention_mask=tokens != lit.PADDING).last_hidden_state
+    close(ours(tokens), found[:, 0])
+    with pytest.raises(ValueError, match="a text tower alone"):
+        read_weights(path)
+
+
+class TorchtextRoberta(nn.Module):
+    """torchtext's RobertaModel, as its layout and its behaviour are documented."""
+
+    def __init__(self, vocabulary, width, layers, heads, positions=514):
+        super().__init__()
+        options = {"activation": "gelu", "batch_first": True}
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, **options)
+        position = nn.ModuleDict({"embedding": nn.Embedding(positions, width)})
+        encoder = nn.ModuleDict()
+        encoder["token_embedding"] = nn.Embedding(vocabulary, width)
+        encoder["layers"] = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        encoder["positional_embedding"] = position
+        encoder["embedding_layer_norm"] = nn.LayerNorm(width)
+        self.encoder = nn.ModuleDict({"transformer": encoder})
+
+    def forward(self, tokens):
+        encoder = self.encoder["transformer"]
+        positions = torch.ones_like(tokens)
+        for row, text in enumerate(tokens.tolist()):
+            length = sum(token != 1 for token in text)
+            positions[row, :length] = torch.arange(2, 2 + length)
+        x = encoder["token_embedding"](tokens)
+        x = x + encoder["positional_embedding"]["embedding"](positions)
+        x = encoder["embedding_layer_norm"](x)
+        return encoder["layers"](x, src_key_padding_mask=tokens == 1)[:, 0]
+
+
+OLD_TORCHTEXT = {
+    "layers.layers.": "layers.",
+    "self_attn.in_proj_": "attention.input_projection.",
+    "self_attn.out_proj": "attention.output_projection",
+    "linear1": "residual_mlp.mlp.0",
+    "linear2": "residual_mlp.mlp.3",
+    "norm1": "attention_layer_norm",
+    "norm2": "final_layer_norm",
+}
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("prefix", ["", "model.", "module.encoder."])
+@torch.no_grad()
+def test_a_released_pair_computes_the_same_here(timm, tmp_path, capsys, old, prefix):
+    sizes = {**TIMM, "embed_dim": 192, "depth": 3, "num_heads": 6}
+    vision = timm.models.VisionTransformer(num_classes=0, **sizes)
+    text = TorchtextRoberta(60, 128, 3, 4)
+    state = randomize(nn.ModuleDict({"vision_encoder": vision, "text_encoder": text})).state_dict()
+    for new, before in OLD_TORCHTEXT.items() if old else ():
+        blocks = {n for n in state if n.startswith("text_encoder") and "layers." in n}
+        state = {n.replace(new, before) if n in blocks else n: t for n, t in state.items()}
+    projections = [randomize(nn.Linear(24, width)).weight for width in (192, 128)]
+    state |= {"vision_projection": projections[0], "text_projection": projections[1]}
+    state["logit_scale"] = torch.tensor(2.5)
+    path = torch_file(tmp_path / "pair.pt", below(prefix, state))
+    ours, line = load(TwoTowers, path)
+    assert "torchtext-named CLIP pair" in capsys.readouterr().out and "dropped" not in line
+    sizes = {"size": "toy", "vocabulary": 60, "positions": 514, "norm_eps": 1e-5, "context": 100}
+    assert ours.config["text"] == sizes
+    tokens, images = texts(60), random_images(ours)
+    found = ours(ours.features(images), tokens)
+    expected = (vision(images) @ projections[0], text(tokens) @ projections[1])
+    for mine, embedding in zip(found, expected):
+        close(mine, nn.functional.normalize(embedding, dim=1))
+    close(found[2], torch.tensor([2.5]).exp())
+    alone = torch_file(tmp_path / "text.pt", below(prefix, text.state_dict()))
+    for text_file in (path, alone):
+        close(text_tower(text_file)[0](tokens), text(tokens))
+    assert lost(converted(path, tmp_path / "own.pt", "own"), ours) == set()
+    content = {"model": below(prefix, ours.state_dict()), "config": ours.config}
+    assert lost(torch_file(tmp_path / "pair.pt", content), ours) == set()
+
+
+# {words: what config.json says instead}
+CONFIGS = {
+    "Expecting property name": "{",
+    "model_type is 'bert', wanted vit": '{"model_type": "bert"}',
+    "hidden_act is 'quick_gelu', wanted gelu": '{"model_type": "vit", "hidden_act": "quick_gelu"}',
+    "hidden_size is 64, wanted 32": '{"model_type": "vit", "hidden_size": 64}',
+    "id2label has 1 of 3": '{"model_type": "vit", "num_attention_heads": 4, "id2label": {"0": ""}}',
+    "float": '{"model_type": "vit", "num_attention_heads": 4, "layer_norm_eps": "small"}',
+}
+
+
+@pytest.mark.parametrize("words", CONFIGS)
+def test_a_config_that_is_not_of_the_weights_beside_it_is_refused(tmp_path, words):
+    model = Classifier(**SQUARE, **NAMED)
+    convert(own_file(tmp_path / "model.pt", model), tmp_path / "hf", "hf")
+    (tmp_path / "hf" / "config.json").write_text(CONFIGS[words])
+    with pytest.raises(ValueError, match=f"hf.*{words}") as error:
+        read_weights(tmp_path / "hf")
     assert one_line(error)
 
 
-def test_a_path_without_a_file_is_a_value_error(tmp_path):
-    for path in (tmp_path, tmp_path / "none.pt"):
-        with pytest.raises(ValueError, match=path.name) as error:
-            models.read_weights(path)
-        assert one_line(error)
+# ---------------------------------------------------------------------------------- python model.py
+
+
+OURS = {
+    "ViT": (ViT, {**SQUARE, "norm_eps": 1e-3}),
+    "wide ViT": (ViT, {**SQUARE, "image_size": (16, 24), "channels": 4}),
+    "Classifier": (Classifier, {**SQUARE, **NAMED}),
+    "mean Classifier": (Classifier, {**SQUARE, **NAMED, "pool": "mean"}),
+    "MAE": (MAE, {**SQUARE, "decoder": (16, 2, 2), "mask_ratio": 0.5, "norm_eps": 1e-3}),
+    "TwoTowers": (TwoTowers, {**SQUARE, "text": {"size": "16x1x2", "vocabulary": 9}}),
+}
+
+
+def written(kind, tmp_path, out, format, capsys):
+    """(a model of ours, the line that loads it, families that convert dropped) of a file `out`."""
+    kind, arguments = OURS[kind]
+    model = randomize(kind(**arguments))
+    path = own_file(tmp_path / "model.pt", model)
+    converted(path, tmp_path / out, format)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{path}: our own {kind.__name__}"
+    dropped = [line.removeprefix("dropped: ") for line in said if line.startswith("dropped: ")]
+    return model, said[-1], set(", ".join(dropped).split(", ")) - {""}
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("kind", OURS)
+@torch.no_grad()
+def test_to_timm_and_back_is_bit_for_bit(timm, tmp_path, capsys, kind, suffix):
+    path, back = tmp_path / f"timm.{suffix}", tmp_path / "back.pt"
+    ours, line, dropped = written(kind, tmp_path, path.name, "timm", capsys)
+    place = {}
+    exec(line, place)  # noqa: S102 (what users are told to type; it loads strictly)
+    theirs, images = place["model"].eval(), random_images(ours)
+    if isinstance(ours, Classifier):
+        close(theirs(images), ours(images))
+    else:
+        vit = ViT(**models.encoder_config(ours.config))
+        load_weights(vit, ours.state_dict())
+        close(theirs.forward_features(images), vit(images))
+    named = {"class_names"} if "Classifier" in kind else set()
+    assert dropped >= named and bool(dropped - named) == (kind in ("MAE", "TwoTowers"))
+    dropped -= named
+    unsaid = ("norm_eps", "class_names", "image_size")  # tensors alone do not tell them
+    if kind != "wide ViT":
+        assert lost(path, ours, 4, unsaid[:2]) == dropped
+        assert lost(converted(path, back, "own", "--heads", 4), ours, unsaid=unsaid) == dropped
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OURS if kind != "mean Classifier"])
+@torch.no_grad()
+def test_to_hugging_face_and_back_is_bit_for_bit(transformers, tmp_path, capsys, kind):
+    ours, line, dropped = written(kind, tmp_path, "hf", "hf", capsys)
+    assert bool(dropped) == (kind == "TwoTowers")
+    load = line.partition("model = ")[2]
+    theirs, info = eval(load[:-1] + ", output_loading_info=True)", {"transformers": transformers})
+    assert not any(info.values())
+    images = random_images(ours, 2)
+    if kind == "MAE":
+        noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(2))
+        close(theirs(images, noise=noise).loss, ours(images, noise.argsort(dim=1)).mean())
+    elif kind == "Classifier":
+        close(theirs(images).logits, ours(images))
+        assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"}
+    else:
+        close(theirs(images).last_hidden_state, ViT.forward(ours, images))
+    assert lost(tmp_path / "hf", ours) == dropped
+    assert lost(converted(tmp_path / "hf", tmp_path / "back.pt", "own"), ours) == dropped
+
+
+def test_a_pair_s_picture_tower_and_a_trunk_s_pair(tmp_path):
+    pair, trunk = (randomize(OURS[kind][0](**OURS[kind][1])) for kind in ("TwoTowers", "ViT"))
+    own_file(tmp_path / "pair.pt", pair), own_file(tmp_path / "trunk.pt", trunk)
+    projections = {"image_projection", "logit_scale", "text", "text_projection"}
+    for kind in (ViT, MAE, Classifier):
+        model, line = load(kind, tmp_path / "pair.pt")
+        assert section(line, "dropped") == projections
+        assert all(torch.equal(model.state_dict()[n], pair.state_dict()[n]) for n in VIT)
+    initial = TwoTowers(**OURS["TwoTowers"][1])
+    model, line = load(TwoTowers, tmp_path / "trunk.pt", text=OURS["TwoTowers"][1]["text"])
+    assert section(line, "newly initialised") == projections
+    for name, tensor in model.state_dict().items():
+        source = trunk if name in VIT else initial
+        assert torch.equal(tensor, source.state_dict()[name])
+
+
+def refused(capsys, *arguments):
+    """The line, and the only one, with which convert gives up."""
+    with pytest.raises(SystemExit) as error:
+        main(["convert", *map(str, arguments)])
+    assert error.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("model.py: ") and said.count("\n") == 1
+    return said
+
+
+def test_heads_and_the_safetensors_package_are_asked_for(tmp_path, capsys, monkeypatch):
+    small, own = tmp_path / "vit.safetensors", tmp_path / "own.pt"
+    safetensors.torch.save_file(VIT, small)
+    asked = [small, own, "--format", "own"]
+    assert "Give --heads" in refused(capsys, *asked)
+    assert "multiple of 4 x heads" in refused(capsys, *asked, "--heads", "5")
+    assert read_weights(converted(small, own, "own", "--heads", 2))[1]["size"] == "32x2x2"
+    with pytest.raises(ValueError, match="has 2 heads"):
+        read_weights(own, 4)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for source, out, format in (
+        (small, "o.pt", "own"),
+        (own, "hf", "hf"),
+        (own, "o.safetensors", "timm"),
+    ):
+        said = refused(capsys, source, tmp_path / out, "--format", format, "--heads", 2)
+        assert "pip install safetensors" in said and not (tmp_path / out).exists()
+
+
+def test_what_a_format_cannot_say_is_refused(tmp_path, capsys):
+    own_file(tmp_path / "mean.pt", Classifier(**SQUARE, **NAMED, pool="mean"))
+    own_file(tmp_path / "clips.pt", video.VideoClassifier(**SQUARE, classes=3, frames=4))
+    own_file(tmp_path / "wide.pt", MAE(**{**SQUARE, "image_size": (16, 32)}, decoder=(16, 1, 2)))
+    torch.save({name: VIT[name] for name in VIT if name != "norm.bias"}, tmp_path / "part.pt")
+    torch.save(pair_file({"text.blocks.0.norm1.weight": None}), tmp_path / "half.pt")
+    torch.save(VIT, tmp_path / "vit.pt")
+    files = set(tmp_path.iterdir())
+    for words, source, out, format in (
+        ("reads the class token", "mean.pt", "hf", "hf"),
+        ("is of videos", "clips.pt", "o.pt", "timm"),
+        ("square", "wide.pt", "hf", "hf"),
+        ("lacks norm.bias", "part.pt", "o.pt", "timm"),
+        ("lacks text.blocks.0.norm1.weight", "half.pt", "o.pt", "timm"),
+        ("must end", "vit.pt", "vit.bin", "timm"),
+        ("must end", "vit.pt", "own", "own"),
+        ("exists", "vit.pt", "vit.pt", "timm"),
+        ("exists", "vit.pt", ".", "hf"),
+        ("exists", "vit.pt", "no/x.pt", "timm"),
+        ("invalid choice", "vit.pt", "o.pt", "onnx"),
+    ):
+        asked = tmp_path / source, tmp_path / out, "--format", format, "--heads", 4
+        assert words in refused(capsys, *asked)
+    assert set(tmp_path.iterdir()) == files
+    with pytest.raises(ValueError, match="lacks text.blocks.0.norm1.weight: half a pair"):
+        evaluate.load_model(tmp_path / "half.pt", "zeroshot", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("out", "format"), [("o.pt", "own"), ("o.pt", "timm"), ("o.safetensors", "timm"), ("o", "hf")]
+)
+def test_where_the_disk_is_full_nothing_is_left(tmp_path, out, format):
+    own_file(tmp_path / "in.pt", ViT(**{**SQUARE, "size": "64x2x4"}))
+    (tmp_path / f"{out}.tmp").mkdir()  # of somebody else
+    arguments = "convert", tmp_path / "in.pt", tmp_path / out, "--format", format
+    failed = stage(*arguments, program="model.py", file_size=100_000)
+    assert failed.returncode == 1 and failed.stderr.count("\n") == 1, failed.stderr
+    assert "cannot write" in failed.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"in.pt", f"{out}.tmp"}
