@@ -1,20 +1,20 @@
-"""The Vision Transformer, the masked autoencoder, and what training does with them.
+"""The Vision Transformer, the masked autoencoder, and their preparation for training.
 
-    ViT               plain encoder: patches, a class token, pre-norm blocks, a final norm
-    MAE               the same encoder plus a small decoder that predicts the hidden patches
-    Classifier        the same encoder plus a linear head; tag_loss for hashtags
-    initialize        every parameter from a generator keyed by its own name
-    parameter_groups  which parameters have weight decay
+    ViT               encoder: patches, class token, pre-norm blocks, final norm
+    MAE               the encoder and a small decoder that predicts the hidden patches
+    Classifier        the encoder and a linear head; tag_loss for hashtags
+    initialize        draws each parameter from a generator keyed by its name
+    parameter_groups  parameters with and without weight decay
     parallelize       cast -> activation checkpointing -> compile -> shard or replicate
     read_weights, load_weights, save_weights          model.pt and public checkpoints
-    python model.py convert IN OUT --format ...       the same for timm, Hugging Face and back
+    python model.py convert IN OUT --format ...       from and to timm and Hugging Face
 
 Tensors: B batch, C channels, H W image, P patch side, N patches, K visible patches, D width,
 L layers. Parameter names are timm's and the public MAE's (facebookresearch/mae), so that their
 weights load by name.
 
-This file needs torch and kernels.py, and stands alone with it when copied; support/formats.py reads
-the weights of other libraries.
+Needs torch and kernels.py, and can be copied with kernels.py alone. Weights of other libraries are
+read by support/formats.py.
 """
 
 import argparse
@@ -49,22 +49,20 @@ SIZES = {
     "2B": (2560, 24, 32, 14),
     "6.5B": (4096, 32, 32, 14),
 }
-# (width, layers, heads) of the MAE decoder. 512 x 8 x 16 is the public MAE code's for B, L and H;
-# that 2B and 6.5B keep it is recalled, not printed in the paper's main text.
+# (width, layers, heads) of the MAE decoder. 512 x 8 x 16 is the public code's (MAE) for B, L and H.
+# Unverified: 2B and 6.5B have the same.
 DECODERS = {"toy": (64, 1, 4), "T": (256, 4, 8)}
 DEFAULT_DECODER = (512, 8, 16)
 
 
 class Unusable(argparse.ArgumentTypeError, ValueError):
-    """A ValueError whose message argparse shows as it is."""
+    """A ValueError whose message argparse prints unchanged."""
 
 
 def architecture(size):
     """(width, layers, heads, patch side) of a name in SIZES, or of "192x6x3" (patch 16)."""
-    if size in SIZES:
-        return SIZES[size]
-    width, layers, heads = triple(size, f"one of {', '.join(SIZES)}, or WIDTHxLAYERSxHEADS")
-    return width, layers, heads, 16
+    wanted = f"one of {', '.join(SIZES)}, or WIDTHxLAYERSxHEADS"
+    return SIZES[size] if size in SIZES else (*triple(size, wanted), 16)
 
 
 def triple(text, wanted="WIDTHxLAYERSxHEADS"):
@@ -75,7 +73,7 @@ def triple(text, wanted="WIDTHxLAYERSxHEADS"):
         raise Unusable(f"size {text!r} is unknown: it must be {wanted}") from None
     if min(width, layers, heads) < 1 or width % (4 * heads):
         raise Unusable(f"size {text!r}: the width must be a multiple of 4 x heads")
-    if width > 2**16 or layers > 999:  # a typing error, or a damaged config: it would take for ever
+    if width > 2**16 or layers > 999:  # a typing error or a damaged config
         raise Unusable(f"size {text!r}: at most {2**16} wide and 999 layers deep")
     return width, layers, heads
 
@@ -96,7 +94,7 @@ def pair(image_size):
 
 
 def patchify(images, patch_size):
-    """(B, C, H, W) -> (B, N, P*P*C): row by row, each patch flattened as (P, P, C), MAE's order."""
+    """(B, C, H, W) -> (B, N, P*P*C): patches row by row, each flattened as (P, P, C) (MAE)."""
     B, C, H, W = images.shape
     P = patch_size
     patches = images.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 3, 5, 1)
@@ -118,8 +116,8 @@ def take(tokens, ids):
 def sincos_positions(width, grid):
     """Fixed 2-D sine-cosine table, (1, 1 + rows * columns, width) float32; the class row is 0.
 
-    The first half of the channels encodes the column and the second the row, each as sines then
-    cosines of wavelengths from 2 pi to 20,000 pi (public MAE code, util/pos_embed.py).
+    The first half of the channels encodes the column and the second half the row, each by sines,
+    then cosines, of wavelengths from 2 pi to 20,000 pi (public code: MAE, util/pos_embed.py).
     """
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * frequencies for n in grid)
@@ -131,7 +129,7 @@ def sincos_positions(width, grid):
 
 
 def resample_positions(table, old_grid, new_grid):
-    """(1, 1 + N, D) from one (rows, columns) grid to another, bicubically; the class row stays."""
+    """(1, 1 + N, D) from one (rows, columns) grid to another, bicubic; the class row is copied."""
     row, table = table[:, :1], table[:, 1:]
     table = table.transpose(1, 2).unflatten(2, old_grid)  # (1, D, rows, columns)
     table = F.interpolate(table.float(), size=new_grid, mode="bicubic", align_corners=False)
@@ -142,7 +140,7 @@ def resample_positions(table, old_grid, new_grid):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. Tokens before `first_query` are looked at but do not ask."""
+    """Multi-head self-attention. The first `first_query` tokens are keys and values only."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -166,9 +164,9 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. With `first_query` it returns only the tokens from there on."""
+    """Pre-norm transformer block. It returns the tokens from `first_query` on."""
 
-    one_length = True  # False: inputs come in many lengths, so the block is never compiled
+    one_length = True  # False: inputs have many lengths, and the block is not compiled
 
     def __init__(self, width, heads, norm_eps=1e-6):
         super().__init__()
@@ -178,7 +176,7 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
 
     def forward(self, x, first_query=0, scales=None):
-        """x (B, N, D) -> (B, N - first_query, D). scales (B, 2): see branch_scales; None: all 1."""
+        """x (B, N, D) -> (B, N - first_query, D). scales (B, 2): see branch_scales; None means 1."""
         branch = self.attn(self.norm1(x), first_query)
         x = x[:, first_query:] + (branch if scales is None else branch * scales[:, :1, None])
         branch = self.mlp(self.norm2(x))
@@ -186,13 +184,13 @@ class Block(nn.Module):
 
 
 def branch_scales(noise, drop_path, dtype):
-    """Stochastic depth (arXiv 1603.09382): noise (B, L, 2) -> what each branch is multiplied by.
+    """Stochastic depth (arXiv 1603.09382): noise (B, L, 2) -> factors of the branches (B, L, 2).
 
-    The rate of block i is drop_path * i / (L - 1). noise is uniform in [0, 1): where it is below
-    the rate the branch is dropped, by a 0; the others are scaled up to match, by 1 / (1 - rate).
+    The rate of block i is drop_path * i / (L - 1). noise is uniform in [0, 1). The factor is 0, and
+    the branch dropped, where noise is below the rate, and 1 / (1 - rate) elsewhere.
     """
     layers = noise.shape[1]
-    # Made on the device: a tensor of Python numbers would be a copy from the host at each step.
+    # Made on the device: a tensor of Python numbers would be copied from the host at each step.
     rates = torch.arange(layers, dtype=noise.dtype, device=noise.device)  # (L,)
     rates = rates * (drop_path / max(1, layers - 1))
     return ((noise >= rates[:, None]) / (1 - rates[:, None])).to(dtype)
@@ -202,14 +200,14 @@ class ViT(nn.Module):
     """Vision Transformer encoder.
 
     size        a name in SIZES or "WIDTHxLAYERSxHEADS"
-    image_size  side, or (height, width); the patch must divide both
-    patch_size  default: the size's own
+    image_size  side, or (height, width), in pixels; multiples of the patch side
+    patch_size  in pixels; default: see SIZES
     channels    of the image: 1, 3, 4, 10, ...
-    positions   "sincos" (fixed, MAE's) or "learned"
-    drop_path   stochastic-depth rate of the last block, rising linearly from 0
-    norm_eps    of every LayerNorm: 1e-6 is timm's and the public MAE's
+    positions   "sincos" (fixed, as in MAE) or "learned"
+    drop_path   stochastic-depth rate of the last block; the rates rise linearly from 0
+    norm_eps    of every LayerNorm: 1e-6 is that of timm and the public MAE
 
-    Raises ValueError when the patch does not divide the image.
+    Raises ValueError if the patch does not divide the image.
     """
 
     def __init__(
@@ -225,30 +223,28 @@ class ViT(nn.Module):
         super().__init__()
         width, layers, heads, default_patch = architecture(size)
         P, (H, W) = patch_size or default_patch, pair(image_size)
-        if H < P or W < P or H % P or W % P:
-            near = tuple(max(P, round(side / P) * P) for side in (H, W))
+        if H % P or W % P:
+            height, width = (max(P, round(side / P) * P) for side in (H, W))
             raise ValueError(
                 f"image size {H}x{W} is not divisible by patch {P}: "
-                f"the nearest that is: {near[0]}x{near[1]}"
+                f"the nearest that is: {height}x{width}"
             )
         if positions not in ("sincos", "learned"):
             raise ValueError(f"positions {positions!r} are unknown: 'sincos' or 'learned'")
-        self.config = {"size": size, "image_size": [H, W], "patch_size": P}
-        self.config |= {"channels": channels, "positions": positions, "norm_eps": norm_eps}
+        self.config = {"size": size, "image_size": [H, W], "patch_size": P, "channels": channels}
+        self.config |= {"positions": positions, "norm_eps": norm_eps}
         self.width, self.layers, self.heads, self.patch_size = width, layers, heads, P
+        self.drop_path, self.input_shape = drop_path, (channels, H, W)
         self.grid = (H // P, W // P)
         self.num_patches = N = self.grid[0] * self.grid[1]
-        self.input_shape = (channels, H, W)
 
-        # A convolution only in name: the name and the kernel's shape are timm's, see embed().
+        # Used as a matrix, see embed(). The name and the kernel's shape are timm's.
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(channels, width, P, stride=P)})
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + N, width), positions == "learned")
-        self.drop_path = drop_path
         self.blocks = nn.ModuleList(Block(width, heads, norm_eps) for _ in range(layers))
         self.norm = nn.LayerNorm(width, norm_eps)
-        if type(self) is ViT:
-            initialize(self)
+        initialize(self)  # as does each subclass, once it has all its parameters
 
     def check(self, images):
         if tuple(images.shape[1:]) != self.input_shape:
@@ -259,9 +255,9 @@ class ViT(nn.Module):
             )
 
     def embed(self, patches):
-        """(B, N, P*P*C) pixels, flattened as patchify does, -> (B, N, D)."""
+        """Patches (B, N, P*P*C), as patchify returns them, -> (B, N, D)."""
         proj = self.patch_embed["proj"]
-        # patchify flattens a patch as (P, P, C) but the kernel is stored as (C, P, P).
+        # A patch is flattened as (P, P, C), but the kernel is stored as (C, P, P).
         weight = proj.weight.movedim(1, -1).flatten(1)  # (D, P*P*C)
         return F.linear(patches.to(weight.dtype), weight, proj.bias)
 
@@ -269,14 +265,18 @@ class ViT(nn.Module):
         """The encoder's input: (B, C, H, W) float -> (B, 1 + N, D), the class token first."""
         self.check(images)
         x = self.embed(patchify(images, self.patch_size)) + self.pos_embed[:, 1:]  # (B, N, D)
+        return self.with_class_token(x)
+
+    def with_class_token(self, x):
+        """(B, n, D) -> (B, 1 + n, D)."""
         first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         return torch.cat([first, x], dim=1)
 
     def forward(self, images, noise=None):
         """Tokens after the final norm, (B, 1 + N, D), the class token first: see pool().
 
-        images (B, C, H, W) float, normalised. noise (B, L, 2) uniform in [0, 1): stochastic depth,
-        drawn by the caller for each sample, so that it does not depend on how samples are batched.
+        images (B, C, H, W) float, normalised. noise (B, L, 2) uniform in [0, 1): for stochastic
+        depth, drawn by the caller for each sample, so that it does not depend on the batch.
         """
         return self.norm(self.encode(images, noise))
 
@@ -291,7 +291,7 @@ class ViT(nn.Module):
         return x
 
     def class_attention(self, images):
-        """Where the last block's class token looks: (B, heads, N), each row sums to at most 1."""
+        """The class token's attention to the patches in the last block, (B, heads, N)."""
         x = self.tokens(images)
         for block in self.blocks[:-1]:
             x = block(x)
@@ -302,7 +302,7 @@ class ViT(nn.Module):
 
 
 def pool(tokens, how):
-    """A ViT's (B, 1 + N, D) -> (B, D): "cls" is the class token, "mean" the mean of the patches."""
+    """A ViT's (B, 1 + N, D) -> (B, D): the class token ("cls") or the mean of the patches ("mean")."""
     return tokens[:, 0] if how == "cls" else tokens[:, 1:].mean(dim=1)
 
 
@@ -312,9 +312,9 @@ def pool(tokens, how):
 class MAE(ViT):
     """Masked autoencoder (He et al., arXiv 2111.06377) on the same encoder.
 
-    decoder            (width, layers, heads); default: the size's own
-    mask_ratio         share of the patches that is hidden
-    normalize_targets  predict each patch minus its mean over its deviation (True) or raw pixels
+    decoder            (width, layers, heads); default: see DECODERS
+    mask_ratio         fraction of the patches that is hidden
+    normalize_targets  predict each patch normalised by its mean and deviation (True) or raw pixels
     other arguments    see ViT
     """
 
@@ -323,36 +323,35 @@ class MAE(ViT):
     ):
         super().__init__(size, **encoder_arguments)
         decoder = decoder or DECODERS.get(size, DEFAULT_DECODER)
-        decoder = width, layers, heads = triple("x".join(map(str, decoder)))
-        self.num_visible = int(self.num_patches * (1 - mask_ratio))  # 49 of 196, 64 of 256
-        if not 0 < self.num_visible < self.num_patches:
-            shares = (
-                f"mask ratio {mask_ratio} leaves {self.num_visible} of {self.num_patches} patches"
+        width, layers, heads = triple("x".join(map(str, decoder)))
+        N, norm_eps = self.num_patches, self.config["norm_eps"]
+        self.num_visible = int(N * (1 - mask_ratio))  # 49 of 196, 64 of 256
+        if not 0 < self.num_visible < N:
+            raise ValueError(
+                f"mask ratio {mask_ratio} leaves {self.num_visible} of {N} patches visible: "
+                "at least one must be visible and one hidden"
             )
-            raise ValueError(f"{shares} visible: at least one must be visible and one hidden")
         self.normalize_targets = normalize_targets
-        self.config |= {"decoder": list(decoder), "mask_ratio": mask_ratio}
-        self.config |= {"normalize_targets": normalize_targets}
-        pixels = self.patch_size**2 * self.config["channels"]
+        self.config |= {"decoder": [width, layers, heads], "mask_ratio": mask_ratio}
+        self.config["normalize_targets"] = normalize_targets
         self.decoder_embed = nn.Linear(self.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.decoder_pos_embed = nn.Parameter(torch.empty(1, 1 + self.num_patches, width), False)
-        norm_eps = self.config["norm_eps"]
+        self.decoder_pos_embed = nn.Parameter(torch.empty(1, 1 + N, width), False)
         self.decoder_blocks = nn.ModuleList(Block(width, heads, norm_eps) for _ in range(layers))
         self.decoder_norm = nn.LayerNorm(width, norm_eps)
-        self.decoder_pred = nn.Linear(width, pixels)
+        self.decoder_pred = nn.Linear(width, self.patch_size**2 * self.config["channels"])
         initialize(self)
 
     def forward(self, images, ids):
         """Each sample's mean squared error on its hidden patches, (B,).
 
-        images (B, C, H, W) float, normalised; ids (B, N) a permutation of the patches for each
-        sample, of which the first K are visible.
+        images (B, C, H, W) float, normalised. ids (B, N): each sample's random order of its patches,
+        of which the first K are visible.
         """
         self.check(images)
         patches = patchify(images, self.patch_size)  # (B, N, P*P*C)
         predictions = self.predict(patches, ids)  # (B, N - K, P*P*C)
-        targets = take(patches, ids[:, self.num_visible :])
+        targets = take(patches, ids[:, self.num_visible :])  # (B, N - K, P*P*C)
         if self.normalize_targets:
             mean, deviation = patch_statistics(targets)
             targets = (targets - mean) / deviation
@@ -361,32 +360,31 @@ class MAE(ViT):
     def predict(self, patches, ids):
         """Predicted pixels of the hidden patches, (B, N - K, P*P*C), in the order of ids[:, K:]."""
         visible, hidden = ids[:, : self.num_visible], ids[:, self.num_visible :]
-        # Embed only what the encoder will see.
+        # Only visible patches are embedded.
         x = self.embed(take(patches, visible)) + self.pos_embed[0, 1 + visible]  # (B, K, D)
-        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat([first, x], dim=1)
+        x = self.with_class_token(x)  # (B, 1 + K, D)
         for block in self.blocks:
             x = block(x)
         x = self.decoder_embed(self.norm(x))  # (B, 1 + K, decoder width)
 
-        # The decoder never un-shuffles: attention does not care about the order, so tokens stay as
-        # [class, visible, hidden] and carry their own positions.
+        # The decoder does not un-shuffle: attention does not depend on the order of tokens. They
+        # stay as [class, visible, hidden], and each gets its own position.
         positions = self.decoder_pos_embed[0]
         seen = torch.cat([positions[:1].expand(len(x), 1, -1), positions[1 + visible]], dim=1)
         x = torch.cat([x + seen, self.mask_token + positions[1 + hidden]], dim=1)  # (B, 1 + N, ..)
         for block in self.decoder_blocks[:-1]:
             x = block(x)
-        # Only hidden tokens are predicted, and nobody looks at the last block's output of another
-        # token: in it, only they need to ask, to pass the feed-forward, to reach the pixel head.
+        # Only hidden tokens are predicted. So in the last block only they are queries, and only
+        # they pass the feed-forward layer and the pixel head.
         x = self.decoder_blocks[-1](x, 1 + self.num_visible)  # (B, N - K, decoder width)
         return self.decoder_pred(self.decoder_norm(x))
 
     @torch.no_grad()
     def reconstruct(self, images, ids):
-        """The images with their hidden patches as predicted, (B, C, H, W), same scale as `images`.
+        """The images with predicted hidden patches, (B, C, H, W), in the scale of `images`.
 
-        Visible patches are pasted. A normalised prediction is scaled back with the mean and
-        deviation of the patch it stands for: the network was never asked for these two numbers.
+        Visible patches are copied. A normalised prediction is scaled back with the true mean and
+        deviation of its patch: the network does not predict these two numbers.
         """
         self.check(images)
         patches = patchify(images, self.patch_size)
@@ -401,7 +399,7 @@ class MAE(ViT):
 def patch_statistics(patches):
     """Mean and deviation of each patch over its pixels and channels together, (B, N, 1) each.
 
-    The variance is the unbiased one plus 1e-6 (public MAE code).
+    1e-6 is added to the unbiased variance (public code: MAE).
     """
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (variance + 1e-6).sqrt()
@@ -413,15 +411,15 @@ def patch_statistics(patches):
 class Classifier(ViT):
     """An encoder and a linear head on pooled tokens.
 
-    classes      how many
+    classes      their number
     pool         "cls": the class token after the final norm (the released models). "mean": the mean
-                 of the patches, then a norm of its own instead (public MAE code, finetuning)
-    class_names  kept in the config, to travel with the weights
-    head_std     of the head's initial weights; 0 as SWAG's
+                 of the patches, then fc_norm, without the final norm (public code: MAE, finetuning)
+    class_names  stored in the config with the weights
+    head_std     standard deviation of the head's initial weights; 0 in SWAG
     other arguments: see ViT
     """
 
-    large = ("head",)  # modules that are sharded alone, see shard()
+    large = ("head",)  # names of modules that are sharded by themselves, see shard()
 
     def __init__(
         self,
@@ -447,7 +445,7 @@ class Classifier(ViT):
         return self.head(self.features(images, noise))
 
     def features(self, images, noise=None):
-        """What the head reads, (B, D)."""
+        """The head's input, (B, D)."""
         return self.pooled(self.encode(images, noise))
 
     def pooled(self, x):
@@ -458,10 +456,10 @@ class Classifier(ViT):
 
 
 def tag_loss(logits, tags):
-    """Softmax cross-entropy against 1/K on each of a sample's K tags: (B,) float32.
+    """Softmax cross-entropy with target 1/k for each of a sample's k tags: (B,) float32 (paper, 3.3).
 
-    logits (B, V); tags (B, T) int64 ids, filled up with -1; a sample without any counts its
-    logsumexp and wants weight 0. Computed from the ids: there is no (B, V) target (paper, 3.3).
+    logits (B, V); tags (B, T) int64 ids, padded with -1. A sample without tags needs weight 0. The
+    loss is computed from the ids, without a (B, V) target.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     known = tags >= 0
@@ -473,61 +471,60 @@ def tag_loss(logits, tags):
 
 
 def initialize(model, seed=0):
-    """Fill every parameter, each from a generator keyed by (seed, its name).
+    """Fill every parameter from a generator keyed by (seed, its name), in place.
 
-    So a weight depends neither on the order of modules nor on the number of processes. The values
-    are the public MAE code's (but for the patch embedding's bias, which it leaves at PyTorch's
-    default): Linear and the patch embedding, as a Linear, Xavier-uniform with bias 0, tokens and
-    learned positions N(0, 0.02), norms 1 and 0, fixed positions sine-cosine. Heads: see Classifier.
-    Projections N(0, 1 / width), the logits' scale 1 / 0.07 (maws repository), embeddings as tokens;
-    positions in time and relative ones 0.
+    So a value depends neither on the order of modules nor on the number of processes. Constructors
+    call it. It skips the meta device: for a model that is built there, call it after parallelize().
+    The values are the public MAE code's (but for the patch embedding's bias, which it leaves at
+    PyTorch's default): matrices and the patch embedding Xavier-uniform, biases 0, norms 1, tokens
+    and learned positions N(0, 0.02). Heads: see Classifier. Projections N(0, 1 / width) and the
+    logits' scale 1 / 0.07 (maws repository); positions in time and relative ones 0.
     """
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            continue
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        copy_into(parameter, initial_value(model, name, parameter, generator))
+        if not parameter.is_meta:
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            copy_into(parameter, initial_value(model, name, parameter, generator))
 
 
 @torch.no_grad()
 def copy_into(parameter, value):
-    """Copy a whole tensor into a parameter or, if that is sharded, this process's part of it."""
+    """Copy a full tensor into a parameter or, if that is sharded, this process's shard of it."""
     if hasattr(parameter, "device_mesh"):
         layout = parameter.device_mesh, parameter.placements
-        # Nothing is sent (None): every process has the whole value, one parameter at a time.
+        # None: nothing is sent. Every process has the full value, one parameter at a time.
         value = torch.distributed.tensor.distribute_tensor(value, *layout, src_data_rank=None)
     parameter.copy_(value)
 
 
 def initial_value(model, name, parameter, generator):
     """The CPU tensor that `initialize` gives to the parameter of this name."""
-    shape = parameter.shape
+    shape, normal = parameter.shape, partial(torch.randn, parameter.shape, generator=generator)
     if name in getattr(model, "init_std", ()):  # a detector's heads
-        return torch.randn(shape, generator=generator) * model.init_std[name]
+        return normal() * model.init_std[name]
     if name.endswith("pos_embed") and not parameter.requires_grad:
         return sincos_positions(shape[-1], model.grid)
     if name.endswith("time_embed") or ".rel_pos_" in name:
         return torch.zeros(shape)
     if name.endswith(("pos_embed", "_token", "embedding.weight")):
-        return torch.randn(shape, generator=generator) * 0.02
+        return normal() * 0.02
     if name.endswith("_projection"):
-        return torch.randn(shape, generator=generator) * shape[0] ** -0.5
+        return normal() * shape[0] ** -0.5
+    if name == "head.weight":
+        return normal() * model.head_std
     if name == "logit_scale":
         return torch.full(shape, math.log(1 / 0.07))
     if parameter.ndim == 1:
         return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
-    if name == "head.weight":
-        return torch.randn(shape, generator=generator) * model.head_std
     bound = math.sqrt(6 / (shape[0] + shape[1:].numel()))  # Xavier: fan-in plus fan-out
     return torch.rand(shape, generator=generator) * (2 * bound) - bound
 
 
-# ------------------------------------------------------------------------ counting and optimisation
+# -------------------------------------------------------------------------- optimizer and processes
 
 
 def parameter_groups(model, weight_decay):
-    """For an optimizer: matrices and tokens are decayed, 1-D parameters are not (as timm)."""
+    """An optimizer's groups: weight decay for matrices and tokens, none for 1-D parameters (timm)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -558,56 +555,56 @@ def parallelize(
     checkpoint_activations=False,
     methods=(),
 ):
-    """Prepare a model for training, in place, and return what a training step calls.
+    """Prepare a model for training, in place, and return the module that a training step calls.
 
-    1. One process: nothing is sharded. The model itself is returned.
-    2. Several processes, shard_group None: each has a replica, and their gradients are averaged.
+    1. One process: the model itself.
+    2. Several processes, shard_group None: each has a replica, and gradients are averaged.
        DistributedDataParallel around the model is returned.
     3. shard_group N: parameters, gradients and optimizer state are split over N neighbouring
        processes (FSDP2), and each such group has a copy (HSDP). The model itself is returned.
 
-    precision   "bf16" or "fp32", to compute in. Masters, gradients and optimizer state are fp32.
-                The three ways round alike: see cast_weights.
+    precision   "bf16" or "fp32", of the computation: the same in 1, 2 and 3, see cast_weights.
+                Parameters, gradients and optimizer state are fp32
     compile     1 and 2: an MAE or a classifier as one graph; 3, and other models: each block
-    methods     of the model that are called from outside, beside forward
+    methods     names of other methods than forward that are called from outside
 
-    A model on the meta device gets its memory here, once it is sharded: no process ever holds more
-    than its part. Its values are those of uninitialised memory: call initialize(). Parameter names
-    do not change: forward is wrapped, not the module.
+    A model on the meta device gets its memory here, after sharding: no process ever holds more than
+    its shard. It is not initialised: call initialize(). Parameter names do not change.
     """
+    sharded = shard_group is not None
     blocks = [module for module in model.modules() if isinstance(module, Block)]
-    if shard_group is None and precision == "bf16":
+    if precision == "bf16" and not sharded:
         for module in blocks:
             cast_weights(module)
         for method in ("forward", *methods):
             cast_weights(model, method)
     if checkpoint_activations:
-        # The cast is inside: a recomputation casts again. Blocks draw no random numbers, and to
-        # look at the generator's state is forbidden while a CUDA graph is recorded.
+        # After the cast, so that the recomputation casts again. Blocks draw no random numbers, and
+        # reading the generator's state is forbidden while a CUDA graph is recorded.
         options = {"use_reentrant": False, "preserve_rng_state": False}
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, **options)
     if compile:
-        one_graph = shard_group is None and isinstance(model, MAE | Classifier)
+        one_graph = isinstance(model, MAE | Classifier) and not sharded
         for module in [model] if one_graph else [b for b in blocks if b.one_length]:
             compile_training(module)
-    if shard_group is not None:
+    if sharded:
         shard(model, device, shard_group, precision, methods)
     if next(model.parameters()).is_meta:
         model.to_empty(device=device)
-    if shard_group is not None or not dist.is_initialized() or dist.get_world_size() == 1:
+    if sharded or not dist.is_initialized() or dist.get_world_size() == 1:
         return model
     return replicate(model)
 
 
 def cast_weights(module, method="forward"):
-    """Let a method of a module compute with its weights in bf16, as FSDP2's bf16 policy does.
+    """Make a method of a module compute with its weights cast to bf16, as FSDP2's bf16 policy does.
 
-    The cast is part of the graph: gradients go back through it, and arrive in fp32 at the fp32
-    masters. Blocks cast their own. Loss and gradients are those of FSDP2 bit for bit (a test).
+    The cast is part of the graph: gradients arrive at the fp32 weights in fp32. Weights in blocks
+    are left out: blocks cast their own. Loss and gradients are bit for bit those of FSDP2.
     """
-    # functional_call calls a module's forward. The caller's is the method as the class has it; the
-    # module's own becomes the one that casts.
+    # functional_call calls a module's forward. So the caller's forward is the method of the class,
+    # and the module's attribute becomes the method that casts.
     caller = nn.Module()
     caller.module, caller.forward = module, getattr(type(module), method).__get__(module)
 
@@ -623,9 +620,9 @@ def cast_weights(module, method="forward"):
 
 
 def compile_training(module):
-    """Compile a module's forward for training, in place.
+    """Compile a module's forward in place, for training mode.
 
-    In evaluation mode it stays as it is: other batch sizes would be compiled anew.
+    Evaluation mode is not compiled: its batch sizes differ, and each would be compiled anew.
     """
     plain = module.forward
     compiled = torch.compile(plain, dynamic=False)  # all training batches have one shape
@@ -634,28 +631,6 @@ def compile_training(module):
         return (compiled if module.training else plain)(*inputs, **named)
 
     module.forward = forward
-
-
-def replicate(model, bucket_mb=100):
-    """A model whose replicas average their gradients: see parallelize.
-
-    bucket_mb: gradients travel together in as many MB, while backward goes on. torch.compile cuts
-    its graph there: PyTorch's 25 MB would be a hundred graphs for H (ours, not measured).
-    """
-    # Gradients of shape (1, 1, D) have other strides than their bucket, which means nothing.
-    warnings.filterwarnings("ignore", message="Grad strides do not match")
-    # Not static_graph: it fails where the first backward is one of those that do not reduce.
-    options = {"gradient_as_bucket_view": True, "bucket_cap_mb": bucket_mb}
-    replica = nn.parallel.DistributedDataParallel(model, **options)
-    # After its first backward DDP sorts its buckets anew, by the order of arrival, and a sum of
-    # three processes' numbers depends on where in a bucket they are. A run that goes on would begin
-    # with the first order again. So the first backward is one that trains nothing.
-    trained, forward = [p for p in model.parameters() if p.requires_grad], model.forward
-    model.forward = lambda: sum(parameter.sum() for parameter in trained)
-    replica().backward()
-    model.forward = forward
-    model.zero_grad()
-    return replica
 
 
 def shard(model, device, shard_group, precision, methods=()):
@@ -671,8 +646,8 @@ def shard(model, device, shard_group, precision, methods=()):
     param_dtype = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False)
     mesh = sharding_mesh(device.type, shard_group, dist.group.WORLD)
-    # A head of 28,000 hashtags is as large as several blocks: it is not kept whole with the
-    # root, which is gathered first and let go of last.
+    # A head of 28,000 hashtags is as large as several blocks. With the root it would be gathered
+    # first and freed last.
     large = getattr(model, "large", ())
     for name, module in model.named_modules():
         if isinstance(module, Block) or name in large:
@@ -682,17 +657,39 @@ def shard(model, device, shard_group, precision, methods=()):
         register_fsdp_forward_method(model, method)
 
 
-def compiles(kind):
-    """True if training is compiled by default: on CUDA, with Triton and a C compiler.
+@lru_cache(1)  # each call would make new process groups
+def sharding_mesh(kind, shard_group, everyone):
+    """Mesh of (copies of the model, processes that share one), without the first if there is one."""
+    names, shape = ("replicate", "shard"), (everyone.size() // shard_group, shard_group)
+    if shape[0] == 1:
+        names, shape = names[1:], shape[1:]
+    return dist.init_device_mesh(kind, shape, mesh_dim_names=names)
 
-    (On a CPU, training compiled was 0.95 to 1.02 times as fast.)
+
+def replicate(model, bucket_mb=100):
+    """DistributedDataParallel around a model: see parallelize.
+
+    bucket_mb: gradients are sent during backward in buckets of this size. torch.compile splits its
+    graph at each bucket: PyTorch's 25 MB would be a hundred graphs for H (our choice, not measured).
     """
-    compilers = os.environ.get("CC", "gcc"), "gcc", "clang"
-    return kind == "cuda" and kernels.triton.__version__ and any(map(shutil.which, compilers))
+    # Gradients of shape (1, 1, D) and their buckets differ in the strides of dimensions of size 1.
+    warnings.filterwarnings("ignore", message="Grad strides do not match")
+    # Without static_graph: it fails if the first backward does not reduce.
+    options = {"gradient_as_bucket_view": True, "bucket_cap_mb": bucket_mb}
+    replica = nn.parallel.DistributedDataParallel(model, **options)
+    # After its first backward DDP sorts its buckets by the order of arrival, and a sum over three
+    # processes depends on the place in a bucket: a resumed run would differ in its first step. So
+    # the first backward is one without training.
+    trained, forward = [p for p in model.parameters() if p.requires_grad], model.forward
+    model.forward = lambda: sum(parameter.sum() for parameter in trained)
+    replica().backward()
+    model.forward = forward
+    model.zero_grad()
+    return replica
 
 
 def sync_gradients(model, last):
-    """Context of a micro-batch's forward and backward: processes average gradients with the last.
+    """Context for forward and backward of a micro-batch; gradients are averaged if it is the last.
 
     model: what parallelize() returned.
     """
@@ -703,12 +700,13 @@ def sync_gradients(model, last):
     return contextlib.nullcontext()
 
 
-@lru_cache(1)  # each one would make groups of processes of its own
-def sharding_mesh(kind, shard_group, everyone):
-    """Processes as (copies of the model, processes that share one), or all that share the one."""
-    shape = everyone.size() // shard_group, shard_group
-    names, shape = (("replicate", "shard"), shape) if shape[0] > 1 else (("shard",), shape[1:])
-    return dist.init_device_mesh(kind, shape, mesh_dim_names=names)
+def compiles(kind):
+    """True if training is compiled by default: on CUDA, with Triton and a C compiler.
+
+    (On a CPU, compiled training was 0.95 to 1.02 times as fast.)
+    """
+    compilers = os.environ.get("CC", "gcc"), "gcc", "clang"
+    return kind == "cuda" and kernels.triton.__version__ and any(map(shutil.which, compilers))
 
 
 # ------------------------------------------------------------------------------------------ weights

@@ -1,15 +1,14 @@
 """A training run's checkpoints: written whole or not at all, found again, loaded.
 
-    save_checkpoint    tensors by torch.distributed.checkpoint, a record in state.json, then LATEST
-    load_checkpoint    the same back, on any number of processes
-    find_checkpoint    which one a run goes on from, and whether it is the same run
-    begin_run          the folder of a run, its lock, config.json and metrics.jsonl
+    save_checkpoint    tensors by torch.distributed.checkpoint (DCP), state.json, then LATEST
+    load_checkpoint    loads them again, on any number of processes
+    find_checkpoint    the checkpoint that a run goes on from, if it is of the same run
+    begin_run          the folder of a run: its lock, config.json and metrics.jsonl
 
-No code runs from a checkpoint: its tensors are plain, and the index of them, a pickle, is read by an
-unpickler that knows nothing but PyTorch's metadata classes.
+No code runs from a checkpoint. It holds plain tensors, and their index, a pickle, is read by an
+unpickler that accepts PyTorch's metadata classes only.
 """
 
-import itertools
 import json
 import os
 import pickle
@@ -25,23 +24,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-# One process needs no process group, and DCP need not say so at every save.
+# DCP warns at each save that there is no process group. One process needs none.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
-
-
-def training_state(model, optimizer):
-    """A run's tensors as one flat dict: buffers, parameters that are not frozen, their moments.
-
-    The names are the same however the model is spread over processes.
-    """
-    if hasattr(model, "reshard"):
-        model.reshard()  # after a forward without backward, FSDP's root still is whole
-    state = {f"model/{name}": buffer for name, buffer in model.named_buffers()}
-    for name, parameter in model.named_parameters():
-        state |= {f"model/{name}": parameter.detach()} if parameter.requires_grad else {}
-        for moment, tensor in optimizer.state.get(parameter, {}).items():
-            state |= {f"{moment}/{name}": tensor} if moment != "step" else {}
-    return state
 
 
 def save_checkpoint(
@@ -49,54 +33,38 @@ def save_checkpoint(
 ):
     """Write folder/step-NNN (tensors by DCP, `record` in state.json), then point LATEST to it.
 
-    Everything is written to a temporary directory, synced and renamed, and only then are the
-    checkpoints before the last `keep_last` removed, but for every `keep_every`-th step: a kill at
-    any instant leaves a whole one. In the background, training goes on while a copy in the host's
-    memory is written. Every process must call it and, before the next one and at the end, what it
-    returns: a function that waits until this one is whole.
-    Raises OSError (disk full, ...; so does the function) with the old ones in place, and ValueError
-    when the step has made parameters that are not finite.
+    All files are written to a temporary directory and synced before it is renamed, and old
+    checkpoints are removed last: a kill at any instant leaves a whole one. The last `keep_last`
+    checkpoints and every `keep_every`-th step are kept. background: copy the tensors to host memory
+    and write them while training goes on.
+    All processes call it. It returns wait(); call that before the next save and at the end of the
+    run. Raises OSError if a file cannot be written (wait() does, too): older checkpoints stay.
+    Raises ValueError if a parameter is not finite.
     """
     import torch.distributed.checkpoint as dcp
 
-    state = training_state(model, optimizer)  # which reshards them
+    alone = not dist.is_initialized()
+    state = training_state(model, optimizer)
     sharded = any(hasattr(tensor, "full_tensor") for tensor in state.values())
-    if dist.is_initialized() and not sharded:
-        # Replicas: each process writes its share. (DCP would let one write, and all copy it first.)
-        state = dict([*state.items()][dist.get_rank() :: dist.get_world_size()])
     norm = torch.nn.utils.get_total_norm(list(model.parameters()))
     if not (norm.full_tensor() if sharded else norm).isfinite():
         raise ValueError(f"step {step} made weights that are not finite: nothing of it was saved")
-
-    folder, writer = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
-    final, temporary = folder / f"step-{step:08d}", folder / ".saving"
-    if writer:
+    if not (alone or sharded):
+        # Replicas: each process writes its part. DCP would copy all of them, and let one write.
+        state = dict([*state.items()][dist.get_rank() :: dist.get_world_size()])
+    record = {**record, "step": step}
+    final, temporary = Path(folder, f"step-{step:08d}"), Path(folder, ".saving")
+    first = alone or dist.get_rank() == 0
+    if first:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier()
 
-    def publish():
-        stored = {entry.relative_path for entry in read_metadata(temporary).storage_data.values()}
-        if missing := [name for name in stored if not (temporary / name).exists()]:
-            raise OSError(f"no {min(missing)} of another process: do all nodes share the folder?")
-        files = {path.name: path.stat().st_size for path in temporary.iterdir()}
-        kept = {**record, "step": step, "files": files}
-        write_file(temporary / "state.json", json.dumps(kept))
-        shutil.rmtree(final, ignore_errors=True)  # left by a run killed before it moved LATEST
-        os.replace(temporary, final)
-        write_file(folder / "LATEST", final.name)  # syncs the folder: both names
-        # Later ones are of a former life of the run: they do not push out this one.
-        older = [path for path in checkpoints_in(folder) if path.name < final.name]
-        for old in older[: max(0, len(older) - keep_last + 1)]:
-            for_good = keep_every and int(old.name.removeprefix("step-")) % keep_every == 0
-            if not for_good and not old.is_symlink():  # what it leads to is somebody else's
-                shutil.rmtree(old)
-
-    def save(write):
+    def finish(write):
         try:
-            write()
-            if writer:
-                publish()
+            write()  # returns when all processes have written
+            if first:
+                publish(temporary, final, record, keep_last, keep_every)
         except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
             if is_lost(error):
                 raise
@@ -105,20 +73,18 @@ def save_checkpoint(
                 f"cannot save {final}: {last_line(error)}. Checkpoints before it, if any, are whole"
             ) from error
 
-    how = {"storage_writer": dcp.FileSystemWriter(temporary)}  # it syncs its files
-    how["no_dist"] = not dist.is_initialized()
+    def wait():
+        began = time.monotonic()
+        saved.result()
+        if first and (seconds := time.monotonic() - began) > 1:
+            print(f"waited {seconds:.0f} s until {final} was written")
+
+    options = {"storage_writer": dcp.FileSystemWriter(temporary), "no_dist": alone}
     if background:
-        written = dcp.async_save(state, process_group=saving_group(dist.group.WORLD), **how)
-        saved = SAVER.submit(save, written.result)
-
-        def wait():
-            began = time.monotonic()
-            saved.result()
-            if writer and (seconds := time.monotonic() - began) > 1:
-                print(f"waited {seconds:.0f} s until {final} was written")
-
+        written = dcp.async_save(state, process_group=saving_group(dist.group.WORLD), **options)
+        saved = SAVER.submit(finish, written.result)
         return wait
-    save(partial(dcp.save, state, **how))
+    finish(partial(dcp.save, state, **options))
     barrier()
     return lambda: None
 
@@ -128,45 +94,84 @@ SAVER = ThreadPoolExecutor(1)
 
 @lru_cache(1)
 def saving_group(everyone):
-    """All processes, for what they say of checkpoints while the training says something else."""
+    """A group of all processes whose collectives do not mix with those of the training."""
     return everyone and dist.new_group(backend="gloo", group_desc="checkpoints")
 
 
+def publish(temporary, final, record, keep_last, keep_every):
+    """Rename a directory of synced tensors, point LATEST to it, and remove old checkpoints."""
+    stored = {entry.relative_path for entry in read_metadata(temporary).storage_data.values()}
+    if missing := [name for name in stored if not (temporary / name).exists()]:
+        raise OSError(f"no {min(missing)} of another process: do all nodes share the folder?")
+    files = {path.name: path.stat().st_size for path in temporary.iterdir()}
+    write_file(temporary / "state.json", json.dumps(record | {"files": files}))
+    shutil.rmtree(final, ignore_errors=True)  # left by a run killed before it moved LATEST
+    os.replace(temporary, final)
+    write_file(final.with_name("LATEST"), final.name)  # syncs the folder: both names
+    # Later checkpoints are left from before the run went back: they do not push out this one.
+    older = [path for path in checkpoints_in(final.parent) if path.name < final.name]
+    for old in older[: max(0, len(older) - keep_last + 1)]:
+        keep = keep_every and int(old.name.removeprefix("step-")) % keep_every == 0
+        if not keep and not old.is_symlink():  # the target of a link is not ours
+            shutil.rmtree(old)
+
+
+def training_state(model, optimizer):
+    """A run's tensors as one flat dict: buffers, trained parameters and their moments.
+
+    The names do not depend on how the model is spread over processes.
+    """
+    if hasattr(model, "reshard"):
+        model.reshard()  # after a forward without backward, FSDP's root is still gathered
+    state = {f"model/{name}": buffer for name, buffer in model.named_buffers()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            state[f"model/{name}"] = parameter.detach()
+        for moment, tensor in optimizer.state.get(parameter, {}).items():
+            if moment != "step":
+                state[f"{moment}/{name}"] = tensor
+    return state
+
+
 def load_checkpoint(path, model, optimizer):
-    """Load a checkpoint into a model and its AdamW or SGD, in place. Returns its record."""
+    """Load a checkpoint into a model and its AdamW or SGD, in place, and return its record.
+
+    Raises OSError if the checkpoint is damaged or does not fit.
+    """
     import torch.distributed.checkpoint as dcp
 
     class Reader(dcp.FileSystemReader):
         def read_metadata(self, *_, **__):
             return read_metadata(path)
 
-    record = json.loads((Path(path) / "state.json").read_text())
+    record = json.loads(Path(path, "state.json").read_text())
     del record["files"]
     for group in optimizer.param_groups:
         names = ("exp_avg", "exp_avg_sq") if "betas" in group else ("momentum_buffer",)
         names += ("average",) if group.get("ema") else ()
         for parameter in group["params"]:
-            place = parameter.device if group["fused"] else "cpu"  # as AdamW itself does
-            moments = {name: torch.zeros_like(parameter) for name in names}
-            step = {"step": torch.tensor(float(record["step"]), device=place)}
-            optimizer.state[parameter] = moments | (step if "betas" in group else {})
+            optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in names}
+            if "betas" in group:
+                device = parameter.device if group["fused"] else "cpu"  # as AdamW itself does
+                step = torch.tensor(float(record["step"]), device=device)
+                optimizer.state[parameter]["step"] = step
     try:
         read_metadata(path)  # DCP would print a traceback of what is wrong with it
         state = training_state(model, optimizer)
         dcp.load(state, storage_reader=Reader(path), no_dist=not dist.is_initialized())
     except (Exception, dcp.api.CheckpointException) as error:
-        # A damaged file fails in many ways; DCP's own exception is no Exception.
+        # A damaged file fails in many ways. DCP's own exception is not an Exception.
         raise OSError(f"cannot load {path}: {last_line(error)}; --resume another") from error
     return record
 
 
 def read_metadata(path):
-    """DCP's index of a checkpoint, which is a pickle: nothing else in it is built or run."""
+    """DCP's index of a checkpoint. It is a pickle: only METADATA_CLASSES are built from it."""
     with open(Path(path) / ".metadata", "rb") as file:
         return MetadataUnpickler(file).load()
 
 
-# What DCP's index of tensors is made of.
+# The classes in DCP's index of tensors.
 METADATA_CLASSES = {
     "pathlib": "PosixPath WindowsPath",
     "torch": "Size",
@@ -178,7 +183,7 @@ METADATA_CLASSES = {
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Refuses all else; an entry of bytes, too, which DCP would unpickle without restriction."""
+    """Refuses all other classes, also that of an entry of bytes: DCP unpickles those unchecked."""
 
     def find_class(self, module, name):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -187,70 +192,82 @@ class MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"the checkpoint's metadata asks for {module}.{name}: refused")
 
 
-def checkpoints_in(folder):
-    """Paths of a run's checkpoints, by step. What a user has named otherwise is none."""
-    return sorted(folder.glob("step-" + 8 * "[0-9]"))
-
-
 def find_checkpoint(out, resume, identity):
-    """The checkpoint that a run in `out` goes on from, or None if it is new.
+    """The checkpoint that a run in `out` goes on from, or None if the run is new.
 
-    resume    None, or the path of a run or of one of its checkpoints to go on from instead
-    identity  JSON-able dict of what decides the run's results: the checkpoint's must be the same
-    Raises ValueError, one line, when it is not, or when `out` holds something that would be lost.
+    resume: None, or the path of a run or of one of its checkpoints. identity: JSON-able dict of all
+    that decides the run's results. Raises ValueError where a rule is broken:
+
+    1. `out` is writable, and its config.json and metrics.jsonl are a run's: no other is overwritten.
+    2. The checkpoints are those of `resume`, if given, else of `out`. A repeated command with the
+       same `resume` goes on from its own: it has begun there before.
+    3. Without any, the run is new. A model.pt in `out` is of a run that would be overwritten.
+    4. The newest one counts, as LATEST says. A kill cannot damage it, but a disk can: then the one
+       before it is used.
+    5. Its identity is the same. Otherwise the results would be of neither run.
+    6. If it is of another folder, `out` holds no run of its own.
     """
-    there, own = Path(out), checkpoints_in(Path(out, "checkpoints"))
-    while not there.exists():  # what of `out` exists is where it will be made
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"--out {out}: {there} cannot be written to")
-    config = Path(out, "config.json")
-    config = config.read_text(errors="replace") if config.is_file() else ""
-    for name in ("config.json", "metrics.jsonl"):
-        if '"stage"' not in config and Path(out, name).exists():
-            raise ValueError(f"{out} holds a {name} that is not ours: use another --out")
-    if own and f'"resume": {json.dumps(resume)}' in config:
-        resume = None  # the same command again: it has gone on from there before
+    out = Path(out)
+    check_folder(out)  # 1
+    own, has_model = checkpoints_in(out / "checkpoints"), (out / "model.pt").exists()
+    if own and f'"resume": {json.dumps(resume)}' in read_text(out / "config.json"):
+        resume = None  # 2
     source = Path(resume or out)
-    last, steps = source / "checkpoints" / "LATEST", checkpoints_in(source / "checkpoints")
-    if (source / "state.json").is_file():
-        paths = [source]
-    elif steps:
-        # Later ones than LATEST are of a former life of the run. Without it, the run was killed
-        # between the renames of its first checkpoint and of LATEST.
-        last = last.read_text(errors="replace").strip() if last.is_file() else ""
-        last = last if re.fullmatch("step-[0-9]{8}", last) else steps[-1].name
-        paths = {path for path in steps if path.name <= last} | {source / "checkpoints" / last}
-        paths = sorted(paths, reverse=True)
-    elif resume:
+    is_checkpoint = (source / "state.json").is_file()
+    paths = [source] if is_checkpoint else newest_first(source / "checkpoints")
+    if not paths and resume:  # 3
         raise ValueError(f"--resume {resume}: there is no checkpoint in it")
-    elif Path(out, "model.pt").exists():
+    if not paths and has_model:
         raise ValueError(f"{out} holds a model.pt, but no checkpoints: use another --out")
-    else:
+    if not paths:
         return None
-    damaged = list(itertools.takewhile(bool, map(damage, paths)))
-    for path, why in zip(paths, damaged):
+    for path in paths:  # 4
+        if not (why := why_damaged(path)):
+            break
         if os.environ.get("RANK", "0") == "0":
             print(f"DAMAGED CHECKPOINT: {path}: {why}", file=sys.stderr)
-    if len(damaged) == len(paths):
-        why = f"{len(paths)} checkpoints, and none is whole: mend one, or use another --out"
-        raise ValueError(f"{source} holds {why}")
-    path = paths[len(damaged)]
-    found = json.loads((path / "state.json").read_text())["identity"]
-    identity = json.loads(json.dumps(identity))  # tuples become lists, as they did in the file
-    # Runs from before there was a norm_eps had this one.
-    base = {"model": None, "norm_eps": 1e-6}
-    was, now = ({**facts, **base, **facts.get("model", {})} for facts in (found, identity))
-    changed = [f"{k} was {was.get(k)}, is {v}" for k, v in now.items() if was.get(k) != v]
-    if changed:
+    else:
+        raise ValueError(
+            f"{source} holds {len(paths)} checkpoints, and none is whole: "
+            "mend one, or use another --out"
+        )
+    before = json.loads((path / "state.json").read_text())["identity"]
+    if changed := changes(before, identity):  # 5
         raise ValueError(f"{path} is of another run ({'; '.join(changed)}): use another --out")
-    elsewhere = path.parent.resolve() != (Path(out) / "checkpoints").resolve()
-    if elsewhere and (own or Path(out, "model.pt").exists()):
+    elsewhere = path.parent.resolve() != (out / "checkpoints").resolve()
+    if elsewhere and (own or has_model):  # 6
         raise ValueError(f"{out} holds a run of its own: use another --out, or leave --resume out")
     return path
 
 
-def damage(path):
+def check_folder(out):
+    """Raise ValueError if `out` cannot be written to, or has files that a run would overwrite."""
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"--out {out}: {existing} cannot be written to")
+    if '"stage"' not in read_text(out / "config.json"):
+        for name in ("config.json", "metrics.jsonl"):
+            if (out / name).exists():
+                raise ValueError(f"{out} holds a {name} that is not ours: use another --out")
+
+
+def checkpoints_in(folder):
+    """Paths of a run's checkpoints, by step. Folders that a user has renamed do not count."""
+    return sorted(folder.glob("step-" + 8 * "[0-9]"))
+
+
+def newest_first(folder):
+    """A run's checkpoints from the one in LATEST, which may be missing, back to the oldest."""
+    paths, last = checkpoints_in(folder), read_text(folder / "LATEST").strip()
+    if not paths:
+        return []
+    if not re.fullmatch("step-[0-9]{8}", last):
+        last = paths[-1].name  # the run was killed between the renames of it and of LATEST
+    # Later checkpoints are left from before the run went back to an earlier one.
+    return sorted({folder / last, *(path for path in paths if path.name <= last)}, reverse=True)
+
+
+def why_damaged(path):
     """What is wrong with a checkpoint, as far as the sizes of its files tell, or None."""
     try:
         record = json.loads((path / "state.json").read_text())
@@ -264,41 +281,48 @@ def damage(path):
         return f"its state.json cannot be read ({error!r})"
 
 
-def begin_run(out, config, checkpoint=None, step=0):
-    """Make the folder `out`, its config.json, and metrics.jsonl.
+def changes(before, now):
+    """["lr was 0.1, is 0.2", ...]: how the identity of a run differs from its checkpoint's."""
+    now = json.loads(json.dumps(now))  # tuples become lists, as they did in the file
+    base = {"model": None, "norm_eps": 1e-6}  # runs from before there was a norm_eps had this one
+    before, now = ({**facts, **base, **facts.get("model", {})} for facts in (before, now))
+    return [f"{k} was {before.get(k)}, is {v}" for k, v in now.items() if before.get(k) != v]
 
-    Of the latter, the lines of the checkpoint's run up to its step are kept, if there is one. One
-    process calls it. Raises ValueError when nothing can be written there.
+
+def begin_run(out, config, checkpoint=None, step=0):
+    """Make the folder `out` with its lock, config.json, and metrics.jsonl.
+
+    The metrics of the checkpoint's run up to `step` are kept. One process calls it. Raises
+    ValueError if `out` cannot be written to or another process is running in it.
     """
-    out, lines = Path(out), []
+    out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
         if checkpoint and checkpoint.parent.resolve() == (out / "checkpoints").resolve():
-            # It may be an earlier one: from now on, it is the run's last. (Before config.json says
-            # that the run has gone back to it: see find_checkpoint.)
+            # It may be an earlier one: from now on, it is the run's last. (This is done before
+            # config.json says that the run has gone back to it: see find_checkpoint.)
             write_file(out / "checkpoints" / "LATEST", checkpoint.name)
         write_file(out / "config.json", json.dumps(config, indent=1))
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written to: {error}") from None
-    if checkpoint:
-        source = Path(checkpoint).parent.parent / "metrics.jsonl"
-        lines = source.read_text(errors="replace").splitlines() if source.is_file() else []
+    metrics = checkpoint.parent.parent / "metrics.jsonl" if checkpoint else None
+    lines = read_text(metrics).splitlines() if metrics else []
     try:  # a line that a kill cut short does not end in a brace
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{source} is damaged ({error!r}): mend it, or move it away") from None
+        raise ValueError(f"{metrics} is damaged ({error!r}): mend it, or move it away") from None
     write_file(out / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
 
 
-LOCKS = []  # open files: closing one would give its lock up
+LOCKS = []  # open files: closing one gives up its lock
 
 
 def lock(folder):
-    """Keep other processes from running in a folder until this one ends, however it ends.
+    """Lock a folder until this process ends, however it ends. Raises ValueError if it is locked.
 
-    What is left of a killed torchrun may train on for a while: a run beside it would lose lines of
-    metrics and checkpoints. A POSIX lock belongs to the process alone, not to its loader workers.
+    After a killed torchrun its processes may train on for a while. A run beside them would lose
+    metrics and checkpoints. A POSIX lock is not inherited by loader workers.
     """
     try:
         import fcntl
@@ -309,8 +333,9 @@ def lock(folder):
     try:
         fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        why = f"another process is running in {folder}: wait for it, stop it, or use another --out"
-        raise ValueError(why) from None
+        raise ValueError(
+            f"another process is running in {folder}: wait for it, stop it, or use another --out"
+        ) from None
     except OSError as error:  # some network file systems have no locks
         print(f"{folder} cannot be locked ({error.strerror}): start no other run in it meanwhile")
 
@@ -320,13 +345,18 @@ def barrier():
         dist.barrier()
 
 
+def read_text(path):
+    """The text of a file, with U+FFFD for bytes that are not UTF-8, or "" if there is no file."""
+    return path.read_text(errors="replace") if path.is_file() else ""
+
+
 def write_file(path, content):
-    """Replace a file by a text, or by tensors: whole or not at all, whatever happens meanwhile."""
+    """Replace a file by a text or by tensors. A kill leaves the old file or the new one."""
     path, temporary = Path(path), Path(f"{path}.tmp")
     with open(temporary, "wb") as file:
         try:
             file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
-        except RuntimeError as error:  # as torch.save calls a full disk
+        except RuntimeError as error:  # torch.save's error on a full disk
             raise OSError(f"cannot write {path}: {last_line(error)}") from None
         file.flush()
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""What a training run takes, from shapes alone: FLOPs, memory, how it is spread over processes."""
+"""What a training run takes, from shapes alone: FLOPs, memory, replicas or shards, micro-batch."""
 
 import copy
 import math
@@ -6,9 +6,9 @@ import os
 
 import torch
 
-from model import MAE, Block
+from model import MAE
 
-# Dense bf16 peaks in FLOP/s, from the makers' data sheets; the name is looked for in the device's.
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets. The first name in a device's name counts.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -35,8 +35,19 @@ def peak_flops(device):
     return None, f"{name} (of unknown peak: mfu is shown as 0)"
 
 
+def block_shapes(model):
+    """(width, tokens, tokens that are queries) of each transformer block on one image."""
+    N = model.num_patches
+    if not isinstance(model, MAE):
+        return [(model.width, 1 + N, 1 + N)] * model.layers
+    K, (width, layers, _) = model.num_visible, model.config["decoder"]
+    encoder = [(model.width, 1 + K, 1 + K)] * model.layers
+    decoder = [(width, 1 + N, 1 + N)] * (layers - 1)
+    return encoder + decoder + [(width, 1 + N, N - K)]
+
+
 def block_flops(width, tokens, queries=None):
-    """Forward FLOPs of one block on one image (a multiply-add is two); `queries` tokens ask."""
+    """Forward FLOPs of one block on one image; a multiply-add counts as two. queries: see Block."""
     queries = tokens if queries is None else queries
     qkv, attention = 6 * width**2 * tokens, 4 * width * tokens * queries
     return qkv + attention + 18 * width**2 * queries  # 18 = projection 2 + feed-forward 2 x 8
@@ -45,82 +56,57 @@ def block_flops(width, tokens, queries=None):
 def flops_per_image(model):
     """Forward FLOPs of any of the models on one image. A training step is three times that."""
     D, N = model.width, model.num_patches
-    pixels = model.patch_embed["proj"].weight[0].numel()  # of a token
+    pixels = model.patch_embed["proj"].weight[0].numel()  # of a patch
+    blocks = sum(block_flops(*shape) for shape in block_shapes(model))
     if not isinstance(model, MAE):
-        head = 2 * D * getattr(model, "classes", 0)
-        return 2 * pixels * D * N + model.layers * block_flops(D, 1 + N) + head
-    K, (width, layers, _) = model.num_visible, model.config["decoder"]
-    encoder = 2 * pixels * D * K + model.layers * block_flops(D, 1 + K)
-    decoder = 2 * D * width * (1 + K) + (layers - 1) * block_flops(width, 1 + N)
-    last = block_flops(width, 1 + N, N - K) + 2 * width * pixels * (N - K)
-    return encoder + decoder + last
+        return 2 * pixels * D * N + blocks + 2 * D * getattr(model, "classes", 0)
+    K, width = model.num_visible, model.config["decoder"][0]
+    return 2 * pixels * D * K + blocks + 2 * D * width * (1 + K) + 2 * width * pixels * (N - K)
 
 
 def training_memory(model, run, micro_batch, recompute):
-    """{item: bytes} of a training step on each process, as --plan shows them; and their "peak".
+    """{item: bytes} of a training step on each process, and its "peak".
 
-    run: a stage's settled arguments. tests/bench/plan.py holds this against measured peaks, on CPUs
-    in fp32; what is said of bf16 and of GPUs is derived, and not measured yet. It does not count
-    gradients that a compiled model returns all at once beside those of earlier micro-batches, nor
-    those that --cuda-graph keeps: up to 4 bytes a weight.
+    16 bytes a trained parameter and 4 a frozen one, divided by the processes that share the weights,
+    and the activations of a micro-batch. recompute: with --checkpoint-activations. The peak is right
+    to 20 % where it was measured: see docs/speed.md.
     """
-    shared, replicas = run.shard_group is not None, run.shard_group is None and run.processes > 1
-    element = 2 if run.precision == "bf16" else 4  # of what is computed
-    one, group = element * micro_batch, run.shard_group or 1
+    sharded, group = run.shard_group is not None, run.shard_group or 1
+    element = 2 if run.precision == "bf16" else 4  # bytes of a number in the computation
+    shapes, N = block_shapes(model), model.num_patches
     count = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    blocks = [m for m in model.modules() if isinstance(m, Block) and m.one_length]
-    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
-    # Before they are shared out, the gradients of all pieces are added up whole, in fp32. Replicas
-    # always have buckets for all of theirs; what several pieces add up is beside them.
-    pieces = micro_batch * run.processes < run.batch_size
-    accumulated = pieces or replicas
-    each = 8 if pieces and replicas else 4 if accumulated else 4 / group
-    gradients = coming = each * trained
+    copies = count if element == 2 else 0  # in fp32 the weights themselves are used
+    if sharded:  # FSDP2 gathers a block, or a large head, while another block computes
+        copies = 2 * count / len(shapes) + max(p.numel() for p in model.parameters())
+    # Replicas have buckets for all gradients; several micro-batches are added up whole, beside them.
+    replicas = not sharded and run.processes > 1
+    whole = replicas + (micro_batch * run.processes < run.batch_size)
+    gradients = 4 * trained * whole if whole else 4 * trained / group
 
-    D, N = model.width, model.num_patches
-    pixels = model.patch_embed["proj"].weight[0].numel()  # of a token
-    K, decoder, kept = N, [], 0
-    if isinstance(model, MAE):
-        K, (width, layers, _) = model.num_visible, model.config["decoder"]
-        decoder = [(width, 1 + N, 1 + N)] * (layers - 1) + [(width, 1 + N, N - K)]
-        kept = 2 * D * (1 + K) * one  # the last norm's input and output
-    kept, extra, backward = kept + pixels * K * one, 0, 0  # the patches that are embedded
-    for (width, tokens, queries), size in zip([(D, 1 + K, 1 + K)] * model.layers + decoder, sizes):
-        # For its backward a block keeps its input, the first norm's output, q, k and v; of those
-        # who ask, attention's output, the second norm's input and output, and 4 on each side of
-        # GELU. Its backward is largest at GELU: + 4 and 4 for two gradients, - 4 for the output,
-        # which is done with, + 1 for the gradient that goes round.
-        block = width * (5 * tokens + 11 * queries) * one
-        # With relative positions the softmax is there whole, or else its bias (derived).
-        square = tokens**2 * model.heads * one * bool(model.config.get("relative_positions"))
-        block += square
-        stays = width * tokens * one if recompute else block
-        # FSDP2 holds the later block's gradients, whole and in fp32, until all have their share.
-        within = block - stays + 5 * width * queries * one + (4 * size if shared else 0)
-        within += 2 * square  # its gradient, and a sum
-        coming -= 0 if accumulated else each * size  # those of later blocks are there by now
-        kept, extra = kept + stays, max(extra, within)
-        backward = max(backward, kept + within + coming)
-    kept += 2 * width * queries * one  # the last norm again
-    if decoder:  # in fp32: all patches; of the hidden: targets, predictions, differences, squares
-        loss = 4 * pixels * (N + 4 * (N - K)) * micro_batch
-    else:  # in fp32: logits, the softmax, its gradient and a temporary; bf16: logits in it, too
-        loss = getattr(model, "classes", 0) * (16 if element == 4 else 18) * micro_batch
-    images = pixels * N * micro_batch
-    items = {"weights (fp32)": 4 * count / group, "Adam's two moments (fp32)": 8 * trained / group}
-    # While a block computes, the next one comes, or the head; the others (the root) stay. What is
-    # not sharded is cast to bf16, and these copies are kept for backward, but of recomputed blocks.
-    head = sum(p.numel() for p in model.head.parameters()) if hasattr(model, "head") else 0
-    gathered = count - sum(sizes) - head + max(sizes) + max(*sizes, head)
-    if not shared:
-        gathered = 0 if element == 4 else count - (sum(sizes) - max(sizes) if recompute else 0)
-    items["weights, gathered or cast"] = gathered * element
-    forward = kept + loss + 5 * images + (gradients if accumulated else 4 * head * shared)
-    peak = sum(items.values()) + max(gradients, forward, backward + images)
-    items |= {"gradients (fp32)": gradients, "activations for backward": kept}
-    items |= {"one block's backward": extra, "logits or pixels, loss": loss}
-    return items | {"pictures (uint8, fp32)": 5 * images, "peak": peak}  # fp32: in forward only
+    pixels = model.patch_embed["proj"].weight[0].numel()  # of a patch
+    outputs = pixels * N if isinstance(model, MAE) else getattr(model, "classes", 0)
+    inputs = [width * tokens for width, tokens, _ in shapes]  # numbers that enter a block
+    square = model.heads * (1 + N) ** 2 if model.config.get("relative_positions") else 0
+    # A block keeps 16 times its input for backward: the input, 2 norms, q, k, v, attention's output,
+    # the sum after it, 4 before and 4 after GELU. Backward takes 5 times the input beside them.
+    kept, backward = 16 * sum(inputs) + square * len(inputs), 5 * max(inputs) + 2 * square
+    if recompute:  # the input alone is kept, and the other 15 are made again
+        kept, backward = sum(inputs), 20 * max(inputs) + 3 * square
+    items = {
+        "weights (fp32)": 4 * count / group,
+        "weights, gathered or cast": element * copies,
+        "Adam's two moments (fp32)": 8 * trained / group,
+        "gradients (fp32)": gradients,
+        "activations for backward": element * micro_batch * (kept + pixels * shapes[0][1]),
+        "one block's backward": element * micro_batch * backward,
+        "images, outputs, loss": micro_batch * (5 * pixels * N + 16 * outputs),
+    }
+    *weights, gradients, kept, backward, ends = items.values()
+    activations = kept + max(backward, ends)
+    # Gradients come while activations go, unless the gradients are whole all the time.
+    step = gradients + activations if whole else max(gradients, activations)
+    return items | {"peak": sum(weights) + step}
 
 
 def device_memory(run):
@@ -132,44 +118,6 @@ def device_memory(run):
     return 80 * 2**30 if run.gpus else None
 
 
-def memory_budget(model, run):
-    """Bytes a step may use: 80 % of a GPU's memory; on a CPU, 4 GB beyond weights and optimizer."""
-    if (memory := device_memory(run)) is None:
-        return 4e9 + training_memory(model, run, 0, False)["peak"]
-    return 0.8 * memory  # the rest for NCCL, cuBLAS and the allocator's holes: a guess
-
-
-def settle_sharding(model, run):
-    """The processes that share one copy of a model's weights, or None: every process has all.
-
-    --shard-group decides if it is given; 1 is None. Else a model that fits is replicated, with its
-    gradients, its optimizer and the smallest micro-batch; one that does not fit is split over all
-    processes.
-    """
-    if run.shard_group:
-        return run.shard_group if run.shard_group > 1 else None
-    fits = replica_memory(model, run) <= 0.8 * (device_memory(run) or host_memory())
-    return None if run.processes == 1 or fits else run.processes
-
-
-def replica_memory(model, run):
-    """Bytes that a process needs at least if it has all of a model's weights."""
-    alone = copy.copy(run)
-    alone.shard_group = None
-    return training_memory(model, alone, run.micro_batch or 2, run.checkpoint_activations)["peak"]
-
-
-def check_shard_group(run):
-    """Raise ValueError when --shard-group does not divide the processes."""
-    if run.processes % (run.shard_group or 1):
-        hint = "give a divisor, such as the processes of a node"
-        if run.processes == 1:
-            hint = "start more of them, with torchrun"
-        raise ValueError(
-            f"--shard-group {run.shard_group} does not divide the {run.processes} processes: {hint}"
-        )
-
-
 def host_memory():
     """Bytes of RAM for each process of this machine."""
     if not hasattr(os, "sysconf"):  # on Windows
@@ -178,22 +126,12 @@ def host_memory():
     return total / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def describe_sharding(model, run):
-    """One line on how a settled run is spread over its processes, with the memory of each."""
-    each = training_memory(model, run, run.micro_batch, run.checkpoint_activations)["peak"]
-    memory, copies = device_memory(run), run.processes // (run.shard_group or 1)
-    size = as_size(each) + (f" of {as_size(memory)}" if memory else "")
-    size += ": more than there is" if memory and each > memory else ""
-    if run.processes == 1:
-        return f"one process ({size})"
-    if run.shard_group is None:
-        return f"{run.processes} replicas (each {size})"
-    line = f"sharded over {run.shard_group} processes (each {size}; "
-    line += f"a replica takes at least {as_size(replica_memory(model, run))})"
-    line = f"{copies} copies, each {line}" if copies > 1 else line
-    if torch.__version__ < "2.12":
-        line += "; this torch leaks memory in each step of sharded AdamW: 2.12 does not"
-    return line
+def memory_budget(model, run):
+    """Bytes a step may use: 80 % of a GPU's memory; on a CPU, 4 GB beyond weights and optimizer."""
+    memory = device_memory(run)
+    if memory is None:
+        return 4e9 + training_memory(model, run, 0, False)["peak"]
+    return 0.8 * memory  # the rest for NCCL, cuBLAS and the allocator's holes: a guess
 
 
 def as_size(count):
@@ -201,31 +139,82 @@ def as_size(count):
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def fitting_batch(model, images, run, recompute=None):
-    """The largest divisor of `images`, even if these are, that should fit: see memory_budget."""
-    recompute = run.checkpoint_activations if recompute is None else recompute
-    least, budget = 2 - images % 2, memory_budget(model, run)
-    for n in range(images, least, -least):
-        if images % n == 0 and training_memory(model, run, n, recompute)["peak"] <= budget:
-            return n
-    return least
+def check_shard_group(run):
+    """Raise ValueError when --shard-group does not divide the processes."""
+    if run.processes % (run.shard_group or 1):
+        hint = "start more of them, with torchrun"
+        if run.processes > 1:
+            hint = "give a divisor, such as the processes of a node"
+        raise ValueError(
+            f"--shard-group {run.shard_group} does not divide the {run.processes} processes: {hint}"
+        )
+
+
+def settle_sharding(model, run):
+    """How many processes share one copy of the weights, or None: each process has all of them.
+
+    --shard-group decides if it is given; 1 means None. Otherwise a model is replicated if it fits
+    with its gradients, its optimizer and the smallest micro-batch, and else split over all processes.
+    """
+    if run.shard_group:
+        return run.shard_group if run.shard_group > 1 else None
+    fits = replica_memory(model, run) <= 0.8 * (device_memory(run) or host_memory())
+    return None if run.processes == 1 or fits else run.processes
+
+
+def replica_memory(model, run):
+    """Bytes that a process with all weights of a model needs at least."""
+    alone = copy.copy(run)
+    alone.shard_group = None
+    return training_memory(model, alone, run.micro_batch or 2, run.checkpoint_activations)["peak"]
+
+
+def describe_sharding(model, run):
+    """One line on how a settled run is spread over its processes, with the memory of each."""
+    each = training_memory(model, run, run.micro_batch, run.checkpoint_activations)["peak"]
+    memory = device_memory(run)
+    size = f"{as_size(each)} of {as_size(memory)}" if memory else as_size(each)
+    size += ": more than there is" if memory and each > memory else ""
+    if run.processes == 1:
+        return f"one process ({size})"
+    if run.shard_group is None:
+        return f"{run.processes} replicas (each {size})"
+    copies = run.processes // run.shard_group
+    line = f"{copies} copies, each " if copies > 1 else ""
+    line += f"sharded over {run.shard_group} processes (each {size}; "
+    line += f"a replica takes at least {as_size(replica_memory(model, run))})"
+    if torch.__version__ < "2.12":
+        line += "; this torch leaks memory in each step of sharded AdamW: 2.12 does not"
+    return line
 
 
 def planned_batch(batch_size, run):
-    """A recipe's batch size or, of a plan, the nearest that its processes can share; that is said.
+    """A recipe's batch size; in a plan, the nearest one that its processes can share.
 
-    run: a stage's arguments, of which --batch-size is not given.
+    run: a stage's arguments, without --batch-size. A changed batch size is printed.
     """
     unit = run.processes * math.lcm(2, run.micro_batch or 2)  # samples are dealt in pairs
     nearest = unit * max(1, round(batch_size / unit))
     if not run.plan or nearest == batch_size:
         return batch_size
     if run.process == 0:
-        shares = f"to {run.processes} processes"
-        shares += f" in micro-batches of {run.micro_batch}" if run.micro_batch else ""
-        why = f"the recipe's {batch_size:,} cannot be dealt {shares}"
+        why = f"the recipe's {batch_size:,} cannot be dealt to {run.processes} processes"
+        why += f" in micro-batches of {run.micro_batch}" if run.micro_batch else ""
         print(f"batch size   {nearest:,}, which the run wants as --batch-size: {why}")
     return nearest
+
+
+def fitting_batch(model, images, run, recompute=None):
+    """The largest micro-batch that divides `images` and fits in memory: see memory_budget.
+
+    It is even when `images` is, so that mixup's pairs stay together, and at least 1 or 2.
+    """
+    recompute = run.checkpoint_activations if recompute is None else recompute
+    smallest, budget = 2 - images % 2, memory_budget(model, run)
+    for n in range(images, smallest, -smallest):
+        if images % n == 0 and training_memory(model, run, n, recompute)["peak"] <= budget:
+            return n
+    return smallest
 
 
 def settle_micro_batches(run, model):
@@ -259,45 +248,54 @@ def print_plan(run):
     if run.process:
         return
     model = run.model
-    parts, root = dict.fromkeys(("encoder", "decoder", "head"), 0), 0
+    parts = {"encoder": 0, "decoder": 0, "head": 0}
     for name, parameter in model.named_parameters():
         part = "decoder" if name.startswith(("decoder", "mask")) else name.split(".")[0]
         parts[part if part in parts else "encoder"] += parameter.numel()
-        root += 0 if "blocks." in name or part == "head" else parameter.numel()
     count, flops = sum(parts.values()), 3 * flops_per_image(model)
-    parts = ", ".join(f"{name} {some / 1e6:,.1f} M" for name, some in parts.items() if some)
+    parts = ", ".join(f"{name} {n / 1e6:,.1f} M" for name, n in parts.items() if n)
     samples, processes, group = run.steps * run.batch_size, run.processes, run.shard_group or 1
+    micro_batches = run.micro_batches
+    lanes = f"; with --lanes {math.lcm(48, processes)}" if 48 % processes and not run.lanes else ""
     print(f"parameters   {count / 1e6:,.1f} M: {parts}")
     print(f"compute      {flops / 1e9:,.2f} GFLOP for an image of a training step")
     print(f"steps        {run.steps:,} of {run.batch_size:,} images: {samples:,} samples")
-    lanes = f"; with --lanes {math.lcm(48, processes)}" if 48 % processes and not run.lanes else ""
-    pieces = f"{run.micro_batches} micro-batches of {run.micro_batch} images"
-    print(f"batch        {processes} processes x {pieces}{lanes}")
+    split = f"{processes} processes x {micro_batches} micro-batches of {run.micro_batch} images"
+    print(f"batch        {split}{lanes}")
     print(f"parallel     {describe_sharding(model, run)}")
+    print_memory(model, run)
 
-    print(f"memory       GiB of each process ({run.precision}); not all is there at the peak")
-    print(f"{'':32}   without      with --checkpoint-activations")
-    plans = [training_memory(model, run, run.micro_batch, recompute) for recompute in (0, 1)]
-    for item in plans[0]:
-        print(f"  {item:30}" + "".join(f"{plan[item] / 2**30:10.2f}" for plan in plans))
-    budget, row = memory_budget(model, run), ""
-    for recompute in (0, 1):
-        n = fitting_batch(model, run.batch_size // processes, run, recompute)
-        fits = training_memory(model, run, n, recompute)["peak"] <= budget
-        row += f"{n if fits else 'none':>10}"
-    print(f"  {f'largest micro-batch, {budget / 2**30:.1f} GiB':30}{row}")
-
-    # FSDP2 gathers blocks and head for their forward and again for their backward, the rest (the
-    # root) once; for each piece of a batch. Gradients are reduced once a step, in fp32.
-    others, copies = (group - 1) / group / 2**30, processes // group
-    gather = (2 * count - root) * (2 if run.precision == "bf16" else 4) * run.micro_batches * others
-    scatter, between = 4 * count * others, 8 * count / group * (1 - 1 / copies) / 2**30
+    # FSDP2 gathers the weights for forward and again for backward of each micro-batch, and reduces
+    # gradients once a step, in fp32.
+    copies, others = processes // group, 4 * count * (group - 1) / group / 2**30
+    gathered = others * micro_batches * (1 if run.precision == "bf16" else 2)
     print("network      GiB that a process sends, and receives, in a step:")
-    shares = f"{gather:.2f} weights and {scatter:.2f} gradients in its group of {group}"
-    print(f"             {shares if group > 1 else 'no weights: it has all of them'}")
+    if group > 1:
+        print(
+            f"             {gathered:.2f} weights and {others:.2f} gradients in its group of {group}"
+        )
+    else:
+        print("             no weights: it has all of them")
     if copies > 1:
+        between = 8 * count / group * (1 - 1 / copies) / 2**30
         print(f"             {between:.2f} gradients between the {copies} copies of the model")
     hours = samples * flops / (run.mfu * PEAK_FLOPS["H100"]) / 3600
     days = f"({hours / 24:,.2f} GPU-days), {hours / 24 / processes:,.2f} days on {processes}"
     print(f"GPU-hours    {hours:,.1f} {days},")
     print(f"             of H100s at {run.mfu:.0%} of their peak: an assumption, --mfu")
+
+
+def print_memory(model, run):
+    """Print the items of training_memory without and with --checkpoint-activations."""
+    print(f"memory       GiB of each process ({run.precision}); not all is there at the peak")
+    print(f"{'':32}   without      with --checkpoint-activations")
+    plans = [training_memory(model, run, run.micro_batch, recompute) for recompute in (0, 1)]
+    for item in plans[0]:
+        print(f"  {item:30}" + "".join(f"{plan[item] / 2**30:10.2f}" for plan in plans))
+    budget = memory_budget(model, run)
+    row = f"  {f'largest micro-batch, {budget / 2**30:.1f} GiB':30}"
+    for recompute in (0, 1):
+        n = fitting_batch(model, run.batch_size // run.processes, run, recompute)
+        fits = training_memory(model, run, n, recompute)["peak"] <= budget
+        row += f"{n if fits else 'none':>10}"
+    print(row)

@@ -1,22 +1,20 @@
-"""What --plan says that a process needs, against what it needs.
+"""Compare the peak memory that --plan prints with the measured one.
 
     python tests/bench/plan.py
     python tests/bench/plan.py --sizes toy,S --processes 2
-    python tests/bench/plan.py --sizes T --malloc default
 
-Optimizer steps through model.py, as the stages take them (pictures normalised from bytes, forward,
-backward, norm of the gradients, fused AdamW), but without a loader, on the CPU in fp32, for an MAE
-and for classifiers of 1,000 and 28,000 classes, without and with checkpointing of activations; then
-once in two pieces. Each in a fresh process with one thread. Measured is its ru_maxrss less what
-that was before the model was built; a tiny step before has loaded the libraries by then. With
-more processes, replicas or, with --shard-group, FSDP2 over gloo: the process that needs most.
+Each case takes optimizer steps as the stages do, but without a loader, on the CPU in fp32, in a
+fresh process with one thread: an MAE, and classifiers of 1,000 and 28,000 classes; without and with
+activation checkpointing; in two micro-batches. Measured is the ru_maxrss of the process minus its
+value before the model was built. A tiny step before that has loaded the libraries. With several
+processes (replicas or, with --shard-group, FSDP2 over gloo) the largest process counts.
 
-glibc keeps what is freed in arenas, whose holes have nothing to do with the model. So by default
-MALLOC_MMAP_THRESHOLD_ is set: then a tensor of 64 KiB or more is a mapping of its own, and gone when
-freed. --malloc default leaves it out, to show what a process takes that does not set it.
+glibc keeps freed memory in arenas, whose holes have nothing to do with the model. Therefore
+MALLOC_MMAP_THRESHOLD_ is set: each tensor of 64 KiB or more is a mapping of its own.
 """
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
@@ -46,24 +44,23 @@ def build(size, head):
 
 def train(model, run, steps=3):
     """Optimizer steps as a stage takes them. (DDP has its final buckets from the third one on.)"""
-    share, cpu = run.batch_size // run.processes, torch.device("cpu")
+    per_process, cpu = run.batch_size // run.processes, torch.device("cpu")
     options = {"checkpoint_activations": run.checkpoint_activations}
     parallel = models.parallelize(model, cpu, run.shard_group, **options)
     groups = models.parameter_groups(model, 0.05)
     optimizer = torch.optim.AdamW(groups, 1e-4, betas=(0.9, 0.95), fused=True)
-    for step in range(steps):
-        for start in range(0, share, run.micro_batch):
+    for _ in range(steps):
+        for start in range(0, per_process, run.micro_batch):
             shape = run.micro_batch, *model.config["image_size"], 3  # channels last, as loaded
             images = torch.randint(256, shape, dtype=torch.uint8).permute(0, 3, 1, 2)
-            with models.sync_gradients(parallel, last=start + run.micro_batch == share):
+            with models.sync_gradients(parallel, last=start + run.micro_batch == per_process):
                 if isinstance(model, models.MAE):
                     ids = torch.rand(run.micro_batch, model.num_patches).argsort(dim=1)
                     losses = parallel(data.normalize(images), ids)
                 else:
                     tags = torch.randint(model.classes, (run.micro_batch, 8))
                     losses = models.tag_loss(parallel(data.normalize(images)), tags)
-                loss = losses.sum() / run.batch_size
-                (loss * run.processes).backward()
+                losses.sum().backward()
         gradients = [models.local(p.grad) for p in model.parameters() if p.grad is not None]
         torch.nn.utils.get_total_norm(gradients).item()
         optimizer.step()
@@ -72,7 +69,7 @@ def train(model, run, steps=3):
 
 
 def measure(run):
-    """In a process of its own: print the bytes that the steps took."""
+    """Print the bytes that the steps take. Runs in a process of its own."""
     device = torch.device("cpu")
     if run.processes > 1:
         rank, store = int(os.environ["RANK"]), f"file://{os.environ['RENDEZVOUS']}"
@@ -87,11 +84,9 @@ def measure(run):
         dist.destroy_process_group()
 
 
-def measured(run, malloc):
-    """Bytes of the process that needs most, of run.processes."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if malloc == "mapped":
-        environment |= {"MALLOC_MMAP_THRESHOLD_": "65536"}
+def measured(run):
+    """Bytes of the largest of run.processes processes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     code = f"import plan; plan.measure(plan.Namespace(**{vars(run)}))"
     with tempfile.TemporaryDirectory() as folder:
         environment["RENDEZVOUS"] = f"{folder}/store"
@@ -108,44 +103,35 @@ def measured(run, malloc):
 
 
 def planned(run):
+    """The peak that --plan prints, in bytes."""
     with torch.device("meta"):
         model = build(run.size, run.head)
-    run = Namespace(**vars(run), gpus=None, device=torch.device("cpu"), precision="fp32")
-    shape = run, run.micro_batch, run.checkpoint_activations
-    return plan_module.training_memory(model, *shape)["peak"]
+    run = Namespace(**vars(run), precision="fp32")
+    shape = run.micro_batch, run.checkpoint_activations
+    return plan_module.training_memory(model, run, *shape)["peak"]
 
 
 def main():
     parser = argparse.ArgumentParser("plan.py", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--sizes", default="toy,T,S,B", help="with commas (toy,T,S,B)")
-    add("--heads", default="mae,1000,28000", help="mae, or classes (mae,1000,28000)")
-    add("--processes", type=int, default=1, help="(1)")
-    add("--shard-group", type=int, help="processes that share the weights (none do)")
-    add(
-        "--micro-batch", type=int, help=f"({', '.join(f'{k} {v}' for k, v in MICRO_BATCH.items())})"
-    )
-    add("--malloc", choices=("mapped", "default"), default="mapped")
+    parser.add_argument("--sizes", default="toy,T,S,B", help="separated by commas (toy,T,S,B)")
+    parser.add_argument("--processes", type=int, default=1, help="(1)")
+    parser.add_argument("--shard-group", type=int, help="processes that share the weights (none)")
     options = parser.parse_args()
-    print(
-        f"{options.processes} processes, fp32, torch {torch.__version__}, malloc {options.malloc}"
-    )
-    print("size  head   micro-batch  pieces  checkpointing  planned MiB  measured MiB    error")
+    print(f"{options.processes} processes, fp32, torch {torch.__version__}")
+    print("size  head  micro-batch  pieces  checkpointing  planned MiB  measured MiB    error")
     errors = []
-    for size in options.sizes.split(","):
-        micro_batch = options.micro_batch or MICRO_BATCH[size]
-        for head in options.heads.split(","):
-            for pieces, recompute in ((1, False), (1, True), (2, False)):
-                run = Namespace(size=size, head=head, micro_batch=micro_batch)
-                run.processes, run.shard_group = options.processes, options.shard_group
-                run.batch_size = micro_batch * pieces * run.processes
-                run.checkpoint_activations = recompute
-                plan, found = planned(run), measured(run, options.malloc)
-                errors.append(plan / found - 1)
-                shape = f"{size:5} {head:>6} {micro_batch:12} {pieces:7} {'yes' if recompute else 'no':>14}"
-                numbers = f"{plan / 2**20:12.0f} {found / 2**20:13.0f} {errors[-1]:+8.1%}"
-                print(f"{shape} {numbers}", flush=True)
-    print(f"largest error: {max(errors, key=abs):+.1%}")
+    for size, head in itertools.product(options.sizes.split(","), ("mae", "1000", "28000")):
+        for pieces, recompute in ((1, False), (1, True), (2, False)):
+            run = Namespace(size=size, head=head, micro_batch=MICRO_BATCH[size])
+            run.processes, run.shard_group = options.processes, options.shard_group
+            run.batch_size = run.micro_batch * pieces * run.processes
+            run.checkpoint_activations = recompute
+            plan, found = planned(run), measured(run)
+            errors.append(plan / found - 1)
+            shape = f"{size:5} {head:>5} {run.micro_batch:11} {pieces:7} {recompute!s:>14}"
+            numbers = f"{plan / 2**20:12.0f} {found / 2**20:13.0f} {errors[-1]:+8.1%}"
+            print(f"{shape} {numbers}", flush=True)
+    print(f"errors: from {min(errors):+.1%} to {max(errors):+.1%}")
 
 
 if __name__ == "__main__":
