@@ -1026,7 +1026,7 @@ class Batches(torch.utils.data.Dataset):
         positions = self.positions(number)
         if self.cache:  # fetch what is needed now, and half a block later or the next shard
             later = SHUFFLE_BLOCK // 2 * self.order.lanes if self.order else self.source.sizes.max()
-            self.cache.ask(self.places(np.concatenate([positions, positions + later])))
+            self.cache.prefetch(self.places(np.concatenate([positions, positions + later])))
         bad = []
         rows = [self.row(position, bad) for position in positions.tolist()]
         batch = {name: stack([row[name] for row in rows]) for name in rows[0]}

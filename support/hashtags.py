@@ -1,4 +1,4 @@
-"""Hashtags: what they are counted as, the vocabulary of classes, and sampling weights.
+"""Hashtags: their canonical form, the vocabulary of classes, and sampling weights.
 
 python data.py hashtags DATA --out TAGS      vocabulary and sampling weights of a data set
 """
@@ -34,10 +34,17 @@ from data import (
 )
 from support.toy import Toy
 
+TAG_CHUNK = 4096  # samples whose tags a loader process reads together
+# Tags counted at once. With more, the rarest are forgotten, and their counts are too low.
+MOST_TAGS = 4_000_000
+
 
 def hashtags_in(members):
-    """From .json (a list, a text, or either under "hashtags") or, where that has none, .txt.
-    Raises ValueError if it is damaged."""
+    """The hashtags of a shard's sample, {extension: bytes}: a list of tags or a text.
+
+    They are those of its .json (a list, a text, or either under "hashtags") or, if that has
+    none, those of its .txt. Raises ValueError if the file is damaged.
+    """
     try:
         content = json.loads(members.get("json", b"[]"))
         tags = content.get("hashtags") if isinstance(content, dict) else content
@@ -46,12 +53,6 @@ def hashtags_in(members):
         return tags
     except ValueError as error:
         raise ValueError(f"the file of its hashtags is damaged ({error})") from None
-
-
-TAG_CHUNK = 4096  # samples whose tags are read together
-
-
-MOST_TAGS = 4_000_000  # counted at once; past it the rarest are forgotten, and counts are too low
 
 
 WEIGHT = 1 << 16  # a sampling weight of 1.0: weights are whole numbers, so that sums are exact
@@ -106,11 +107,11 @@ class WeightedOrder(Order):
 
 
 class Vocabulary:
-    """The hashtags that are classes. Ids are their order, by falling number of pictures.
+    """The hashtags that are classes. Their ids are their positions in `counts`.
 
-    counts     {canonical tag: pictures that carry it}, in this order
+    counts     {canonical tag: number of pictures that carry it}, the most frequent first
     synonyms   {canonical tag: the canonical tag that it counts as}
-    identity   says which index it comes from
+    identity   a hash of the index that it comes from
     """
 
     def __init__(self, counts, synonyms, identity=""):
@@ -121,7 +122,7 @@ class Vocabulary:
         return len(self.counts)
 
     def ids(self, hashtags):
-        """The ids of a sample's hashtags, each once, rising; unknown ones are left out."""
+        """The ids of a sample's hashtags in order, each once, without unknown ones."""
         tags = canonical(hashtags, self.synonyms)
         return sorted(self.numbers[tag] for tag in tags if tag in self.numbers)
 
@@ -129,8 +130,8 @@ class Vocabulary:
 def canonical(hashtags, synonyms):
     """The set of canonical tags in a list of tags, or in a text with #tags in it.
 
-    Unicode's NFKC, case-folded, without # and punctuation ("#Blue-Square" -> "bluesquare"), then
-    the synonyms. Raises ValueError if it is neither a list of texts nor a text.
+    Unicode's NFKC, case-folded, without # and punctuation ("#Blue-Square" -> "bluesquare"),
+    then the synonyms. Raises ValueError if it is neither a list of texts nor a text.
     """
     if isinstance(hashtags, str):
         text = unicodedata.normalize("NFKC", hashtags)
@@ -150,44 +151,49 @@ class TagChunks(torch.utils.data.Dataset):
     source: object
     synonyms: dict
 
+    def __len__(self):
+        return math.ceil(int(self.source.sizes.sum()) / TAG_CHUNK)
+
     def __getitem__(self, chunk):
         found, errors = [], []
         end = min((chunk + 1) * TAG_CHUNK, int(self.source.sizes.sum()))
         for number in range(chunk * TAG_CHUNK, end):
+            found.append(set())
             try:
-                found.append(canonical(self.source.read(number)["hashtags"](), self.synonyms))
-            except Exception as error:  # noqa: BLE001 (named and counted, whatever it was)
+                hashtags = self.source.read(number)["hashtags"]()
+                found[-1] = canonical(hashtags, self.synonyms)
+            except Exception as error:  # noqa: BLE001 (named and counted, whatever it is)
                 raise_if_unreachable(error)
-                found.append(set())
                 errors.append(f"{self.source.name(number)}: {one_line(error)}")
         return found, errors
 
     def about(self, chunk):
         return f"chunk {chunk}, from {self.source.where(chunk * TAG_CHUNK)} on"
 
-    def read(self, workers, title, named=20):
-        """The set of tags of each sample, read ahead by worker processes, with a bar.
 
-        All that are damaged are counted, the first ones (`named`) are named.
-        """
-        chunks, bad = range(math.ceil(int(self.source.sizes.sum()) / TAG_CHUNK)), 0
-        made = tqdm(loader(self, chunks, workers), desc=title, unit=" chunks", disable=None)
-        for found, errors in made:
-            for text in errors[: max(0, named - bad)]:
-                tqdm.write(f"unreadable hashtags: {text}", file=sys.stderr)
-            bad += len(errors)
-            yield from found
-        if bad and named:
-            print(f"samples with unreadable hashtags: {bad}")
+def read_tags(source, synonyms, workers, title, named=20):
+    """Yield the set of canonical tags of each sample, read ahead by worker processes.
+
+    Damaged ones are counted, and the first `named` of them are named.
+    """
+    chunks, bad = TagChunks(source, synonyms), 0
+    made = loader(chunks, range(len(chunks)), workers)
+    for found, errors in tqdm(made, desc=title, unit=" chunks", disable=None):
+        for text in errors[: max(0, named - bad)]:
+            tqdm.write(f"unreadable hashtags: {text}", file=sys.stderr)
+        bad += len(errors)
+        yield from found
+    if bad and named:
+        print(f"samples with unreadable hashtags: {bad}")
 
 
 def count_hashtags(source, size=28_000, min_count=5, synonyms=None, workers=0):
-    """The Vocabulary of a source: at most `size` tags that at least `min_count` pictures carry.
+    """The Vocabulary of a source: at most `size` tags, each on at least `min_count` pictures.
 
-    28,000 is the paper's number of classes. Raises ValueError when fewer than two are left.
+    28,000 is the paper's number of classes. Raises ValueError if fewer than two are left.
     """
     synonyms, counts = synonyms or {}, Counter()
-    for tags in TagChunks(source, synonyms).read(workers, "counting"):
+    for tags in read_tags(source, synonyms, workers, "counting"):
         counts.update(tags)
         if len(counts) > MOST_TAGS:
             counts = Counter(dict(counts.most_common(MOST_TAGS // 2)))
@@ -200,66 +206,85 @@ def count_hashtags(source, size=28_000, min_count=5, synonyms=None, workers=0):
 
 
 def write_hashtags(source, out, tail_below=None, workers=0, **counting):
-    """Index the hashtags of a source, but for a slice that is held out, into the folder `out`:
+    """Index the hashtags of a source, but for the slice that is held out, in a folder.
 
-    rarest.npy, the id of each sample's rarest tag; totals.npy, each shard's sum of sampling
-    weights (see WeightedOrder); and vocabulary.json, with the weight that each rarest tag gives.
+    rarest.npy       (samples,) int32, the id of the rarest tag of each, -1 if it has none
+    totals.npy       (shards,) int64, the sum of the sampling weights of each: see WeightedOrder
+    vocabulary.json  the tags, their counts, and the sampling weight that each gives
 
-    SWAG's sampler (arXiv 2201.08371; cut and shares are its authors'). The tail is the pictures
-    with a tag that fewer than `tail_below` pictures carry, the head is the others; 70 % of an epoch
-    is drawn from the head, 30 % from the tail. Within each, a picture's importance is the maximum
-    over its tags of 1 / sqrt(pictures with that tag) (recalled): its rarest tag decides. An epoch
-    is as long as there are pictures with a known tag; the others are never drawn.
+    tail_below: see weights_of_tags. counting: see count_hashtags. An epoch has as many samples
+    as there are pictures with a known tag. The others are never drawn.
     """
-    train, _ = hold_out(source, None, HELD_OUT)
+    train, held_out = hold_out(source, None, HELD_OUT)
     vocabulary = count_hashtags(train, workers=workers, **counting)
     os.makedirs(out, exist_ok=True)
     total, counts = int(train.sizes.sum()), np.array(list(vocabulary.counts.values()))
     # A new file: a run that reads an earlier index goes on with that.
     rarest = np.lib.format.open_memmap(f"{out}/rarest.new.npy", "w+", np.int32, (total,))
-    drawn = np.zeros(len(counts), dtype=np.int64)  # pictures with this rarest tag
-    chunks = TagChunks(train, vocabulary.synonyms)
-    for number, tags in enumerate(chunks.read(workers, "weighing", named=0)):
-        # ids fall with the number of pictures: the largest is the rarest
+    drawn = np.zeros(
+        len(counts) + 1, dtype=np.int64
+    )  # pictures with this rarest tag; the last: none
+    samples = read_tags(train, vocabulary.synonyms, workers, "weighing", named=0)
+    for number, tags in enumerate(samples):
+        # The rarest tag has the largest id.
         rarest[number] = max((vocabulary.numbers.get(tag, -1) for tag in tags), default=-1)
-        if rarest[number] >= 0:
-            drawn[rarest[number]] += 1
+        drawn[rarest[number]] += 1
     rarest.flush()
+    drawn = drawn[:-1]
     tail_below = tail_below or min(5000, math.ceil(total / 100))
-    tail, importance = counts < tail_below, counts**-0.5
-    shares = {True: 0.3, False: 0.7}
-    if not drawn[tail].any() or not drawn[~tail].any():
-        print(
-            f"all pictures are in the {'tail' if drawn[tail].any() else 'head'}: it has all draws"
-        )
-        shares = {True: 1.0, False: 1.0}
-    weights = np.zeros(len(counts) + 1, dtype=np.int64)  # the last one, of -1, stays 0
-    for part, share in shares.items():
-        which = np.flatnonzero((tail == part) & (drawn > 0))
-        scale = share * drawn.sum() / max(1e-9, (drawn * importance)[which].sum())
-        weights[which] = np.maximum(1, np.rint(scale * importance[which] * WEIGHT))
-    totals = [
-        int(weights[rarest[a:b]].sum()) for a, b in itertools.pairwise(running_sum(train.sizes))
-    ]
+    weights = weights_of_tags(counts, drawn, tail_below)
+    edges = itertools.pairwise(running_sum(train.sizes))
+    totals = [int(weights[rarest[start:stop]].sum()) for start, stop in edges]
     if Path(out, "vocabulary.json").exists():
         print(f"{out} held an index already: it is replaced")
-    Path(out, "vocabulary.json").unlink(missing_ok=True)  # it comes last: without it, none counts
+    # vocabulary.json is removed first and written last: without it, there is no index.
+    Path(out, "vocabulary.json").unlink(missing_ok=True)
     os.replace(f"{out}/rarest.new.npy", f"{out}/rarest.npy")
     np.save(f"{out}/totals.npy", np.array(totals, dtype=np.int64))
     rows = enumerate(zip(vocabulary.counts.items(), weights.tolist()))
     tags = [{"tag": t, "id": i, "count": n, "weight": w} for i, ((t, n), w) in rows]
     content = {"data": train.identity, "tail_below": tail_below, "tags": tags}
-    text = json.dumps(content | {"synonyms": vocabulary.synonyms}, ensure_ascii=False, indent=0)
+    content["synonyms"] = vocabulary.synonyms
+    text = json.dumps(content, ensure_ascii=False, indent=0)
     Path(out, "vocabulary.json").write_text(text, encoding="utf-8")
-    numbers = f"{drawn.sum()} of {total} pictures are drawn, {drawn[tail].sum()} of them tail"
-    print(f"{len(vocabulary)} hashtags; {numbers}; {int(source.sizes.sum()) - total} are held out")
+    in_tail = drawn[counts < tail_below].sum()
+    numbers = f"{drawn.sum()} of {total} pictures are drawn, {in_tail} of them tail"
+    print(f"{len(vocabulary)} hashtags; {numbers}; {held_out.sizes.sum()} are held out")
+
+
+def weights_of_tags(counts, drawn, tail_below):
+    """Sampling weights of pictures by their rarest tag: (tags + 1,) int64, in 1 / WEIGHT.
+
+    counts  (tags,) pictures that carry each tag
+    drawn   (tags,) pictures of which it is the rarest tag
+
+    SWAG's sampler (paper: arXiv 2201.08371). The tail is the pictures with a tag that fewer than
+    `tail_below` pictures carry, the head is the others. 70 % of an epoch is drawn from the head,
+    30 % from the tail. Within each, the importance of a picture is the maximum over its tags of
+    1 / sqrt(pictures with that tag) (unverified): its rarest tag decides. The last weight is 0,
+    of pictures without a tag.
+    """
+    tail, importance = counts < tail_below, counts**-0.5
+    shares = {True: 0.3, False: 0.7}
+    if not drawn[tail].any() or not drawn[~tail].any():
+        part = "tail" if drawn[tail].any() else "head"
+        print(f"all pictures are in the {part}: it has all draws")
+        shares = {True: 1.0, False: 1.0}
+    weights = np.zeros(len(counts) + 1, dtype=np.int64)
+    for part, share in shares.items():
+        which = np.flatnonzero((tail == part) & (drawn > 0))
+        scale = share * drawn.sum() / max(1e-9, (drawn * importance)[which].sum())
+        weights[which] = np.maximum(1, np.rint(scale * importance[which] * WEIGHT))
+    return weights
 
 
 def open_hashtags(source, folder):
     """(Vocabulary, source to train on, slice to measure on, WeightedOrder's arguments).
 
-    From a folder that write_hashtags wrote for this source; without one, for the toy world: the
-    tags of its first pictures, and no weights. Raises ValueError, one line, when that cannot be.
+    They come from a folder that write_hashtags wrote for this source.
+
+    The toy world needs no folder: its first pictures give the vocabulary, and it has no weights.
+    Raises ValueError if the folder is missing, damaged or of other data.
     """
     if not folder and source.endless:
         vocabulary = count_hashtags(Subset(source, range(TAG_CHUNK)))
@@ -292,6 +317,7 @@ def open_hashtags(source, folder):
 
 
 def weights_of(rarest, table, start, stop):
+    """(stop - start,) int64 sampling weights of these samples: see Order."""
     return table[open_array(rarest)[start:stop]]
 
 
@@ -301,21 +327,21 @@ def open_array(path):
 
 
 def read_synonyms(path):
-    """{canonical tag: canonical tag} of lines of two columns, parted by a tab.
+    """{canonical tag: canonical tag} of lines of two columns with a tab between them.
 
-    Raises ValueError when a line is something else, or a tag that others count as is not final.
+    Raises ValueError if a line is something else, if a tag has two meanings, or if it counts as
+    a tag that counts as another one.
     """
+    pairs = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-        rows = [line.split("\t") for line in lines if line.strip()]
-        pairs = {}
-        for row in rows:
-            (tag,), (other,) = (canonical([cell], {}) for cell in row)  # one tag in each of two
+        for line in filter(str.strip, Path(path).read_text(encoding="utf-8").split("\n")):
+            # Two cells, with one tag in each.
+            (tag,), (other,) = (canonical([cell], {}) for cell in line.split("\t"))
             if pairs.setdefault(tag, other) != other:
                 raise ValueError(f"{tag} counts as {pairs[tag]} and as {other}")
         for tag, other in pairs.items():
             if pairs.get(other, other) != other:
                 raise ValueError(f"{tag} counts as {other}, which counts as {pairs[other]}")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no list of synonyms (two columns, a tab): {error}") from None
     return pairs

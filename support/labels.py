@@ -1,4 +1,4 @@
-"""What people write down of pictures: folders of splits, lists of labels, names of classes."""
+"""Folders of splits, files of labels, and names of classes."""
 
 import csv
 import itertools
@@ -15,57 +15,62 @@ from data import SPLITS, is_media, is_picture, one_line, walk
 
 
 def find_splits(root):
-    """{"train", "val", "test", "other": names of the folders below root that are this split, or
-    none, but hold pictures or videos}; {} where root is no folder, or has no splits.
+    """{"train", "val", "test" or "other": names of folders in `root`}; {} if it has no splits.
 
-    A train/ alone is no split: all pictures are trained on. Beside other folders, a train/ with
-    pictures directly in it is a class.
+    "other" are folders with pictures or videos whose names are not in data.SPLITS. A train/
+    alone is no split: all pictures are trained on. Nor is a train/ with pictures directly in it
+    beside other folders: it is a class.
     """
     if not os.path.isdir(root):
         return {}
-    with os.scandir(root) as entries:  # it knows folders without a look at every picture
-        folders = sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
+    with os.scandir(root) as entries:  # isdir would look at each picture
+        folders = sorted(entry.name for entry in entries if entry.is_dir())
+    folders = [name for name in folders if name[0] != "."]
     found = {}
     for name in folders:
         if name.lower() in SPLITS:
             found.setdefault(SPLITS[name.lower()], []).append(name)
     if not found:
         return {}
-    paths = {name: os.path.join(root, name) for name in folders}
-    others = [n for n in folders if n.lower() not in SPLITS and holds_pictures(paths[n])]
+    others = [name for name in folders if name.lower() not in SPLITS]
+    others = [name for name in others if holds_pictures(os.path.join(root, name))]
     if list(found) == ["train"] and len(found["train"]) == 1:
-        with os.scandir(paths[found["train"][0]]) as entries:
-            if not others or any(is_media(entry.name) for entry in entries):
-                return {}
+        train = os.path.join(root, found["train"][0])
+        if not others or any(map(is_media, os.listdir(train))):
+            return {}
     return found | ({"other": others} if others else {})
 
 
 def holds_pictures(folder):
-    """Whether there are pictures or videos anywhere below a folder."""
+    """True if there are pictures or videos anywhere below a folder."""
     try:
         return any(is_media(name) for _, names in walk(folder) for name in names)
-    except ValueError:  # it cannot be read: lost+found, say
+    except ValueError:  # a folder that cannot be read, such as lost+found
         return False
 
 
 def choose_splits(root, found):
-    """(folder to train on, folder to measure on or None) of what find_splits found in root.
+    """(folder to train on, folder to measure on or None) of what find_splits found in `root`.
 
-    Says that test is left out. Raises ValueError with the line to type where there are other
-    folders with pictures, which may be classes; two folders of a split; or nothing to train on.
+    Prints that test is left out. Raises ValueError with the flags to type if a split has two
+    folders, if there is nothing to train on, or if other folders may be classes.
     """
-    paths = {split: [os.path.join(root, name) for name in names] for split, names in found.items()}
-    train, val, test = (paths.get(split, []) for split in ("train", "val", "test"))
+    train, val, test = (
+        [os.path.join(root, name) for name in found.get(split, [])]
+        for split in ("train", "val", "test")
+    )
     files = sorted(filter(is_media, os.listdir(root)))
     other = found.get("other") or ([] if train else files)
     if len(train) != 1 or len(val) > 1 or other:
         typed = ["--data", train[0]] if train else []
-        typed += ["--val-data", (val or test)[0]] if val or not train else []
+        if val or not train:
+            typed += ["--val-data", (val or test)[0]]
         want = shlex.join(typed) + ("" if train else " beside a --data to train on")
         splits = ", ".join(map(os.path.basename, train + val + test))
-        beside = f" beside {', '.join(other[:3])}" if other else ""
-        unless = ", or move the splits elsewhere (if they are classes: --labels)" if other else ""
-        raise ValueError(f"{root} holds the splits {splits}{beside}: type {want}{unless}")
+        if other:
+            splits += f" beside {', '.join(other[:3])}"
+            want += ", or move the splits elsewhere (if they are classes: --labels)"
+        raise ValueError(f"{root} holds the splits {splits}: type {want}")
     if os.environ.get("RANK", "0") == "0":
         for path in test:
             print(f"{path}: left out (to measure on it, give it as --val-data)")
@@ -74,79 +79,118 @@ def choose_splits(root, found):
     return train[0], val[0] if val else None
 
 
-def read_labels(path, caption_key="caption"):
-    """{picture's path: {"class": name, "hashtags": [...], each if given, "captions": [...]}}.
+# ------------------------------------------------------------------------------------------- labels
 
-    .jsonl: lines of {"path", and "class", "hashtags" or "caption", a text or a list of texts}.
-    .csv: lines of path,class, perhaps under a head line; or the columns of a head line that names
-    "path", and "class" or "caption". Spaces around a path or class do not count. .json:
-    iNaturalist's, {"images": [{"id", "file_name"}], "annotations": [{"image_id", "category_id"}],
-    "categories": [{"id", "name"}]}. A picture's captions may stand in several entries. An empty
-    class is none. Entries that are damaged, name no picture or contradict an earlier one are
-    counted and left out. Raises ValueError, one line, when the file is none of these.
+
+def read_labels(path, caption_key="caption"):
+    """{picture's path: {"class": name, "hashtags": [...], "captions": [...]}} of a list.
+
+    "class" and "hashtags" are there if they are given.
+
+    .csv    lines of path,class; or of the columns of a head line that names "path", and
+            "class" or the caption key. Spaces around a path or class do not count.
+    .jsonl  lines of {"path", "class", "hashtags", caption key: a text or a list of texts}
+    .json   iNaturalist's {"images": [{"id", "file_name"}], "categories": [{"id", "name"}],
+            "annotations": [{"image_id", "category_id"}]}
+
+    A picture's captions may be in several entries. An empty class is none. Entries that are
+    damaged, name no picture or contradict an earlier one are counted and left out. Raises
+    ValueError if the file is none of these or lists no pictures.
     """
-    found, bad, kind = {}, 0, path.rpartition(".")[2].lower()
-    if kind not in ("jsonl", "csv", "json"):
+    readers = {"csv": csv_entries, "jsonl": jsonl_entries, "json": inaturalist_entries}
+    kind = path.rpartition(".")[2].lower()
+    if kind not in readers:
         raise ValueError(f"{path} is no file of labels: want .jsonl, .csv or .json")
+    found, bad, notes = {}, 0, {"want": "see read_labels in support/labels.py"}
     try:
         with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            rows, head, first, headed = file, ["path", "class"], [], False
-            if kind == "csv":
-                rows = filter(None, csv.reader(file, strict=True, skipinitialspace=True))
-                first = [cell.strip() for cell in next(rows, [])]
-                headed = not any(map(is_picture, first))
-                if headed and (caption_key in first or {"path", "class"} <= set(first)):
-                    head = first
-                # Captions stay as they are: they are part of what a data set is told by.
-                rows = csv.reader(file, strict=True, skipinitialspace=caption_key not in head)
-                rows = itertools.chain([first], rows)
-            elif kind == "json":
-                content = json.load(file)
-                names = {entry["id"]: entry["name"] for entry in content["categories"]}
-                counts = Counter(map(str, names.values()))
-                if again := [name for name, count in counts.items() if count > 1]:
-                    why = f"categories of the same name, each of which is one class ({len(again)})"
-                    print(f"{path}: {why}: {', '.join(again[:5])}", file=sys.stderr)
-                files = {entry["id"]: entry["file_name"] for entry in content["images"]}
-                rows = content["annotations"]
-            for number, row in enumerate(filter(None, rows)):
+            for facts in readers[kind](file, caption_key, notes):
                 try:
-                    if kind == "csv":
-                        facts = dict(zip(head, row, strict=True))
-                        facts |= {n: facts[n].strip() for n in head if n != caption_key}
-                    elif kind == "jsonl":
-                        facts = json.loads(row)
-                    else:
-                        facts = {"path": files[row["image_id"]], "class": names[row["category_id"]]}
-                    name, captions = facts["path"], texts_in(facts.get(caption_key))
-                    if not is_picture(os.path.basename(name)) or "\ufffd" in str(row):
-                        raise ValueError(name)
-                    entry = {"hashtags": facts["hashtags"]} if "hashtags" in facts else {}
-                    label = facts.get("class")
-                    label = "" if label is None else str(label).strip()
-                    entry |= {"class": label} if label else {}
-                    known = found.setdefault(os.path.normpath(name), {**entry, "captions": []})
-                    if known != {**entry, "captions": known["captions"]}:
-                        raise ValueError(name)
-                    known["captions"] += captions
+                    add_entry(found, facts, caption_key)
                 except (ValueError, KeyError, TypeError):
-                    bad += number > 0 or not headed
+                    bad += 1
     except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
         raise ValueError(f"cannot read labels from {path}: {one_line(error)}") from None
     if bad:
         why = "damaged, naming no picture, or against an earlier one"
         print(f"{path}: entries that are left out ({why}): {bad}", file=sys.stderr)
-    line = f"{','.join(first)!r:.80}"
     if not found:
-        want = "see read_labels in data.py"
-        if kind == "csv":
-            want = "want lines of path,class (with commas), perhaps under a head line, or a head"
-            want += f" line that names path, and class or {caption_key}; the first line is {line}"
-        raise ValueError(f"{path} lists no pictures: {want}")
-    if headed and first != head:
-        why = "is taken as a header; its columns are read as path and class"
-        print(f"{path}: {line} {why}", file=sys.stderr)
+        raise ValueError(f"{path} lists no pictures: {notes['want']}")
+    if "say" in notes:
+        print(f"{path}: {notes['say']}", file=sys.stderr)
     return found
+
+
+def add_entry(found, facts, caption_key):
+    """Add one entry, {"path", "class", ...}. Raises an error if it is damaged."""
+    name, captions = facts["path"], texts_in(facts.get(caption_key))
+    if not is_picture(os.path.basename(name)):
+        raise ValueError(name)
+    if "\ufffd" in str(facts):  # a byte was not UTF-8
+        raise ValueError(name)
+    entry = {"hashtags": facts["hashtags"]} if "hashtags" in facts else {}
+    label = facts.get("class")
+    label = "" if label is None else str(label).strip()
+    if label:
+        entry["class"] = label
+    known = found.setdefault(os.path.normpath(name), {**entry, "captions": []})
+    if known != {**entry, "captions": known["captions"]}:
+        raise ValueError(name)
+    known["captions"] += captions
+
+
+# A reader yields the entries of an open file, and None for a damaged one. It sets notes["say"], a
+# message to print, and notes["want"], what to write in a file that lists no pictures.
+
+
+def csv_entries(file, caption_key, notes):
+    rows = filter(None, csv.reader(file, strict=True, skipinitialspace=True))
+    first = [cell.strip() for cell in next(rows, [])]
+    line = f"{','.join(first)!r:.80}"
+    notes["want"] = (
+        "want lines of path,class (with commas), perhaps under a head line, or a head line"
+        f" that names path, and class or {caption_key}; the first line is {line}"
+    )
+    head, rows = ["path", "class"], [first]
+    if not any(map(is_picture, first)):
+        rows = []
+        if caption_key in first or {"path", "class"} <= set(first):
+            head = first
+        else:
+            why = "is taken as a header; its columns are read as path and class"
+            notes["say"] = f"{line} {why}"
+    # Captions keep their spaces: they are part of what a data set is identified by.
+    keep = caption_key in head
+    others = csv.reader(file, strict=True, skipinitialspace=not keep)
+    for row in filter(None, itertools.chain(rows, others)):
+        if len(row) != len(head):
+            yield None
+            continue
+        facts = dict(zip(head, row))
+        yield facts | {name: facts[name].strip() for name in head if name != caption_key}
+
+
+def jsonl_entries(file, caption_key, notes):
+    for line in file:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            yield None
+
+
+def inaturalist_entries(file, caption_key, notes):
+    content = json.load(file)
+    files = {image["id"]: image["file_name"] for image in content["images"]}
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    counts = Counter(map(str, names.values()))
+    if again := [name for name, count in counts.items() if count > 1]:
+        why = f"categories of the same name, each of which is one class ({len(again)})"
+        notes["say"] = f"{why}: {', '.join(again[:5])}"
+    for row in content["annotations"]:
+        try:
+            yield {"path": files[row["image_id"]], "class": names[row["category_id"]]}
+        except (KeyError, TypeError):
+            yield None
 
 
 def texts_in(content):
@@ -161,29 +205,30 @@ def texts_in(content):
 
 
 def say_same_names(where, names):
-    """names, a list for each class. Prints those that several classes have: these classes cannot be
-    told apart."""
+    """Print the names that several classes share: these classes cannot be told apart.
+
+    names: a list for each class. Returned as it is.
+    """
     counts = Counter(", ".join(sorted(set(some))) for some in names)
     if again := [text for text, count in counts.items() if count > 1]:
         print(f"{where}: classes that share their names ({len(again)}): {'; '.join(again[:5])}")
     return names
 
 
-# Folders of Google's list of 21,843 classes that the 21,841 of ImageNet's fall 2011 release lack.
+# Classes of Google's list of 21,843 that are not among the 21,841 of ImageNet's fall 2011 release.
 NOT_IN_FALL_2011 = "n03931044", "n09859684"
 
 
 def names_of_list(count, classes):
-    """Names for `count` classes that came without names, of a head or of a list, so that the data's
-    classes can be found among them; None if that cannot be known.
+    """Names for the `count` classes of a head or a list that has none, so that the data's classes
+    can be found among them. None if they cannot be known.
 
-    classes  the data's names, or None where it only numbers its classes
+    classes: the data's names, or None where it only numbers its classes
 
-    1. If all of the data's names are numbers below `count`, they are places among the classes,
-       from 0.
-    2. If they are names of ImageNet's folders (wnids), and it has a list of as many in support/,
-       the classes are that list. The data may have some of them only.
-    3. If the data has as many classes, they are the same, in the same order.
+    1. If all of the data's names are numbers below `count`, they are the numbers of the classes.
+    2. If they are ImageNet's names of folders (wnids), and support/ has a list of `count` of
+       these, the classes are that list. The data may have some of them only.
+    3. If the data has `count` classes, they are the same, in the same order.
     """
     numbers = all(map(str.isdecimal, classes or ()))
     places = {int(name): name for name in classes or ()} if numbers else {}

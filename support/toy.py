@@ -1,8 +1,8 @@
-"""The toy world behind --data toy: an endless set of pictures, drawn as they are asked for.
+"""The toy world behind --data toy: an endless set of pictures that are drawn when they are read.
 
-Sample `number` is a pure function of its number: a scene of 1-4 coloured, textured shapes on a
-background. The class is the shape of the largest object; position, size, tilt, colour, texture
-and background all vary, so no single pixel says anything about the class.
+A sample is a pure function of its number: a scene of 1 to 4 coloured, textured shapes on a
+background. The class is the shape of the largest object. Position, size, tilt, colour, texture
+and background vary, so that no single pixel depends on the class.
 """
 
 import itertools
@@ -13,21 +13,17 @@ from PIL import Image
 
 from data import TOY, Source, random_bits, uniform
 
-TOY_EPOCH = 65_536  # pictures in an epoch, for those who count in epochs
-
-
-TOY_VAL = 2**31  # numbers below are train, from here on val
-
-
-TOY_DRAWS = 100  # uniform draws per scene: background and count 12, an object at most 22
+TOY_EPOCH = 65_536  # pictures in an epoch
+TOY_VAL = 2**31  # the first number of val: smaller ones are train
+TOY_DRAWS = 100  # uniform draws for a scene: background and count 12, an object at most 22
 
 
 def _fold(t, n):
-    """The angle from the nearest of n equal spokes, the first of which points up (-y)."""
+    """The angle between t and the nearest of n equal spokes. The first one points up (-y)."""
     return (t + math.pi / 2 + math.pi / n) % (2 * math.pi / n) - math.pi / n
 
 
-# A shape is the distance of its edge from its centre, at most 1, in the direction t (radians).
+# A shape: the distance between its centre and its edge, at most 1, in a direction t (radians).
 TOY_SHAPES = {
     "circle": lambda t: 0.8 + 0 * t,
     "square": lambda t: 0.7 / np.cos(_fold(t, 4)),
@@ -40,10 +36,7 @@ TOY_SHAPES = {
     "hourglass": lambda t: np.where(abs(_fold(t, 2)) < 0.75, 0.72 / np.cos(_fold(t, 2)), 0.15),
     "pie": lambda t: np.where(abs(_fold(t, 1)) < 0.7, 0.12, 0.9),
 }
-
-
 TOY_CLASSES = tuple(TOY_SHAPES)
-
 
 TOY_COLOURS = {
     "red": (216, 36, 40), "orange": (244, 138, 28), "yellow": (248, 220, 48),
@@ -51,10 +44,9 @@ TOY_COLOURS = {
     "purple": (124, 44, 160), "pink": (246, 140, 186),
 }  # fmt: skip
 
-
-# A pattern (but "plain") is how much of the second colour is mixed in, cut at 0 and 1: from two
-# waves (-1 .. 1) that cross at a right angle and the distance along the first, in wavelengths. The
-# gains make edges a few pixels wide: hard edges would shimmer when shrunk.
+# A pattern, other than "plain": the share of the second colour, cut at 0 and 1. It depends on two
+# waves a and b (-1 .. 1) at a right angle, and on the distance along the first in wavelengths.
+# The factors make edges a few pixels wide: hard edges would shimmer in smaller pictures.
 TOY_PATTERNS = {
     "striped": lambda a, b, along: 0.5 + 2.5 * a,
     "dotted": lambda a, b, along: 2.5 * (a + b - 0.75),
@@ -62,32 +54,29 @@ TOY_PATTERNS = {
     "shaded": lambda a, b, along: 0.5 + 0.13 * along,
 }
 
-
-# Smooth backgrounds and plain objects come twice or more as often: textures cost MAE capacity.
+# Plain objects and smooth backgrounds are the most frequent: textures cost MAE capacity.
 TOY_TEXTURES = ("plain", "plain", "plain", "striped", "dotted", "checked")
-
-
 TOY_BACKGROUNDS = (*TOY_TEXTURES[1:], "shaded", "shaded", "shaded")
 
-
-# No train scene holds one of these, not even as a small object; val scenes do, at their natural
-# rate. What a model says about them is composition, not memory.
+# No train scene has one of these objects, small or large. Val scenes have them as often as any
+# others. So a model that knows them has composed them, not remembered them.
 TOY_HELD_OUT = frozenset({
     ("red", "star"), ("yellow", "flower"), ("green", "circle"),
     ("blue", "cross"), ("purple", "leaf"), ("pink", "square"),
 })  # fmt: skip
 
-
 TOY_SPAM = ("#love", "#nofilter", "#art", "#follow", "#instagood", "#monday", "#design", "#wow")
 
 
 def toy_scene(number):
-    """The scene of one sample as JSON-able values, lengths as fractions of the picture's side.
+    """The scene of a sample as values for JSON. Lengths are fractions of the picture's side.
 
-    {"background": paint, "objects": [paint with "shape", "radius", "centre" (x, y), "angle" in
-    radians], largest first}, where a paint has "pattern", "colour" (name), "one" and "two" (rgb),
-    "turn" (the pattern's own angle), "wave" (its length) and "shift". Objects are drawn in order,
-    so the small ones lie in front. To move an object, change its "centre": its texture comes along.
+    {"background": paint, "objects": [paint, with "shape", "radius", "centre" (x, y) and "angle"
+    in radians]}. The largest object is the first. Objects are drawn in order, so that small ones
+    lie in front. An object moves, with its texture, when its "centre" changes.
+
+    A paint is {"pattern", "colour": name, "one", "two": RGB, "turn": angle of the pattern,
+    "wave": its length, "shift": of its two waves}.
     """
     draws = iter(uniform(random_bits(TOY_DRAWS, 0, 0, number, TOY)).tolist())
 
@@ -100,30 +89,30 @@ def toy_scene(number):
     def paint(patterns, colours, wave):
         pattern, colour = pick(patterns), pick(colours)
         one = [min(255, max(0, round(c + between(-24, 24)))) for c in TOY_COLOURS[colour]]
-        goal, strength = pick((0, 255)), between(0.15, 0.35)  # a darker or lighter shade of it
+        goal, strength = pick((0, 255)), between(0.15, 0.35)  # a darker or lighter shade
         two = [round(c + strength * (goal - c)) for c in one]
         place = {"turn": between(0, 2 * math.pi), "wave": wave * between(0.8, 1.4)}
         place["shift"] = [between(-1, 1), between(-1, 1)]
         return {"pattern": pattern, "colour": colour, "one": one, "two": two, **place}
 
     background, objects = paint(TOY_BACKGROUNDS, list(TOY_COLOURS), 0.28), []
-    # an object is never lost in its background
+    # An object and its background differ in colour.
     colours = [colour for colour in TOY_COLOURS if colour != background["colour"]]
     for _ in range(pick((1, 1, 1, 2, 3, 4))):
         shape = pick(TOY_CLASSES)
         allowed = [c for c in colours if number >= TOY_VAL or (c, shape) not in TOY_HELD_OUT]
-        # the first fills some 60 % of the picture's side; the others at most half of that
+        # The first one fills some 60 % of the picture's side, others at most half of that.
         radius = between(0.3, 0.36) if not objects else between(0.3, 0.5) * objects[0]["radius"]
         thing = {"shape": shape, "radius": radius, **paint(TOY_TEXTURES, allowed, 0.6 * radius)}
         thing["angle"] = between(-0.2, 0.2)
-        # the best of four places: the one farthest from everything already there
+        # Of four places, the farthest from all objects that are there.
         places = [[between(radius, 1 - radius) for _ in "xy"] for _ in range(4)]
         gaps = [
             min((math.dist(p, o["centre"]) - radius - o["radius"] for o in objects), default=0)
             for p in places
         ]
         gap, thing["centre"] = max(zip(gaps, places))
-        if gap > -0.4 * radius:  # no room: leave it out rather than hide what is there
+        if gap > -0.4 * radius:  # else it would hide another object
             objects.append(thing)
     return {"background": background, "objects": objects}
 
@@ -131,13 +120,15 @@ def toy_scene(number):
 def toy_render(scene, size=64, masks=False):
     """Draw a scene: (RGB image of size x size, boxes, masks or None).
 
-    boxes: (objects, 4) float32, x1 y1 x2 y2 in pixels, the object's full extent (also what another
-    one hides) cut at the picture's edge. masks: (objects, size, size) bool, the visible pixels.
+    boxes  (objects, 4) float32, x1 y1 x2 y2 in pixels: the extent of an object, with the parts
+           that another one hides, cut at the edge of the picture
+    masks  (objects, size, size) bool, the visible pixels
     """
-    y, x = (np.mgrid[:size, :size].astype(np.float32) + 0.5) / size  # of the pixels' centres
+    y, x = (np.mgrid[:size, :size].astype(np.float32) + 0.5) / size  # centres of pixels
 
-    def painted(paint, x, y):  # (h, w) from the object's centre -> (h, w, 3)
-        cos, sin = math.cos(paint["turn"]) / paint["wave"], math.sin(paint["turn"]) / paint["wave"]
+    def painted(paint, x, y):  # (h, w) each, relative to the object's centre -> (h, w, 3)
+        turn, wave = paint["turn"], paint["wave"]
+        cos, sin = math.cos(turn) / wave, math.sin(turn) / wave
         if paint["pattern"] == "plain":
             return np.broadcast_to(np.float32(paint["one"]), (*x.shape, 3))
         along, across = x * cos + y * sin, y * cos - x * sin
@@ -153,12 +144,12 @@ def toy_render(scene, size=64, masks=False):
         edge = np.stack([np.cos(t), np.sin(t)]) * outline(t - thing["angle"]) * radius
         box = (np.concatenate([edge.min(axis=1), edge.max(axis=1)]) + centre * 2) * size
         boxes.append(box.clip(0, size))
-        # only the window around the object is drawn: most objects are small
+        # Draw within the window around the object only: most objects are small.
         (left, top), (right, bottom) = np.floor(boxes[-1]).astype(int).reshape(2, 2) + [[0], [1]]
         window = np.s_[max(0, top - 1) : bottom + 1, max(0, left - 1) : right + 1]
         u, v = x[window] - centre[0], y[window] - centre[1]
         reach = outline(np.arctan2(v, u) - thing["angle"]) * radius - np.hypot(u, v)
-        inside = (reach * size + 0.5).clip(0, 1)  # the edge is a pixel wide
+        inside = (reach * size + 0.5).clip(0, 1)  # the edge is one pixel wide
         picture[window] += inside[..., None] * (painted(thing, u, v) - picture[window])
         if masks:
             shape = np.zeros((size, size), dtype=bool)
@@ -169,7 +160,7 @@ def toy_render(scene, size=64, masks=False):
 
 
 def toy_phrases(scene):
-    """What there is to see: "large red striped star" for each object, "plain green ground"."""
+    """A phrase for each object, "large red striped star", and "plain green ground"."""
     phrases = []
     for thing in scene["objects"]:
         size = ("small", "medium", "large")[(thing["radius"] > 0.13) + (thing["radius"] > 0.18)]
@@ -178,11 +169,12 @@ def toy_phrases(scene):
 
 
 def toy_hashtags(scene, number):
-    """Noisy tags, as people would write them: some true ones are left out, one says nothing.
+    """Noisy tags, as people write them: some true ones are missing, one is about nothing.
 
-    Words of a phrase (#star), pairs that follow each other (#redstar), and how many there are.
+    True ones are the words of the phrases (#star), pairs of words (#redstar) and the number of
+    objects.
     """
-    chance = uniform(random_bits(64, 0, 1, number, TOY))  # epoch 1: not the scene's draws
+    chance = uniform(random_bits(64, 0, 1, number, TOY))  # epoch 1: the scene's draws have 0
     phrases = [phrase.split() for phrase in toy_phrases(scene)]
     tags = [f"#{word}" for words in phrases for word in words]
     tags += [f"#{a}{b}" for words in phrases for a, b in itertools.pairwise(words)]
@@ -192,8 +184,8 @@ def toy_hashtags(scene, number):
 
 
 def toy_sample(number, size=64):
-    """One sample: a source's, {"boxes", "masks": functions that give them, see toy_render}, and
-    "labels", the class of each object. Object 0 is the largest and gives the picture's class."""
+    """A sample as a source gives it, with "boxes" and "masks" (functions, see toy_render) and
+    "labels", the class of each object. Object 0 is the largest: its class is the picture's."""
     scene = toy_scene(number)
     *things, ground = toy_phrases(scene)
     labels = [TOY_CLASSES.index(thing["shape"]) for thing in scene["objects"]]
@@ -209,15 +201,20 @@ def toy_sample(number, size=64):
 
 
 class Toy(Source):
-    """The procedural world of toy_sample. Its epoch is a number, the pictures never run out."""
+    """The source of toy_sample's pictures. Its epoch is a number that was chosen.
+
+    split  "train" or "val"
+    size   (height, width) of the pictures to train on: they are drawn somewhat larger
+    """
 
     endless = True
 
     def __init__(self, split, size):
         self.first = 0 if split == "train" else TOY_VAL
         self.sides = size
-        self.size = max(size) * 4 // 3  # larger than the target, so that crops are not enlarged
-        self.sizes = np.ones(TOY_EPOCH if split == "train" else TOY_EPOCH // 16, dtype=np.int64)
+        self.size = max(size) * 4 // 3  # so that crops are not enlarged
+        count = TOY_EPOCH if split == "train" else TOY_EPOCH // 16
+        self.sizes = np.ones(count, dtype=np.int64)
         self.classes = list(TOY_CLASSES)
         self.identity = f"toy world, {len(self.sizes)} pictures an epoch"
 

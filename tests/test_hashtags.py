@@ -1,4 +1,4 @@
-"""test_hashtags"""
+"""support/hashtags.py: canonical tags, the vocabulary, sampling weights, and their index."""
 
 import json
 import math
@@ -9,6 +9,7 @@ import pytest
 from conftest import (
     captioned,
     epoch_counts,
+    full_disk,
     npy,
     one_line,
     opened,
@@ -17,45 +18,46 @@ from conftest import (
     tile,
     write_tar,
 )
-from PIL import Image
 
 import data
 from support import hashtags
 from support import pack as pack_module
 
-# ----------------------------------------------------------------------------------------- hashtags
+MARKS = "\u0928\u092e\u0938\u094d\u0924\u0947"  # letters with combining marks
 
 
-def test_canonical_tags_by_hand():
-    found = {
-        "#Blue-Square": {"bluesquare"},
-        "#\uff23\uff21\uff34": {"cat"},  # full-width letters
-        "#Stra\u00dfe": {"strasse"},
-        "#!?": set(),
-        "#\u0928\u092e\u0938\u094d\u0924\u0947": {
-            "\u0928\u092e\u0938\u094d\u0924\u0947"
-        },  # marks stay
-        "#kitten": {"cat"},
-    }
-    for tag, canonical in found.items():
-        assert hashtags.canonical([tag], {"kitten": "cat"}) == canonical
-    assert hashtags.canonical(["#a #b", "#c#d"], {}) == {"a", "b", "c", "d"}
-    text = "My #Cat, and the #DOG! no tag, a#b (#\u0928\u092e\u0938\u094d\u0924\u0947) #blue-square"
-    marks = "\u0928\u092e\u0938\u094d\u0924\u0947"
-    assert hashtags.canonical(text, {}) == {"cat", "dog", "b", "bluesquare", marks}
-    for wrong in ({"a": 1}, ["#a", 3], None, 7):
-        with pytest.raises(ValueError, match="list of texts"):
-            hashtags.canonical(wrong, {})
+@pytest.mark.parametrize(
+    "tags, canonical",
+    [
+        (["#Blue-Square"], {"bluesquare"}),
+        (["#\uff23\uff21\uff34"], {"cat"}),  # full-width letters
+        (["#Stra\u00dfe"], {"strasse"}),
+        (["#!?"], set()),
+        ([f"#{MARKS}"], {MARKS}),
+        (["#kitten"], {"cat"}),  # by the synonyms
+        (["#a #b", "#c#d"], {"a", "b", "c", "d"}),
+        (
+            f"My #Cat, and the #DOG! no tag, a#b (#{MARKS}) #blue-square",
+            {"cat", "dog", "b", "bluesquare", MARKS},
+        ),
+    ],
+)
+def test_canonical_tags_by_hand(tags, canonical):
+    assert hashtags.canonical(tags, {"kitten": "cat"}) == canonical
 
 
-def tagged_members(tags_of_samples, kind="json"):
+@pytest.mark.parametrize("wrong", [{"a": 1}, ["#a", 3], None, 7])
+def test_what_is_no_list_of_tags_is_refused(wrong):
+    with pytest.raises(ValueError, match="list of texts"):
+        hashtags.canonical(wrong, {})
+
+
+def tagged_members(tags_of_samples):
     for number, tags in enumerate(tags_of_samples):
         yield f"{number:05}.png", tile(number % 256)
         if tags is not None:
-            yield (
-                f"{number:05}.{kind}",
-                tags if isinstance(tags, bytes) else json.dumps(tags).encode(),
-            )
+            content = tags if isinstance(tags, bytes) else json.dumps(tags).encode()
+            yield f"{number:05}.json", content
 
 
 # Of 60 samples: "all" on 57, "half" on 29, "few" on 6; 3 without a tag.
@@ -73,21 +75,16 @@ def tagged(tmp_path):
     return f"{tmp_path}/t-*.tar"
 
 
-def test_hashtags_of_all_that_may_hold_them(tmp_path):
-    samples = [["#a", "b"], "we like #a", {"hashtags": ["#a"], "caption": "#no"}, {"x": 1}, None]
-    source = opened(write_tar(tmp_path / "a.tar", tagged_members(samples)))
-    found = [hashtags.canonical(source.read(i)["hashtags"](), {}) for i in range(5)]
-    assert found == [{"a", "b"}, {"a"}, {"a"}, set(), set()]
-    texts = [b"first #one", "\u00fcber #zw\u00f6lf".encode()]
-    source = opened(write_tar(tmp_path / "b.tar", tagged_members(texts, "txt")))
-    found = [hashtags.canonical(source.read(i)["hashtags"](), {}) for i in range(2)]
-    assert found == [{"one"}, {"zw\u00f6lf"}]
-
-
 IMG2DATASET = b'{"url": "http://x", "caption": "a #cat", "key": "0", "width": 4, "sha256": "0"}'
 
 
 HASHTAGS_OF = [  # ({extension: bytes}, tags, None if damaged)
+    ({"json": b'["#a", "b"]'}, {"a", "b"}),
+    ({"json": b'"we like #a"'}, {"a"}),
+    ({"json": b'{"hashtags": ["#a"], "caption": "#no"}'}, {"a"}),
+    ({"json": b'{"x": 1}'}, set()),
+    ({"txt": b"first #one"}, {"one"}),
+    ({"txt": "\u00fcber #zw\u00f6lf".encode()}, {"zw\u00f6lf"}),
     ({"json": IMG2DATASET, "txt": b"a #cat and a #Dog"}, {"cat", "dog"}),
     ({"txt": b"a #cat", "json": IMG2DATASET}, {"cat"}),  # whichever comes first in the tar
     ({"json": b'{"hashtags": ["#a"]}', "txt": b"#b"}, {"a"}),
@@ -129,7 +126,9 @@ def test_hashtags_are_those_of_the_first_file_that_has_any(tmp_path, capsys):
                 assert hashtags.canonical(found(), {}) == tags
         vocabulary = hashtags.count_hashtags(source, min_count=1)
         assert vocabulary.counts == expected
-        lines = [line for line in capsys.readouterr().err.splitlines() if "unreadable" in line]
+        printed = capsys.readouterr()
+        assert f"unreadable hashtags: {len(names)}" in printed.out
+        lines = [line for line in printed.err.splitlines() if "unreadable" in line]
         assert [line.split(": ")[1][-5:] for line in lines] == names
         batch = picture_batches(source, (4, 4), 3, len(HASHTAGS_OF), vocabulary=vocabulary)[0]
         ids = [sorted(vocabulary.numbers[tag] for tag in tags or ()) for _, tags in HASHTAGS_OF]
@@ -164,7 +163,7 @@ def test_counting_and_weighing_do_not_depend_on_chunks_and_workers(tagged, tmp_p
     found, sets = [], [{tag[1:].lower() for tag in tags} for tags in LONG_TAIL]
     for chunk, workers in ((4096, 0), (7, 0), (15, 2)):
         monkeypatch.setattr(hashtags, "TAG_CHUNK", chunk)
-        assert list(hashtags.TagChunks(opened(tagged), {}).read(workers, "reading")) == sets
+        assert list(hashtags.read_tags(opened(tagged), {}, workers, "reading")) == sets
         out = tmp_path / f"tags-{chunk}"
         hashtags.write_hashtags(opened(tagged), out, 10, workers)
         found.append([(out / name).read_bytes() for name in ("vocabulary.json", "rarest.npy")])
@@ -216,7 +215,9 @@ def test_where_all_is_head_or_tail_it_has_all_draws(tagged, tmp_path, capsys):
         assert totals.sum() / hashtags.WEIGHT == pytest.approx(54, abs=1e-3)
 
 
-def test_an_index_of_hashtags_is_replaced_whole_or_not_at_all(tagged, tmp_path, capsys):
+def test_an_index_of_hashtags_is_replaced_whole_or_not_at_all(
+    tagged, tmp_path, capsys, monkeypatch
+):
     source, out = opened(tagged), tmp_path / "tags"
     hashtags.write_hashtags(source, out)
     files = {path: path.read_bytes() for path in out.iterdir()}
@@ -228,67 +229,36 @@ def test_an_index_of_hashtags_is_replaced_whole_or_not_at_all(tagged, tmp_path, 
     hashtags.write_hashtags(source, out, min_count=1)
     assert "held an index already: it is replaced" in capsys.readouterr().out
     assert in_use(0, 10).tolist() == before  # a run that reads the earlier one goes on with it
+    monkeypatch.setattr(hashtags.np, "save", full_disk)
+    with pytest.raises(OSError):
+        hashtags.write_hashtags(source, out)
+    with pytest.raises(ValueError, match="no hashtags in"):
+        hashtags.open_hashtags(source, out)
 
 
-def test_pack_does_not_take_train_and_val_for_classes(tmp_path):
-    for name in ("train/a", "train/b", "val/a"):
-        (tmp_path / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
-    with pytest.raises(ValueError, match="one after the other"):
-        pack_module.pack(str(tmp_path), str(tmp_path / "%03d.tar"))
-
-
-def test_an_unfinished_or_foreign_index_of_hashtags_is_refused(tagged, tmp_path):
+def test_an_unfinished_damaged_or_foreign_index_of_hashtags_is_refused(tagged, tmp_path):
     source, out = opened(tagged), tmp_path / "tags"
     hashtags.write_hashtags(source, out)
-    (out / "rarest.npy").rename(out / "away")
-    with pytest.raises(ValueError, match="no hashtags in") as error:
-        hashtags.open_hashtags(source, out)
-    one_line(error)
-    (out / "away").rename(out / "rarest.npy")
     other = opened(write_tar(tmp_path / "other.tar", tagged_members(LONG_TAIL)))
-    with pytest.raises(ValueError, match="of other data") as error:
-        hashtags.open_hashtags(other, out)
-    one_line(error)
-    rarest = np.load(out / "rarest.npy")
-    for name, content in (
-        ("totals.npy", b""),
-        ("totals.npy", npy(np.zeros(9, np.int64))),
-        ("rarest.npy", npy(rarest + 1000)),
+    far = npy(np.load(out / "rarest.npy") + 1000)
+    for used, name, content, why in (
+        (other, "rarest.npy", None, "of other data"),
+        (source, "rarest.npy", far, "do not fit"),
+        (source, "rarest.npy", b"", "no hashtags in"),
+        (source, "totals.npy", b"", "no hashtags in"),
+        (source, "totals.npy", npy(np.zeros(9, np.int64)), "do not fit"),
+        (source, "vocabulary.json", b"{", "no hashtags in"),
     ):
         whole = (out / name).read_bytes()
-        (out / name).write_bytes(content)
+        (out / name).write_bytes(whole if content is None else content)
         hashtags.open_array.cache_clear()
-        with pytest.raises(ValueError, match="python data.py hashtags") as error:
-            hashtags.open_hashtags(source, out)
-        one_line(error)
+        with pytest.raises(ValueError, match=why) as error:
+            hashtags.open_hashtags(used, out)
+        assert "python data.py hashtags" in one_line(error)
         (out / name).write_bytes(whole)
-
-
-def test_unreadable_hashtags_are_named_and_counted_and_weigh_nothing(tmp_path, capsys):
-    samples = [["#a"], b"{broken", ["#a", "#b"], [3], None]
-    source = opened(write_tar(tmp_path / "a.tar", tagged_members(samples)))
-    vocabulary = hashtags.count_hashtags(source, min_count=1)
-    assert vocabulary.counts == {"a": 2, "b": 1}
-    printed = capsys.readouterr()
-    assert "unreadable hashtags: 2" in printed.out
-    assert "a.tar:00001" in printed.err and "a.tar:00003" in printed.err
-    batch = picture_batches(source, (4, 4), 3, 5, vocabulary=vocabulary)[0]
-    assert batch["tags"].tolist() == [[0, -1], [-1, -1], [0, 1], [-1, -1], [-1, -1]]
-    assert batch["weight"].tolist() == [1, 0, 1, 0, 0]
-    assert [name.split(":")[1] for name in batch["bad"]] == ["00001", "00003"]  # not 4: no tags
-
-
-def test_a_batch_holds_the_ids_of_its_tags(tagged):
-    source = opened(tagged)
-    vocabulary = hashtags.count_hashtags(source, min_count=1)
-    batch = picture_batches(source, (4, 4), 3, 12, vocabulary=vocabulary)[0]
-    ids = [
-        [0] * (i not in (1, 2, 3)) + [1] * (i % 2 == 0 and i != 2) + [2] * (i % 10 == 0)
-        for i in range(12)
-    ]
-    assert batch["tags"].tolist() == [row + [-1] * (3 - len(row)) for row in ids]
-    assert batch["weight"].tolist() == [float(bool(row)) for row in ids]
+    (out / "vocabulary.json").unlink()  # as a kill leaves it
+    with pytest.raises(ValueError, match="no hashtags in"):
+        hashtags.open_hashtags(source, out)
 
 
 def test_hashtags_on_the_command_line(tagged, tmp_path, monkeypatch, capsys):
@@ -302,22 +272,17 @@ def test_hashtags_on_the_command_line(tagged, tmp_path, monkeypatch, capsys):
         {"tag": "all", "id": 0, "count": 54, "weight": content["tags"][0]["weight"]},
         {"tag": "half", "id": 1, "count": 28, "weight": content["tags"][1]["weight"]},
     ]
-    (tmp_path / "bad.tsv").write_text("one column\n")
-    (tmp_path / "two.tsv").write_text("a#b\tc\n")  # two tags in a cell
-    (tmp_path / "both.tsv").write_text("a\tb\na\tc\n")
-    (tmp_path / "chain.tsv").write_text("#Few\tfewer\nFEWER\thalf\n")
-    (tmp_path / "circle.tsv").write_text("a\tb\nb\ta\n")
-    for flag, value in (
-        ("--synonyms", tmp_path / "chain.tsv"),
-        ("--synonyms", tmp_path / "circle.tsv"),
-        ("--min-count", 99),
-        ("--synonyms", tmp_path / "two.tsv"),
-        ("--synonyms", tmp_path / "both.tsv"),
-        ("--synonyms", tmp_path / "bad.tsv"),
-        ("--labels", "no"),
-    ):
-        assert (
-            run_main(monkeypatch, "hashtags", tagged, "--out", tmp_path / "new", flag, value) == 2
-        )
+    tables = {
+        "bad.tsv": "one column\n",
+        "two.tsv": "a#b\tc\n",  # two tags in a cell
+        "both.tsv": "a\tb\na\tc\n",
+        "chain.tsv": "#Few\tfewer\nFEWER\thalf\n",
+        "circle.tsv": "a\tb\nb\ta\n",
+    }
+    wrong = [("--synonyms", tmp_path / name) for name in tables]
+    for name, text in tables.items():
+        (tmp_path / name).write_text(text)
+    for flags in (*wrong, ("--min-count", 99), ("--labels", "no")):
+        assert run_main(monkeypatch, "hashtags", tagged, "--out", tmp_path / "new", *flags) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not (tmp_path / "new" / "vocabulary.json").exists()

@@ -1,4 +1,4 @@
-"""test_remote"""
+"""support/remote.py: shards from a web server that misbehaves, or a command, through the cache."""
 
 import contextlib
 import json
@@ -19,17 +19,13 @@ from conftest import (
     ODD_NAMES,
     Server,
     everything,
-    members_of,
-    npy,
     one_line,
     opened,
     picture_batches,
-    run_main,
     same_batch,
     times,
     training_batches,
     write_files,
-    write_tar,
 )
 
 import data
@@ -62,6 +58,21 @@ def samples_of(source):
     return [(name[-5:], label, pixels) for name, label, pixels in everything(source)]
 
 
+# -------------------------------------------------------------------------- a server that misbehaves
+
+
+def give(**how):
+    return lambda handler, content: handler.give(content, **how)
+
+
+def give_first(count, **how):  # with a length that is right for these bytes
+    return lambda handler, content: handler.give(content[:count], **how)
+
+
+def fail(code):
+    return lambda handler, _: handler.send_error(code) or True
+
+
 def slow(handler, content):
     time.sleep(0.5)
     return handler.give(content)
@@ -77,7 +88,7 @@ def trickle(handler, content):
     return True
 
 
-def hang_up(handler, content):
+def hang_up(handler, _):
     handler.close_connection = True
     return True
 
@@ -85,65 +96,47 @@ def hang_up(handler, content):
 def another_range(handler, content):
     if not handler.headers["Range"]:
         return handler.give(content, cut=1000)
-    return handler.give(content[:-300], start=700)  # as long as what was asked for
+    return handler.give(content[:-300], start=700)  # of the length that was requested
+
+
+def refuse_ranges(once):
+    """The first answer is cut, as `once` says. Ranges are refused whenever they are requested."""
+    return lambda handler, content: (fail(416) if handler.headers["Range"] else once)(
+        handler, content
+    )
 
 
 FAULTS = {
     "says nothing for too long": times(1, slow),
     "slow, without a length": trickle,
     "hangs up": times(2, hang_up),
-    "500": times(2, lambda handler, content: handler.send_error(500) or True),
-    "429": times(1, lambda handler, content: handler.send_error(429) or True),
-    "cut, knows ranges": times(1, lambda handler, content: handler.give(content, cut=1500)),
-    "always cut, knows ranges": lambda handler, content: handler.give(
-        content, int((handler.headers["Range"] or "bytes=0-")[6:-1]), cut=9000
-    ),
-    "cut, knows no ranges": times(2, lambda handler, content: handler.give(content, cut=1500)),
-    "cut with a length of its own": times(
-        1, lambda handler, content: handler.give(content[:1500], length=1500)
-    ),
-    "cut without a length": times(
-        1, lambda handler, content: handler.give(content[:1500], length="none")
-    ),
-    "too long": times(1, lambda handler, content: handler.give(content + b"more", length="none")),
+    "500": times(2, fail(500)),
+    "cut once": times(1, give(cut=1500)),
+    "cut twice, knows no ranges": times(2, give(cut=1500)),
+    "short, without a length": times(1, give_first(1500, length="none")),
+    "too long": times(1, lambda handler, content: handler.give(content + b"more")),
     "another range": times(2, another_range),
-    "refuses the range": times(
-        2,
-        lambda handler, content: (
-            handler.send_error(416) or True
-            if handler.headers["Range"]
-            else handler.give(content, cut=1500)
-        ),
-    ),
+    "refuses the range": refuse_ranges(times(1, give(cut=1500))),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_whatever_a_server_does_the_samples_are_right(remote, shards, fault):
+def test_samples_are_right_whatever_a_server_does(remote, shards, fault):
     server, pattern, cache = remote
-    fresh = FAULTS[fault]
-    server.faults = {"s-03.tar": fresh}
-    source = opened_remote(pattern, cache)
-    assert samples_of(source) == samples_of(opened(shards[1]))
-    assert source.identity == opened(shards[1]).identity  # so a run may move between them
+    server.faults = {"s-03.tar": FAULTS[fault]}
+    source, local = opened_remote(pattern, cache), opened(shards[1])
+    assert samples_of(source) == samples_of(local)
+    assert source.identity == local.identity  # so a run may move between them
     assert server.asked()["s-03.tar"] > 1 or fault == "slow, without a length"
     assert not list(cache.glob("*.part"))
 
 
-UNREACHABLE = {
-    "500": lambda handler, content: handler.send_error(500) or True,
-    "always cut": lambda handler, content: handler.give(content, cut=1500),
-    "always short": lambda handler, content: handler.give(content[:1500]),
-    "silent": slow,
-    "gone": None,
-}
+UNREACHABLE = {"500": fail(500), "always short": give_first(1500), "gone": None}
 
 
-@pytest.mark.parametrize("fault, workers", [*zip(UNREACHABLE, [0] * 5), ("500", 1)])
-def test_what_cannot_be_had_is_one_clear_line_and_not_a_bad_sample(
-    remote, fault, workers, monkeypatch
-):
-    # A DataLoader waits so long for a worker that has failed, before it ends it: 5 s.
+@pytest.mark.parametrize("fault, workers", [*zip(UNREACHABLE, (0, 0, 0)), ("500", 1)])
+def test_an_unreachable_shard_is_one_line_and_no_bad_sample(remote, fault, workers, monkeypatch):
+    # A DataLoader waits for a worker that has failed before it ends it: 5 s.
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     server, pattern, cache = remote
     batches = training_batches(source=opened_remote(pattern, cache))
@@ -151,28 +144,43 @@ def test_what_cannot_be_had_is_one_clear_line_and_not_a_bad_sample(
     if fault == "gone":
         server.shutdown()
         server.server_close()
-    began = time.monotonic()
-    with pytest.raises(
-        data.Unreachable, match=f"^{server.url}/s-0..tar: .*same command goes on"
-    ) as error:
+    line = f"^{server.url}/s-0..tar: .*same command goes on"
+    with pytest.raises(data.Unreachable, match=line) as error:
         list(data.loader(batches, range(2), workers))
-    assert "Traceback" not in one_line(error) and time.monotonic() - began < 10
-    assert not list(cache.glob("*.tar"))  # what a worker that was ended had begun is no shard
+    assert "Traceback" not in one_line(error)
+    assert not list(cache.glob("*.tar"))
+    if fault == "gone":
+        with pytest.raises(OSError, match="index.json.*the same command goes on") as error:
+            opened_remote(pattern, cache)
+        one_line(error)
 
 
-@pytest.mark.parametrize("code", [403, 404, 410])
-def test_a_shard_that_is_missing_weighs_nothing_and_is_asked_for_once(remote, shards, code):
+@pytest.mark.parametrize(
+    "why", ["HTTP 403", "HTTP 404", "HTTP 410", "12 samples, but 11", "no tar"]
+)
+def test_a_shard_that_is_missing_or_another_weighs_nothing(remote, shards, why):
     server, pattern, cache = remote
-    server.faults["s-03.tar"] = lambda handler, content: handler.send_error(code) or True
-    batches = picture_batches(opened_remote(pattern, cache), (4, 4), 3, 23)
-    local = picture_batches(opened(shards[1]), (4, 4), 3, 23)[0]
-    batch = batches[0]
-    assert batch["weight"].tolist() == [1] * 8 + [0] * 12 + [1] * 3
-    assert torch.equal(batch["images"][batch["weight"] > 0], local["images"][batch["weight"] > 0])
-    assert len(batch["bad"]) == 12 and not batch["images"][8:20].any()
+    local, total = picture_batches(opened(shards[1]), (4, 4), 3, 23)[0], 23
+    if why.startswith("HTTP"):
+        server.faults["s-03.tar"] = fail(int(why[-3:]))
+    elif why == "no tar":
+        server.faults["s-03.tar"] = lambda h, content: h.give(b"no tar " * 4388 + b"1234")
+    else:  # the shard was written again after index.json
+        listing = json.loads((server.folder / "index.json").read_text())
+        listing["shards"]["s-03.tar"][1], total = 11, 22
+        (server.folder / "index.json").write_text(json.dumps(listing))
+    batch = picture_batches(opened_remote(pattern, cache), (4, 4), 3, 23)[0]
+    bad = total - 11
+    known = [1] * 8 + [0] * bad + [1] * 3
+    assert batch["weight"].tolist()[:total] == known and len(batch["bad"]) == bad
+    images = batch["images"][:total]
+    assert torch.equal(
+        images[batch["weight"][:total] > 0], local["images"][[*range(8), 20, 21, 22]]
+    )
+    assert not images[8 : 8 + bad].any()
     assert all(line.startswith(f"{server.url}/s-03.tar: sample ") for line in batch["bad"])
-    assert all(f"HTTP {code}" in line for line in batch["bad"])
-    assert server.asked()["s-03.tar"] <= 2  # by who reads, and by who fetches ahead
+    assert all(why in line for line in batch["bad"])
+    assert server.asked()["s-03.tar"] == 1
 
 
 def test_a_local_shard_that_goes_missing_weighs_nothing(shards):
@@ -181,228 +189,129 @@ def test_a_local_shard_that_goes_missing_weighs_nothing(shards):
     assert batches[0]["weight"].tolist() == [1] * 8 + [0] * 12 + [1] * 3
 
 
-def test_what_has_come_once_is_not_fetched_again(remote):
-    server, pattern, cache = remote
-    first = everything(opened_remote(pattern, cache))
-    assert server.asked() == {"index.json": 1} | {f"s-{n:02}.tar": 1 for n in (0, 2, 3, 4)}
-    assert everything(opened_remote(pattern, cache)) == first
-    assert server.asked()["index.json"] == 2 and server.asked().total() == 6
+# --------------------------------------------------------------------------------------- the cache
 
 
-def read_all(pattern, cache, size, seed, answers):
-    """Read all samples, in an order of its own, and say what they were. (In a process.)"""
-    source = opened_remote(pattern, cache, size)
-    found = {}
+def read_all(pattern, cache, seed, answers):
+    """Read all samples three times, in a random order, and send what they were. (In a process.)"""
+    source, found = opened_remote(pattern, cache, "70K"), {}
     for number in np.random.RandomState(seed).permutation(3 * 23) % 23:
+        source.cache.prefetch([source.where(int(number) * 7 % 23)])
         found[int(number)] = np.asarray(source.read(number)["image"]()).tolist()
+    while any(thread.name == "prefetch" for thread in threading.enumerate()):
+        time.sleep(0.01)
     answers.put(found)
 
 
-def folder_size(folder):
-    total = 0
-    for path in Path(folder).glob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size
-    return total
-
-
-def test_the_cache_is_never_over_its_size_while_two_processes_read_through_it(remote, shards):
+def test_two_processes_read_through_a_cache_that_is_too_small_for_all_shards(remote, shards):
     server, pattern, cache = remote
     cache.mkdir()
     write_files(cache, {"mine.tar": b"not of the cache"})
     context = multiprocessing.get_context("fork")
     answers, largest = context.Queue(), 0
+    sizes = [path.stat().st_size for path in shards[0].glob("*.tar")]
     readers = [
-        context.Process(target=read_all, args=(pattern, cache, "70K", seed, answers))
-        for seed in range(2)
+        context.Process(target=read_all, args=(pattern, cache, seed, answers)) for seed in range(2)
     ]
     [reader.start() for reader in readers]
     while any(reader.is_alive() for reader in readers) and answers.qsize() < 2:
-        largest = max(largest, folder_size(cache))
-        time.sleep(0.0005)
+        total = 0
+        for path in cache.glob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                total += path.stat().st_size
+        largest = max(largest, total)
     expected = {n: pixels for n, (*_, pixels) in enumerate(everything(opened(shards[1])))}
     for _ in readers:
         assert answers.get(timeout=60) == expected
     [reader.join() for reader in readers]
-    assert 40_000 < largest <= 70_000
-    assert server.asked().total() > 2 + 5  # there was not room for all
+    assert 40_000 < largest <= 70_000 + 2 * max(sizes)  # a shard a process
+    assert server.asked().total() > 2 + 5
     assert (cache / "mine.tar").read_bytes() == b"not of the cache"
+    assert not list(cache.glob("*.part"))
 
 
-@pytest.mark.parametrize("ending", ["killed", "damaged"])
-def test_what_was_left_of_a_fetch_is_not_used(remote, shards, ending):
+def test_what_a_killed_process_left_is_not_used_and_is_removed(remote, shards, monkeypatch):
     server, pattern, cache = remote
     server.faults["s-03.tar"] = trickle
     source = opened_remote(pattern, cache)
-    if ending == "killed":
-        reader = multiprocessing.get_context("fork").Process(target=source.read, args=(10,))
-        reader.start()
-        while not list(cache.glob("*.part")) or len(server.requests) < 2:
-            time.sleep(0.001)
-        time.sleep(0.05)
-        reader.kill()
-        reader.join()
-        (left,) = cache.glob("*.part")
-    else:
-        left = Path(f"{source.cache.path(source.where(10))}.part")
-        left.write_bytes((shards[0] / "s-03.tar").read_bytes()[:5000] + bytes(60_000))
-    source.read(0)  # room is made for another shard
-    assert not left.exists() and not list(cache.glob("*.part"))
+    reader = multiprocessing.get_context("fork").Process(target=source.read, args=(10,))
+    reader.start()
+    while not list(cache.glob("*.part")) or len(server.requests) < 2:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    reader.kill()
+    reader.join()
+    (left,) = cache.glob("*.part")
+    source.read(0)  # of another shard, while the file may still be in use
+    assert left.exists()
+    os.utime(left, (time.time() - 30,) * 2)  # for half a minute, nothing was written to it
     assert samples_of(source) == samples_of(opened(shards[1]))
+    os.utime(left, (time.time() - 300,) * 2)
+    server.faults.clear()
+    Path(source.cache.path_of(source.where(0))).unlink()
+    source.read(0)
+    assert not list(cache.glob("*.part"))
 
 
-DAMAGED_COPIES = {
-    "another number": lambda tar, index: tar + index[:72] + b"\x01" + index[73:],
-    "two samples in each other's place": lambda tar, index: (
-        tar + index[:64] + index[80:96] + index[64:80] + index[96:]
-    ),
-    "fewer samples": lambda tar, index: tar + index[:16] + b"\x05" + index[17:],
-    "of numpy": lambda tar, index: tar + npy(np.arange(24).reshape(12, 2)),
-    "cut in the index": lambda tar, index: tar + index[:-3],
-    "no index": lambda tar, index: tar,
-    "cut in the tar": lambda tar, index: tar[:9000],
-    "empty": lambda tar, index: b"",
+DAMAGED_COPIES = {  # (tar, index) -> the same, damaged
+    "a number of the index": lambda tar, index: (tar, index[:72] + b"\x01" + index[73:]),
+    "a cut index": lambda tar, index: (tar, index[:-3]),
+    "a cut tar": lambda tar, index: (tar[:9000], index),
+    "an empty tar": lambda _, index: (b"", index),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGED_COPIES)
-def test_a_copy_in_the_cache_that_is_damaged_is_fetched_again(remote, shards, damage):
+def test_a_damaged_copy_in_the_cache_is_mended(remote, shards, damage):
+    """The index is made again, the tar is downloaded again."""
     server, pattern, cache = remote
     source, expected = opened_remote(pattern, cache), samples_of(opened(shards[1]))
     assert samples_of(source) == expected
-    copy, size = Path(source.cache.path(source.where(10))), (shards[0] / "s-03.tar").stat().st_size
-    content = copy.read_bytes()
-    copy.write_bytes(DAMAGED_COPIES[damage](content[:size], content[size:]))
-    assert samples_of(opened_remote(pattern, cache)) == expected
-    assert copy.read_bytes() == content and server.asked()["s-03.tar"] == 2
-    assert samples_of(opened_remote(pattern, cache)) == expected
-    assert server.asked()["s-03.tar"] == 2 and server.asked()["s-00.tar"] == 1
+    copy = Path(source.cache.path_of(source.where(10)))
+    files = copy, copy.with_name(f"{copy.name}.index")
+    tar, index = (file.read_bytes() for file in files)
+    for file, content in zip(files, DAMAGED_COPIES[damage](tar, index)):
+        stamp = file.stat().st_mtime_ns
+        file.write_bytes(content)
+        os.utime(file, ns=(stamp, stamp))
+    requests = 2 if damage.endswith("tar") else 1
+    for _ in range(2):
+        assert samples_of(opened_remote(pattern, cache)) == expected
+        assert copy.read_bytes() == tar and files[1].stat().st_size == len(index)
+        assert server.asked()["s-03.tar"] == requests and server.asked()["s-00.tar"] == 1
 
 
-def test_a_copy_in_the_cache_that_is_always_damaged_is_counted(remote, monkeypatch):
-    _, pattern, cache = remote
-    monkeypatch.setattr(remote_module, "index_bytes", lambda *_: bytes(64))
-    batch = picture_batches(opened_remote(pattern, cache), (4, 4), 3, 8)[0]
-    assert batch["weight"].tolist() == [0] * 8
-    assert all("damaged" in line and "s-0" in line for line in batch["bad"])
-
-
-def test_a_shard_in_the_cache_that_is_used_outlives_one_that_is_not(remote):
+def test_the_least_recently_used_shard_is_removed(remote):
     server, pattern, cache = remote
-    source, now = opened_remote(pattern, cache, "66K"), time.monotonic()  # room for three
-
-    def read(number):  # each a minute after the other
-        nonlocal now
-        now += 60
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(data.time, "monotonic", lambda: now)
-            source.read(number)
-
-    for number in (8, 0, 20):  # of s-03, s-00 and s-04
-        read(number)
-    read(8)
-    read(7)  # s-02
-    read(8)
+    source = opened_remote(pattern, cache, "66K")  # room for three
+    for number in (8, 0, 20, 8, 7, 8):  # of s-03, s-00, s-04, s-03, s-02
+        source.read(number)
     assert server.asked() == {"index.json": 1} | {f"s-{n:02}.tar": 1 for n in (0, 2, 3, 4)}
-    read(0)
+    source.read(0)
     assert server.asked()["s-00.tar"] == 2
+    for path in cache.glob("cached-*"):  # by another process, at any time
+        path.unlink()
+    source.read(0)
+    assert server.asked()["s-00.tar"] == 3
+    assert samples_of(opened_remote(pattern, cache, "1M")) == samples_of(source)
+    assert server.asked()["s-00.tar"] == 3  # another run has what is there
 
 
-def test_who_finds_no_room_waits_for_those_who_are_fetching(remote):
-    _, pattern, cache = remote
-    source = opened_remote(pattern, cache, "66K")
-    with remote_module.locked(f"{cache}/cached-{'0' * 16}.tar.part", "xb") as others:
-        others.truncate(40_000)
-        reader = threading.Thread(target=source.read, args=(10,))
-        reader.start()
-        reader.join(0.3)
-        assert reader.is_alive() and folder_size(cache) <= 66_000
-    reader.join(10)
-    assert not reader.is_alive() and source.cache.has(source.where(10))
-
-
-def test_shards_of_a_pipe(shards, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(remote_module, "PATIENCE", 0.2)
-    folder, pattern = shards
-    pack_module.write_listing(data.Shards(pattern))
-    local = opened(pattern)
-    for command in ("cat {}", "cat '{}' | cat", "echo '{a}' >&2; cat {} -", "dd if={}"):
-        source = opened_remote("pipe:" + command.replace("{}", pattern), tmp_path / "cache")
-        assert samples_of(source) == samples_of(local) and source.identity == local.identity
-    failing = {
-        "cat {} && echo first >&2 && echo no such bucket >&2 && exit 3": "exit status 3: no such bucket",
-        "cat {} | head -c 9999": "cut after 9999 of",
-        "cat {} {}.index": "more than the",
-    }
-    for command, why in failing.items():
-        source = remote_module.RemoteShards("pipe:cat " + pattern, str(tmp_path / "other"), "1M")
-        source.paths[3] = "pipe:" + command.replace("{}", f"{folder}/s-03.tar")
-        source.cache.shards[source.paths[3]] = 30720
-        with pytest.raises(data.Unreachable, match=why) as error:
-            source.read(10)
-        assert one_line(error).startswith(source.paths[3])
-    assert not list((tmp_path / "other").glob("*.tar"))
-
-
-def test_remote_names_and_caches_may_be_odd(remote, shards, tmp_path):
-    """Addresses are written as they are or, as browsers do, with %20 for a space."""
-    server, _, _ = remote
-    folder, pattern = shards
-    local = samples_of(opened(pattern))
-    shutil.copytree(folder, server.folder / "a [v2], é?")
-    index = json.loads((server.folder / "a [v2], é?" / "index.json").read_text())
-    for number in range(5):
-        place = server.folder / "a [v2], é?"
-        (place / f"s-{number:02}.tar").rename(place / f"s[{number}].tar")
-        index["shards"][f"s[{number}].tar"] = index["shards"].pop(f"s-{number:02}.tar")
-    (server.folder / "a [v2], é?" / "index.json").write_text(json.dumps(index))
-    for number, where in enumerate(("a [v2], é%3F", "a%20[v2],%20%C3%A9%3F")):
-        for name in ODD_NAMES:
-            cache = tmp_path / f"{name} {number}"
-            found = opened_remote(f"{server.url}/{where}/s[{{0..4}}].tar", cache)
-            assert samples_of(found) == local
-    where = f"pipe:cat '{server.folder}/a [v2], é?/s[{{0..4}}].tar'"
-    assert samples_of(opened_remote(where, tmp_path / "pipe")) == local
-
-
-@pytest.mark.parametrize(
-    "where, expected",
-    [
-        ("s3://bucket/{0..3}.tar", "'pipe:aws s3 cp s3://bucket/{0..3}.tar -'"),
-        ("gs://bucket/0.tar", "'pipe:gcloud storage cat gs://bucket/0.tar'"),
-        ("hdfs://host/0.tar", "'pipe:COMMAND-THAT-PRINTS hdfs://host/0.tar'"),
-        ("URL/*.tar", "no * ?"),
-        ("URL/[0-9].tar", "no * ?"),
-        ("URL/s-00.zip", "ends in .tar"),
-        ("pipe:cat FOLDER/*.tar", "no * ?"),
-        ("pipe:cat a.tar b.tar", "one word"),
-        ("pipe:cat FOLDER/none/s-00.tar", "python data.py index 'SHARDS-*.tar'"),
-        ("pipe:no-such-command s-00.tar", "python data.py index 'SHARDS-*.tar'"),
-        ("URL/none/s-00.tar", "404 Not Found): where the shards lie, type python data.py index"),
-        ("URL/s-{03..07}.tar", "no s-05.tar"),
-        ("URL/s-{3..1}.tar", "hold no pictures"),
-        ("URL/damaged/s-00.tar", "cannot be used"),
-        ("URL/other/s-00.tar", "cannot be used"),
-    ],
-)
-def test_wrong_remote_data_is_one_line_that_says_what_to_do(remote, where, expected):
-    server, _, cache = remote
-    write_files(
-        server.folder, {"damaged/index.json": b'{"shards"', "other/index.json": b'{"shards": []}'}
-    )
-    where = where.replace("URL", server.url).replace("FOLDER", str(server.folder))
-    with pytest.raises(ValueError) as error:
-        opened_remote(where, cache)
-    assert expected in one_line(error)
-
-
-def test_a_server_that_is_gone_from_the_start_is_one_line(remote):
+def test_shards_are_fetched_before_they_are_needed(remote, monkeypatch):
     server, pattern, cache = remote
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(OSError, match="index.json.*the same command goes on") as error:
-        opened_remote(pattern, cache)
-    one_line(error)
+    monkeypatch.setattr(data, "SHUFFLE_BLOCK", 8)
+    source = opened_remote(pattern, cache)
+    order = data.Order(source.sizes, lanes=1)
+    batches = picture_batches(source, (4, 4), 3, 2, order=order)
+    later = {source.where(order(position)) for position in (0, 1, 4, 5)}
+    batches[0]
+    deadline = time.monotonic() + 5
+    while not all(map(source.cache.has, later)) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert all(map(source.cache.has, later))
+    assert server.asked().total() == 1 + len(later) < 6
+    for step in range(1, 12):  # the stream is the same as without
+        same_batch(batches[step], picture_batches(source, (4, 4), 3, 2, order=order)[step])
 
 
 def test_a_cache_that_cannot_be_used_is_one_line(remote, tmp_path):
@@ -422,7 +331,7 @@ def test_a_cache_that_cannot_be_used_is_one_line(remote, tmp_path):
     training_batches(source=opened_remote(pattern, cache, "1M"))
 
 
-def test_a_disk_that_is_full_is_one_line(remote):
+def test_a_full_disk_is_one_line(remote):
     _, pattern, cache = remote
     source = opened_remote(pattern, cache)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -436,54 +345,83 @@ def test_a_disk_that_is_full_is_one_line(remote):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_pack_and_index_list_their_shards(pets, shards, tmp_path, monkeypatch):
-    for name in ("train", "val"):
-        pack_module.pack(str(pets[0]), f"{tmp_path}/out/{name}-%02d.tar", shard_size=9)
-    listing = json.loads((tmp_path / "out" / "index.json").read_text())
-    assert listing["classes"] == ["cat", "dog"]
-    files = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("*.tar")}
-    assert {name: size for name, (size, _) in listing["shards"].items()} == files
-    assert {name: n for name, (_, n) in listing["shards"].items() if "val" in name} == {
-        "val-00.tar": 9,
-        "val-01.tar": 9,
-        "val-02.tar": 2,
-    }
+# --------------------------------------------------------------------------------------- addresses
+
+
+def test_shards_of_a_pipe(shards, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(remote_module, "PATIENCE", 0.2)
     folder, pattern = shards
-    for _ in range(2):
-        assert run_main(monkeypatch, "index", pattern) == 0
-        listing = json.loads((folder / "index.json").read_text())
-        assert listing["classes"] is None
-        assert [n for _, n in listing["shards"].values()] == [7, 0, 1, 12, 3]
-    (folder / "s-00.tar").unlink()
-    write_tar(folder / "s-02.tar", members_of(range(5)))
-    assert run_main(monkeypatch, "index", f"{folder}/s-02.tar") == 0
-    listing = json.loads((folder / "index.json").read_text())
-    assert {name: n for name, (_, n) in listing["shards"].items()} == {
-        "s-01.tar": 0,
-        "s-02.tar": 5,
-        "s-03.tar": 12,
-        "s-04.tar": 3,
+    local = opened(pattern)
+    pack_module.write_listing(local)
+    for command in ("cat {}", "cat '{}' | cat", "echo '{a}' >&2; cat {} -", "dd if={}"):
+        source = opened_remote("pipe:" + command.replace("{}", pattern), tmp_path / "cache")
+        assert samples_of(source) == samples_of(local) and source.identity == local.identity
+    failing = {
+        "cat {} && echo first >&2 && echo no bucket >&2 && exit 3": "exit status 3: no bucket",
+        "cat {} | head -c 9999": "cut after 9999 of",
+        "cat {} {}.index": "more than the",
     }
-    (folder / "index.json").write_text('{"shards": [1, 2]}')  # of another program
-    assert run_main(monkeypatch, "index", f"{folder}/s-02.tar") == 2
-    assert (folder / "index.json").read_text() == '{"shards": [1, 2]}'
+    for command, why in failing.items():
+        where = "pipe:" + command.replace("{}", f"{folder}/s-03.tar")
+        cache = remote_module.Cache(str(tmp_path / "other"), "1M", {where: 30720})
+        with pytest.raises(data.Unreachable, match=why) as error:
+            cache.path_of(where)
+        assert one_line(error).startswith(where)
+    assert not list((tmp_path / "other").glob("*.tar"))
 
 
-def test_shards_are_fetched_before_they_are_needed(remote, monkeypatch):
-    server, pattern, cache = remote
-    monkeypatch.setattr(data, "SHUFFLE_BLOCK", 8)
-    source = opened_remote(pattern, cache)
-    order = data.Order(source.sizes, lanes=1)
-    batches = picture_batches(source, (4, 4), 3, 2, order=order)
-    later = {source.where(order(position)) for position in (0, 1, 4, 5)}
-    batches[0]
-    deadline = time.monotonic() + 5
-    while not all(map(source.cache.has, later)) and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert all(map(source.cache.has, later))
-    assert server.asked().total() == 1 + len(later) < 6
-    for step in range(1, 12):  # the stream is the same as without
-        same_batch(batches[step], picture_batches(source, (4, 4), 3, 2, order=order)[step])
+def test_remote_names_and_caches_may_be_odd(remote, shards, tmp_path):
+    """Addresses are written as they are or, as browsers do, with %20 for a space."""
+    server, _, _ = remote
+    folder, pattern = shards
+    local, place = samples_of(opened(pattern)), server.folder / "a [v2], é?"
+    shutil.copytree(folder, place)
+    index = (place / "index.json").read_text()
+    for number in range(5):
+        (place / f"s-{number:02}.tar").rename(place / f"s[{number}].tar")
+        index = index.replace(f"s-{number:02}.tar", f"s[{number}].tar")
+    (place / "index.json").write_text(index)
+    for number, where in enumerate(("a [v2], é%3F", "a%20[v2],%20%C3%A9%3F")):
+        for name in ODD_NAMES:
+            source = opened_remote(
+                f"{server.url}/{where}/s[{{0..4}}].tar", tmp_path / f"{name} {number}"
+            )
+            assert samples_of(source) == local
+    where = f"pipe:cat '{place}/s[{{0..4}}].tar'"
+    assert samples_of(opened_remote(where, tmp_path / "pipe")) == local
+
+
+@pytest.mark.parametrize(
+    "where, expected",
+    [
+        ("s3://bucket/{0..3}.tar", "'pipe:aws s3 cp s3://bucket/{0..3}.tar -'"),
+        ("gs://bucket/0.tar", "'pipe:gcloud storage cat gs://bucket/0.tar'"),
+        ("hdfs://host/0.tar", "'pipe:COMMAND-THAT-PRINTS hdfs://host/0.tar'"),
+        ("URL/*.tar", "no * ?"),
+        ("URL/[0-9].tar", "no * ?"),
+        ("URL/s-00.zip", "ends in .tar"),
+        ("pipe:cat FOLDER/*.tar", "no * ?"),
+        ("pipe:cat a.tar b.tar", "one word"),
+        ("pipe:cat FOLDER/none/s-00.tar", "python data.py index 'SHARDS-*.tar'"),
+        ("pipe:no-such-command s-00.tar", "python data.py index 'SHARDS-*.tar'"),
+        ("URL/none/s-00.tar", "404 Not Found): where the shards are, type python data.py index"),
+        ("URL/s-{03..07}.tar", "no s-05.tar"),
+        ("URL/s-{3..1}.tar", "hold no pictures"),
+        ("URL/damaged/s-00.tar", "cannot be used"),
+        ("URL/other/s-00.tar", "cannot be used"),
+    ],
+)
+def test_wrong_remote_data_is_one_line_that_says_what_to_do(remote, where, expected):
+    server, _, cache = remote
+    listings = {"damaged/index.json": b'{"shards"', "other/index.json": b'{"shards": []}'}
+    write_files(server.folder, listings)
+    where = where.replace("URL", server.url).replace("FOLDER", str(server.folder))
+    with pytest.raises(ValueError) as error:
+        opened_remote(where, cache)
+    assert expected in one_line(error)
+
+
+# ------------------------------------------------------------------------------------- the loader
 
 
 def test_a_loader_that_stalls_says_what_it_waits_for(remote, monkeypatch, capsys):
