@@ -40,6 +40,7 @@ from tqdm import tqdm
 import data
 import model as models
 from support.labels import names_of_list, say_same_names
+from support.loader import loader, loader_workers
 from support.pictures import draw_attention, draw_confusion, draw_mistakes, draw_reconstructions
 
 RIDGE = 10.0  # L2 on standardised features: fixed, not tuned
@@ -83,7 +84,7 @@ def extract(
     batches = data.Batches(source, make, batch_size, process, processes)
     total, features = int(source.sizes.sum()), {}
     labels, read = torch.zeros(total, dtype=torch.int64), torch.zeros(total)
-    steps = data.loader(batches, range(len(batches)), workers)
+    steps = loader(batches, range(len(batches)), workers)
     for batch in tqdm(steps, desc="features", leave=False, disable=None if process == 0 else True):
         real = batch["positions"] < total  # the last batch is padded
         rows = batch["positions"][real]
@@ -234,7 +235,7 @@ def masked_loss(model, batches, device):
     """
     model.eval()
     sums = torch.zeros(2, device=device)
-    for batch in data.loader(batches, range(len(batches)), workers=0):
+    for batch in loader(batches, range(len(batches)), workers=0):
         for name in batch["bad"]:
             print(f"unreadable, left out: {name}", file=sys.stderr)
         images, ids, weight = (batch[key].to(device) for key in ("images", "ids", "weight"))
@@ -258,7 +259,7 @@ def hit_rates(model, batches, device, answers, workers=0, max_bad=1.0):
     model.eval()
     sums = torch.zeros(3, dtype=torch.int64, device=device)  # counting, unreadable, of no class
     hits = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    for batch in data.loader(batches, range(len(batches)), workers):
+    for batch in loader(batches, range(len(batches)), workers):
         for name in batch["bad"]:
             print(f"unreadable, left out: {name}", file=sys.stderr)
         images, right, weight = (batch[key].to(device) for key in ("images", answers, "weight"))
@@ -699,7 +700,7 @@ def main(argv=None):
             if run.task in ("reconstruct", "attention"):
                 raise ValueError(f"--task {run.task} draws on one process: leave torchrun out")
             dist.init_process_group("gloo")  # only features on the CPU are exchanged
-        workers = data.loader_workers(run.workers, here)
+        workers = loader_workers(run.workers, here)
         run.options = {"batch_size": run.batch_size, "workers": workers, "device": device}
         run.options["max_bad"] = run.max_bad
         measured = run.task == "detect" and run.checkpoint.endswith(".json")  # results

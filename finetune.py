@@ -52,6 +52,7 @@ from support import launch
 from support.checkpoints import find_checkpoint
 from support.hashtags import WeightedOrder
 from support.labels import names_of_list
+from support.loader import Stop, loader, loader_workers, map_tensors
 from support.plan import (
     check_shard_group,
     describe_sharding,
@@ -167,7 +168,7 @@ def prepare(run):
     check_shard_group(run)
     kernels.forced()  # a wrong ATTENTION in the environment is found here, not after loading
     run.compile = models.compiles(kind) if run.compile is None else run.compile
-    run.workers = data.loader_workers(run.workers, run.processes_here)
+    run.workers = loader_workers(run.workers, run.processes_here)
 
     # ------------------------------------------------------------------------------------ weights
     names, run.given_size = ("size", "patch_size", "image_size"), run.image_size
@@ -465,17 +466,17 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, measure=None, 
     run.say(f"run      {run.steps} steps, {how} on {chip}")
 
     # --------------------------------------------------------------------------------------- loop
-    stop = data.Stop()  # signals from here on: the loop saves and ends
+    stop = Stop()  # signals from here on: the loop saves and ends
     progress = launch.Progress(run, record, ["bad", "unlabelled"], flops, peak)
     numbers = range(progress.done * run.micro_batches, run.steps * run.micro_batches)
-    batches = iter(data.loader(dataset, numbers, run.workers, pin=device.type == "cuda"))
+    batches = iter(loader(dataset, numbers, run.workers, pin=device.type == "cuda"))
     to_device = partial(torch.Tensor.to, device=device, non_blocking=True)
 
     def micro_batches():
         for number in range(run.micro_batches):
             batch = progress.wait_for(batches)
             with models.sync_gradients(parallel, last=number == run.micro_batches - 1):
-                yield data.map_tensors(to_device, batch)
+                yield map_tensors(to_device, batch)
 
     model.train()
     schedule = schedule or cosine

@@ -34,6 +34,7 @@ import model as models
 from support import launch
 from support.checkpoints import find_checkpoint
 from support.hashtags import Vocabulary, WeightedOrder, open_hashtags
+from support.loader import Stop, loader, loader_workers
 from support.plan import (
     check_shard_group,
     describe_run,
@@ -108,7 +109,7 @@ def prepare(run):
     run.compile = models.compiles(kind) if run.compile is None else run.compile
     if run.cuda_graph and (kind != "cuda" or run.processes > 1):
         raise ValueError("--cuda-graph is for one process on one GPU")
-    run.workers = data.loader_workers(run.workers, run.processes_here)
+    run.workers = loader_workers(run.workers, run.processes_here)
 
     # ----------------------------------------------------------------------- the model's config
     names = "size", "patch_size", "channels", "image_size"
@@ -182,7 +183,7 @@ def train(run):
     """Train to the end, or until a signal. Returns the weights at the end, in the first process."""
     # ------------------------------------------------------------------------------------ runtime
     launch.begin(run)
-    stop = data.Stop()  # signals from here on: the loop saves and ends
+    stop = Stop()  # signals from here on: the loop saves and ends
     device, say = run.device, run.say
 
     # -------------------------------------------------------------------------------- parallelize
@@ -228,7 +229,7 @@ def train(run):
     # --------------------------------------------------------------------------------------- loop
     progress = launch.Progress(run, record, ["bad", "untagged"], flops, peak)
     numbers = range(progress.done * run.micro_batches, run.steps * run.micro_batches)
-    batches = iter(data.loader(run.batches, numbers, run.workers, pin=device.type == "cuda"))
+    batches = iter(loader(run.batches, numbers, run.workers, pin=device.type == "cuda"))
     for step in range(progress.done, run.steps):
         lr = learning_rate(step, run)
         for group in optimizer.param_groups:

@@ -26,12 +26,12 @@ from data import (
     Order,
     Subset,
     hold_out,
-    loader,
     one_line,
     raise_if_unreachable,
     random_bits,
     running_sum,
 )
+from support.loader import loader
 from support.toy import Toy
 
 TAG_CHUNK = 4096  # samples whose tags a loader process reads together

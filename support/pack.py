@@ -24,14 +24,11 @@ from tqdm import tqdm
 from data import (
     MAX_PIXELS,
     Folder,
-    Shards,
     has_alpha,
     limit_pixels,
-    loader_workers,
     one_line,
     open_picture,
     open_sources,
-    pack_record,
     pixel_limit,
     replace_file,
     to_mode,
@@ -39,6 +36,8 @@ from data import (
 )
 from support.hashtags import read_synonyms, write_hashtags
 from support.labels import find_splits
+from support.loader import loader_workers
+from support.shards import Shards, pack_record
 
 NUMBER = r"%\d*d"  # of a shard, in a pattern
 

@@ -28,7 +28,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from data import Shards, Unreachable, braces, one_line, shard_index, stable_hash
+from data import Unreachable, one_line, stable_hash
+from support.shards import Shards, braces, shard_index
 
 TIMEOUT = 30  # seconds without a byte after which a request is sent again
 PATIENCE = 300  # seconds without a new byte, over all requests, after which the run ends

@@ -34,6 +34,7 @@ import model as models
 from evaluate import distributed
 from support import launch
 from support.formats import open_weights
+from support.loader import loader
 from tasks.coco import average_precision, draw_detections, encode_mask, print_table
 from tasks.scenes import (
     ToyScenes,
@@ -768,7 +769,7 @@ def detect_in(model, scenes, batch_size=8, workers=0, device="cpu", max_bad=0.01
     batches = data.Batches(scenes, make, batch_size, process, processes)
     found, bad, total = {}, 0, int(scenes.sizes.sum())
     model.eval()
-    steps = data.loader(batches, range(len(batches)), workers)
+    steps = loader(batches, range(len(batches)), workers)
     for batch in tqdm(steps, desc="detecting", leave=False, disable=None if process == 0 else True):
         bad += len(batch["bad"])
         for name in batch["bad"]:

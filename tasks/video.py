@@ -31,7 +31,6 @@ from data import (
     VIDEOS,
     VIEW,
     Folder,
-    by_number,
     class_of,
     crop_and_resize,
     is_picture,
@@ -44,6 +43,7 @@ from data import (
 )
 from model import Attention, Classifier, initialize, patchify
 from support import launch
+from support.shards import by_number
 from support.toy import Toy, toy_render, toy_scene
 from tasks import augment
 

@@ -72,7 +72,9 @@ from PIL import Image
 import data
 from support import hashtags, toy
 from support import labels as labels_module
+from support import loader as loader_module
 from support import pack as pack_module
+from support import shards as shards_module
 from tasks import video as video_module
 
 # ------------------------------------------------------------------------------------ random numbers
@@ -489,7 +491,7 @@ def test_no_samples_is_an_error():
 def test_the_global_batch_is_the_same_for_any_processes_and_workers(processes, workers):
     expected = [training_batches()[step] for step in STEPS]
     parts = [
-        list(data.loader(training_batches(process, processes), STEPS, workers))
+        list(loader_module.loader(training_batches(process, processes), STEPS, workers))
         for process in range(processes)
     ]
     for process, part in enumerate(parts):  # pairs stay together: mixup mixes 2i and 2i + 1
@@ -570,11 +572,11 @@ def test_batches_that_cannot_be_dealt_are_refused_with_the_number_to_use():
 def test_loader_processes_are_as_asked_or_what_is_left_and_bounded(monkeypatch):
     for cores, here, left in ((2, 1, 1), (1, 1, 1), (8, 1, 7), (8, 2, 3), (256, 8, 16)):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
-        assert data.loader_workers(None, here) == left
-        assert [data.loader_workers(asked, here) for asked in (0, 5)] == [0, 5]
+        assert loader_module.loader_workers(None, here) == left
+        assert [loader_module.loader_workers(asked, here) for asked in (0, 5)] == [0, 5]
         for asked in (-1, 10_000):
             with pytest.raises(ValueError, match="--workers") as error:
-                data.loader_workers(asked, here)
+                loader_module.loader_workers(asked, here)
             one_line(error)
 
 
@@ -1085,7 +1087,7 @@ def test_the_limit_of_pixels_holds_for_all_that_is_read_and_in_spawned_workers(
         for limit, bad in ((40, 1), (100, 0)):
             data.limit_pixels(limit)
             assert len(batches[0]["bad"]) == bad
-            loader = data.loader(batches, range(1), 1)
+            loader = loader_module.loader(batches, range(1), 1)
             loader.multiprocessing_context = "spawn"
             (batch,) = loader
             assert batch["weight"].sum() == 2 - bad
@@ -1654,7 +1656,7 @@ def test_extensions_in_a_shard_count_in_any_case(tmp_path):
     twice = [("2.PNG", tile(2)), ("2.png", tile(3)), ("2.CLS", b"5"), ("2.cls", b"6")]  # the first
     path = write_tar(tmp_path / "a.TAR", upper + mixed + twice)
     os.link(path, tmp_path / "a.tar")
-    pack_module.write_listing(data.Shards(f"{tmp_path}/a.tar"))
+    pack_module.write_listing(shards_module.Shards(f"{tmp_path}/a.tar"))
     for where in (path, f"{tmp_path}/*.TAR", f"pipe:cat {tmp_path}/a.tar"):
         source, _ = data.open_sources(where, cache=(f"{tmp_path}/cache", "1M"))
         found = [source.read(number) for number in range(int(source.sizes.sum()))]
@@ -1710,7 +1712,7 @@ def several(tmp_path):
         for kind, v in values.items()
     ]
     path = write_tar(tmp_path / "several.tar", members)
-    pack_module.write_listing(data.Shards(path))
+    pack_module.write_listing(shards_module.Shards(path))
     return path
 
 
@@ -1738,7 +1740,7 @@ def test_what_is_wrong_with_shards_is_said_at_every_start(
     with tarfile.open(cut) as tar:
         offset = tar.getmember("00001.png").offset
     os.truncate(cut, offset)
-    pack_module.write_listing(data.Shards(f"{tmp_path}/*.tar"))
+    pack_module.write_listing(shards_module.Shards(f"{tmp_path}/*.tar"))
     (tmp_path / "cut.tar.index").unlink()  # this one is made at the first start, the others were
     capsys.readouterr()
     cache = f"{tmp_path}/cache", "1M"
@@ -1792,13 +1794,13 @@ def test_the_index_says_where_samples_lie_and_is_made_once(shards, monkeypatch):
         edges = [m.offset for m in members if m.name.endswith(".png")]  # a .cls comes after it
         edges += [m.offset_data + 512 for m in members[-1:]]  # of one byte, so in one block
         samples_of_it = [list(pair) for pair in itertools.pairwise(edges)]
-        assert data.shard_index(path)[1].tolist() == samples_of_it
+        assert shards_module.shard_index(path)[1].tolist() == samples_of_it
 
     def refuse(_):
         raise AssertionError("a shard is scanned again")
 
     times = [path.stat().st_mtime_ns for path in indexes]
-    monkeypatch.setattr(data, "scan_tar", refuse)
+    monkeypatch.setattr(shards_module, "scan_tar", refuse)
     assert everything(opened(pattern)) == samples
     assert [path.stat().st_mtime_ns for path in indexes] == times
 
@@ -1848,7 +1850,7 @@ def test_an_index_without_checksums_is_made_again(shards):
     folder, pattern = shards
     samples, path = everything(opened(pattern)), folder / "s-03.tar"
     index, stat = Path(f"{path}.index"), path.stat()
-    content, rows = index.read_bytes(), data.shard_index(path)[1].tolist()
+    content, rows = index.read_bytes(), shards_module.shard_index(path)[1].tolist()
     for order in (rows, [rows[1], rows[0], *rows[2:]]):
         index.write_bytes(npy(np.array([[stat.st_size, stat.st_mtime_ns], *order])))
         assert everything(opened(pattern)) == samples and index.read_bytes() == content
@@ -1945,7 +1947,7 @@ def test_a_folder_that_cannot_be_written_is_indexed_elsewhere(shards, temporary,
     indexes = {path: path.read_bytes() for path in temporary.iterdir()}
     assert len(indexes) == 5  # one for each shard, and they are used:
     with monkeypatch.context() as context:
-        context.setattr(data, "scan_tar", None)
+        context.setattr(shards_module, "scan_tar", None)
         assert everything(opened(pattern)) == expected
     # A shard of the same path that changes is noticed here, too.
     write_tar(folder / "s-00.tar", members_of(range(50, 54)))
@@ -2016,15 +2018,15 @@ def test_a_loader_process_does_not_survive_the_training():
 import os, sys, time
 import torch
 sys.path.insert(0, {str(ROOT)!r})
-import data
+from support import loader
 
 class Stuck(torch.utils.data.Dataset):
     def __getitem__(self, item):
         print(os.getpid(), flush=True)
         time.sleep(300)
 
-data.report_stall = lambda *_: None
-next(iter(data.loader(Stuck(), range(4), workers=1)))
+loader.report_stall = lambda *_: None
+next(iter(loader.loader(Stuck(), range(4), workers=1)))
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as training:
         worker = int(training.stdout.readline())
@@ -2102,7 +2104,7 @@ def few_files():
     ],
 )
 def test_a_batch_that_cannot_be_handed_over_ends_the_loader(at, function, says):
-    made, found = iter(data.loader(Fails(at, function), range(100), workers=1)), []
+    made, found = iter(loader_module.loader(Fails(at, function), range(100), workers=1)), []
     with pytest.raises(data.Unreachable if says else ZeroDivisionError, match=says):
         found.extend(made)
     assert found == [torch.tensor([n]) for n in range(len(found))]
@@ -2117,7 +2119,7 @@ def test_a_batch_is_pinned_as_a_dataloader_pins_it(monkeypatch):
         "targets": [{"seed": 3, "masks": torch.ones(1)}],
         "bad": ["x"],
     }
-    pinned = torch.utils.data._utils.pin_memory.pin_memory(data.Parcel(batch))
+    pinned = torch.utils.data._utils.pin_memory.pin_memory(loader_module.Parcel(batch))
     assert pinned["images"].tolist() == [1, 1] and pinned["bad"] == ["x"]
     assert pinned["targets"][0]["seed"] == 3 and pinned["targets"][0]["masks"].tolist() == [2]
 
@@ -2152,9 +2154,10 @@ MISHAP = """
 import os, signal, sys, time
 import {stage} as program
 import data
+from support import loader
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup has it ignored
-plain, parent, data.GRACE = data.Batches.__getitem__, os.getpid(), 0.5
+plain, parent, loader.GRACE = data.Batches.__getitem__, os.getpid(), 0.5
 
 def read(batches, item):
     batch = plain(batches, item)

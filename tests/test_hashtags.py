@@ -22,6 +22,7 @@ from conftest import (
 import data
 from support import hashtags
 from support import pack as pack_module
+from support import shards as shards_module
 
 MARKS = "\u0928\u092e\u0938\u094d\u0924\u0947"  # letters with combining marks
 
@@ -112,7 +113,7 @@ HASHTAGS_OF = [  # ({extension: bytes}, tags, None if damaged)
 
 def test_hashtags_are_those_of_the_first_file_that_has_any(tmp_path, capsys):
     path = captioned(tmp_path / "a.tar", [files for files, _ in HASHTAGS_OF])
-    pack_module.write_listing(data.Shards(path))
+    pack_module.write_listing(shards_module.Shards(path))
     expected = Counter(tag for _, tags in HASHTAGS_OF for tag in tags or ())
     names = [f"{number:05}" for number, (_, tags) in enumerate(HASHTAGS_OF) if tags is None]
     for where in (path, f"pipe:cat {path}"):

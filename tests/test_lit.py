@@ -50,7 +50,7 @@ def test_captions_of_all_that_may_hold_them(tmp_path):
         b"": None,
     }
     path = captioned(tmp_path / "a.tar", [{"json": content} for content in expected])
-    pack_module.write_listing(data.Shards(path))
+    pack_module.write_listing(shards.Shards(path))
     for where in (path, f"pipe:cat {path}"):
         sources = [
             data.open_sources(where, cache=(f"{tmp_path}/cache", "1M"), caption_key=key)[0]
@@ -370,7 +370,7 @@ def test_captions_change_nothing_else_that_is_drawn():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_tokens_do_not_depend_on_processes_and_workers(workers):
-    parts = [list(data.loader(captioned_batches(p, 2), range(3), workers)) for p in range(2)]
+    parts = [list(loader.loader(captioned_batches(p, 2), range(3), workers)) for p in range(2)]
     for step in range(3):
         whole = captioned_batches()[step]
         position = torch.cat([part[step]["positions"] for part in parts]).argsort()
@@ -411,6 +411,7 @@ def test_batches_without_pictures_open_none():
 import pytest
 from conftest import TINY_TEXT
 
+from support import loader, shards
 from tasks.lit import TwoTowers
 
 # --------------------------------------------------------------------------------- pictures and texts

@@ -125,7 +125,7 @@ FAILS = """
 import sys
 import mae_pretrain
 
-plain = mae_pretrain.data.loader
+plain = mae_pretrain.loader
 
 def loader(batches, items, *options, **others):
     for item, batch in zip(items, plain(batches, items, *options, **others)):
@@ -133,7 +133,7 @@ def loader(batches, items, *options, **others):
             raise {error}
         yield batch
 
-mae_pretrain.data.loader = loader
+mae_pretrain.loader = loader
 mae_pretrain.main(sys.argv[1:])
 """
 

@@ -29,9 +29,10 @@ from conftest import (
 )
 
 import data
+from support import loader, toy
 from support import pack as pack_module
 from support import remote as remote_module
-from support import toy
+from support import shards as shards_module
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def remote(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(remote_module, "PATIENCE", 1)
     monkeypatch.setattr(remote_module, "TIMEOUT", 0.3)
     folder, pattern = shards
-    pack_module.write_listing(data.Shards(pattern))
+    pack_module.write_listing(shards_module.Shards(pattern))
     server = Server(folder)
     capsys.readouterr()
     yield server, f"{server.url}/s-{{00..04}}.tar", tmp_path / "cache"
@@ -146,7 +147,7 @@ def test_an_unreachable_shard_is_one_line_and_no_bad_sample(remote, fault, worke
         server.server_close()
     line = f"^{server.url}/s-0..tar: .*same command goes on"
     with pytest.raises(data.Unreachable, match=line) as error:
-        list(data.loader(batches, range(2), workers))
+        list(loader.loader(batches, range(2), workers))
     assert "Traceback" not in one_line(error)
     assert not list(cache.glob("*.tar"))
     if fault == "gone":
@@ -426,13 +427,13 @@ def test_wrong_remote_data_is_one_line_that_says_what_to_do(remote, where, expec
 
 def test_a_loader_that_stalls_says_what_it_waits_for(remote, monkeypatch, capsys):
     server, pattern, cache = remote
-    monkeypatch.setattr(data, "STALLED", 0.1)
+    monkeypatch.setattr(loader, "STALLED", 0.1)
     monkeypatch.setattr(remote_module, "TIMEOUT", 5)
     source = opened_remote(pattern, cache)
     server.faults["s-03.tar"] = slow
     batches = picture_batches(source, (4, 4), 3, 12, process=0, processes=2)
     for workers in (0, 1):
-        made = list(data.loader(batches, range(2), workers))
+        made = list(loader.loader(batches, range(2), workers))
         assert [batch["bad"] for batch in made] == [[], []]
         printed = capsys.readouterr().err.splitlines()
         shutil.rmtree(cache)
@@ -443,7 +444,7 @@ def test_a_loader_that_stalls_says_what_it_waits_for(remote, monkeypatch, capsys
     for source in (toy.Toy("train", (8, 8)), opened_remote(pattern, cache)):
         item = picture_batches(source, (8, 8), 3, 4).about(1)
         assert item.startswith("process 0, step 2: ")
-    list(data.loader(picture_batches(toy.Toy("train", (8, 8)), (8, 8), 3, 2), range(3), 0))
+    list(loader.loader(picture_batches(toy.Toy("train", (8, 8)), (8, 8), 3, 2), range(3), 0))
     assert capsys.readouterr().err == ""
 
 
@@ -454,7 +455,7 @@ def test_ctrl_c_does_not_wait_for_workers_that_wait(remote, monkeypatch):
     server.faults = {f"s-{n:02}.tar": lambda *_: done.wait(60) for n in range(5)}
     batches = picture_batches(opened_remote(pattern, cache), (4, 4), 3, 4)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup has it ignored
-    made = iter(data.loader(batches, range(4), 2))
+    made = iter(loader.loader(batches, range(4), 2))
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):

@@ -24,7 +24,7 @@ import finetune
 import kernels
 import model as models
 from support import labels as labels_module
-from support import pack
+from support import pack, shards
 from tasks import augment as augment_module
 from tasks import video as video_module
 
@@ -304,7 +304,7 @@ def test_shards_with_several_frames_or_an_animation(tmp_path, capsys):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    pack.write_listing(data.Shards(str(tmp_path / "a.tar")))
+    pack.write_listing(shards.Shards(str(tmp_path / "a.tar")))
     for pipe in ("", "pipe:cat "):
         where, cache = f"{pipe}{tmp_path / 'a.tar'}", (str(tmp_path / "cache"), "1M")
         data.open_sources(where, cache=cache)

@@ -28,6 +28,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from support import loader as loader_module
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
@@ -35,9 +37,8 @@ sys.path.insert(0, str(ROOT))
 def stage_that_records(folder, *arguments):
     """The stage itself, in one of torchrun's processes, but that it writes down what it consumes:
     a line for each piece of a batch, [step, [[position, checksum of the pixels and the mask]]]."""
-    import data
 
-    plain = data.loader
+    plain = loader_module.loader
     file = open(f"{folder}/{os.getpid()}.jsonl", "w")  # noqa: SIM115 (until it is killed)
 
     def loader(batches, items, *options, **others):
@@ -52,7 +53,7 @@ def stage_that_records(folder, *arguments):
                 file.flush()
             yield batch
 
-    data.loader = loader
+    loader_module.loader = loader
     sys.argv = ["mae_pretrain.py", *arguments]
     runpy.run_path(str(ROOT / "mae_pretrain.py"), run_name="__main__")
 

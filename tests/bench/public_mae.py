@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import data
 import model as models
+from support import loader
 
 
 def main():
@@ -46,7 +47,7 @@ def main():
     make = lambda *which: {"images": data.make_picture(*which, size, 3, min_crop=1.0)}
     batches = data.Batches(source, make, given.batch_size, order=order, seed=given.seed)
     steps, warmup = int(given.epochs * order.length / given.batch_size), 0.05
-    bar = tqdm(data.loader(batches, range(steps), workers=1), total=steps, disable=None)
+    bar = tqdm(loader.loader(batches, range(steps), workers=1), total=steps, disable=None)
     for step, batch in enumerate(bar):
         done = step / steps
         ramp, turn = done / warmup, math.pi * (done - warmup) / (1 - warmup)

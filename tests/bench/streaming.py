@@ -2,7 +2,7 @@
 
     python tests/bench/streaming.py
 
-The pictures are made here. Each source is read for one epoch by data.loader with one worker, in
+The pictures are made here. Each source is read for one epoch by the loader with one worker, in
 training order, in turn with the others. "cold" begins with an empty cache; the web server is on
 this machine, takes its own CPU time from the same cores, and is not counted. The order is cut into
 small shuffled blocks (an epoch has several), so that fetching ahead has something to do.
@@ -29,7 +29,8 @@ from PIL import Image
 
 import data
 from mae_pretrain import make_sample
-from support import pack
+from support import loader, pack
+from support import shards as shards_module
 
 
 def write_shards(folder, pictures, shards, side):
@@ -46,7 +47,7 @@ def write_shards(folder, pictures, shards, side):
                 member = tarfile.TarInfo(f"{number:06}.jpg")
                 member.size = file.tell()
                 tar.addfile(member, io.BytesIO(file.getvalue()))
-    pack.write_listing(data.Shards(f"{folder}/*.tar"))
+    pack.write_listing(shards_module.Shards(f"{folder}/*.tar"))
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -68,7 +69,7 @@ def read_epoch(pattern, cache, options):
     make = functools.partial(make_sample, size=side, channels=3, num_patches=1, min_crop=0.2)
     batches = data.Batches(source, make, options.batch, order=order)
     began, cpu, read = time.perf_counter(), cpu_seconds(), 0
-    for batch in data.loader(batches, range(len(batches)), workers=1):
+    for batch in loader.loader(batches, range(len(batches)), workers=1):
         read += int(batch["weight"].sum())
     if read != len(batches) * options.batch:
         raise SystemExit(f"{read} pictures of {len(batches) * options.batch} were read")
