@@ -5,7 +5,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import data
+from data import running_sum, to_mode
 
 # -------------------------------------------------------------------------------------- run lengths
 
@@ -120,10 +120,9 @@ def text_of_counts(counts):
 
 
 def counts_of_text(text):
-    """text_of_counts, back: (m,) int64."""
-    digits = np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8) - np.int64(
-        48
-    )
+    """The inverse of text_of_counts: str or bytes -> (m,) int64."""
+    text = text.encode() if isinstance(text, str) else text
+    digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero(digits & 32 == 0)
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
@@ -153,7 +152,7 @@ def rle_box(rle):
 
 
 def box_iou(found, truth, crowd):
-    """(D, 4), (G, 4) x1 y1 x2 y2, (G,) bool -> (D, G): of a crowd, the share of the detection."""
+    """(D, 4), (G, 4) x1 y1 x2 y2, (G,) bool -> (D, G) IoU; of a crowd, intersection / detection."""
     low = np.maximum(found[:, None, :2], truth[None, :, :2])
     sides = (np.minimum(found[:, None, 2:], truth[None, :, 2:]) - low).clip(0)
     shared, areas = sides.prod(axis=2), [(b[:, 2:] - b[:, :2]).prod(axis=1) for b in (found, truth)]
@@ -162,10 +161,10 @@ def box_iou(found, truth, crowd):
 
 
 def mask_iou(found, truth, crowd, pairs):
-    """IoUs of RLEs, (D, G), where `pairs` (D, G) bool says so; elsewhere 0. See box_iou.
+    """IoUs of RLEs, (D, G), where `pairs` (D, G) bool is True; elsewhere 0. See box_iou.
 
-    The ones of a detection that lie in an object: the object's running count of ones (a broken
-    line, straight between its cuts) at the ends of the detection's runs, less that at the starts.
+    The running count of an object's ones is a broken line, straight between its cuts. Its value at
+    the end of a detection's run, minus that at the start, is the number of ones that both have.
     """
     iou = np.zeros(pairs.shape)
     ends = [np.cumsum(rle["counts"]) for rle in found]
@@ -176,8 +175,8 @@ def mask_iou(found, truth, crowd, pairs):
         ones = np.cumsum(np.where(np.arange(len(counts)) % 2, counts, 0))
         runs = [ends[d][: len(ends[d]) // 2 * 2] for d in some]
         inside = np.interp(np.concatenate(runs), cuts, ones)
-        edges = data.running_sum([len(run) for run in runs])
-        inside = data.running_sum(inside[1::2] - inside[::2])[edges // 2]
+        edges = running_sum([len(run) for run in runs])
+        inside = running_sum(inside[1::2] - inside[::2])[edges // 2]
         shared = np.diff(inside)
         union = areas[some] + (0 if crowd[g] else ones[-1] - shared)
         iou[some, g] = shared / np.where(shared > 0, union, 1)
@@ -188,11 +187,7 @@ def mask_iou(found, truth, crowd, pairs):
 
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of the IoU, COCO's
-
-
 RECALLS = np.linspace(0, 1, 101)
-
-
 AREAS = {"": (0, 1e10), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}
 
 
@@ -256,7 +251,7 @@ def average_precision(scenes, detections, kind="bbox"):
 
 
 def earlier_equals(values):
-    """(n,) -> how many equal ones come before each."""
+    """(n,) -> for each value, the number of equal values before it."""
     order = np.argsort(values, kind="stable")
     ordered, ranks = values[order], np.empty(len(values), dtype=np.int64)
     ranks[order] = np.arange(len(values)) - np.searchsorted(ordered, ordered)
@@ -314,7 +309,7 @@ def pairs_of(scenes, detections, kind, limit):
 def match_in_turn(ranks, of, to, iou, ignored, crowd):
     """(N, thresholds) int64: the object that each detection is matched with, or -1.
 
-    All pictures and classes at once, the best detection of each first, then the second ones ...
+    All pictures and classes at once: first the best detection of each, then the second best, etc.
     """
     matched = np.full((len(ranks), len(THRESHOLDS)), -1)
     taken = np.zeros((len(ignored), len(THRESHOLDS)), dtype=bool)
@@ -334,12 +329,32 @@ def match_in_turn(ranks, of, to, iou, ignored, crowd):
     return matched
 
 
-def print_table(results):
-    """{"bbox": average_precision's result, ...} as a table, in percent."""
-    print(" " * 6 + "".join(f"{name:>7}" for name in next(iter(results.values()))))
-    for kind, values in results.items():
-        row = (f"{100 * value:7.2f}" if value >= 0 else f"{'-':>7}" for value in values.values())
-        print(f"{kind:6}" + "".join(row))
+def detection_numbers(scenes, found):
+    """{"bbox_AP": ..., "segm_AP": ...} of detections: see average_precision."""
+    numbers = {}
+    for kind in ("bbox", "segm") if scenes.has_masks else ("bbox",):
+        if kind == "bbox" or all(one["masks"] is not None for one in found.values()):
+            results = average_precision(scenes, found, kind)
+            numbers |= {f"{kind}_{name}": value for name, value in results.items()}
+    return numbers
+
+
+def print_detection(scenes, found, path, count=8):
+    """Print detection_numbers as a table; draw the first pictures with what was found, a PNG."""
+    print_table(detection_numbers(scenes, found))
+    draw_detections(path, scenes, found, count)
+    print(f"wrote {path}")
+
+
+def print_table(numbers):
+    """Print {"bbox_AP": ..., "segm_AP": ...} as a table: a row for each kind, in percent."""
+    rows = {}
+    for name, value in numbers.items():
+        kind, _, metric = name.partition("_")
+        rows.setdefault(kind, {})[metric] = f"{100 * value:.2f}" if value >= 0 else "-"
+    print(" " * 6 + "".join(f"{metric:>7}" for metric in rows["bbox"]))
+    for kind, cells in rows.items():
+        print(f"{kind:6}" + "".join(f"{cell:>7}" for cell in cells.values()))
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -348,43 +363,52 @@ def print_table(results):
 COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#42d4f4", "#f032e6", "#bfef45")
 
 
-def draw_detections(path, scenes, detections, numbers=range(8), most=10, least=0.3, side=480):
-    """A PNG with pictures of scenes, four in a row, and the best detections of each: at most `most`
-    with a score of `least`, but the first in any case. Colours are the classes'."""
+def draw_detections(path, scenes, detections, count=8, most=10, least=0.3, side=480):
+    """Write a PNG of the first pictures, four in a row, with the best detections of each.
+
+    These are up to `most` with a score of at least `least`, and always the first. A class has one
+    colour. A picture that cannot be read is grey.
+    """
     tiles = []
-    for number in numbers:
-        if number >= len(scenes.sizes):
-            break
+    for number in range(min(count, len(scenes.sizes))):
         sample = scenes.read(number)
         try:
-            image = data.to_mode(sample["image"](), 3)
+            image = to_mode(sample["image"](), 3)
             image.load()  # here, if it was of this mode
-        except Exception:  # noqa: BLE001 (decoders raise anything: a grey tile)
+        except Exception:  # noqa: BLE001 (decoders raise anything)
             image = Image.new("RGB", sample["size"][::-1], "grey")
         scale = side / max(image.size)
-        size = tuple(max(1, round(scale * s)) for s in image.size)
-        tile = Image.new("RGB", (side, side), "white")
-        tile.paste(image.resize(size, Image.Resampling.BICUBIC))
+        image = image.resize(
+            [max(1, round(scale * s)) for s in image.size], Image.Resampling.BICUBIC
+        )
         found = detections.get(sample["image_id"], {"boxes": [], "scores": [], "labels": []})
         scores = np.asarray(found["scores"], dtype=np.float64)
         best = np.argsort(-scores, kind="stable")[: max(1, min(most, (scores >= least).sum()))]
+        tile = Image.new("RGB", (side, side), "white")
+        tile.paste(image)
         for i in best[::-1]:  # the best on top
-            label = int(found["labels"][i])
-            colour = COLOURS[label % len(COLOURS)]
-            if found.get("masks") is not None:
-                mask = decode_mask(as_rle(found["masks"][i], *sample["size"]))
-                mask = Image.fromarray(np.uint8(110 * mask)).resize(size)
-                tile.paste(colour, (0, 0), mask)
-            pen, box = ImageDraw.Draw(tile), np.asarray(found["boxes"][i]) * scale
-            box[2:] = np.maximum(box[:2], box[2:])  # of results, which may have any
-            box = box.tolist()
-            pen.rectangle(box, outline=colour, width=2)
-            text, font = f"{scenes.classes[label]} {scores[i]:.2f}", ImageFont.load_default(13)
-            place = pen.textbbox((box[0] + 2, max(0, box[1] - 15)), text, font=font)
-            pen.rectangle(place, fill=colour)
-            pen.text(place[:2], text, fill="black", font=font, anchor="lt")
+            mask = found["masks"][i] if found.get("masks") is not None else None
+            if mask is not None:
+                mask = decode_mask(as_rle(mask, *sample["size"]))
+                mask = Image.fromarray(np.uint8(110 * mask)).resize(image.size)
+            label, box = int(found["labels"][i]), np.asarray(found["boxes"][i]) * scale
+            text = f"{scenes.classes[label]} {scores[i]:.2f}"
+            draw_object(tile, COLOURS[label % len(COLOURS)], text, box, mask)
         tiles.append(tile)
     grid = Image.new("RGB", (side * min(4, len(tiles)), side * -(-len(tiles) // 4)), "white")
     for i, tile in enumerate(tiles):
         grid.paste(tile, (i % 4 * side, i // 4 * side))
     grid.save(path)
+
+
+def draw_object(tile, colour, text, box, mask):
+    """Draw a box (4,) with a text, and a translucent mask (an "L" image, or None), into a tile."""
+    if mask is not None:
+        tile.paste(colour, (0, 0), mask)
+    box[2:] = np.maximum(box[:2], box[2:])  # a results file may hold any box
+    left, top, *_ = box = box.tolist()
+    pen, font = ImageDraw.Draw(tile), ImageFont.load_default(13)
+    pen.rectangle(box, outline=colour, width=2)
+    place = pen.textbbox((left + 2, max(0, top - 15)), text, font=font)
+    pen.rectangle(place, fill=colour)
+    pen.text(place[:2], text, fill="black", font=font, anchor="lt")

@@ -3,15 +3,15 @@
     Trunk        the plain ViT at any size: windows, four global blocks, relative positions
     Detector     the trunk, a simple feature pyramid, RPN, Cascade R-CNN and a mask head
     load_trunk   the weights of stages 1 and 2, or those of a detector
-    roi_align, nms, paste_masks
+    roi_align, nms
     detect_in    what a Detector finds in scenes, on all processes together
 
 What is not the paper's is detectron2's, in its ViTDet project (Cascade Mask R-CNN). It differs in
 that an image's loss depends on that image alone, so that the optimisation is the same on any number
-of processes: samples are drawn with the image's own seed; the losses of boxes and classes are
+of processes. Samples are drawn with the image's own seed. The losses of boxes and classes are
 divided by 512 regions an image, and a mask's by the number of positive regions of its image, where
-detectron2 divides by what one GPU's images have together; and the 50 classes of the federated loss
-are drawn for each image. The position table is resampled when it is loaded, not in each step.
+detectron2 divides by what one GPU's images have together. The 50 classes of the federated loss are
+drawn for each image. The position table is resampled when it is loaded, not in each step.
 
 Boxes are (left, top, right, bottom) in pixels of the padded input, float32.
 """
@@ -28,23 +28,24 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import data
-import kernels
-import model as models
-from evaluate import distributed
+from data import Batches, normalize, one_line
+from model import ViT, architecture, full_state, initialize, load_weights, patchify
+from model import read_weights as read_encoder
 from support import launch
 from support.formats import open_weights
 from support.loader import loader
-from tasks.coco import average_precision, draw_detections, encode_mask, print_table
+from tasks.coco import detection_numbers, print_detection
 from tasks.scenes import (
     ToyScenes,
     classes_present,
+    detections_in_picture,
     open_scenes,
     read_results,
     repeat_factors,
     scene_maker,
     write_results,
 )
+from tasks.video import RelativeAttention
 
 # Of every size but toy: detectron2's projects/ViTDet/configs/COCO and its models/mask_rcnn_vitdet.
 SETTINGS = {
@@ -59,21 +60,15 @@ SETTINGS = {
     "before_nms": (2000, 1000),  # proposals of a level, in training and in test
     "after_nms": 1000,  # proposals of an image
     "masks": True,  # with a mask head
-    "federated": 0,  # LVIS: 50 classes of an image are judged, each on its own (a sigmoid)
+    "federated": 0,  # LVIS: the loss counts 50 classes of an image, each on its own (a sigmoid)
     "score_threshold": 0.05,  # LVIS: 0.02
     "detections": 100,  # of an image; LVIS: 300
 }
-
-
 # Ours, for 128 to 256 pixels on a laptop: strides 4, 8 and 16 of a patch of 8, no window.
 TOY = {"scales": (2, 1, 0.5), "anchor_sizes": (16, 32, 64), "features": 64, "convolutions": 1}
-
-
 TOY |= {"hidden": 128, "anchors": 64, "rois": 24, "before_nms": (150, 30), "after_nms": 150}
 
-
 RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
-
 
 # Each stage's least IoU of a positive, and the weights of its (centre, size) deltas.
 STAGES = ((0.5, (10.0, 5.0)), (0.6, (20.0, 10.0)), (0.7, (30.0, 15.0)))
@@ -82,126 +77,100 @@ STAGES = ((0.5, (10.0, 5.0)), (0.6, (20.0, 10.0)), (0.7, (30.0, 15.0)))
 # ---------------------------------------------------------------------------------------- the trunk
 
 
-class WindowAttention(models.Attention):
-    """Attention in windows, or in the whole grid (window 0), with decomposed relative positions."""
+class WindowAttention(RelativeAttention):
+    """RelativeAttention within windows of `window` x `window` tokens; window 0: the whole grid.
+
+    The grid is padded to whole windows with zeros, which are attended to like any token, as in
+    detectron2: 64 x 64 tokens become 70 x 70.
+    """
 
     def __init__(self, width, heads, grid, window):
-        super().__init__(width, heads)
-        self.grid, self.window = grid, window
-        rows, columns = (window, window) if window else grid
-        self.rel_pos_h = nn.Parameter(torch.empty(2 * rows - 1, width // heads))
-        self.rel_pos_w = nn.Parameter(torch.empty(2 * columns - 1, width // heads))
+        super().__init__(width, heads, (window, window) if window else grid)
+        self.full_grid, self.window = grid, window
 
     def forward(self, x, first_query=0):
-        """(B, rows * columns, D) -> the same.
-
-        The grid is filled up to whole windows with zeros, which are attended to like any token, as
-        in detectron2: 64 x 64 patches become 70 x 70.
-        """
-        (rows, columns), w, D = self.grid, self.window, x.shape[2]
+        """(B, rows * columns, D) -> the same shape."""
+        w, (rows, columns) = self.window, self.full_grid
         if not w:
-            return self.proj(self.attend(x, self.grid))
-        x = F.pad(x.unflatten(1, self.grid), (0, 0, 0, -columns % w, 0, -rows % w))
-        down, across = x.shape[1] // w, x.shape[2] // w  # so many windows
+            return super().forward(x, first_query)
+        x = F.pad(x.unflatten(1, self.full_grid), (0, 0, 0, -columns % w, 0, -rows % w))
+        down, across = x.shape[1] // w, x.shape[2] // w  # numbers of windows
         x = x.unflatten(2, (across, w)).unflatten(1, (down, w)).transpose(2, 3)
-        x = self.attend(x.reshape(-1, w * w, D), (w, w))  # (B * windows, w * w, D)
-        x = x.reshape(-1, down, across, w, w, D).transpose(2, 3)
-        x = x.reshape(-1, down * w, across * w, D)[:, :rows, :columns]
-        return self.proj(x.flatten(1, 2))
-
-    def attend(self, x, grid):
-        """kernels.py knows no biases, so this is PyTorch's: the scores' are a (N, N) matrix a head.
-
-        The bias of a pair of tokens is q . R_h[rows between them] + q . R_w[columns between them],
-        of a q that is not divided by sqrt(d) (detectron2's, and MViT's).
-        """
-        q, k, v = kernels.split_heads(self.qkv(x), self.heads)  # (B, heads, N, d)
-        by_row, by_column = (
-            table[between(length, x.device)]
-            for table, length in zip((self.rel_pos_h, self.rel_pos_w), grid)
-        )  # (rows, rows, d): asking, looked at
-        asking = q.unflatten(2, grid)
-        bias = torch.einsum("bhrcd,rkd->bhrck", asking, by_row)[..., None]
-        bias = bias + torch.einsum("bhrcd,ckd->bhrck", asking, by_column)[..., None, :]
-        bias = bias.flatten(4).flatten(2, 3)  # (B, heads, N, N)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        x = self.attend(x.flatten(3, 4).flatten(0, 2))  # (B * windows, w * w, D)
+        x = x.unflatten(1, (w, w)).unflatten(0, (-1, down, across)).transpose(2, 3)
+        x = x.flatten(3, 4).flatten(1, 2)  # (B, padded rows, padded columns, D)
+        return self.proj(x[:, :rows, :columns].flatten(1, 2))
 
 
-def between(length, device):
-    """(length, length): row in a table of relative positions of each (asking, looked at)."""
-    numbers = torch.arange(length, device=device)
-    return numbers[:, None] - numbers + length - 1
-
-
-class Trunk(models.ViT):
+class Trunk(ViT):
     """A plain ViT without class token and final norm: images -> map (B, D, rows, columns).
 
-    All blocks attend in windows but the last of each quarter (B: 2, 5, 8, 11). A patch of 14 is
-    made 16 pixels wide. Arguments: see ViT.
+    The last block of each quarter attends to the whole grid (B: 2, 5, 8, 11), the others in
+    windows. A patch of 14 pixels becomes one of 16. Arguments: see ViT.
     """
 
     def __init__(self, size, image_size, window, patch_size=None, **arguments):
-        patch_size = patch_size or models.architecture(size)[3]
+        patch_size = patch_size or architecture(size)[3]
         patch_size = 16 if patch_size == 14 else patch_size
         super().__init__(size, image_size, patch_size, **arguments)
         if min(self.grid) < 2:
             raise ValueError(f"image size {image_size}: want two patches of {patch_size} at least")
         del self.cls_token
         self.norm = nn.Identity()
-        everywhere = {quarter * self.layers // 4 - 1 for quarter in (1, 2, 3, 4)}
+        global_blocks = [quarter * self.layers // 4 - 1 for quarter in (1, 2, 3, 4)]
         for i, block in enumerate(self.blocks):
-            w = 0 if i in everywhere else window
+            w = 0 if i in global_blocks else window
             block.attn = WindowAttention(self.width, self.heads, self.grid, w)
 
     def tokens(self, images):
         self.check(images)
-        return self.embed(models.patchify(images, self.patch_size)) + self.pos_embed[:, 1:]
+        return self.embed(patchify(images, self.patch_size)) + self.pos_embed[:, 1:]
 
     def forward(self, images, noise=None):
         return self.encode(images, noise).transpose(1, 2).unflatten(2, self.grid)
 
 
 def load_trunk(model, state, grid=None):
-    """Load a ViT's, an MAE's or a classifier's weights, or a Detector's, into a Detector.
+    """Load the weights of a ViT, an MAE or a classifier, or of a Detector, into a Detector.
 
-    grid: that of their position table. Returns one line on the outcome; what cannot be explained is
-    a ValueError, as in models.load_weights.
+    grid: (rows, columns) of their position table. Return one line on the outcome. Raises ValueError
+    where something is left unexplained, as model.load_weights does.
     """
-    own, heads, said = model.state_dict(), {}, ""
-    if any(name.startswith("trunk.") for name in state):
-        heads = {name: t for name, t in state.items() if not name.startswith("trunk.")}
-        state = {n.removeprefix("trunk."): t for n, t in state.items() if n not in heads}
-    else:
-        gone = ("cls_token", "norm.", "fc_norm.")
-        state = {name: t for name, t in state.items() if not name.startswith(gone)}
-        said = "; dropped: class token, last norm; newly initialised: relative positions"
-    name, side = "patch_embed.proj.weight", model.patch_size
-    if state[name].shape[-1] == 14 and side == 16:
-        weight = state[name].float()
-        state[name] = F.interpolate(weight, (side, side), mode="bicubic", align_corners=False)
-        said += "; patch embedding resampled from 14x14 to 16x16"
-    for name in (n.removeprefix("trunk.") for n in own if ".rel_pos_" in n):
-        wanted = own[f"trunk.{name}"]
-        table = state.get(name, torch.zeros(wanted.shape)).float()
-        if len(table) != len(wanted):  # of another image size
-            said += f"; {name} resampled from {len(table)} to {len(wanted)}"
-            table = F.interpolate(table.T[None], size=len(wanted), mode="linear")[0].T
-        state[name] = table
-    # Of other classes, or without masks: predictors and the mask head may be new or dropped.
-    fit = {n for n, t in heads.items() if n in own and t.shape == own[n].shape}
-    anew = {name for name in own if not name.startswith("trunk.")} - fit
-    odd = [n for n in anew | (heads.keys() - fit) if "predictor" not in n and n[:4] != "mask"]
-    if heads and odd:
-        raise ValueError(f"the weights do not fit the model: {', '.join(sorted(odd)[:3])}")
-    said = models.load_weights(model.trunk, state, grid) + said
-    for name in fit:
-        models.copy_into(own[name], heads[name])
-    part = r"\.\d+|\.\w+$" if heads else r"\..*"  # boxes.class_predictor, or all of boxes
-    new, gone = (
-        ", ".join(sorted({re.sub(part, "", name) for name in names})) or "none"
-        for names in (anew, heads.keys() - own.keys())
-    )
-    return f"{said}; heads: {len(fit)} tensors loaded, newly initialised: {new}, dropped: {gone}"
+    own, side, notes = model.state_dict(), model.patch_size, ""
+    detector = any(name.startswith("trunk.") for name in state)
+    heads = {n: t for n, t in state.items() if detector and not n.startswith("trunk.")}
+    trunk = {n.removeprefix("trunk."): t for n, t in state.items() if n not in heads}
+    if not detector:
+        unused = ("cls_token", "norm.", "fc_norm.")
+        trunk = {name: t for name, t in trunk.items() if not name.startswith(unused)}
+        notes = "; dropped: class token, last norm; heads newly initialised"
+    name = "patch_embed.proj.weight"
+    if trunk[name].shape[-1] == 14 and side == 16:
+        trunk[name] = F.interpolate(trunk[name].float(), (side, side), mode="bicubic")
+        notes += "; patch embedding resampled from 14x14 to 16x16"
+    for name, wanted in model.trunk.state_dict().items():
+        table = trunk.get(name, wanted)
+        if ".rel_pos_" in name and len(table) != len(wanted):  # of another image size
+            notes += f"; {name} resampled from {len(table)} to {len(wanted)}"
+            table = F.interpolate(table.float().T[None], size=len(wanted), mode="linear")
+            trunk[name] = table[0].T
+    if not detector:
+        return load_weights(model.trunk, trunk, grid) + notes
+    # With other classes, or without masks, the predictors and the mask head differ.
+    loaded = {n: t for n, t in heads.items() if n in own and t.shape == own[n].shape}
+    new = {name for name in own if not name.startswith("trunk.")} - loaded.keys()
+    unlike = new | (heads.keys() - loaded.keys())
+    odd = sorted(n for n in unlike if "predictor" not in n and not n.startswith("mask"))
+    if odd:
+        raise ValueError(f"the weights do not fit the model: {', '.join(odd[:3])}")
+    model.load_state_dict(loaded, strict=False)
+
+    def modules(names):
+        return ", ".join(sorted({re.sub(r"\.\d+|\.\w+$", "", name) for name in names})) or "none"
+
+    notes += f"; heads: {len(loaded)} tensors loaded, newly initialised: {modules(new)}"
+    notes += f", dropped: {modules(heads.keys() - own.keys())}"
+    return load_weights(model.trunk, trunk, grid) + notes
 
 
 # -------------------------------------------------------------------------------------------- boxes
@@ -213,58 +182,58 @@ def areas(boxes):
 
 
 def overlaps(a, b):
-    """Intersection over union of each of a (N, 4) with each of b (M, 4): (N, M). Of nothing: 0."""
+    """IoU of each of a (N, 4) with each of b (M, 4): (N, M), 0 for boxes without area."""
     low = torch.maximum(a[:, None, :2], b[:, :2])
     high = torch.minimum(a[:, None, 2:], b[:, 2:])
     shared = (high - low).clamp(min=0).prod(dim=2)
     return shared / (areas(a)[:, None] + areas(b) - shared).clamp(min=1e-9)
 
 
-def encode(boxes, truth, weights=(1.0, 1.0)):
-    """Deltas that move boxes onto the truth, (N, 4): of the centre in sides, of log sides."""
+def box_deltas(boxes, truth, weights=(1.0, 1.0)):
+    """Deltas that move boxes onto the truth, (N, 4): centres in units of the sides, log sides."""
     sides, wanted = boxes[:, 2:] - boxes[:, :2], truth[:, 2:] - truth[:, :2]
     moved = (truth[:, :2] + truth[:, 2:] - boxes[:, :2] - boxes[:, 2:]) / 2 / sides
     return torch.cat([moved * weights[0], (wanted / sides).log() * weights[1]], dim=1)
 
 
-def decode(deltas, boxes, weights=(1.0, 1.0)):
-    """The inverse of encode. Nothing grows more than 1000 / 16 times (detectron2)."""
+def apply_deltas(deltas, boxes, size, weights=(1.0, 1.0)):
+    """The inverse of box_deltas, (N, 4), cut to an image of (height, width).
+
+    A side grows at most 1000 / 16 times (detectron2).
+    """
     sides = boxes[:, 2:] - boxes[:, :2]
     centre = boxes[:, :2] + sides / 2 + deltas[:, :2] / weights[0] * sides
     half = sides * (deltas[:, 2:] / weights[1]).clamp(max=math.log(1000 / 16)).exp() / 2
-    return torch.cat([centre - half, centre + half], dim=1)
+    end = boxes.new_tensor([size[1], size[0]])
+    moved = torch.cat([centre - half, centre + half], dim=1)
+    return moved.clamp(min=0).minimum(end.repeat(2))
 
 
-def clip(boxes, size):
-    """Boxes (N, 4) within an image of (height, width)."""
-    height, width = size
-    return torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
-
-
-def solid(boxes):
-    """(N,) bool: of some area, and not NaN."""
+def has_area(boxes):
+    """(N,) bool: True for boxes with area and without NaN."""
     return (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
 
 
-def anchors_of(grids, strides, sizes, device=None):
-    """All anchors, (A, 4): by level, row, column and ratio; and the level of each, (A,).
+def make_anchors(grids, strides, sizes, device=None):
+    """All anchors, (A, 4), by level, row, column and ratio; and the level of each, (A,).
 
-    They are around the left top corners of the cells (detectron2: offset 0).
+    They are centred on the top left corners of the cells (detectron2: offset 0).
     """
-    anchors = []
-    for (rows, columns), stride, size in zip(grids, strides, sizes):
+    anchors, levels = [], []
+    for level, ((rows, columns), stride, size) in enumerate(zip(grids, strides, sizes)):
         half = torch.tensor([(size * r**-0.5 / 2, size * r**0.5 / 2) for r in RATIOS])
         cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(1) * stride
         cells = cells[:, None]  # (cells, 1, 2), x first
         anchors.append(torch.cat([cells - half, cells + half], dim=2).flatten(0, 1))
-    levels = [torch.full((len(a),), level) for level, a in enumerate(anchors)]
+        levels.append(torch.full((len(anchors[-1]),), level))
     return torch.cat(anchors).to(device), torch.cat(levels).to(device)
 
 
 def label_anchors(anchors, truth):
-    """(A,) 1 object, 0 background, -1 neither; and the truth that each is nearest to, (A,).
+    """(A,) 1 object, 0 background, -1 neither; and the truth with the largest IoU, (A,).
 
-    Objects are of IoU 0.7 at least, and whichever are nearest to an object; background, below 0.3.
+    An anchor is an object with an IoU of at least 0.7, or if no other anchor has a larger IoU with
+    some object. It is background if its IoUs are below 0.3.
     """
     iou = overlaps(anchors, truth)  # (A, n)
     best, index = iou.max(dim=1)
@@ -273,11 +242,11 @@ def label_anchors(anchors, truth):
     return label.masked_fill(nearest, 1), index
 
 
-def sample(label, number, most, keys):
-    """Which to learn from, (number,), and how many of them are positive: these come first.
+def draw_samples(label, number, most, keys):
+    """Indices to learn from, (number,), positives first, and the number of positives.
 
-    At most `most` positives (label 1), and negatives (0), up to the number: those of the smallest
-    keys, which are random numbers.
+    At most `most` positives (label 1), then negatives (label 0) up to `number`. keys: random
+    numbers; those with the smallest are drawn.
     """
     positive, negative = ((label == value).nonzero()[:, 0] for value in (1, 0))
     positive = positive[keys[positive].argsort()[:most]]
@@ -287,9 +256,9 @@ def sample(label, number, most, keys):
 
 @torch.no_grad()
 def nms(boxes, scores, groups, threshold, limit, block=1024):
-    """Greedy non-maximum suppression: numbers of the `limit` best kept, the best first.
+    """Greedy non-maximum suppression: indices of the `limit` best boxes kept, the best first.
 
-    A box goes if its IoU with a better one that stays and is of its group is over the threshold.
+    A box is dropped if its IoU with a better one that is kept, of its group, is over the threshold.
     Of equal scores, the first is better. boxes (N, 4), scores (N,), groups (N,) integers.
     """
     order = scores.argsort(descending=True, stable=True)
@@ -302,8 +271,8 @@ def nms(boxes, scores, groups, threshold, limit, block=1024):
         beats &= groups[before][:, None] == groups[ids]
         alive = ~beats[: len(kept)].any(dim=0)
         beats = beats[len(kept) :].triu(1)
-        # Whoever is beaten by none of those that stay, stays. Repeated until it is so of all, this
-        # is the greedy answer: after n rounds it is right for the n best.
+        # A box stays if no box that stays beats it. Repeated until nothing changes, this is the
+        # greedy answer: after n rounds it is right for the n best.
         stays, last = alive, None
         while last is None or not torch.equal(stays, last):
             last, stays = stays, alive & ~(beats & stays[:, None]).any(dim=0)
@@ -314,110 +283,89 @@ def nms(boxes, scores, groups, threshold, limit, block=1024):
 # ----------------------------------------------------------------------------------- regions, masks
 
 
-def first_cells(grids, device):
-    """Where each level begins among the cells of all, of grids of (rows, columns)."""
-    return torch.tensor([0] + [rows * columns for rows, columns in grids], device=device).cumsum(0)
-
-
-def tap(x, length, second):
-    """The cell before a point x, or (second) the one behind it, and its bilinear weight.
-
-    Cells are points at 0 ... length - 1. Before the first and behind the last all is as there, up
-    to a cell away; farther out all is 0 (torchvision's roi_align).
-    """
-    inside = (x >= -1) & (x <= length)
-    x = torch.minimum(x.clamp(min=0), length - 1)
-    low = x.floor()
-    weight = torch.where(second, x - low, 1 - (x - low)) * inside
-    return torch.minimum(low + second, length - 1).long(), weight
-
-
 def roi_align(table, grids, strides, boxes, size):
     """Features of regions (R, 4) of an image, (R, C, size, size) float32.
 
     table (cells, C): all levels' cells, level by level and row by row; grids: their (rows, columns)
-    Each bin is the mean of so many points, down and across, that they are at most a cell apart;
-    pixels are half a pixel off their number (aligned=True, sampling_ratio=0). A region of
-    14 to 28 cells' side is of the right level (224 pixels at stride 16, arXiv 1612.03144).
+
+    A bin is the mean over the fewest points, evenly spaced down and across, that are at most a cell
+    apart; a point is read bilinearly. Pixels are half a pixel off their number (torchvision's
+    aligned=True, sampling_ratio=0). The level is that where a region's side is 14 to 28 cells (224
+    pixels at stride 16, arXiv 1612.03144).
     """
     device = table.device
     level = (areas(boxes).sqrt() / (14 * strides[0]) + 1e-8).log2().floor()
     level = level.clamp(0, len(grids) - 1).long()
-    start = first_cells(grids, device)[level]
+    cells = [0] + [rows * columns for rows, columns in grids]
+    start = torch.tensor(cells, device=device).cumsum(0)[level]
     lengths = torch.tensor(grids, device=device)[level]  # (R, 2): rows, columns
     boxes = boxes / torch.tensor(strides, device=device)[level, None] - 0.5
     low, span = boxes[:, [1, 0]], (boxes[:, 2:] - boxes[:, :2]).flip(1)  # (R, 2): y, x
     points = (span / size).ceil().long()  # of a bin, down and across
 
-    # The mean is separable: along each axis a bin has its points' cells, two each, and weights.
-    lists, rows = [], torch.arange(len(boxes) * size, device=device)  # rows of bins: R * size
-    for axis in (0, 1):
-        taps = 2 * points[:, axis].repeat_interleave(size)
-        first = taps.cumsum(0) - taps
-        row = rows.repeat_interleave(taps)
-        roi, k = row // size, torch.arange(len(row), device=device) - first[row]
-        at = (row % size + (k // 2 + 0.5) / points[roi, axis]) / size
+    # One long list of what all bins read: for each point two rows, and in each two columns.
+    counts = 4 * points.prod(dim=1).repeat_interleave(size * size)  # (R * size * size,)
+    first = counts.cumsum(0) - counts
+    bins = torch.arange(len(counts), device=device).repeat_interleave(counts)
+    k = torch.arange(len(bins), device=device) - first[bins]
+    roi = bins // (size * size)
+    width = 2 * points[roi, 1]
+    cell, weight = start[roi], 1.0
+    row, column = (bins // size % size, k // width), (bins % size, k % width)
+    for axis, (place, number) in enumerate((row, column)):
+        at = (place + (number // 2 + 0.5) / points[roi, axis]) / size
         at = low[roi, axis] + at * span[roi, axis]
-        cell, weight = tap(at, lengths[roi, axis], k % 2 == 1)
-        cell = start[roi] + cell * lengths[roi, 1] if axis == 0 else cell
-        lists.append((taps, first, cell, weight / points[roi, axis]))
-    (down, first_down, line, weight_down), (across, first_across, column, weight_across) = lists
-
-    # A bin's taps are each of its row's with each of its column's, in one long row: embedding_bag
-    # adds them up where they lie, and its backward is an index_add. No (taps, C) is ever made.
-    i = rows.repeat_interleave(size)  # (R * size * size,)
-    j = rows.unflatten(0, (-1, 1, size)).expand(-1, size, size).flatten()
-    taps = down[i] * across[j]
-    first = taps.cumsum(0) - taps
-    bins = torch.arange(len(taps), device=device).repeat_interleave(taps)
-    k, width = torch.arange(len(bins), device=device) - first[bins], across[j][bins]
-    below = k // width
-    i, j = first_down[i][bins] + below, first_across[j][bins] + k - below * width
-    cell, weight = line[i] + column[j], weight_down[i] * weight_across[j]
-    # Not rounded to bf16: differences of positions are what boxes are made of.
+        neighbour, share = bilinear_neighbour(at, lengths[roi, axis], number % 2)
+        cell = cell + neighbour * (lengths[roi, 1] if axis == 0 else 1)
+        weight = weight * (share / points[roi, axis])
+    # embedding_bag adds the cells up where they lie, and its backward is an index_add: the cells
+    # of the list are never copied. Not in bf16: boxes are made of differences of positions.
     out = F.embedding_bag(cell, table.float(), first, per_sample_weights=weight, mode="sum")
     return out.unflatten(0, (-1, size, size)).permute(0, 3, 1, 2)
 
 
-def mask_targets(masks, boxes, which, size):
-    """Each region's object within it, (R, size, size) bool: roi_align of its mask, over one half.
+def bilinear_neighbour(x, length, second):
+    """Lower (second 0) or upper (1) neighbour of points x on an axis, and its bilinear weight.
 
-    masks (n, H, W) bool, boxes (R, 4), which (R,): the object of each.
+    Cells are at 0 ... length - 1. Points up to one cell outside are clamped, farther ones weigh 0
+    (torchvision's roi_align).
+    """
+    inside = (x >= -1) & (x <= length)
+    x = x.clamp(min=0).clamp(max=length - 1)
+    low = x.floor()
+    weight = (1 - second - (x - low)).abs() * inside  # 1 - fraction, or the fraction
+    return (low + second).clamp(max=length - 1).long(), weight
+
+
+def mask_targets(masks, boxes, which, size):
+    """Each region's object within it, (R, size, size) bool: roi_align of its mask, at least 0.5.
+
+    masks (n, H, W) bool, boxes (R, 4), which (R,): the index of each region's mask.
     """
     out = torch.zeros(len(boxes), size, size, dtype=torch.bool, device=boxes.device)
     for i in which.unique().tolist():
         mine = which == i
-        matrices = []  # (regions, size, H) and (regions, size, W): the sum is separable
-        for axis, length in (1, masks.shape[1]), (0, masks.shape[2]):
-            low, high = boxes[mine, axis] - 0.5, boxes[mine, axis + 2] - 0.5
-            points = ((high - low) / size).ceil().clamp(min=1)[:, None, None]
-            k = torch.arange(int(points.max()), device=boxes.device)
-            at = (torch.arange(size, device=boxes.device)[:, None] + (k + 0.5) / points) / size
-            at = low[:, None, None] + at * (high - low)[:, None, None]  # (regions, size, points)
-            matrix = at.new_zeros(len(at), size, length)
-            for second in torch.tensor([False, True], device=at.device):
-                cell, weight = tap(at, torch.tensor(length, device=at.device), second)
-                matrix.scatter_add_(2, cell, weight * (k < points) / points)
-            matrices.append(matrix)
-        down, across = matrices
-        out[mine] = (down @ masks[i].float()) @ across.transpose(1, 2) >= 0.5
+        left, top, right, bottom = (boxes[mine] - 0.5).unbind(dim=1)
+        down = bin_weights(top, bottom, size, masks.shape[1])
+        across = bin_weights(left, right, size, masks.shape[2])
+        out[mine] = down @ masks[i].float() @ across.transpose(1, 2) >= 0.5
     return out
 
 
-def paste_masks(masks, boxes, size):
-    """Probabilities in boxes, (k, m, m), -> masks of an image of (height, width), (k, H, W) bool.
+def bin_weights(low, high, size, length):
+    """How much each pixel of an axis counts in each bin of each region, (R, size, length).
 
-    Bilinear between the centres of cells, 0 outside; an object is where it is at least one half.
+    low, high (R,): the regions' ends. See roi_align, whose mean is separable.
     """
-    out = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
-    for i, box in enumerate(boxes):  # one at a time: an image may have 300
-        x, y = (
-            (torch.arange(length, device=box.device) + 0.5 - low) / (high - low) * 2 - 1
-            for length, low, high in ((size[1], box[0], box[2]), (size[0], box[1], box[3]))
-        )
-        at = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=2)  # (H, W, 2)
-        out[i] = F.grid_sample(masks[i, None, None], at[None], align_corners=False)[0, 0] >= 0.5
-    return out
+    points = ((high - low) / size).ceil().clamp(min=1)[:, None, None]
+    k = torch.arange(int(points.max()), device=low.device)
+    at = (torch.arange(size, device=low.device)[:, None] + (k + 0.5) / points) / size
+    at = low[:, None, None] + at * (high - low)[:, None, None]  # (R, size, points)
+    weights = at.new_zeros(len(at), size, length)
+    for second in (0, 1):
+        pixel, share = bilinear_neighbour(at, length, second)
+        weights.scatter_add_(2, pixel, share * (k < points) / points)
+    return weights
 
 
 # ------------------------------------------------------------------------------------- the detector
@@ -484,12 +432,12 @@ class BoxHead(nn.Module):
 
 
 class Detector(nn.Module):
-    """ViTDet. Images (B, C, S, S) are normalised, and filled up with zeros right and below.
+    """ViTDet. Images (B, C, S, S) are normalised, and padded with zeros on the right and below.
 
-    size, image_size  of the trunk; its other arguments, too, may be given: see ViT
-    classes           how many
-    class_counts      LVIS: in how many images each is, for the federated loss
-    others            change SETTINGS, or for size "toy" TOY; all are kept in the config
+    size, image_size  of the trunk; its other arguments may be given, too: see ViT
+    classes           their number
+    class_counts      LVIS: the number of images with each, for the federated loss
+    others            replace entries of SETTINGS and, for size "toy", of TOY; kept in the config
     """
 
     def __init__(
@@ -504,16 +452,16 @@ class Detector(nn.Module):
         for name in ("width", "layers", "heads", "patch_size", "grid", "num_patches"):
             setattr(self, name, getattr(trunk, name))
         self.classes, self.class_counts = classes, class_counts
-        C, levels, sizes = s["features"], len(s["scales"]), len(s["anchor_sizes"])
-        self.pyramid = Pyramid(self.width, s["scales"], C, pooled=sizes > levels)
+        C, number = s["features"], s["convolutions"]
+        pooled = len(s["anchor_sizes"]) - len(s["scales"])  # levels: 1 or 0
+        self.pyramid = Pyramid(self.width, s["scales"], C, pooled)
         self.strides = [self.patch_size / scale for scale in s["scales"]]
-        self.strides += [2 * self.strides[-1]] * (sizes - levels)
-        # Of an odd map, half is rounded down, but up where it is pooled.
+        self.strides += [2 * self.strides[-1]] * pooled
+        # Half of an odd side is rounded down, but up on the pooled level.
         self.grids = [tuple(int(side * scale) for side in trunk.grid) for scale in s["scales"]]
-        self.grids += [tuple(-(-side // 2) for side in self.grids[-1])] * (sizes - levels)
+        self.grids += [tuple(-(-side // 2) for side in self.grids[-1])] * pooled
         body = [nn.Conv2d(C, C, 3, padding=1), nn.ReLU(), nn.Conv2d(C, C, 3, padding=1), nn.ReLU()]
         self.rpn = nn.Sequential(*body, nn.Conv2d(C, 5 * len(RATIOS), 1))
-        number = s["convolutions"]
         self.boxes = nn.ModuleList(BoxHead(C, number, s["hidden"], classes) for _ in STAGES)
         if s["masks"]:
             up = nn.ConvTranspose2d(C, C, 2, stride=2)
@@ -522,21 +470,19 @@ class Detector(nn.Module):
         # Standard deviations of what is not initialised as the trunk is: detectron2's.
         self.init_std = {}
         for name, parameter in self.named_parameters():
-            if ".rel_pos_" in name:
-                self.init_std[name] = 0.0
-            elif name.startswith("rpn.") or name.endswith("class_predictor.weight"):
+            if name.startswith("rpn.") or name.endswith("class_predictor.weight"):
                 self.init_std[name] = 0.01
             elif name.endswith("predictor.weight"):
                 self.init_std[name] = 0.001
             elif parameter.ndim == 4 and not name.startswith("trunk."):
                 self.init_std[name] = math.sqrt(2 / (len(parameter) * parameter[0, 0].numel()))
-        models.initialize(self)
+        initialize(self)
 
     def forward(self, images, targets):
         """Each image's loss, (B,), and its parts, detached: {name: (B,)}.
 
         targets: of each image {"boxes": (n, 4), "labels": (n,) int64, "masks": (n, S, S) bool or
-        None, "size": (height, width) within its padding, "seed": int}. All that is random is drawn
+        None, "size": (height, width) within its padding, "seed": int}. All random numbers are drawn
         with the seed, on the CPU.
         """
         draws = [torch.Generator().manual_seed(target["seed"]) for target in targets]
@@ -548,138 +494,115 @@ class Detector(nn.Module):
         return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
 
     def predict(self, images, noise=None):
-        """Of each image: features (cells, C) for roi_align, objectness (A,) and deltas (A, 4)."""
+        """Features (B, cells, C) for roi_align; objectness (B, A) and deltas (B, A, 4)."""
         # Not buffers: a model that is made on the meta device would have them filled with nothing.
         sizes = self.settings["anchor_sizes"]
-        self.anchors, self.levels = anchors_of(self.grids, self.strides, sizes, images.device)
+        self.anchors, self.levels = make_anchors(self.grids, self.strides, sizes, images.device)
         maps = self.pyramid(self.trunk(images, noise))
-        with torch.no_grad():  # gradients go through rpn_again
-            found = torch.cat([self.rpn(x).permute(0, 2, 3, 1).flatten(1, 2) for x in maps], dim=1)
         table = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
-        return table, *self.by_anchor(found)
+        # An image at a time: so the rounding of its gradient does not depend on the batch.
+        found = [torch.cat([self.rpn(image) for image in x.split(1)]) for x in maps]
+        found = [x.permute(0, 2, 3, 1).flatten(1, 2) for x in found]  # (B, cells, 15)
+        found = torch.cat(found, dim=1).float()
+        scores, deltas = found.split([len(RATIOS), 4 * len(RATIOS)], dim=2)
+        return table, scores.flatten(1), deltas.flatten(1).unflatten(1, (-1, 4))
 
-    @staticmethod
-    def by_anchor(found):
-        """The RPN's (..., cells, 15) -> objectness (..., anchors), deltas (..., anchors, 4)."""
-        scores, deltas = found.float().split([len(RATIOS), 4 * len(RATIOS)], dim=-1)
-        return scores.flatten(-2), deltas.unflatten(-1, (-1, 4)).flatten(-3, -2)
-
-    def rpn_again(self, table, ids):
-        """Objectness and deltas of these anchors only, from the 5 x 5 cells around each.
-
-        Of a quarter of a million anchors the loss looks at 256: gradients of the dense maps would
-        be 0 elsewhere, and cost as much as a tenth of the whole step.
-        """
-        cell, ratio = ids // len(RATIOS), ids % len(RATIOS)
-        level, device = self.levels[ids], ids.device
-        rows, columns = torch.tensor(self.grids, device=device)[level].T[..., None, None]
-        start = first_cells(self.grids, device)[level]
-        around = torch.arange(-2, 3, device=device)
-        y = ((cell - start)[:, None, None] // columns) + around[:, None]
-        x = ((cell - start)[:, None, None] % columns) + around
-        inside = (y >= 0) & (y < rows) & (x >= 0) & (x < columns)  # (n, 5, 5)
-        near = start[:, None, None] + y * columns + x
-        x = table[near.where(inside, 0)] * inside[..., None]
-        x = x.permute(0, 3, 1, 2)  # (n, C, 5, 5)
-        for conv in self.rpn[0], self.rpn[2]:  # zeros around the map, at each convolution
-            x = F.relu(F.conv2d(x, conv.weight, conv.bias))
-            inside = inside[:, 1:-1, 1:-1]
-            x = x * inside[:, None]
-        scores, deltas = self.by_anchor(self.rpn[4](x)[..., 0].transpose(1, 2))  # (n, 3), (n, 3, 4)
-        each = torch.arange(len(ids), device=device)
-        return scores[each, ratio], deltas[each, ratio]
-
+    @torch.no_grad()
     def propose(self, scores, deltas, size):
         """The image's best boxes after suppression within levels, (n, 4); their anchors, (n,)."""
-        most, anchors, kept = self.settings["before_nms"][not self.training], self.anchors, []
+        s, kept = self.settings, []
+        most = s["before_nms"][not self.training]
         for level in self.levels.unique():
             ids = (self.levels == level).nonzero()[:, 0]
             kept.append(ids[scores[ids].topk(min(most, len(ids))).indices])
         kept = torch.cat(kept)
-        boxes = clip(decode(deltas[kept], anchors[kept]), size)
-        good = solid(boxes)
+        boxes = apply_deltas(deltas[kept], self.anchors[kept], size)
+        good = has_area(boxes)
         boxes, kept = boxes[good], kept[good]
-        levels, number = self.levels[kept], self.settings["after_nms"]
-        best = nms(boxes, scores[kept], levels, 0.7, number)
+        best = nms(boxes, scores[kept], self.levels[kept], 0.7, s["after_nms"])
         return boxes[best], kept[best]
 
     def losses(self, table, scores, deltas, target, draw):
         """The parts of one image's loss. target, draw: see forward."""
         s, truth, labels = self.settings, target["boxes"], target["labels"]
-        if not len(truth):  # an object of no area: it overlaps with nothing
+        if not len(truth):  # an object without area, which overlaps with nothing
             truth, labels = truth.new_zeros(1, 4), labels.new_zeros(1)
-        label, index = label_anchors(self.anchors, truth)
-        # Of each anchor (and object) a number that decides whether it, and what is proposed from
-        # it, is drawn: were it of a place among the proposals, rounding would draw others.
-        keys = torch.rand(2, len(self.anchors) + len(truth), generator=draw).to(label.device)
-        ids, positives = sample(label, s["anchors"], s["anchors"] // 2, keys[0])
-        score, delta = self.rpn_again(table, ids)
-        loss = F.binary_cross_entropy_with_logits(score, label[ids].float(), reduction="sum")
-        ids = ids[:positives]
-        wanted = encode(self.anchors[ids], truth[index[ids]])
-        parts = {"rpn_class": loss, "rpn_box": (delta[:positives] - wanted).abs().sum()}
-        parts = {name: loss / s["anchors"] for name, loss in parts.items()}
+        # A random number of each anchor and object decides whether it, or the region proposed from
+        # it, is drawn. Drawn by their places among the proposals, rounding would change the sample.
+        keys = torch.rand(2, len(self.anchors) + len(truth), generator=draw).to(truth.device)
 
-        size = target["size"]
-        with torch.no_grad():
-            rois, ids = self.propose(scores, deltas, size)
-            rois = torch.cat([rois, target["boxes"]])
-        iou, index = overlaps(rois, truth).max(dim=1)
+        label, index = label_anchors(self.anchors, truth)
+        ids, positives = draw_samples(label, s["anchors"], s["anchors"] // 2, keys[0])
+        wanted = label[ids].float()
+        loss = F.binary_cross_entropy_with_logits(scores[ids], wanted, reduction="sum")
+        parts = {"rpn_class": loss / s["anchors"]}
+        ids = ids[:positives]
+        wanted = box_deltas(self.anchors[ids], truth[index[ids]])
+        parts["rpn_box"] = (deltas[ids] - wanted).abs().sum() / s["anchors"]
+
+        rois, ids = self.propose(scores, deltas, target["size"])
+        rois = torch.cat([rois, target["boxes"]])
         keys = torch.cat([keys[1, ids], keys[1, len(self.anchors) :]])
-        ids, positives = sample((iou >= STAGES[0][0]).long(), s["rois"], s["rois"] // 4, keys)
-        masked = ids[: positives if target["masks"] is not None else 0]
-        masked, rois = (rois[masked], index[masked]), rois[ids]
-        judged = self.judged(target["labels"], draw)
-        for stage, (least, weights) in enumerate(STAGES):
-            iou, index = overlaps(rois, truth).max(dim=1)
-            positive = iou >= least
-            label = torch.where(positive, labels[index], self.classes)
-            logits, moves = self.judge(stage, table, rois)
-            if s["federated"]:
-                wanted, logits = (label[:, None] == judged).float(), logits[:, judged]
-                loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
-            else:
-                loss = F.cross_entropy(logits, label, reduction="sum")
-            parts[f"class_{stage}"] = loss / s["rois"]
-            wanted = encode(rois[positive], truth[index[positive]], weights)
-            parts[f"box_{stage}"] = (moves[positive] - wanted).abs().sum() / s["rois"]
-            rois = clip(decode(moves.detach(), rois, weights), size)
-            rois = rois[solid(rois)]
-        if s["masks"]:
-            rois, index = masked  # the mask head learns from the first stage's objects (detectron2)
+        iou, index = overlaps(rois, truth).max(dim=1)
+        label = (iou >= STAGES[0][0]).long()
+        ids, positives = draw_samples(label, s["rois"], s["rois"] // 4, keys)
+        parts |= self.cascade_losses(table, rois[ids], truth, labels, target, draw)
+        if s["masks"]:  # the mask head learns from the first stage's objects (detectron2)
+            ids = ids[: positives if target["masks"] is not None else 0]
+            rois, index = rois[ids], index[ids]
             logits = self.mask_logits(table, rois, labels[index])
             wanted = mask_targets(target["masks"], rois, index, logits.shape[-1]).float()
             loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
             parts["mask"] = loss / max(1, logits.numel())
         return parts
 
-    def regions(self, table, rois, size):
-        levels = len(self.settings["scales"])  # nothing is read from the pooled level
-        return roi_align(table, self.grids[:levels], self.strides[:levels], rois, size)
+    def cascade_losses(self, table, rois, truth, labels, target, draw):
+        """The losses of all stages: each learns from the boxes of the one before."""
+        s, parts = self.settings, {}
+        if s["federated"]:
+            counted = self.federated_classes(target["labels"], draw)
+        for stage, (least, weights) in enumerate(STAGES):
+            iou, index = overlaps(rois, truth).max(dim=1)
+            positive = iou >= least
+            label = torch.where(positive, labels[index], self.classes)
+            logits, deltas = self.run_stage(stage, table, rois)
+            if s["federated"]:
+                wanted, logits = (label[:, None] == counted).float(), logits[:, counted]
+                loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
+            else:
+                loss = F.cross_entropy(logits, label, reduction="sum")
+            parts[f"class_{stage}"] = loss / s["rois"]
+            wanted = box_deltas(rois[positive], truth[index[positive]], weights)
+            parts[f"box_{stage}"] = (deltas[positive] - wanted).abs().sum() / s["rois"]
+            rois = apply_deltas(deltas.detach(), rois, target["size"], weights)
+            rois = rois[has_area(rois)]
+        return parts
 
-    def judged(self, labels, draw):
-        """Federated loss: which classes count, those of the image and others, 50 together.
+    def federated_classes(self, labels, draw):
+        """The classes that count in an image's loss: its own and others, 50 together.
 
         The others are drawn without replacement, by frequency ^ 0.5 (arXiv 2103.07461).
         """
-        if not self.settings["federated"]:
-            return None
         weights = torch.tensor(self.class_counts).sqrt()
         keys = torch.rand(self.classes, generator=draw).log() / weights
         keys[labels.cpu()] = math.inf
         number = max(self.settings["federated"], int(keys.isposinf().sum()))
         return keys.topk(min(number, self.classes)).indices.to(labels.device)
 
-    def judge(self, stage, table, rois):
+    def region_features(self, table, rois, size):
+        levels = len(self.settings["scales"])  # nothing is read from the pooled level
+        return roi_align(table, self.grids[:levels], self.strides[:levels], rois, size)
+
+    def run_stage(self, stage, table, rois):
         """Logits (R, classes + 1) and deltas (R, 4) of an image's regions, by one stage."""
-        x = self.regions(table, rois, 7)
+        x = self.region_features(table, rois, 7)
         if x.requires_grad:  # three stages read the same features (Cascade R-CNN)
             x.register_hook(lambda gradient: gradient / len(STAGES))
         return self.boxes[stage](x)
 
     def mask_logits(self, table, rois, labels):
         """(R, 28, 28) float32: of each region, the map of its class."""
-        x = self.regions(table, rois, 14)
+        x = self.region_features(table, rois, 14)
         x = self.mask(x.to(table.dtype))
         return x[torch.arange(len(x), device=x.device), labels].float()
 
@@ -694,11 +617,11 @@ class Detector(nn.Module):
         for table, scores, deltas, size in zip(*self.predict(images), sizes):
             boxes, score = self.propose(scores, deltas, size)[0], 0
             for stage, (_, weights) in enumerate(STAGES):
-                logits, moves = self.judge(stage, table, boxes)
+                logits, deltas = self.run_stage(stage, table, boxes)
                 each = logits.sigmoid() if s["federated"] else logits.softmax(dim=1)
                 score = score + each[:, :-1] / len(STAGES)
-                boxes = clip(decode(moves, boxes, weights), size)
-            sure = (score > s["score_threshold"]) & solid(boxes)[:, None]
+                boxes = apply_deltas(deltas, boxes, size, weights)
+            sure = (score > s["score_threshold"]) & has_area(boxes)[:, None]
             roi, label = sure.nonzero().T
             boxes, score = boxes[roi], score[roi, label]
             best = nms(boxes, score, label, 0.5, s["detections"])
@@ -709,10 +632,7 @@ class Detector(nn.Module):
 
 
 def detector_flops(model):
-    """Forward FLOPs of a Detector on one image in training, as PyTorch counts them.
-
-    With as many regions as can be, and a quarter of them objects with masks.
-    """
+    """Forward FLOPs of a training step on one image with the largest number of regions."""
     s = model.settings
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         twin = Detector(**model.config)
@@ -724,49 +644,52 @@ def detector_flops(model):
     return counter.get_total_flops()
 
 
-# ----------------------------------------------------------------------------- a detector on scenes
-
-
-def is_detector(content):
-    """True if what a file of weights holds is a Detector's."""
-    config = content.get("config") if isinstance(content, dict) else None
-    return isinstance(config, dict) and "anchor_sizes" in config
+# ------------------------------------------------------------------------------- files of detectors
 
 
 def read_detector(path):
-    """(state, config) of a Detector's model.pt. Raises ValueError, one line, if it is none."""
-    content, path = open_weights(path)
-    if not is_detector(content):
+    """(state, config) of a Detector's model.pt. Raises ValueError, one line, if it holds none."""
+    found = detector_in(*open_weights(path))
+    if found is None:
         raise ValueError(f"{path} holds no detector: finetune.py --task detect makes one")
+    return found
+
+
+def read_weights(path, *arguments):
+    """read_detector or, for other files, model.read_weights with its further arguments."""
+    return detector_in(*open_weights(path)) or read_encoder(path, *arguments)
+
+
+def detector_in(content, path):
+    """(state, config) of the Detector in the content of a file; None if it holds no detector."""
+    config = content.get("config") if isinstance(content, dict) else None
+    if not isinstance(config, dict) or "anchor_sizes" not in config:
+        return None
     try:
         with torch.device("meta"):  # shapes without memory
-            model = Detector(**content["config"])
+            model = Detector(**config)
         model.load_state_dict(content["model"], assign=True)  # all of it, and nothing else
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-        why = f"{data.one_line(error):.200}"
+        why = f"{one_line(error):.200}"
         raise ValueError(f"{path} is damaged, or another version's: {why}") from None
     return content["model"], model.config
 
 
-def read_weights(path, *of_others):
-    """The same, or models.read_weights of what is no detector."""
-    if is_detector(open_weights(path)[0]):
-        return read_detector(path)
-    return models.read_weights(path, *of_others)
+# ------------------------------------------------------------------------------- detection, results
 
 
 @torch.inference_mode()
 def detect_in(model, scenes, batch_size=8, workers=0, device="cpu", max_bad=0.01):
-    """What a Detector finds in scenes: see average_precision. Exact for any number of processes.
+    """What a Detector finds in scenes, on every process: see average_precision for the format.
 
-    Raises ValueError when more than the share max_bad cannot be read (one alone may), or all.
+    The same for any number of processes. Raises ValueError if more than the fraction max_bad of the
+    pictures cannot be read (one alone may), or none can.
     """
     process, processes = 0, 1
     if dist.is_initialized():
         process, processes = dist.get_rank(), dist.get_world_size()
-    batch_size = 2 * processes * max(1, batch_size // 2)  # batches are dealt in pairs
-    make = scene_maker(scenes, model.config)
-    batches = data.Batches(scenes, make, batch_size, process, processes)
+    batch_size = 2 * processes * max(1, batch_size // 2)  # Batches wants pairs for each process
+    batches = Batches(scenes, scene_maker(scenes, model.config), batch_size, process, processes)
     found, bad, total = {}, 0, int(scenes.sizes.sum())
     model.eval()
     steps = loader(batches, range(len(batches)), workers)
@@ -775,21 +698,12 @@ def detect_in(model, scenes, batch_size=8, workers=0, device="cpu", max_bad=0.01
         for name in batch["bad"]:
             print(f"unreadable, nothing is found in it: {name}", file=sys.stderr)
         inside = (batch["sizes"] * batch["scales"].flip(1)).round()  # (height, width) in the square
-        images = data.normalize(batch["images"].to(device))
-        answers = model.detect(images, inside.tolist())
-        rows = zip(
-            batch["samples"].tolist(), batch["weight"], batch["sizes"], batch["scales"], answers
-        )
-        for number, weight, size, scale, answer in rows:
-            if not weight:
-                continue
-            size, boxes = size.tolist(), answer["boxes"] / scale.repeat(2).float().to(device)
-            mine = {"boxes": boxes, "scores": answer["scores"], "labels": answer["labels"]}
-            mine = {name: part.cpu() for name, part in mine.items()} | {"masks": None}
-            if answer["masks"] is not None:
-                masks = paste_masks(answer["masks"], boxes, size).cpu().numpy()
-                mine["masks"] = [encode_mask(mask) for mask in masks]
-            found[scenes.read(number)["image_id"]] = mine
+        answers = model.detect(normalize(batch["images"].to(device)), inside.tolist())
+        for i, answer in enumerate(answers):
+            if batch["weight"][i]:
+                size, scale = batch["sizes"][i].tolist(), batch["scales"][i]
+                image = scenes.ids[int(batch["samples"][i])]
+                found[image] = detections_in_picture(answer, size, scale)
     model.train()
     if processes > 1:
         everyone = [None] * processes
@@ -801,21 +715,18 @@ def detect_in(model, scenes, batch_size=8, workers=0, device="cpu", max_bad=0.01
     return found
 
 
-# ---------------------------------------------------------------------------------- what is printed
-
-
 def task_detect(model, sources, run):
     """COCO's or LVIS's average precision of a detector, or of its results in COCO's format."""
     scenes = sources[-1]
     if model is None:
         found = read_results(run.checkpoint, scenes)
     else:
-        names, there = model.config["class_names"], scenes.classes
-        if names not in (None, there) or model.classes != len(there):
+        names, wanted = model.config["class_names"], scenes.classes
+        if names not in (None, wanted) or model.classes != len(wanted):
             known = f"{model.classes}: {', '.join((names or [])[:3])} ..."
             raise ValueError(f"{run.data} has other classes than {run.checkpoint} ({known})")
         found = detect_in(model, scenes, **run.options)
-    if distributed()[0] == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         path = run.results
         try:
             if path:
@@ -823,34 +734,12 @@ def task_detect(model, sources, run):
                 print(f"wrote {path}")
             path = run.out or Path(run.checkpoint).with_name("detections.png")
             print_detection(scenes, found, path, run.count)
-        except OSError as error:  # which does not say of a full disk where
+        except OSError as error:  # its message lacks the path when the disk is full
             raise ValueError(f"cannot write {path}: {error}") from None
     return detection_numbers(scenes, found)
 
 
-def detection_numbers(scenes, found):
-    """{"bbox_AP": ..., "segm_AP": ...} of detections: see average_precision."""
-    numbers = {}
-    for kind in ("bbox", "segm") if scenes.has_masks else ("bbox",):
-        if kind == "bbox" or all(one["masks"] is not None for one in found.values()):
-            results = average_precision(scenes, found, kind)
-            numbers |= {f"{kind}_{name}": value for name, value in results.items()}
-    return numbers
-
-
-def print_detection(scenes, found, path, count=8):
-    """The table of detection_numbers, and a PNG of the first pictures with what was found."""
-    numbers = detection_numbers(scenes, found)
-    kinds = dict.fromkeys(name.split("_")[0] for name in numbers)
-    print_table(
-        {
-            kind: {n.split("_")[1]: v for n, v in numbers.items() if n.startswith(kind)}
-            for kind in kinds
-        }
-    )
-    draw_detections(path, scenes, found, range(count))
-    print(f"wrote {path}")
-
+# ----------------------------------------------------------------------------------------- training
 
 # size: lr at batch 64 (COCO, LVIS), layer decay, drop path (COCO, LVIS), epochs (COCO, LVIS) of
 # detect: detectron2's projects/ViTDet, which the paper starts from. 2B is H with L's layer decay
@@ -871,7 +760,7 @@ VITDET = {
 def learn_scenes(run, model, micro_batches, totals):
     """Backward through a step's batches of scenes: see finetune.py's train."""
     for batch in micro_batches:
-        losses, _ = model(data.normalize(batch["images"]), batch["targets"])
+        losses, _ = model(normalize(batch["images"]), batch["targets"])
         loss = (losses * batch["weight"]).sum() / run.batch_size
         (loss * run.processes).backward()  # gradients are averaged over the processes
         weight = batch["weight"]
@@ -879,8 +768,11 @@ def learn_scenes(run, model, micro_batches, totals):
 
 
 def vitdet_schedule(step, steps, warmup):
-    """detectron2's for ViTDet: 250 steps of warm-up from a thousandth (of a short run at most a
-    twentieth), and after eight ninths and 26 of 27 parts drops to a tenth. A share."""
+    """The lr as a fraction of its peak: detectron2's for ViTDet.
+
+    Warm-up from a thousandth over 250 steps (at most a twentieth of the run), then drops to a tenth
+    after 8/9 and again after 26/27 of the steps.
+    """
     rise = min(250, steps // 20)
     if step < rise:
         return 0.001 + 0.999 * step / rise
@@ -966,7 +858,7 @@ def main(run, stage):
         config |= {"federated": 50, "score_threshold": 0.02, "detections": 300}
         config["class_counts"] = classes_present(run.train)[1].tolist()
     model = Detector(classes=run.classes, **config)
-    models.initialize(model, run.seed)
+    initialize(model, run.seed)
     if run.weights:
         run.say(load_trunk(model, *run.weights))
     model.trunk.pos_embed.requires_grad_()  # trained from here on (detectron2)
@@ -998,7 +890,7 @@ def main(run, stage):
     ):
         return
     # Every process takes part. A run that was at its end when it began has found nothing yet.
-    detections, weights = last[0] if last else found(model), models.full_state(model)
+    detections, weights = last[0] if last else found(model), full_state(model)
     if run.process == 0:
         print_detection(run.val, detections, run.out / "detections.png")
     result = detection_numbers(run.val, detections)

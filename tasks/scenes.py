@@ -13,14 +13,30 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-import data
+from data import (
+    DEVICE,
+    VIEW,
+    Source,
+    channel_statistics,
+    check_channels,
+    one_line,
+    open_picture,
+    random_bits,
+    replace_file,
+    running_sum,
+    to_mode,
+    uniform,
+    upright,
+)
 from support.hashtags import WEIGHT
 from support.toy import Toy
 from tasks.coco import (
     as_rle,
     decode_mask,
+    encode_mask,
     has_mask,
     merge_rles,
     polygon_to_rle,
@@ -78,115 +94,111 @@ DAMAGED = OSError, ValueError, LookupError, TypeError, AttributeError, OverflowE
 FARTHEST = 100_000  # pixels: outlines are walked in steps of a fifth of one, see polygon_to_rle
 
 
-class Scenes(data.Source):
+class Scenes(Source):
     """Pictures with COCO's or LVIS's annotations, in the order of their ids. The layouts known:
 
-    DIR/annotations/NAME_SPLIT.json with pictures at DIR/SPLIT/file_name or DIR/file_name; without
-    file_name (LVIS) at the last two parts of coco_url; `pictures` is a folder to look in instead.
+    DIR/annotations/NAME_SPLIT.json with pictures at DIR/SPLIT/file_name or DIR/file_name. Without
+    file_name (LVIS), it is the last two parts of coco_url. `pictures`: the folder to look in.
 
-    train  leave out what teaches nothing: boxes of no area, objects without a mask where others
-           have one, and, as detectron2, pictures with nothing in them but crowds
+    train: leave out what teaches nothing: boxes of no area, objects without a mask where others
+    have one, and, as detectron2, pictures with nothing in them but crowds.
 
-    Annotations that are damaged, or of images or categories that are not listed, are left out; what
-    is, is counted. So are objects without a mask that are to be measured on where others have one:
-    they count for boxes only, see average_precision.
+    Annotations that are damaged, or of an image or a category that is not listed, are left out and
+    counted. Without `train`, objects without a mask where others have one are counted, too: they
+    are measured by their boxes alone, see average_precision.
     """
 
     def __init__(self, path, pictures=None, train=False):
+        self.path = path
         try:
             with open(path, "rb") as file:
                 text = file.read()
             content = json.loads(text)
-            images = sorted(content["images"], key=lambda image: image["id"])
-            categories = sorted(content["categories"], key=lambda category: category["id"])
-            numbers = {image["id"]: number for number, image in enumerate(images)}
+            images, categories = (
+                sorted_by_id(content["images"]),
+                sorted_by_id(content["categories"]),
+            )
             self.category_ids = [category["id"] for category in categories]
-            if len(numbers) < len(images) or len(set(self.category_ids)) < len(categories):
-                raise ValueError("two pictures, or two categories, have the same id")
-            self.sides = [(int(image["height"]), int(image["width"])) for image in images]
-            if not all(0 < side < FARTHEST for side in itertools.chain(*self.sides)):
-                raise ValueError(f"there is a height or width that is not from 1 to {FARTHEST}")
             self.classes = [category["name"] for category in categories]
             frequencies = [category.get("frequency") for category in categories]
             self.frequencies = frequencies if all(frequencies) and frequencies else None
-            self.path, annotations = path, content["annotations"]
-            with_masks = (isinstance(one, dict) and one.get("segmentation") for one in annotations)
-            self.has_masks = any(with_masks)
-            labels = {category: number for number, category in enumerate(self.category_ids)}
-            kept = self.describe(annotations, numbers, labels, train)
-            empty = np.bincount(kept[~self.crowd], minlength=len(images)) == 0
-            used = np.flatnonzero(~empty | (not train)).tolist()
-            images = [images[number] for number in used]
-            self.first = np.searchsorted(kept, used, "left")
-            self.stop = np.searchsorted(kept, used, "right")
+            sides = {image["id"]: (int(image["height"]), int(image["width"])) for image in images}
+            if not all(0 < side < FARTHEST for side in itertools.chain(*sides.values())):
+                raise ValueError(f"there is a height or width that is not from 1 to {FARTHEST}")
+            labels = {category: label for label, category in enumerate(self.category_ids)}
+            objects = self.read_objects(content["annotations"], sides, labels, train)
+            if train:
+                images = [image for image in images if not all_crowds(objects[image["id"]])]
             self.ids = [image["id"] for image in images]
-            self.sides = [self.sides[number] for number in used]
+            self.sides = [sides[image] for image in self.ids]
             self.files = [
                 str(image.get("file_name") or "/".join(image["coco_url"].split("/")[-2:]))
                 for image in images
             ]
-            keys = {"negative": "neg_category_ids"}
-            keys |= {"not_exhaustive": "not_exhaustive_category_ids"}
-            keys = keys if self.frequencies else {}
+            groups = {"negative": "neg_category_ids"}
+            groups |= {"not_exhaustive": "not_exhaustive_category_ids"}
             self.federated = [
-                {ours: [labels[i] for i in image[theirs]] for ours, theirs in keys.items()}
+                {name: [labels[i] for i in image[key]] for name, key in groups.items()}
                 for image in images
+                if self.frequencies
             ]
         except DAMAGED as error:
-            why = data.one_line(error)
-            what = f"cannot read annotations from {path} (want COCO's or LVIS's json)"
-            raise ValueError(f"{what}: {why}") from None
+            raise ValueError(
+                f"cannot read annotations from {path} (want COCO's or LVIS's json): "
+                f"{one_line(error)}"
+            ) from None
         if not images or not self.classes:
             raise ValueError(f"{path} lists no pictures with objects to learn or no categories")
+        self.edges = running_sum([len(objects[image]) for image in self.ids])  # of their objects
+        rows = [row for image in self.ids for row in objects[image]]
+        table = np.array([row[:7] for row in rows], dtype=np.float64).reshape(-1, 7)
+        self.labels, self.crowd = table[:, 0].astype(np.int64), table[:, 1] > 0
+        self.areas, self.boxes = table[:, 2], table[:, 3:]
+        # One array of bytes: millions of Python objects would be copied into each worker process.
+        self.ends = running_sum([len(row[7]) for row in rows])
+        self.segments = np.frombuffer(b"".join([row[7] for row in rows]), dtype=np.uint8)
         self.root = pictures or self.find_pictures()
         self.sizes = np.ones(len(images), dtype=np.int64)
         digest = hashlib.sha256(text + repr(train).encode()).hexdigest()[:16]
-        self.identity = f"{len(images)} pictures, {len(self.labels)} objects, {digest}"
+        self.identity = f"{len(images)} pictures, {len(rows)} objects, {digest}"
 
-    def describe(self, annotations, numbers, labels, train):
-        """Set the arrays of all objects, in the order of their pictures: (n,) their numbers."""
-        rows, segments, left_out, maskless = [], [], {}, 0
+    def read_objects(self, annotations, sides, labels, train):
+        """{image id: [(label, crowd, area, x1, y1, x2, y2, segment as JSON)]}, all images included.
+
+        sides: {image id: (height, width)}, labels: {category id: label}. Print what is left out.
+        """
+        with_masks = (isinstance(one, dict) and one.get("segmentation") for one in annotations)
+        self.has_masks = any(with_masks)
+        objects, notes = {image: [] for image in sides}, {}
         for one in annotations:
+            note, kept = None, False
             try:
-                number, label = numbers.get(one["image_id"]), labels.get(one["category_id"])
-                reason = None
-                if number is None or label is None:
-                    what = "an image" if number is None else "a category"
-                    reason = f"of {what} that is not listed"
+                image, category = one["image_id"], one["category_id"]
+                if image not in sides:
+                    note = "annotations of an image that is not listed, left out"
+                elif category not in labels:
+                    note = "annotations of a category that is not listed, left out"
                 else:
-                    crowd, area, box, segment = read_annotation(one, self.sides[number])
+                    crowd, area, box, segment = read_annotation(one, sides[image])
+                    kept = not train
                     if train and not (box[2] > box[0] and box[3] > box[1]):
-                        reason = "with a box of no area"
+                        note = "annotations with a box of no area, left out"
                     elif self.has_masks and not (has_mask(segment) or crowd):
-                        reason = "without a mask" if train else None
-                        maskless += not train
+                        note = "objects without a mask, left out" + (" of mask AP" if kept else "")
             except DAMAGED:
-                reason = "that are damaged"
-            if reason:
+                note = "annotations that are damaged, left out"
+            if note:
                 first = one.get("id") if isinstance(one, dict) else None
-                left_out.setdefault(reason, []).append(first)
-                continue
-            rows.append([number, label, crowd, area, *box])
-            segments.append(json.dumps(segment).encode())
-        for reason, ids in left_out.items():
-            text = f"annotations {reason}, left out: {len(ids)} (the first has id {ids[0]})"
-            print(f"{self.path}: {text}", file=sys.stderr)
-        if maskless:
-            text = f"objects without a mask, left out of mask AP: {maskless}"
-            print(f"{self.path}: {text}", file=sys.stderr)
-        table = np.array(rows, dtype=np.float64).reshape(-1, 8)
-        order = np.argsort(table[:, 0], kind="stable")
-        table = table[order]
-        self.labels, self.crowd = table[:, 1].astype(np.int64), table[:, 2] > 0
-        self.areas, self.boxes = table[:, 3], table[:, 4:]
-        # One array of bytes: millions of Python objects would be copied into each worker process.
-        segments = [segments[i] for i in order]
-        self.ends = data.running_sum([len(segment) for segment in segments])
-        self.segments = np.frombuffer(b"".join(segments), dtype=np.uint8)
-        return table[:, 0].astype(np.int64)
+                notes.setdefault(note, []).append(first)
+            if kept or not note:
+                text = json.dumps(segment).encode()
+                objects[image].append((labels[category], crowd, area, *box, text))
+        for note, ids in notes.items():
+            print(f"{self.path}: {note}: {len(ids)} (the first has id {ids[0]})", file=sys.stderr)
+        return objects
 
     def find_pictures(self):
-        """The folder that the pictures' names begin in, told by the first hundred."""
+        """The folder that holds the first hundred pictures, or some of them."""
         folder, name = os.path.split(os.path.abspath(self.path))
         root = os.path.dirname(folder) if os.path.basename(folder) == "annotations" else folder
         split = os.path.splitext(name)[0].split("_")[-1]
@@ -196,8 +208,8 @@ class Scenes(data.Source):
         raise ValueError(f"the pictures of {self.path} are not at {root}/{split}/{self.files[0]}")
 
     def read(self, number):
-        mine = slice(self.first[number], self.stop[number])
-        ends = self.ends[mine.start : mine.stop + 1].tolist()
+        first, stop = self.edges[number : number + 2].tolist()
+        mine, ends = slice(first, stop), self.ends[first : stop + 1].tolist()
         segments = [json.loads(self.segments[a:b].tobytes()) for a, b in itertools.pairwise(ends)]
         return {
             "image": partial(open_upright, self.name(number), self.sides[number]),
@@ -208,7 +220,8 @@ class Scenes(data.Source):
             "crowd": self.crowd[mine],
             "areas": self.areas[mine],
             "segments": segments,
-        } | self.federated[number]
+            **(self.federated[number] if self.frequencies else {}),
+        }
 
     def name(self, number):
         return os.path.join(self.root, self.files[number])
@@ -216,18 +229,31 @@ class Scenes(data.Source):
     where = name
 
 
-def read_annotation(one, size):
-    """(whether a crowd, area, [x1, y1, x2, y2], segment or None) of an annotation of a picture.
+def sorted_by_id(entries):
+    """The pictures or categories of a file by their ids. ValueError if two have the same."""
+    entries = sorted(entries, key=lambda entry: entry["id"])
+    if len({entry["id"] for entry in entries}) < len(entries):
+        raise ValueError("two pictures, or two categories, have the same id")
+    return entries
 
-    size: the picture's (height, width). A box or an area that is not given is the segment's, and an
-    area without a segment is the box's. Raises one of DAMAGED where it cannot be used.
+
+def all_crowds(rows):
+    return all(crowd for _, crowd, *_ in rows)
+
+
+def read_annotation(one, size):
+    """(True if a crowd, area, [x1, y1, x2, y2], segment or None) of an annotation of a picture.
+
+    size: the picture's (height, width). A missing box or area is the segment's, and without a
+    segment a missing area is the box's. Raises one of DAMAGED if it cannot be used.
     """
     segment, box, area = one.get("segmentation") or None, one.get("bbox"), one.get("area")
     crowd = bool(int(one.get("iscrowd") or 0))
-    polygons = segment if segment and not isinstance(segment, dict) else []
+    run_lengths = isinstance(segment, dict)
+    polygons = [] if run_lengths or not segment else segment
     if not all(abs(n) < FARTHEST for n in itertools.chain(box or (), *polygons)):
-        raise ValueError("it is not of a picture")
-    if isinstance(segment, dict) or segment and (not box or area is None):
+        raise ValueError("a coordinate is far outside the picture")
+    if run_lengths or segment and (not box or area is None):
         mask = as_rle(segment, *size)
         area = rle_area(mask) if area is None else area
         if not box:
@@ -238,7 +264,7 @@ def read_annotation(one, size):
     x, y, w, h = box
     area = float(w * h if area is None else area)
     if not math.isfinite(area):
-        raise ValueError("it has no area")
+        raise ValueError("the area is not finite")
     return crowd, area, [x, y, x + w, y + h], segment
 
 
@@ -248,9 +274,9 @@ def open_upright(path, size):
     Turned as its EXIF says, like detectron2's; as it is stored, if only that fits. Raises
     ValueError if neither does.
     """
-    image = data.open_picture(path)
+    image = open_picture(path)
     try:
-        turned = data.upright(image)
+        turned = upright(image)
     except Exception:  # noqa: BLE001 (damaged EXIF raises anything; the pixels may be whole)
         turned = image
     for one in (turned, image):
@@ -318,7 +344,7 @@ def repeat_factors(scenes, threshold=0.001):
 
 def classes_present(scenes):
     """The classes of each picture, and in how many pictures each class is, (classes,) int64."""
-    present = [np.unique(scenes.labels[a:b]) for a, b in zip(scenes.first, scenes.stop)]
+    present = [np.unique(scenes.labels[a:b]) for a, b in itertools.pairwise(scenes.edges)]
     return present, np.bincount(np.concatenate(present), minlength=len(scenes.classes))
 
 
@@ -368,12 +394,12 @@ def view_boxes(boxes, view):
 def view_pixels(image, view, side, channels):
     """A PIL image -> (C, S, S) uint8 tensor; bilinear and padded with what normalises to 0, as
     detectron2 (to rounding)."""
-    image = data.to_mode(image, channels)
+    image = to_mode(image, channels)
     image = ImageOps.mirror(image) if view.flip else image
     (x, y), (w, h), (sx, sy) = view.corner, view.cut, view.scale
     box = x / sx, y / sy, min(image.width, (x + w) / sx), min(image.height, (y + h) / sy)
     image = image.resize(view.cut, Image.Resampling.BILINEAR, box=box)
-    mean = (255 * torch.tensor(data.channel_statistics(channels)[0])).round().to(torch.uint8)
+    mean = (255 * torch.tensor(channel_statistics(channels)[0])).round().to(torch.uint8)
     pixels = mean.repeat(side, side, 1)
     pixels[:h, :w] = torch.from_numpy(np.array(image).reshape(h, w, channels))
     return pixels.permute(2, 0, 1)
@@ -445,7 +471,7 @@ def make_scene(sample, key, side, channels, has_masks, jitter=None):
     jitter   (least, largest) scale: training, with random scales, flips and squares. None: see
              random_view
     """
-    seed = int(data.random_bits(1, *key, data.DEVICE)[0] >> np.uint64(1))
+    seed = int(random_bits(1, *key, DEVICE)[0] >> np.uint64(1))
     if sample is None:
         return {
             "images": torch.zeros(side, side, channels, dtype=torch.uint8).movedim(-1, 0),
@@ -453,7 +479,7 @@ def make_scene(sample, key, side, channels, has_masks, jitter=None):
             "sizes": torch.tensor((side, side)),
             "scales": torch.ones(2, dtype=torch.float64),
         }
-    draws = data.uniform(data.random_bits(4, *key, data.VIEW)).tolist() if jitter else None
+    draws = uniform(random_bits(4, *key, VIEW)).tolist() if jitter else None
     view = random_view(sample["size"], side, draws, jitter)
     return {
         "images": view_pixels(sample["image"](), view, side, channels),
@@ -466,7 +492,7 @@ def make_scene(sample, key, side, channels, has_masks, jitter=None):
 def scene_maker(scenes, config, jitter=None):
     """make_scene for data.Batches of these scenes and a detector with this config."""
     side, channels = max(config["image_size"]), config["channels"]
-    data.check_channels(channels)
+    check_channels(channels)
     options = {"side": side, "channels": channels, "has_masks": scenes.has_masks}
     return partial(make_scene, **options, jitter=jitter)
 
@@ -475,6 +501,38 @@ def empty_target(side, with_masks):
     masks = torch.zeros(0, side, side, dtype=torch.bool) if with_masks else None
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     return nothing | {"masks": masks, "size": (side, side)}
+
+
+# --------------------------------------------------------------------------- detections to pictures
+
+
+def detections_in_picture(answer, size, scale):
+    """A square's detections for its picture of (height, width), on the CPU; masks as run lengths.
+
+    scale: (2,) x and y, see make_scene.
+    """
+    boxes, masks = answer["boxes"] / scale.repeat(2).to(answer["boxes"]), None
+    if answer["masks"] is not None:
+        pixels = paste_masks(answer["masks"], boxes, size).cpu().numpy()
+        masks = [encode_mask(mask) for mask in pixels]
+    found = {name: answer[name].cpu() for name in ("scores", "labels")}
+    return found | {"boxes": boxes.cpu(), "masks": masks}
+
+
+def paste_masks(masks, boxes, size):
+    """Probabilities in boxes, (k, m, m), -> masks of an image of (height, width), (k, H, W) bool.
+
+    Bilinear between the centres of cells, 0 outside; an object is where it is at least one half.
+    """
+    height, width = size
+    out = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
+    x = torch.arange(width, device=masks.device) + 0.5
+    y = torch.arange(height, device=masks.device) + 0.5
+    for i, (left, top, right, bottom) in enumerate(boxes):  # one at a time: there may be 300
+        column, row = (x - left) / (right - left) * 2 - 1, (y - top) / (bottom - top) * 2 - 1
+        at = torch.stack(torch.meshgrid(column, row, indexing="xy"), dim=2)  # (H, W, 2)
+        out[i] = F.grid_sample(masks[i, None, None], at[None], align_corners=False)[0, 0] >= 0.5
+    return out
 
 
 # ------------------------------------------------------------------------------------------ results
@@ -493,7 +551,7 @@ def write_results(path, scenes, detections):
                 mask = as_rle(found["masks"][i], *found["masks"][i]["size"])
                 entry["segmentation"] = mask | {"counts": text_of_counts(mask["counts"])}
             results.append(entry)
-    data.replace_file(path, json.dumps(results).encode())
+    replace_file(path, json.dumps(results).encode())
 
 
 def read_results(path, scenes):
@@ -516,7 +574,7 @@ def read_results(path, scenes):
                 mine.append((box, score, label[entry["category_id"]], mask))
     except DAMAGED as error:
         where = f" at {entry!r:.100}" if entry else ""
-        why = data.one_line(error)
+        why = one_line(error)
         raise ValueError(f"cannot read results from {path}{where}: {why}") from None
     detections = {}
     for image, entries in found.items():

@@ -422,38 +422,51 @@ class ToyMotion(Toy):
 class RelativeAttention(Attention):
     """Attention with MViT's decomposed relative positions (arXiv 2112.01526, equation 5).
 
-    grid: the tokens after the first one are the cells of (time, rows, columns), in this order. A
-    query q meets a key with q . (R_t + R_h + R_w) added to their score: a row of each table, for
-    how far apart they are along that axis. As in MViT's code, q is not scaled there by sqrt(d), and
-    the tables begin as zeros. The class token has no place, and so no relative position.
+    grid: lengths of the axes, (T, H, W) or (H, W). The last tokens are the grid's cells in this
+    order. Tokens before them (a class token) have no position, and so no bias.
+
+    score(q, k) += q . (R_t[dt] + R_h[dh] + R_w[dw]), where d* are the distances along the axes. As
+    in MViT's code, this q is not divided by sqrt(d), and the tables are zero at first.
     """
 
     def __init__(self, width, heads, grid):
         super().__init__(width, heads)
-        self.grid = grid
-        for axis, length in zip("thw", grid):
+        self.grid, self.axes = grid, "thw"[-len(grid) :]
+        for axis, length in zip(self.axes, grid):
             table = nn.Parameter(torch.zeros(2 * length - 1, width // heads))
             self.register_parameter(f"rel_pos_{axis}", table)
 
     def forward(self, x, first_query=0):
-        q, k, v = kernels.split_heads(self.qkv(x), self.heads)  # (B, heads, 1 + N, d)
-        bias = F.pad(self.bias(q[:, :, 1:]), (1, 0, 1, 0))[:, :, first_query:]
-        # The mask is one of numbers, with a gradient: PyTorch alone can do that, see kernels.py.
+        return self.proj(self.attend(x, first_query))
+
+    def attend(self, x, first_query=0):
+        """forward without the projection: (B, N, D) -> (B, N - first_query, D)."""
+        q, k, v = kernels.split_heads(self.qkv(x), self.heads)  # (B, heads, N, d)
+        extra = x.shape[1] - math.prod(self.grid)  # tokens without a position
+        bias = self.bias(q[:, :, extra:])
+        if extra:
+            bias = F.pad(bias, (extra, 0, extra, 0))  # (B, heads, N, N)
+        bias = bias[:, :, first_query:]
+        # kernels.py takes no bias, and PyTorch's attention gives it a gradient.
         x = F.scaled_dot_product_attention(q[:, :, first_query:], k, v, attn_mask=bias)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return x.transpose(1, 2).flatten(2)
 
     def bias(self, q):
-        """q (B, heads, N, d) -> (B, heads, N, N). An axis first, for all keys along it: so nothing
-        of the size (N, N, d) is made."""
+        """q (B, heads, N, d) of the grid's N cells -> (B, heads, N, N).
+
+        The score with all keys along one axis comes first: nothing of size (N, N, d) is made.
+        """
         q, bias = q.unflatten(2, self.grid), 0  # (B, heads, T, H, W, d)
-        for axis, length in enumerate(self.grid):
-            letter, steps = "thw"[axis], torch.arange(length, device=q.device)
-            table = getattr(self, f"rel_pos_{letter}")
+        for number, (axis, length) in enumerate(zip(self.axes, self.grid)):
+            steps = torch.arange(length, device=q.device)
+            table = getattr(self, f"rel_pos_{axis}")
             table = table[steps[:, None] - steps + length - 1]  # (query, key, d), along this axis
-            scores = torch.einsum(f"bnthwd,{letter}kd->bnthwk", q, table)
-            shape = [length if other == axis else 1 for other in range(3)]
-            bias = bias + scores.unflatten(5, shape)  # (B, heads, T, H, W, T, H, W)
-        return bias.flatten(5).flatten(2, 4)
+            scores = torch.einsum(f"bn{self.axes}d,{axis}kd->bn{self.axes}k", q, table)
+            shape = [1] * len(self.grid)
+            shape[number] = length
+            bias = bias + scores.unflatten(-1, shape)  # (B, heads, T, H, W, T, H, W)
+        keys = 2 + len(self.grid)
+        return bias.flatten(keys).flatten(2, keys - 1)
 
 
 class VideoClassifier(Classifier):
