@@ -109,8 +109,12 @@ def load_task(name):
 
 
 def parse_arguments(argv):
-    add_flags = lambda task, groups: (add_common_flags(groups), load_task(task).add_flags(groups))
-    run = launch.parse_task(argv, "finetune.py", "Stage 3.", TASKS, add_flags)
+    parser = launch.make_parser("finetune.py", "Stage 3.")
+    parser.add_argument("--task", required=True, choices=TASKS)
+    parser.set_defaults(plan=False, gpus=None, cuda_graph=False)
+    add_common_flags(parser.groups)
+    add_flags = lambda parser, task: load_task(task).add_flags(parser.groups)
+    run = launch.parse_for_task(parser, TASKS, add_flags, argv)
     if run.data == "":  # of a variable that is not set, say
         launch.fail("finetune.py", "--data is empty: leave it out for the toy world")
     run.out = run.out or Path("runs", run.task)
@@ -513,7 +517,7 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, measure=None, 
         if progress.stepped():
             facts = {"loss": totals.loss, "lr": lr, "grad_norm": totals.norm}
             if progress.saving and measure:
-                facts |= evaluate.unless_lacking(stop, measure, model) or {}
+                facts |= launch.unless_lacking(stop, measure, model) or {}
             progress.log(facts, SHOWN)
         if progress.saving:
             progress.save(model, optimizer)

@@ -64,7 +64,8 @@ def recipe(size):
 
 
 def parse_arguments(argv):
-    parser, groups = launch.make_parser("mae_pretrain.py", "Stage 1.")
+    parser = launch.make_parser("mae_pretrain.py", "Stage 1.")
+    groups = parser.groups
     add = groups["data"].add_argument
     add("--data", help="a folder of pictures, tar shards (path, glob, {000..099}), or toy (toy)")
     add("--val-data", help="pictures to measure on (those in DATA/val, else some held out of DATA)")
@@ -252,7 +253,7 @@ def train(run):
             trained = 3 * progress.done * run.batch_size
             if progress.saving and trained >= run.held_out_batches.total > 0:
                 measured = model, run.held_out_batches, device
-                facts["held_out_loss"] = evaluate.unless_lacking(
+                facts["held_out_loss"] = launch.unless_lacking(
                     stop, evaluate.masked_loss, *measured
                 )
             progress.log(facts, {"held_out_loss": "held-out {:.4f}", "bad": "unreadable {}"})

@@ -70,7 +70,8 @@ def recipe(size):
 
 
 def parse_arguments(argv):
-    parser, groups = launch.make_parser("weak_pretrain.py", "Stage 2.")
+    parser = launch.make_parser("weak_pretrain.py", "Stage 2.")
+    groups = parser.groups
     add = groups["data"].add_argument
     add("--data", help="a folder of pictures, tar shards (path, glob, {000..099}), or toy (toy)")
     add("--labels", help='JSON lines of {"path", "hashtags"} for the pictures of a folder')
@@ -265,7 +266,7 @@ def train(run):
             trained = 3 * progress.done * run.batch_size
             if progress.saving and trained >= run.held_out_batches.total > 0:
                 measured = model, run.held_out_batches, device, "tags"
-                found = evaluate.unless_lacking(stop, evaluate.hit_rates, *measured)
+                found = launch.unless_lacking(stop, evaluate.hit_rates, *measured)
                 rates, count = found or (None, 0)
                 facts |= dict(zip(("hit_1", "hit_5"), rates[0])) if count else {}
             shown = {"hit_1": "hit-1 {:.1%}", "hit_5": "hit-5 {:.1%}"}

@@ -4,12 +4,13 @@ import csv
 import itertools
 import json
 import os
+import re
 import shlex
 import sys
 from collections import Counter
 from pathlib import Path
 
-from data import SPLITS, is_media, is_picture, one_line, walk
+from data import SPLITS, is_media, is_picture, one_line, sort_classes, walk
 
 # ------------------------------------------------------------------------------------------- splits
 
@@ -254,3 +255,127 @@ def names_of_list(count, classes):
         print(f"{count} classes without names: taken for the data's, in its order")
         return classes
     return None
+
+
+def read_lines(path, what):
+    """The lines of a text file of `what`. Raises ValueError if it is empty or a line is blank."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {what} from {path}: {error}") from None
+    if "" in lines:
+        raise ValueError(f"{path}: line {lines.index('') + 1} is blank: want {what}, one a line")
+    if not lines:
+        raise ValueError(f"{path} is empty: want {what}, one a line")
+    return lines
+
+
+def read_class_names(path, classes):
+    """The names of each class of the data: a list of lists.
+
+    path     a file with a line for each class, in their order: names separated by commas. Or each
+             line begins with the data's name of the class and a tab, in any order. None: the names
+             are the data's
+    classes  the data's names of its classes, or None if it only numbers them
+
+    A list without tabs may have more lines than the data has classes: see names_of_list. Classes
+    of the same names cannot be told apart: they are reported.
+    """
+    if not path:
+        if not classes:
+            raise ValueError("the data does not name its classes: give --classnames")
+        lines = [name.replace("_", " ").replace("-", " ") for name in classes]
+        return say_same_names("the data", [[line] for line in lines])
+    lines = read_lines(path, "class names")
+    classes = classes or [str(number) for number in range(len(lines))]
+    tabs = ["\t" in line for line in lines]
+    if all(tabs):
+        order, lines = zip(*(line.split("\t", 1) for line in lines))
+        if again := [name for name, count in Counter(order).items() if count > 1]:
+            raise ValueError(f"{path} names {again[0]} twice")
+    elif any(tabs):
+        raise ValueError(f"{path}: line {tabs.index(False) + 1} has no tab, others have one")
+    elif len(lines) != len(classes):
+        order = names_of_list(len(lines), classes)
+        if not order:
+            why = f"{path} has {len(lines)} lines, the data {len(classes)} classes"
+            raise ValueError(f"{why}: begin each line with the class's name in the data, and a tab")
+    else:
+        # Shards that were packed when numbers were sorted as texts have 10 before 2.
+        order = sort_classes(classes) if all(map(str.isdecimal, classes)) else classes
+    keyed = dict(zip(order, lines))
+    if missing := [name for name in classes if name not in keyed]:
+        raise ValueError(f"{path} has no names for {', '.join(missing[:3])} ({len(missing)})")
+    lines = [keyed[name] for name in classes]
+    names = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]
+    if [] in names:
+        raise ValueError(f"{path}: line {names.index([]) + 1} holds no name")
+    return say_same_names(path, names)
+
+
+# ---------------------------------------------------------------------------------- right answers
+
+
+def right_answers(names, classes, source, labels, label_map=None):
+    """For each sample the set of right classes of the model; empty if none is known.
+
+    names      of the model's classes, or None; `classes` is their number
+    labels     class numbers of the source, -1 if unknown
+    label_map  file of {class of the data: class of the model, or a list of them}
+    """
+    found = {label for label in labels if label >= 0}
+    of_data = dict(enumerate(source.classes or [])) or {n: str(n) for n in found}  # label: name
+    meanings = {}  # name: numbers of the model's classes; several may have the same name
+    for number, name in enumerate(names or ()):
+        meanings.setdefault(name, set()).add(number)
+    if label_map:
+        meanings = read_label_map(label_map, meanings, classes, of_data.values())
+    else:
+        unknown = [name for name in of_data.values() if name not in meanings]
+        unknown += [str(label) for label in sorted(found - of_data.keys())]
+        if unknown:
+            why = f"the model knows no {', '.join(unknown[:3])}"
+            raise ValueError(f"{why} ({len(unknown)} of the data's classes): give --label-map")
+    by_label = {label: meanings.get(name, set()) for label, name in of_data.items()}
+    return [by_label.get(label, set()) for label in labels]
+
+
+def read_label_map(path, of_model, classes, of_data):
+    """{class of the data: set of the model's class numbers} from a file, see right_answers.
+
+    of_model: {name: set of class numbers} of the model; of_data: names of the data's classes.
+    """
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+        meanings = {}
+        for name, some in content.items():
+            some = some if isinstance(some, list) else [some]
+            sets = (of_model[one] if isinstance(one, str) else {one} for one in some)
+            meanings[name] = set().union(*sets)
+        if not are_classes(meanings.values(), classes) or meanings.keys().isdisjoint(of_data):
+            raise ValueError("classes that the model or the data has not")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        want = "{class of the data: class of the model, or a list}"
+        raise ValueError(f"{path} is no label map ({error!r}): want {want}") from None
+    return meanings
+
+
+def real_answers(path, files, classes):
+    """For each file of ImageNet's validation set the set of classes in ImageNet-ReaL's real.json,
+    which has a list for each of the 50,000; empty if no class is right."""
+    try:
+        real = json.loads(Path(path).read_text("utf-8"))
+        names = [re.split("[/:]", file)[-1] for file in files]
+        numbers = [int(re.findall(r"val_(\d{8})", name)[-1]) for name in names]  # from 1
+        answers = [set(real[number - 1]) if number > 0 else set() for number in numbers]
+        if not are_classes(answers, classes):
+            raise ValueError(f"answers are numbers from 0 to {classes - 1}")
+        return answers
+    except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
+        why = f"{path} is not real.json of these pictures ({error!r})"
+        raise ValueError(f"{why}: a list for each, ILSVRC2012_val_00000001 first") from None
+
+
+def are_classes(sets, classes):
+    """True if all members of some sets are integers from 0 to classes - 1."""
+    return all(type(one) is int and 0 <= one < classes for some in sets for one in some)

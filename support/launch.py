@@ -15,6 +15,7 @@ import gc
 import json
 import math
 import os
+import re
 import sys
 import time
 from datetime import timedelta
@@ -30,16 +31,20 @@ from support.checkpoints import begin_run, is_lost, last_line, load_checkpoint, 
 
 
 def make_parser(program, description):
-    """(parser, {title: its group of flags}). Its errors are one line, of one process a machine."""
+    """An ArgumentParser whose errors are one line, of one process a machine.
+
+    Its `groups` are {title: a group of flags}.
+    """
     parser = argparse.ArgumentParser(program, allow_abbrev=False, description=description)
 
     def error(message):
-        message = message.removeprefix("argument ").replace(": ", " ", 1)  # --lr nan is out of ...
+        message = re.sub(r"^argument (\S+): ", r"\1 ", message)  # --lr nan is out of range
         fail(program, f"{message} (--help lists all flags)")
 
     parser.error = error
     titles = "data", "model", "optimisation", "run"
-    return parser, {title: parser.add_argument_group(title) for title in titles}
+    parser.groups = {title: parser.add_argument_group(title) for title in titles}
+    return parser
 
 
 def number(kind, least, most=2**62, above=False):
@@ -51,7 +56,8 @@ def number(kind, least, most=2**62, above=False):
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
         if not least <= value <= most or above and value == least:
-            raise argparse.ArgumentTypeError(f"{text} is out of range")
+            wanted = f": it must be from {least} to {most}" if most < 2**62 else ""
+            raise argparse.ArgumentTypeError(f"{text} is out of range{wanted}")
         return value
 
     return parse
@@ -61,6 +67,27 @@ count = number(int, 1)
 fraction = number(float, 0, 1)
 positive = number(float, 0, above=True)
 not_negative = number(float, 0)
+
+
+def in_folder(text):
+    """An argparse type: the path of a file in a folder that exists."""
+    if not Path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such folder")
+    return text
+
+
+def png(text):
+    """An argparse type: the path of a .png in a folder that exists."""
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text} is no .png")
+    return in_folder(text)
+
+
+def new_file(text):
+    """An argparse type: the path of a file that does not exist, in a folder that does."""
+    if Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text} exists: choose another one")
+    return in_folder(text)
 
 
 def add_flags(groups, out, batch_size, seed_of):
@@ -123,34 +150,37 @@ def add_label_flags(groups):
     add("--pool", choices=("cls", "mean"), help="what the head reads (classify, video: mean)")
 
 
-def parse_task(argv, program, description, tasks, add_flags):
-    """Parse the arguments of a program with --task.
+def parse_for_task(parser, tasks, add_flags, argv):
+    """Parse argv with the flags of all tasks and those of the one that --task names.
 
-    tasks: their names. add_flags(task, groups) adds the flags of a task, and those of all. A flag
-    that only other tasks have is refused with their names.
+    parser     has the flags of all tasks, and --task
+    tasks      names of the tasks
+    add_flags  function (parser, task): adds the flags that a task has beside these
+
+    parser.error is called for a flag of another task, with the names of the tasks that have it.
     """
-
-    def parser_of(task):
-        parser, groups = make_parser(program, description)
-        parser.add_argument("--task", required=True, choices=tasks)
-        parser.set_defaults(plan=False, gpus=None, cuda_graph=False)
-        if task in tasks:
-            add_flags(task, groups)
-        else:
-            parser.epilog = f"python {program} --task NAME --help lists the flags of a task"
-        return parser
-
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--task")
+    first = argparse.ArgumentParser(parser.prog, add_help=False, allow_abbrev=False)
+    first.error = parser.error
+    first.add_argument("--task", choices=tasks)
     task = first.parse_known_args(argv)[0].task
-    parser = parser_of(task)
+    if task:
+        add_flags(parser, task)
+    else:
+        parser.epilog = "--task NAME --help lists the flags of a task, too."
     run, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        owners = [name for name in tasks if flag in parser_of(name).format_help().split()]
-        why = f"is for --task {', '.join(owners)}" if owners else "is no flag of this program"
-        parser.error(f"{flag} {why}")
+        if owners := [name for name in tasks if has_flag(flag, name, add_flags)]:
+            parser.error(f"{flag} is for --task {', '.join(owners)}")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return run
+
+
+def has_flag(flag, task, add_flags):
+    """True if add_flags(parser, task) adds this flag."""
+    parser = make_parser(task, "")
+    add_flags(parser, task)
+    return flag in parser.format_usage().replace("[", " ").replace("]", " ").split()
 
 
 def add_length_flags(groups, epochs, samples):
@@ -445,6 +475,26 @@ def guard(model, run, step, totals, lr):
         f"not saved. Positions {step * run.batch_size} to {(step + 1) * run.batch_size - 1}. "
         f"Gradients not finite: {' '.join(names) or 'none'}"
     )
+
+
+def unless_lacking(stop, measure, *arguments):
+    """Return measure(*arguments), or None if any process has no batch for it: see data.Stop.
+
+    All processes must call it. The reason is printed, and the next training step ends the run.
+    """
+    found, wrong = None, None
+    try:
+        found = measure(*arguments)
+    except ValueError as error:  # perhaps for lack of batches
+        wrong = error
+    lacking = torch.tensor([int(stop.no_batch is not None)])
+    if dist.is_initialized():
+        dist.all_reduce(lacking)
+    if stop.no_batch is not None:
+        print(f"not measured: {str(stop.no_batch) or 'asked to stop'}", file=sys.stderr)
+    if wrong and not lacking:
+        raise wrong
+    return None if lacking else found
 
 
 # ---------------------------------------------------------------------------------------------- end

@@ -1,4 +1,4 @@
-"""Pictures of what was learned, as PNG: reconstructions, attention, confusion, mistakes."""
+"""PNG files that show what a model does: reconstructions, attention, confusion, mistakes."""
 
 import os
 import sys
@@ -8,56 +8,64 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-import data
-import model as models
+from data import MASK, Batches, channel_statistics, make_picture, normalize, permutation
+from model import pair, unpatchify
 
 
 def denormalize(images):
-    """The inverse of data.normalize: float (B, C, H, W) -> uint8, clipped."""
-    statistics = torch.tensor(data.channel_statistics(images.shape[1]), device=images.device)
+    """The inverse of data.normalize: float (B, C, H, W) -> uint8, clipped to 0 ... 255."""
+    statistics = torch.tensor(channel_statistics(images.shape[1]), device=images.device)
     mean, deviation = statistics.view(2, 1, -1, 1, 1)
     return ((images * deviation + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 @torch.inference_mode()
 def draw_reconstructions(model, source, path, count=8, seed=0):
-    """Write a PNG, a row per picture: itself, what the encoder sees, what the decoder paints."""
+    """Write a PNG with a row for each image: itself, its visible patches, the reconstruction.
+
+    model: an MAE; source: its first `count` images are drawn; seed: of their masks.
+    """
     images = some_pictures(source, model.config, count)
     N, device = model.num_patches, model.cls_token.device
-    ids = [data.permutation(N, seed, 0, i, data.MASK) for i in range(len(images))]
-    ids = torch.from_numpy(np.stack(ids)).to(device)
-    normal = data.normalize(images.to(device))
-    painted = denormalize(model.reconstruct(normal, ids)).cpu()
-    P, visible = model.patch_size, ids[:, : model.num_visible, None].cpu()
+    ids = [permutation(N, seed, 0, i, MASK) for i in range(len(images))]
+    ids = torch.from_numpy(np.stack(ids)).to(device)  # (B, N)
+    reconstructed = denormalize(model.reconstruct(normalize(images.to(device)), ids)).cpu()
+    P, visible = model.patch_size, ids[:, : model.num_visible, None].cpu()  # (B, K, 1)
     hidden = torch.ones(len(images), N, 1).scatter(1, visible, 0).expand(-1, -1, P**2)
-    hidden = models.unpatchify(hidden, P, model.grid)
+    hidden = unpatchify(hidden, P, model.grid)  # (B, 1, H, W)
     seen = torch.where(hidden > 0, torch.full_like(images, 128), images)  # (B, C, H, W)
-    share = model.num_visible / N
-    titles = ["picture", f"seen ({share:.0%})", "reconstructed"]
-    draw_grid([images, seen, painted], titles, path)
+    titles = ["picture", f"seen ({model.num_visible / N:.0%})", "reconstructed"]
+    draw_grid([images, seen, reconstructed], titles, path)
 
 
 @torch.inference_mode()
 def draw_attention(model, source, path, count=8):
-    """Write a PNG, a row per picture: itself, and where the class token looks, head by head."""
+    """Write a PNG with a row for each image: itself, and the attention of the class token in the
+    last block, as the mean over the heads and of the first four heads.
+
+    model: a ViT; source: its first `count` images are drawn.
+    """
     images = some_pictures(source, model.config, count)
-    normal = data.normalize(images.to(model.cls_token.device))
+    normal = normalize(images.to(model.cls_token.device))
     attention = model.class_attention(normal).cpu()  # (B, heads, N)
     maps = torch.cat([attention.mean(dim=1, keepdim=True), attention[:, :4]], dim=1)
-    maps = maps.unflatten(2, model.grid)
+    maps = maps.unflatten(2, model.grid)  # (B, maps, rows, columns)
     maps = maps / maps.amax(dim=(2, 3), keepdim=True)
     maps = F.interpolate(maps, images.shape[2:], mode="nearest")  # (B, maps, H, W)
-    # Brightness of the picture is the attention; a little is left everywhere to see what is there.
-    lit = [(images * (0.15 + 0.85 * m[:, None])).to(torch.uint8) for m in maps.unbind(dim=1)]
-    titles = ["picture", "all heads", *(f"head {i + 1}" for i in range(len(lit) - 1))]
-    draw_grid([images, *lit], titles, path)
+    # Attention scales the brightness of the image; where it is 0, 15 % remain.
+    scaled = [(images * (0.15 + 0.85 * m[:, None])).to(torch.uint8) for m in maps.unbind(dim=1)]
+    titles = ["picture", "all heads", *(f"head {i + 1}" for i in range(len(scaled) - 1))]
+    draw_grid([images, *scaled], titles, path)
 
 
 def some_pictures(source, config, count):
-    """The readable ones among the first `count` pictures of a source, (B, C, H, W) uint8."""
-    size, channels = models.pair(config["image_size"]), config["channels"]
-    make = lambda *given: {"images": data.make_picture(*given, size, channels)}
-    batch = data.Batches(source, make, count)[0]
+    """The readable images among the first `count` of a source, (B, C, H, W) uint8.
+
+    config: of the model, which has image_size and channels. Raises ValueError if none is readable.
+    """
+    size, channels = pair(config["image_size"]), config["channels"]
+    make = lambda sample, key: {"images": make_picture(sample, key, size, channels)}
+    batch = Batches(source, make, count)[0]
     for name in batch["bad"]:
         print(f"unreadable, left out: {name}", file=sys.stderr)
     if not batch["weight"].any():
@@ -66,7 +74,11 @@ def some_pictures(source, config, count):
 
 
 def draw_confusion(table, names, path):
-    """Write a PNG of (classes, classes) counts: a row for each true class, darker for more."""
+    """Write a PNG of a confusion matrix.
+
+    table: (classes, classes) int64 counts, a row for each true class; names: of the classes. A cell
+    is darker for a larger fraction of its row, and blue for a mistake.
+    """
     side, left = max(4, min(36, 1200 // len(names))), 150 if len(names) <= 60 else 6
     image = Image.new("RGB", (left + side * len(names) + 6, left + side * len(names) + 6), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(min(13, side * 2 // 3))
@@ -80,7 +92,7 @@ def draw_confusion(table, names, path):
     draw.text((6, 6), "rows: truth\ncolumns: answer", "black", ImageFont.load_default(13))
     for (row, column), share in np.ndenumerate(shares.numpy()):
         x, y, grey = left + column * side, left + row * side, int(255 * (1 - share))
-        colour = grey, grey, 255 if row != column else grey  # mistakes are blue
+        colour = grey, grey, 255 if row != column else grey
         draw.rectangle((x, y, x + side - 1, y + side - 1), colour)
         if side > 24 and table[row, column]:
             centre, colour = (x + side // 2, y + side // 2), "white" if share > 0.5 else "black"
@@ -90,7 +102,7 @@ def draw_confusion(table, names, path):
 
 
 def draw_mistakes(source, lines, config, path):
-    """Write a PNG of a source's pictures, each with a line of text below."""
+    """Write a PNG of a source's first images, each with a line of text below. config: a model's."""
     if not lines:
         return print(f"there are no mistakes: {path} is not written")
     images = some_pictures(source, config, len(lines)).permute(0, 2, 3, 1).numpy()
@@ -108,7 +120,10 @@ def draw_mistakes(source, lines, config, path):
 
 
 def draw_grid(columns, titles, path):
-    """columns: as many (B, C, H, W) uint8 tensors as titles. Small pictures are enlarged."""
+    """Write a PNG of columns of images: a (B, C, H, W) uint8 tensor and a title for each column.
+
+    C is 1 (grey), 3 or 4. Small images are enlarged by a whole number.
+    """
     B, C, H, W = columns[0].shape
     scale, gap, top = max(1, 160 // min(H, W)), 6, 22
     width, height = W * scale + gap, H * scale + gap

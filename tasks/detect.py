@@ -33,6 +33,7 @@ from model import ViT, architecture, full_state, initialize, load_weights, patch
 from model import read_weights as read_encoder
 from support import launch
 from support.formats import open_weights
+from support.launch import new_file, png
 from support.loader import loader
 from tasks.coco import detection_numbers, print_detection
 from tasks.scenes import (
@@ -713,6 +714,13 @@ def detect_in(model, scenes, batch_size=8, workers=0, device="cpu", max_bad=0.01
     if bad > max(1, max_bad * total) or bad == total:
         raise ValueError(f"{bad} of {total} pictures cannot be read, over --max-bad {max_bad}")
     return found
+
+
+def add_result_flags(parser):
+    """Add the flags of evaluate.py for what a detector finds."""
+    add = parser.add_argument
+    add("--out", type=png, help="PNG to write (detections.png beside the checkpoint)")
+    add("--results", type=new_file, help="write what is found as this .json, in COCO's format")
 
 
 def task_detect(model, sources, run):

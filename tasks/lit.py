@@ -1,5 +1,5 @@
-"""Pictures and texts: a text tower learns to meet the frozen encoder (LiT, arXiv 2111.07991), and
-classes are recognised by their names (zero-shot)."""
+"""Images and texts: a text tower is trained beside the frozen image encoder (LiT, arXiv
+2111.07991), and classes are recognised by their names (zero-shot)."""
 
 import copy
 import hashlib
@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -17,17 +16,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import data
-import kernels
 import model as models
-from data import one_line, read_all
-from evaluate import best_five, extract
-from model import Block, ViT, initialize, pool, triple
+from data import CAPTION, make_picture, normalize, one_line, random_bits, read_all
+from kernels import split_heads
+from model import Block, ViT, encoder_config, initialize, pool, sync_gradients, triple
 from support import launch
 from support.checkpoints import barrier, find_checkpoint, last_line
 from support.formats import infer_shape, name_of, read_file
-from support.labels import names_of_list, say_same_names, texts_in
+from support.labels import read_class_names, read_lines, texts_in
 from support.plan import (
     block_flops,
     fitting_batch,
@@ -41,13 +40,16 @@ from support.plan import (
 
 
 def all_captions(source):
-    """The captions of each sample of a source, as they are: a list of lists of texts."""
+    """The captions of all samples of a source: a list of lists of texts, as they were written."""
     return list(read_all(source, "caption", lambda sample: sample["captions"](), []))
 
 
 def captions_in(members, key):
-    """From .json (a text or a list of texts under `key`) or, where that has none, .txt. Raises
-    ValueError if it is damaged."""
+    """The captions of a sample of a shard: a list of texts.
+
+    members: {extension: bytes}. They are a text or a list of texts under `key` in .json, or else
+    the content of .txt. Raises ValueError if the .json is damaged.
+    """
     try:
         content = json.loads(members.get("json", b"{}"))
         texts = texts_in(content.get(key) if isinstance(content, dict) else None)
@@ -64,19 +66,20 @@ BOS, PAD, EOS, UNKNOWN = range(4)
 
 
 def clean(text):
-    """A caption without # signs (the paper strips them and sanitises: recalled), and with single
-    spaces for white space and control characters. (Joiners stay: emoji and scripts need them.)"""
+    """A caption without # signs (the paper strips and sanitises: unverified), with single spaces
+    for white space and control characters. Joiners stay: emoji and some scripts need them."""
     return re.sub(r"[#\uff03\s\x00-\x1f\x7f-\x9f]+", " ", text).strip()
 
 
 class Tokenizer:
-    """Texts -> ids. A subclass has ids(text), a list; vocabulary, how many ids there are; and
-    identity, a text that says which one it is."""
+    """Turn texts into token ids. A subclass has ids(text), which returns a list; vocabulary, the
+    number of ids; and identity, a text that differs between tokenizers."""
 
     def __call__(self, texts, context):
         """A list of n texts -> (n, T) int64: BOS, at most `context` tokens, EOS, and PAD.
 
-        T is the longest row's length, up to a multiple of 8 or context + 2: few shapes occur.
+        T is the length of the longest row, rounded up to a multiple of 8, at most context + 2: so
+        few shapes occur.
         """
         rows = [[BOS, *self.ids(text)[:context], EOS] for text in texts]
         width = min(-(-max(map(len, rows)) // 8) * 8, context + 2)
@@ -84,7 +87,7 @@ class Tokenizer:
 
 
 class ByteTokenizer(Tokenizer):
-    """The bytes of UTF-8: for any language, without a file. Byte b is 4 + b."""
+    """The bytes of UTF-8, for any language and without a file: the id of byte b is 4 + b."""
 
     vocabulary, identity = 4 + 256, "bytes of UTF-8"
 
@@ -93,10 +96,10 @@ class ByteTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """XLM-R's, of its file sentencepiece.bpe.model, or another one that was trained likewise.
+    """XLM-R's tokenizer, from its file sentencepiece.bpe.model or a file that was trained like it.
 
-    The file numbers <unk> 0, <s> 1, </s> 2 and then pieces; fairseq (and XLM-R's embeddings) <s> 0,
-    <pad> 1, </s> 2, <unk> 3, the same pieces, each one higher, and <mask>: 250,002 in all.
+    The file has the ids <unk> 0, <s> 1, </s> 2, then the pieces. fairseq, and so XLM-R's embedding,
+    has <s> 0, <pad> 1, </s> 2, <unk> 3, then each piece one higher, then <mask>: 250,002 in all.
     """
 
     def __init__(self, path):
@@ -121,47 +124,46 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def open_tokenizer(path):
-    """XLM-R's from a file or, without one, of bytes. Raises ValueError, one line."""
+    """The tokenizer in a sentencepiece file, or bytes without one. Raises ValueError, one line."""
     return SentencePieceTokenizer(path) if path else ByteTokenizer()
 
 
 # (width, layers, heads) of text towers: XLM-R's Base and Large (arXiv 1911.02116); toy is ours.
 TEXT_SIZES = {"toy": (128, 3, 4), "XLMR-B": (768, 12, 12), "XLMR-L": (1024, 24, 16)}
-
-
-# image size: (text size, width of the space that both are projected to), as released (maws
-# repository); others get L's.
+# image size: (text size, width of the shared space), as released (maws repository). Other sizes get
+# those of L.
 PAIRS = {"toy": ("toy", 128), "B": ("XLMR-B", 768), "L": ("XLMR-L", 1024)}
-
-
 PAIRS |= {"H": ("XLMR-L", 1024), "2B": ("XLMR-L", 2048)}
-
-
-PADDING = 1  # the token that fills up a text (fairseq's, and so XLM-R's)
+PADDING = PAD  # of fairseq, and so of XLM-R
+LIT_CROP = 0.9  # least area: captions describe the whole image (from open_clip)
+# Batch size of lit (recalled of the paper, unverified). From big_vision's LiT, as the paper's are
+# unknown: lr (not scaled with the batch), weight decay, warm-up, gradient clipping.
+LIT = (32_768, 1e-3, 0.01, 0.03, 1.0)
 
 
 # ----------------------------------------------------------------------------------- the two towers
 
 
 class TextBlock(Block):
-    """Post-norm transformer block, as XLM-R's: the sums are normalised, not what goes in."""
+    """Post-norm transformer block, as in XLM-R: LayerNorm follows each residual sum."""
 
     one_length = False
 
     def forward(self, x, mask, queries=None):
-        """x (B, T, D); mask (B, 1, 1, T), True where there is a token -> the first `queries`."""
-        q, k, v = kernels.split_heads(self.attn.qkv(x), self.attn.heads)
+        """x (B, T, D); mask (B, 1, 1, T), True for tokens, False for padding -> (B, queries, D):
+        the first `queries` tokens, or all if None."""
+        q, k, v = split_heads(self.attn.qkv(x), self.attn.heads)
         branch = F.scaled_dot_product_attention(q[:, :, :queries], k, v, attn_mask=mask)
         x = self.norm1(x[:, :queries] + self.attn.proj(branch.transpose(1, 2).flatten(2)))
         return self.norm2(x + self.mlp(x))
 
 
 class TextTower(nn.Module):
-    """XLM-R's encoder (RoBERTa's): learned positions, post-norm blocks, the first token's state.
+    """XLM-R's encoder (RoBERTa's): learned positions, post-norm blocks, output of the first token.
 
     size        a name in TEXT_SIZES or "WIDTHxLAYERSxHEADS"
     vocabulary  number of token ids
-    positions   rows of the position table: two more than the longest text has tokens
+    positions   rows of the position table: number of tokens of the longest text plus two
     norm_eps    of every LayerNorm (fairseq's)
     """
 
@@ -175,24 +177,27 @@ class TextTower(nn.Module):
         self.blocks = nn.ModuleList(TextBlock(width, heads, norm_eps) for _ in range(layers))
 
     def forward(self, tokens):
-        """tokens (B, T) int64, filled up with PADDING -> (B, D)."""
+        """tokens (B, T) int64, padded with PADDING -> (B, D)."""
         mask = tokens != PADDING
-        # Positions are counted from the padding's id on; padding has that itself (fairseq).
+        # As in fairseq, tokens have the positions PADDING + 1, ...; padding has PADDING.
         positions = mask.cumsum(dim=1) * mask + PADDING
         x = self.token_embedding(tokens) + self.position_embedding(positions)  # (B, T, D)
         x, mask = self.embedding_norm(x), mask[:, None, None]
         for block in self.blocks[:-1]:
             x = block(x, mask)
-        return self.blocks[-1](x, mask, 1)[:, 0]  # nobody looks at the other tokens' last state
+        return self.blocks[-1](x, mask, 1)[:, 0]  # only the first token's output is used
+
+
+BUILT_FROM = {"size", "vocabulary", "positions", "norm_eps"}  # a TextTower's arguments
 
 
 class TwoTowers(ViT):
-    """An encoder of pictures beside one of texts, both projected into one space (CLIP, LiT).
+    """An image encoder and a text encoder, both projected into one space (CLIP, LiT).
 
-    text          arguments of the TextTower; also "context", how many tokens a text may have
-                  beside its begin and end, and "tokenizer", which one it was trained with
-    shared_width  of that space (paper's repository: PAIRS)
-    pool          of the picture's tokens: "cls" as released, or "mean"
+    text          arguments of the TextTower; also "context", the most tokens of a text without its
+                  BOS and EOS, and "tokenizer", the identity of the tokenizer of its training
+    shared_width  of the common space
+    pool          of the image tokens: "cls" as released, or "mean"
     other arguments: see ViT
     """
 
@@ -202,22 +207,20 @@ class TwoTowers(ViT):
         super().__init__(size, **encoder_arguments)
         text = {"size": "XLMR-B", "vocabulary": 250_002, "context": 100, **(text or {})}
         self.config |= {"text": text, "shared_width": shared_width, "pool": pool}
-        built_from = ("size", "vocabulary", "positions", "norm_eps")
-        self.text = TextTower(**{name: text[name] for name in built_from if name in text})
+        self.text = TextTower(**{name: text[name] for name in BUILT_FROM & text.keys()})
         self.image_projection = nn.Parameter(torch.empty(self.width, shared_width))
         self.text_projection = nn.Parameter(torch.empty(self.text.width, shared_width))
-        self.logit_scale = nn.Parameter(torch.empty(1))  # the logarithm of what multiplies cosines
+        self.logit_scale = nn.Parameter(torch.empty(1))  # logarithm of the factor of the cosines
         initialize(self)
 
     def features(self, images):
-        """(B, C, H, W) normalised -> (B, D), the picture's part that LiT keeps as it is."""
+        """Images (B, C, H, W), normalised -> (B, D), by the encoder that LiT keeps frozen."""
         return pool(super().forward(images), self.config["pool"])
 
     def forward(self, features=None, tokens=None):
-        """Embeddings of unit length and the scale of the logits: (B, shared_width) of features
-        (B, D), the same of texts, (B, T) int64 tokens, and (1,): fp32. What is not given is None.
-        """
-        if features is not None:  # cached ones are fp32 wherever the weights compute in bf16
+        """features (B, D), tokens (B, T) int64 -> two (B, shared_width) embeddings of unit length,
+        and the scale of the logits (1,), all fp32. The embedding of what is not given is None."""
+        if features is not None:  # cached features are fp32 even if the weights compute in bf16
             features = features.to(self.image_projection.dtype) @ self.image_projection
             features = F.normalize(features.float(), dim=1)
         if tokens is not None:
@@ -225,92 +228,83 @@ class TwoTowers(ViT):
         return features, tokens, self.logit_scale.float().exp()
 
 
-class Contrastive(torch.autograd.Function):
-    """See contrastive_loss. The gradient comes with the loss, some rows of logits at a time."""
-
-    ROWS = 512  # of logits that are in memory together
-
-    @staticmethod
-    def forward(ctx, images, texts, scale, weight):
-        rank, b, tables = 0, len(images), (images, texts, weight)
-        if dist.is_initialized():
-            rank, processes = dist.get_rank(), dist.get_world_size()
-            tables = [t.new_empty(processes * b, *t.shape[1:]) for t in (images, texts, weight)]
-            for table, part in zip(tables, (images, texts, weight)):
-                dist.all_gather_into_tensor(table, part.contiguous())
-        kept = tables[2] > 0  # of the global batch: the others neither ask nor are an answer
-        images, texts = tables[0][kept], tables[1][kept]  # (n, S) each
-        n, first, own = len(images), int(kept[: rank * b].sum()), weight > 0
-        parts = torch.arange(first, first + int(own.sum()), device=kept.device).split(
-            Contrastive.ROWS
-        )
-
-        # Twice over this process's rows of the matrix: the first time for the sums of both
-        # softmaxes, along the rows and, with all processes, along the columns.
-        rows, columns = [], images.new_full((n,), -math.inf)
-        for part in parts:
-            logits = scale * images[part] @ texts.T  # (ROWS, n)
-            rows.append(logits.logsumexp(dim=1))
-            columns = torch.logaddexp(columns, logits.logsumexp(dim=0))
-        if dist.is_initialized():
-            every = columns.new_empty(processes * n)
-            dist.all_gather_into_tensor(every, columns)
-            columns = every.view(processes, n).logsumexp(dim=0)
-        sums, for_images, for_texts = images.new_zeros(2), [], torch.zeros_like(texts)
-        for part, row in zip(parts, rows):
-            cosines = images[part] @ texts.T
-            logits, pairs = scale * cosines, (torch.arange(len(part), device=part.device), part)
-            gradient = (logits - row[:, None]).exp() + (logits - columns).exp()  # of the logits
-            gradient[pairs] -= 2
-            losses = row + columns[part] - 2 * logits[pairs]
-            sums += torch.stack([losses.sum(), (gradient * cosines).sum()])
-            for_images.append(scale * gradient @ texts)
-            for_texts.addmm_(gradient.T, images[part])
-        loss = sums[:1].clone()
-        if dist.is_initialized():
-            dist.all_reduce(loss)
-            dist.all_reduce(for_texts)
-        gradients = tables[0].new_zeros(2, b, texts.shape[1])
-        if for_images:
-            gradients[0, own] = torch.cat(for_images)
-            gradients[1, own] = scale * for_texts[first : first + int(own.sum())]
-        ctx.save_for_backward(gradients / (2 * max(n, 1)), sums[1:] / (2 * max(n, 1)))
-        return loss[0] / (2 * max(n, 1))
-
-    @staticmethod
-    def backward(ctx, grad):
-        (for_images, for_texts), for_scale = ctx.saved_tensors
-        return grad * for_images, grad * for_texts, grad * for_scale, None
+ROWS = 512  # of the matrix of logits, that are in memory at once
 
 
 def contrastive_loss(images, texts, scale, weight):
-    """How well each picture finds its text and each text its picture among all of the global batch.
+    """The mean of two softmax cross-entropies over the global batch (CLIP, arXiv 2103.00020): each
+    image against all texts, and each text against all images.
 
-    images, texts (b, S) of unit length, this process's pairs, the same number on each; scale (1,)
-    multiplies their cosines; weight (b,): pairs of weight 0 do not exist. The mean of two softmax
-    cross-entropies over all processes' pairs (CLIP, arXiv 2103.00020), the same on each. Gradients
-    are exact: of this process's embeddings, and of scale its part, to be summed over processes.
+    images, texts  (b, S) embeddings of unit length of this process; b is the same on each process
+    scale          (1,), multiplies the cosines
+    weight         (b,); pairs of weight 0 do not exist
+
+    Returns the loss of the global batch, the same on each process. The gradients of images and
+    texts are exact; that of scale is this process's part, to be summed over the processes.
     """
     dtype = torch.promote_types(images.dtype, torch.float32)
-    return Contrastive.apply(images.to(dtype), texts.to(dtype), scale.to(dtype), weight)
+    images, texts, scale = images.to(dtype), texts.to(dtype), scale.to(dtype)
+    alone = not dist.is_initialized()
+    gather = (lambda part: part) if alone else Gather.apply
+    kept, own = gather(weight) > 0, weight > 0  # (processes * b,), (b,)
+    images, texts = images[own], gather(texts)[kept]  # (m, S), (n, S)
+    before = 0 if alone else dist.get_rank() * len(weight)
+    first = int(kept[:before].sum())
+    own_texts = texts[first : first + len(images)]  # (m, S)
+    # The matrix (m, n) is never whole in memory: its rows are computed again in backward.
+    blocks = [
+        checkpoint(log_sums, part, texts, scale, use_reentrant=False, preserve_rng_state=False)
+        for part in images.split(ROWS)
+    ]
+    over_texts, over_images = zip(*blocks)  # (rows,) each, (n,) each
+    over_images = gather(torch.stack(over_images).logsumexp(dim=0, keepdim=True))
+    over_images = over_images.logsumexp(dim=0)[first : first + len(images)]  # (m,)
+    logits = scale * (images * own_texts).sum(dim=1)  # (m,), of the pairs
+    losses = (torch.cat(over_texts) + over_images) / 2 - logits
+    part = losses.sum() / max(1, len(texts))
+    whole = part.detach().clone()
+    if not alone:
+        dist.all_reduce(whole)
+    return whole + (part - part.detach())  # the value of all, the gradient of this process
+
+
+def log_sums(images, texts, scale):
+    """logsumexp of some rows of logits over the texts, (rows,), and over their images, (n,)."""
+    logits = scale * images @ texts.T  # (rows, n)
+    return logits.logsumexp(dim=1), logits.logsumexp(dim=0)
+
+
+class Gather(torch.autograd.Function):
+    """(b, ...) -> (processes * b, ...), the rows of all processes. In backward, the gradient of a
+    process's rows is summed over the processes."""
+
+    @staticmethod
+    def forward(ctx, part):
+        whole = part.new_empty(dist.get_world_size() * len(part), *part.shape[1:])
+        dist.all_gather_into_tensor(whole, part.contiguous())
+        return whole
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 # ------------------------------------------------------------------------------------------ weights
 
 
 def read_text_weights(path, heads=None):
-    """(state, arguments) of the TextTower in a file: XLM-R's, or that of a pair. See read_weights.
-
-    Raises ValueError, one line, when it holds none, or not all of one.
-    """
+    """(state, arguments) of the TextTower in a file: XLM-R's, or that of TwoTowers. See
+    read_weights. Raises ValueError, one line, if there is none or it is not complete."""
     path, style, state, config = read_file(path, flag=None)
     state = {n.removeprefix("text."): t for n, t in state.items() if n.startswith("text.")}
-    wanted = ("size", "vocabulary", "positions", "norm_eps")
     try:
         if not state:
             raise ValueError("no text tower is among them")
         if style == "our own":
-            config = {key: config["text"][key] for key in wanted if key in config["text"]}
+            names = BUILT_FROM & config["text"].keys()
+            config = {name: config["text"][name] for name in names}
         else:
             config = infer_text_config(state, heads, config)
         with torch.device("meta"):
@@ -323,7 +317,7 @@ def read_text_weights(path, heads=None):
 
 
 def infer_text_config(state, heads=None, published=None):
-    """The arguments of a TextTower with these tensors: see infer_config."""
+    """The arguments of the TextTower that these tensors belong to: see infer_config."""
     published = published or {}
     vocabulary, width = state["token_embedding.weight"].shape
     heads = heads or published.get("num_attention_heads")
@@ -336,22 +330,34 @@ def infer_text_config(state, heads=None, published=None):
     }
 
 
-# Sentences that a class's name is put into (ours).
-TEMPLATES = (
-    "{}",
-    "a {}",
-    "the {}",
-    "a photo of a {}.",
-    "a picture of one {}.",
-    "an image of the {}.",
-)
-
-
 # ---------------------------------------------------------------------------------------- measuring
 
 
+def add_text_flags(parser, task):
+    """Add the flags of evaluate.py --task zeroshot or retrieval."""
+    add = parser.add_argument
+    add("--tokenizer", help="XLM-R's sentencepiece file, if the texts were cut by it")
+    if task == "zeroshot":
+        add("--classnames", help="file of names, a line for each class (the data's names)")
+        add("--templates", help="file of sentences with {} for a name (a few of ours)")
+    else:
+        add("--caption-key", default="caption", help="of the captions in .json (caption)")
+
+
+def build_towers(path, state, config):
+    """TwoTowers for these weights. Raises ValueError if there is no text tower, or half a pair."""
+    if "text" not in config:
+        raise ValueError(f"{path} has no text tower: finetune.py --task lit makes one")
+    names = [name for name in ("text", "shared_width", "pool") if name in config]
+    model = TwoTowers(**encoder_config(config), **{name: config[name] for name in names})
+    if missing := model.state_dict().keys() - state.keys():
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing)[:3])}: half a pair")
+    return model
+
+
 def tokenizer_for(path, text):
-    """The tokenizer of a file (None: bytes) for a text tower with this config ({}: a new one)."""
+    """The tokenizer in a file, or bytes without one, for a text tower with this config ({}: a new
+    one). Raises ValueError if it is not the one that the tower was trained with."""
     tokenizer = open_tokenizer(path)
     known, size = text.get("tokenizer"), text.get("vocabulary", tokenizer.vocabulary)
     if known not in (None, tokenizer.identity) or size != tokenizer.vocabulary:
@@ -363,7 +369,7 @@ def tokenizer_for(path, text):
 
 @torch.inference_mode()
 def embed_texts(model, texts, tokenizer, device):
-    """models.TwoTowers' embeddings (n, S) float32 of a list of texts, on the CPU."""
+    """Embeddings (n, S) float32 on the CPU of a list of texts, by TwoTowers on `device`."""
     context, found = model.config["text"]["context"], []
     for start in range(0, len(texts), 256):
         tokens = tokenizer(texts[start : start + 256], context).to(device)
@@ -371,15 +377,16 @@ def embed_texts(model, texts, tokenizer, device):
     return torch.cat(found)
 
 
-def retrieval(model, source, tokenizer, **options):
-    """{"text_recall_at_1": share of the pictures of which a caption is the most similar one of all
-    captions, ..., "image_recall_at_1": share of the captions that find a picture of theirs, ...}.
+def retrieval(model, source, tokenizer, extract):
+    """Recall at 1, 5 and 10 among all images and captions of a source: {"text_recall_at_1", ...:
+    fraction of the images for which one of their captions is found, "image_recall_at_1", ...:
+    fraction of the captions for which one of their images is found, "images", "texts": numbers}.
 
-    Equal captions are one text, which several pictures may answer. Pictures without any are left
-    out. options: see extract. Exact, up to ties, which count as wrong.
+    extract: evaluate.extract with its options bound. Equal captions are one text, of several
+    images. Images without a caption are left out. Exact; a tie counts as wrong.
     """
     function = lambda images: model(model.features(images))[0]
-    images, _, numbers = extract({"": function}, source, model.config, **options)
+    images, _, numbers = extract({"": function}, source, model.config)
     captions, texts, pairs = all_captions(source), {}, []
     for row, number in enumerate(numbers.tolist()):
         for caption in filter(None, map(clean, captions[number])):
@@ -390,103 +397,55 @@ def retrieval(model, source, tokenizer, **options):
     rows, answers = torch.tensor(pairs).unbind(dim=1)
     kept, rows = rows.unique(return_inverse=True)
     images = images[""][kept]
-    found = embed_texts(model, [*texts], tokenizer, options.get("device", "cpu"))
-    ranks = {"text": ranks_of(images, found, rows, answers)}
-    ranks["image"] = ranks_of(found, images, answers, rows)
-    return {
-        f"{what}_recall_at_{k}": (rank < k).double().mean().item()
-        for what, rank in ranks.items()
-        for k in (1, 5, 10)
-    } | {"images": len(images), "texts": len(texts)}
+    found = embed_texts(model, [*texts], tokenizer, model.logit_scale.device)
+    of_text = ranks_of(images, found, rows, answers)
+    of_image = ranks_of(found, images, answers, rows)
+    result = {"images": len(images), "texts": len(texts)}
+    for k in (1, 5, 10):
+        result[f"text_recall_at_{k}"] = (of_text < k).double().mean().item()
+        result[f"image_recall_at_{k}"] = (of_image < k).double().mean().item()
+    return result
 
 
 def ranks_of(asked, offered, rows, answers):
-    """How many wrong answers are at least as similar as the best right one: (n,) for asked (n, S).
+    """Number of wrong answers that are at least as similar as the best right one, (n,) int64.
 
-    offered (m, S); (rows[i], answers[i]) are the right pairs.
+    asked (n, S), offered (m, S); asked[rows[i]] and offered[answers[i]] are the right pairs.
     """
     ranks = torch.zeros(len(asked), dtype=torch.int64)
-    for part in torch.arange(len(asked)).split(1024):  # bounds the memory, changes nothing
+    for part in torch.arange(len(asked)).split(1024):  # bounds the memory
         similarity, mine = asked[part] @ offered.T, (rows >= part[0]) & (rows <= part[-1])
         right = rows[mine] - part[0], answers[mine]
         best = torch.full((len(part),), -torch.inf)
         best.scatter_reduce_(0, right[0], similarity[right], "amax")
         similarity[right] = -torch.inf
-        ranks[part] = (similarity > best[:, None] - 1e-6).sum(dim=1)  # rounding makes no winner
+        ranks[part] = (similarity > best[:, None] - 1e-6).sum(
+            dim=1
+        )  # so that rounding makes no hit
     return ranks
 
 
 def class_embeddings(model, names, templates, tokenizer, device):
-    """(classes, S): of each class the normalised mean of all its names in all the templates.
+    """(classes, S): the normalised mean over all names of a class in all templates.
 
     names: a list of synonyms for each class (maws repository, eval_zeroshot.py).
     """
-    prompts = ((i, t, name) for i, some in enumerate(names) for name in some for t in templates)
-    classes, texts = zip(*((i, template.replace("{}", name)) for i, template, name in prompts))
+    classes, texts = [], []
+    for number, synonyms in enumerate(names):
+        for name in synonyms:
+            texts += [template.replace("{}", name) for template in templates]
+            classes += [number] * len(templates)
     found = embed_texts(model, texts, tokenizer, device)
     sums = torch.zeros(len(names), found.shape[1]).index_add_(0, torch.tensor(classes), found)
     return F.normalize(sums, dim=1)
 
 
-def read_lines(path, what):
-    """The lines of a text file. ValueError where one is blank."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {what} from {path}: {error}") from None
-    if "" in lines:
-        where = f"line {lines.index('') + 1} is blank"
-        raise ValueError(f"{path}: {where}: want one of the {what} in each")
-    if not lines:
-        raise ValueError(f"{path} is empty: want {what}, one in each line")
-    return lines
-
-
-def read_class_names(path, classes):
-    """For each class of the data its names: a list of lists.
-
-    path     a file with a line for each class, in their order: names separated by commas; or, after
-             the class (what the data calls it) and a tab, in any order. None: the data's names
-    classes  the data's, or None where it only numbers them
-
-    A list without tabs may have more lines than the data has classes: see names_of_list. Classes
-    that share their names cannot be told apart: they are counted, and said.
-    """
-    if not path:
-        if not classes:
-            raise ValueError("the data does not name its classes: give --classnames")
-        lines = [name.replace("_", " ").replace("-", " ") for name in classes]
-        return say_same_names("the data", [[line] for line in lines])
-    lines, keyed = read_lines(path, "class names"), None
-    tabs = ["\t" in line for line in lines]
-    if any(tabs) and not all(tabs):
-        raise ValueError(f"{path}: line {tabs.index(False) + 1} has no tab, others have one")
-    if all(tabs):
-        keyed = dict(line.split("\t", 1) for line in lines)
-        if len(keyed) < len(lines):
-            again = Counter(line.split("\t")[0] for line in lines).most_common(1)[0][0]
-            raise ValueError(f"{path} names {again} twice")
-        classes = classes or [str(i) for i in range(len(keyed))]
-    elif classes and len(lines) != len(classes):
-        order = names_of_list(len(lines), classes)
-        if not order:
-            why = f"{path} has {len(lines)} lines, the data {len(classes)} classes"
-            raise ValueError(f"{why}: begin each line with the class's name in the data, and a tab")
-        keyed = dict(zip(order, lines))
-    elif classes and all(map(str.isdecimal, classes)):
-        # Shards that were packed when numbers were sorted as texts list them in that order.
-        keyed = dict(zip(data.sort_classes(classes), lines))
-    if keyed:
-        if missing := [name for name in classes if name not in keyed]:
-            raise ValueError(f"{path} has no names for {', '.join(missing[:3])} ({len(missing)})")
-        lines = [keyed[name] for name in classes]
-    names = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]
-    if [] in names:
-        raise ValueError(f"{path}: line {names.index([]) + 1} holds no name")
-    return say_same_names(path, names)
+TEMPLATES = ("{}", "a {}", "the {}")  # sentences for the name of a class (ours)
+TEMPLATES += ("a photo of a {}.", "a picture of one {}.", "an image of the {}.")
 
 
 def read_templates(path):
+    """The lines of a file, or TEMPLATES without one. Raises ValueError if a line has no {}."""
     lines = read_lines(path, "templates") if path else TEMPLATES
     for number, line in enumerate(lines, 1):
         if "{}" not in line:
@@ -496,16 +455,25 @@ def read_templates(path):
     return lines
 
 
-def task_zeroshot(model, sources, run):
-    source, device = sources[-1], run.options["device"]
-    tokenizer = tokenizer_for(run.tokenizer, model.config["text"])
-    names = read_class_names(run.classnames, source.classes)
-    templates, count = read_templates(run.templates), sum(map(len, names))
+def zeroshot(model, source, tokenizer, names, templates, extract):
+    """Top-1 and top-5 of classes that are recognised by their names: {"top1", "top5", "pictures",
+    "classes"}.
+
+    names, templates: files or None, see read_class_names and read_templates; extract:
+    evaluate.extract, with its options bound. Images without a label are left out.
+    """
+    names, templates = read_class_names(names, source.classes), read_templates(templates)
+    count = sum(map(len, names))
     print(f"{len(names)} classes, {count} names, {len(templates)} templates, {tokenizer.identity}")
+    device = model.logit_scale.device
     classes = class_embeddings(model, names, templates, tokenizer, device).to(device)
-    function = lambda images: best_five(model(model.features(images))[0] @ classes.T)
-    run.options["centre"] = run.val_crop
-    found, labels, _ = extract({"": function}, source, model.config, **run.options)
+
+    def best(images):
+        """(b, 5), or as many as there are: the classes of the most similar names."""
+        similarity = model(model.features(images))[0] @ classes.T
+        return similarity.topk(min(5, len(names))).indices
+
+    found, labels, _ = extract({"": best}, source, model.config)
     known = labels >= 0
     if (labels >= len(names)).any():
         raise ValueError(f"there is a label {int(labels.max())}, and names of {len(names)} classes")
@@ -513,101 +481,86 @@ def task_zeroshot(model, sources, run):
         raise ValueError(f"no labels in {source.identity}: want class folders or .cls files")
     if not known.all():
         print(f"{int((~known).sum())} pictures without a label are left out")
-    hits = found[""][known][:, :-1].long() == labels[known, None]
+    hits = found[""][known].long() == labels[known, None]  # (n, 5)
     top1, top5 = hits[:, 0].double().mean().item(), hits.any(dim=1).double().mean().item()
     measured, chance = f"top-1 {top1:.2%}, top-5 {top5:.2%}", f"(chance {1 / len(names):.2%})"
     print(f"zero-shot {measured} on {len(hits)} pictures {chance}")
     return {"top1": top1, "top5": top5, "pictures": len(hits), "classes": len(names)}
 
 
-def task_retrieval(model, sources, run):
-    tokenizer = tokenizer_for(run.tokenizer, model.config["text"])
-    found = retrieval(model, sources[-1], tokenizer, centre=run.val_crop, **run.options)
-    print(recall_table(found))
-    return found
-
-
 def recall_table(found):
-    """What retrieval found, in lines to read."""
+    """A table to print of retrieval's results."""
     images, texts = found["images"], found["texts"]
-    table = f"{images} pictures, {texts} different captions".ljust(45)
-    table += "recall at 1       5      10"
+    title = f"{images} pictures, {texts} different captions"
+    lines = [f"{title:45}recall at 1       5      10"]
     rows = {
         "a caption of a picture": [found[f"text_recall_at_{k}"] for k in (1, 5, 10)],
         "a picture of a caption": [found[f"image_recall_at_{k}"] for k in (1, 5, 10)],
         "(chance, about)": [min(1, k / max(images, texts)) for k in (1, 5, 10)],
     }
-    for title, shares in rows.items():
-        table += f"\n  {title:47}" + " ".join(f"{share:7.2%}" for share in shares)
-    return table
-
-
-LIT_CROP = 0.9  # least area: captions speak of the whole picture (borrowed of open_clip)
-
-
-# Of lit, batch size (recalled of the paper, unsure), then what is borrowed of big_vision's LiT, as
-# the paper's is unknown: lr (not scaled with the batch), weight decay, warm-up, gradient clipping.
-LIT = (32_768, 1e-3, 0.01, 0.03, 1.0)
+    for name, recalls in rows.items():
+        lines.append(f"  {name:47}" + " ".join(f"{recall:7.2%}" for recall in recalls))
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------- training
 
 
 def make_pair(sample, key, tokenizer, context, size=None, channels=3, min_crop=None):
-    """A row of a batch: tokens (T,) int64 of one of the captions, filled up with PADDING to a
-    multiple of 8 or context + 2: few shapes occur; images (C, H, W) uint8, if a size is given.
+    """A row of a batch: tokens (T,) int64 of one of the captions, padded as in Tokenizer, and, if a
+    size is given, images (C, H, W) uint8.
 
-    Captions are cleaned, and one is drawn. The weight is 0 if there is none. See
-    data.make_picture for the other arguments.
+    Captions are cleaned, and one is drawn. The weight is 0 if there is none. Other arguments: see
+    data.make_picture.
     """
     captions = sample["captions"]() if sample else []
     texts = [text for text in map(clean, captions) if text] or [""]
-    chosen = int(data.random_bits(1, *key, data.CAPTION)[0] % len(texts))
+    chosen = int(random_bits(1, *key, CAPTION)[0] % len(texts))
     text = texts[chosen]
     row = {"tokens": tokenizer([text], context)[0], "weight": torch.tensor(float(text != ""))}
     if size:
-        row["images"] = data.make_picture(sample, key, size, channels, min_crop)
+        row["images"] = make_picture(sample, key, size, channels, min_crop)
     return row
 
 
 def learn_pairs(run, model, micro_batches, totals):
-    """A step on pairs of picture and caption: see train. Exact however the batch is cut in pieces.
+    """A step on pairs of image and caption: see train. Exact for any number of micro-batches.
 
-    Of several micro-batches, first only the embeddings are computed. The loss of the whole batch says how
-    each should move, and with that each piece is computed again, now with its gradient (GradCache,
-    arXiv 2101.06983). Pictures are seen once: their tower is frozen.
+    With several micro-batches, first only the embeddings are computed. The loss of the whole batch
+    gives the gradients of the embeddings; with these, each micro-batch is computed again, now with
+    its gradient (GradCache, arXiv 2101.06983). The frozen image encoder runs once.
     """
-    kept = []
-    towers = getattr(model, "module", model)  # DistributedDataParallel hands on forward alone
+    inputs, weights = [], []
+    towers = getattr(model, "module", model)  # DistributedDataParallel only has forward
     for batch in micro_batches:
         totals.unreadable += batch["bad"]
         weight = batch["weight"]
         if run.features is None:
             with torch.no_grad():
-                features = towers.features(data.normalize(batch["images"])).float()
+                features = towers.features(normalize(batch["images"])).float()
         else:
             features = run.features[batch["samples"].cpu()].to(run.device)
-            weight = weight * features.isfinite().all(dim=1)  # those of unreadable pictures are nan
+            weight = weight * features.isfinite().all(dim=1)  # unreadable images have nan
             features = features.nan_to_num()
         tokens = batch["tokens"].masked_fill(batch["tokens"] < 0, PADDING)  # see data.stack
-        kept.append((features, tokens, weight))
-    with torch.set_grad_enabled(len(kept) == 1):
-        found = [model(features, tokens) for features, tokens, _ in kept]
+        inputs.append((features, tokens))
+        weights.append(weight)
+    several = len(inputs) > 1
+    with torch.set_grad_enabled(not several):
+        found = [model(*pair) for pair in inputs]
     images, texts, scales = ([x.detach() for x in parts] for parts in zip(*found))
     leaves = [x.requires_grad_() for x in (torch.cat(images), torch.cat(texts), scales[0])]
-    weight = torch.cat([weight for *_, weight in kept])
+    weight = torch.cat(weights)
     loss = contrastive_loss(*leaves, weight)
     (loss * run.processes).backward()  # gradients are averaged over the processes
-    sizes = [len(weight) for *_, weight in kept]
-    gradients = zip(*(leaf.grad.split(sizes) for leaf in leaves[:2]))
-    for i, gradient in enumerate(gradients):
-        if len(kept) > 1:
-            with models.sync_gradients(model, last=i == len(kept) - 1):
-                found[i] = model(*kept[i][:2])
-                torch.autograd.backward(found[i], (*gradient, leaves[2].grad / len(kept)))
-        else:
-            torch.autograd.backward(found[i], (*gradient, leaves[2].grad))
-    # The loss is the batch's mean already.
+    sizes = [len(weight) for weight in weights]
+    of_images, of_texts = (leaf.grad.split(sizes) for leaf in leaves[:2])
+    of_scale = leaves[2].grad / len(inputs)
+    for i, gradients in enumerate(zip(of_images, of_texts)):
+        with sync_gradients(model, last=i == len(inputs) - 1):
+            outputs = model(*inputs[i]) if several else found[i]
+            torch.autograd.backward(outputs, (*gradients, of_scale))
+    # The loss is the mean of the batch already.
     part = run.batch_size / run.processes
     totals.add(loss.detach() / run.processes, part, unknown=(weight == 0).sum())
 

@@ -16,8 +16,16 @@ from support import launch
 from support.plan import flops_per_image
 
 
+def shot_list(text):
+    """An argparse type: "1,5,all" -> ["1", "5", "all"]."""
+    items = text.split(",")
+    if not all(item == "all" or (item.isdigit() and int(item) > 0) for item in items):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers and 'all'")
+    return items
+
+
 def few_shot_split(labels, shots, seed):
-    """Indices of `shots` samples of each class (all of a class that has fewer), decided by seed."""
+    """Indices of `shots` random samples of each class, or of all if it has fewer; seed decides."""
     shuffled = torch.from_numpy(data.permutation(len(labels), seed, 0, 0, data.SPLIT))
     return torch.cat([shuffled[labels[shuffled] == c][:shots] for c in labels.unique()])
 

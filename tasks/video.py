@@ -531,6 +531,20 @@ def over_views(model):
     return scores
 
 
+def add_view_flags(parser):
+    """Add the flags of evaluate.py that say which views of a video are taken: see Clips."""
+    add, count, number = (
+        parser.add_argument,
+        launch.number(int, 1, 1000),
+        launch.number(float, 0, 1e6),
+    )
+    add("--clips", type=count, default=5, help="of a video, spread evenly over it (5)")
+    add("--crops", type=int, choices=(1, 3), default=3, help="along the longer side (3)")
+    add("--span", type=number, default=2.7, help="seconds of a clip, as in training (2.7)")
+    add("--stride", type=number, default=4.0, help="frames to the next one, as in training (4)")
+    add("--short-side", type=launch.number(int, 8, 2**16), help="of decoded files, as in training")
+
+
 # The same of video, borrowed: the paper's are unknown. B: OmniMAE's on Something-Something, of the
 # same group. L, H: PySlowFast's of MAE on Kinetics, but for the lr, whose unit is not clear there:
 # half of B's, as there. The augmentation is OmniMAE's; 2B and 6.5B get H's.

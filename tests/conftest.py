@@ -45,6 +45,7 @@ import data
 import evaluate
 import mae_pretrain
 import weak_pretrain
+from model import ViT, initialize, save_weights
 from support import pack as pack_module
 from tasks import video
 from tasks.augment import augmented
@@ -655,6 +656,50 @@ def section(line, title):
     """What load_weights reports after "title: "."""
     found = [part for part in line.split("; ") if part.startswith(f"{title}: ")]
     return set(found[0].removeprefix(f"{title}: ").split(", ")) if found else set()
+
+
+# ----------------------------------------------------------------------- pictures for evaluate.py
+
+RECTANGLE = {"image_size": (16, 24), "patch_size": 8}  # 2 x 3 patches: H is not W
+
+
+def write_picture(path, seed, colour, mode="RGB"):
+    """Noise around a colour, larger than the models' pictures and of another aspect."""
+    noise = np.random.RandomState(seed).normal(0, 60, (20, 26, 3))
+    pixels = np.clip(noise + colour, 0, 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+def save_model(path, kind=ViT, size="24x2x2", seed=3, **arguments):
+    """A checkpoint whose attention is sharp: with initial weights it is almost uniform."""
+    model = kind(size, **{**RECTANGLE, **arguments})
+    initialize(model, seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "qkv.weight" in name:
+                parameter.mul_(4)
+    save_weights(path, model.state_dict(), model.config)
+    return model.eval()
+
+
+def evaluated(task, checkpoint, folder, *arguments):
+    """What a task returns as JSON, and its whole stdout."""
+    printed = io.StringIO()
+    flags = ["--task", task, "--checkpoint", checkpoint, "--data", folder, "--workers", 0]
+    with contextlib.redirect_stdout(printed):
+        evaluate.main([str(flag) for flag in (*flags, *arguments)])
+    lines = printed.getvalue().splitlines()
+    result = json.loads(lines[-1])
+    assert result.pop("task") == task
+    assert not any(line.startswith("{") for line in lines[:-1])
+    return result, printed.getvalue()
+
+
+def picture_tensor(path, channels=3):
+    """A picture as a model sees it, (1, C, 16, 24) uint8, read without data.Batches."""
+    with Image.open(path) as image:
+        return data.crop_and_resize(image, RECTANGLE["image_size"], channels)[None]
 
 
 def full_disk(*_):

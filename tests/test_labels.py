@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -271,3 +272,101 @@ def test_labels_without_a_folder_are_refused(tmp_path):
             with pytest.raises(ValueError, match="want a folder") as error:
                 data.open_sources(where, **{flag: labels})
             one_line(error)
+
+
+# --------------------------------------------------------------------------------- names of classes
+
+WNIDS = ["n02123045", "n01440764", "n15075141"]  # a tabby cat, a tench, toilet tissue
+
+
+def test_wnids_by_facts_that_are_known_of_the_lists():
+    """Their length, some famous places, and that they are sorted."""
+    tabby, tench, tissue = WNIDS
+    known = {1000: {tench: 0, "n02099712": 208, tabby: 281, "n02504458": 386, "n04399382": 850,
+                    "n07753592": 954, tissue: 999},  # tench, labrador, cat, elephant, teddy, banana
+             21841: {tench: 359, "n01443537": 368, "n01484850": 460, "n01491361": 475},
+             21843: {tench: 359, "n01443537": 368, "n01484850": 460, "n01491361": 475}}  # fmt: skip
+    lists = {
+        count: labels_module.names_of_list(count, [*places]) for count, places in known.items()
+    }
+    for count, names in lists.items():
+        assert len(set(names)) == count and names == sorted(names)
+        assert {name: names.index(name) for name in known[count]} == known[count]
+    # Google's list has two more than the release of fall 2011, which lacks the teddy bear.
+    assert set(lists[21843]) - set(lists[21841]) == {"n03931044", "n09859684"}
+    assert set(lists[1000]) - set(lists[21841]) == {"n04399382"}
+
+
+def test_without_a_list_of_wnids_nothing_is_guessed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lzma", None)  # not in every build of Python
+    with pytest.raises(ValueError, match="imagenet_1000.txt.xz cannot be read .* use a Python"):
+        labels_module.names_of_list(1000, WNIDS)
+    assert labels_module.names_of_list(1000, ["3", "7"])[7] == "7"  # which needs no list
+    monkeypatch.setattr(labels_module, "__file__", str(tmp_path / "labels.py"))  # copied alone
+    assert labels_module.names_of_list(1000, WNIDS) is None
+    assert labels_module.names_of_list(3, WNIDS) == WNIDS
+
+
+def test_names_of_classes(tmp_path):
+    path = tmp_path / "names.txt"
+    assert labels_module.read_class_names(None, ["sea_lion", "ox"]) == [["sea lion"], ["ox"]]
+    path.write_text("\ufeff\u0430\u043a\u0443\u043b\u0430, shark \r\nox\n", "utf-8")
+    names = [["\u0430\u043a\u0443\u043b\u0430", "shark"], ["ox"]]
+    assert labels_module.read_class_names(path, ["b", "a"]) == names
+    assert labels_module.read_class_names(path, None) == names
+    path.write_text("n02\tox, bull\nn01\tshark\nn03\tcat\n")  # by name, in any order
+    assert labels_module.read_class_names(path, ["n01", "n02"]) == [["shark"], ["ox", "bull"]]
+
+
+@pytest.mark.parametrize("order", [sorted, lambda names: sorted(names, key=int)])
+def test_a_line_of_names_belongs_to_the_folder_of_its_number(order, tmp_path):
+    """The third line to the folder 2, also of shards that list 10 before 2."""
+    path, classes = tmp_path / "names.txt", order([str(i) for i in range(12)])
+    path.write_text("\n".join(f"name {i}" for i in range(12)))
+    assert labels_module.read_class_names(path, classes) == [[f"name {i}"] for i in classes]
+    # Some of the folders; and folders from 1 on, which are as many as the lines.
+    assert labels_module.read_class_names(path, ["2", "10"]) == [["name 2"], ["name 10"]]
+    from_one = order([str(i) for i in range(1, 13)])
+    found = labels_module.read_class_names(path, from_one)
+    assert found == [[f"name {int(i) - 1}"] for i in from_one]
+
+
+def test_names_of_all_of_imagenet_for_some_of_its_folders(tmp_path, capsys):
+    """And two classes may share a name, as the missiles of the list that CLIP's authors use."""
+    path = tmp_path / "names.txt"
+    names = [f"name {i}" for i in range(1000)]
+    names[657] = names[744] = "missile"
+    path.write_text("\n".join(names))
+    found = labels_module.read_class_names(path, ["n15075141", "n01440764", "n02123045"])
+    assert found == [["name 999"], ["name 0"], ["name 281"]]
+    assert "share" not in capsys.readouterr().out
+    found = labels_module.read_class_names(path, None)
+    assert len(found) == 1000 and found[657] == found[744] == ["missile"]
+    assert "classes that share their names (1): missile\n" in capsys.readouterr().out
+    path.write_text("a\tox, bull\nb\tbull,ox\nc\tbull\n")  # the same of several names
+    found = labels_module.read_class_names(path, ["c", "b", "a"])
+    assert found == [["bull"], ["bull", "ox"], ["ox", "bull"]]
+    assert "classes that share their names (1): bull, ox\n" in capsys.readouterr().out
+    assert labels_module.read_class_names(None, ["a_b", "a-b"]) == [["a b"], ["a b"]]
+    assert "share their names (1): a b" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "classes", "said"),
+    [
+        ("ox\n\ncat\n", None, "line 2 is blank"),
+        ("", None, "is empty"),
+        ("ox\ncat\n", ["a"], "has 2 lines, the data 1 classes: begin each line with the class"),
+        ("ox\ncat\n", ["0", "1", "2"], "has 2 lines, the data 3 classes: begin each line"),
+        ("ox\ncat\nemu\n", ["0", "3"], "has 3 lines, the data 2 classes: begin each line"),
+        ("a\tox\ncat\n", None, "line 2 has no tab"),
+        ("a\tox\nb\tcat\n", ["a", "c"], "no names for c (1)"),
+        ("a\tox\na\tcat\n", ["a"], "names a twice"),
+        (",\n", None, "line 1 holds no name"),
+    ],
+)
+def test_unusable_names_of_classes_are_refused(text, classes, said, tmp_path):
+    (tmp_path / "names.txt").write_text(text)
+    with pytest.raises(ValueError) as error:
+        labels_module.read_class_names(tmp_path / "names.txt", classes)
+    assert said in one_line(error)

@@ -27,10 +27,6 @@ LAYERS = [
 ]
 
 
-# To go: what these two need of evaluate.py is to be handed to them.
-STILL = {"tasks.lit": {"evaluate"}}
-
-
 def imports(tree):
     """Names of our own modules that are imported below a node."""
     found = set()
@@ -60,7 +56,7 @@ def test_imports_run_one_way(name):
     if name in CORE:
         assert loaded <= CORE  # folders only inside the function that a flag leads to
     assert not (loaded | inside) & STAGES
-    for other in loaded - {name} - STILL.get(name, set()):
+    for other in loaded - {name}:
         assert layer(other) <= layer(name), f"{name} imports {other}"
 
 

@@ -1,0 +1,182 @@
+"""support/pictures.py: what evaluate.py draws, pixel by pixel."""
+
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import RECTANGLE, evaluated, picture_tensor, save_model, write_picture
+from PIL import Image
+
+import data
+from model import MAE
+from support.pictures import denormalize
+
+MASKED = {"decoder": (16, 1, 2), "mask_ratio": 0.5}
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("autoencoder") / "model.pt"
+    return SimpleNamespace(path=path, model=save_model(path, MAE, **MASKED))
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory):
+    """Four pictures without classes, in the order in which their folder gives them."""
+    root = tmp_path_factory.mktemp("gallery")
+    for i in range(4):
+        write_picture(root / f"{i}.png", 900 + i, 128)
+    source = data.Folder(str(root))
+    return SimpleNamespace(root=root, paths=[source.name(i) for i in range(4)])
+
+
+def cells(path, columns, rows):
+    """The pictures of a drawn grid, (columns, rows, 16, 24, 3) uint8, each pixel once.
+
+    By hand, for pictures of 16 x 24: enlarged 10 times, with gaps of 6 and a title line of 22.
+    """
+    with Image.open(path) as image:
+        assert image.mode == "RGB" and image.size == (columns * 246 + 6, rows * 166 + 22)
+        pixels = np.asarray(image)
+    found = np.zeros((columns, rows, 16, 24, 3), dtype=np.uint8)
+    for x, y in np.ndindex(columns, rows):
+        cell = pixels[22 + 166 * y :, 6 + 246 * x :][:160, :240].reshape(16, 10, 24, 10, 3)
+        assert (cell == cell[:, :1, :, :1]).all()  # every pixel is a square of one colour
+        found[x, y] = cell[:, 0, :, 0]
+    return found
+
+
+def patches_of(pictures):
+    """(..., 16, 24, 3) -> (..., 6, 192): the 2 x 3 patches of 8 x 8, row by row."""
+    split = [
+        pictures[..., 8 * row : 8 * row + 8, 8 * column : 8 * column + 8, :]
+        for row in range(2)
+        for column in range(3)
+    ]
+    return np.stack([patch.reshape(*patch.shape[:-3], -1) for patch in split], axis=-2)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 10])
+def test_denormalize_goes_back_exactly_and_clips(channels):
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, channels, 1, 1)
+    images[1] = images[1].flip(1)
+    assert torch.equal(denormalize(data.normalize(images)), images)
+    extremes = torch.tensor([-100.0, 100.0]).view(1, 1, 1, 2).repeat(1, channels, 1, 1)
+    assert denormalize(extremes)[0, :, 0].tolist() == [[0, 255]] * channels
+
+
+def test_reconstructions_show_the_picture_the_visible_patches_and_the_painted_rest(
+    autoencoder, gallery, tmp_path
+):
+    out = tmp_path / "picture.png"
+    flags = ("--out", out, "--count", 3, "--seed", 5)
+    result, printed = evaluated("reconstruct", autoencoder.path, gallery.root, *flags)
+    assert result == {"out": str(out)} and "seed 5" in printed
+    picture, seen, painted = cells(out, columns=3, rows=3)
+    images = torch.cat([picture_tensor(path) for path in gallery.paths[:3]])
+    assert (picture == images.permute(0, 2, 3, 1).numpy()).all()
+    visible = (patches_of(seen) == patches_of(picture)).all(axis=-1)  # (3, 6)
+    assert (visible.sum(axis=1) == 3).all()  # half of six
+    assert (patches_of(seen)[~visible] == 128).all()
+    assert (patches_of(painted)[visible] == patches_of(picture)[visible]).all()
+    # The model gives the same for any order within the visible and within the hidden patches.
+    ids = torch.from_numpy(np.argsort(~visible, axis=1, kind="stable"))
+    expected = autoencoder.model.reconstruct(data.normalize(images), ids)
+    expected = denormalize(expected).permute(0, 2, 3, 1).numpy().astype(int)
+    # 8 bits: another order of summation may round the other way
+    assert np.abs(painted - expected).max() <= 1
+    assert (patches_of(painted)[~visible] != patches_of(picture)[~visible]).mean() > 0.5
+    assert len({tuple(row) for row in visible.tolist()}) > 1  # each picture has its own mask
+    for seed, same in ((5, True), (6, False)):
+        again, again_flags = tmp_path / "again.png", ("--count", 3, "--seed", seed)
+        torch.manual_seed(seed)
+        evaluated("reconstruct", autoencoder.path, gallery.root, "--out", again, *again_flags)
+        assert (again.read_bytes() == out.read_bytes()) == same
+
+
+RAW, HALF = {"normalize_targets": False}, {"mask_ratio": 0.5}
+# What a public MAE's arguments say, flags, and how it must be drawn.
+DRAWN = [
+    ({}, [], {}),
+    ({}, ["--raw-pixels"], RAW),
+    ({}, ["--raw-pixels", "--mask-ratio", 0.5], RAW | HALF),
+    ({"norm_pix_loss": False}, [], RAW),
+    ({"norm_pix_loss": False, "mask_ratio": 0.5}, [], RAW | HALF),
+    ({"norm_pix_loss": False, "mask_ratio": 0.5}, ["--no-raw-pixels"], HALF),
+    ({"norm_pix_loss": True, "mask_ratio": 0.25}, ["--mask-ratio", 0.5], HALF),
+    ({"norm_pix_loss": True}, ["--raw-pixels"], RAW),
+]
+
+
+@pytest.mark.parametrize("said, flags, drawn", DRAWN)
+def test_a_public_mae_s_pictures_are_what_it_predicted(said, flags, drawn, gallery, tmp_path):
+    own, public = tmp_path / "own.pt", tmp_path / "public.pth"
+    arguments = {"size": "toy", "image_size": RECTANGLE["image_size"], **drawn}
+    model = save_model(own, MAE, **arguments)
+    args = Namespace(input_size=[*RECTANGLE["image_size"]], **said)
+    torch.save({"model": model.state_dict(), "args": args}, public)
+    pictures = []
+    for path, more in ((own, []), (public, flags)):
+        out = tmp_path / f"{path.stem}.png"
+        _, printed = evaluated("reconstruct", path, gallery.root, *more, "--out", out)
+        pictures.append(out.read_bytes())
+    assert pictures[0] == pictures[1]
+    unsaid = "norm_pix_loss" not in said and not flags
+    assert ("taken for normalised patches: if it was not, --raw-pixels" in printed) == unsaid
+
+
+def test_brightness_is_the_attention_of_the_class_token(autoencoder, gallery, tmp_path):
+    out = tmp_path / "attention.png"
+    flags = ("--out", out, "--count", 4)
+    assert evaluated("attention", autoencoder.path, gallery.root, *flags)[0] == {"out": str(out)}
+    picture, *lit = cells(out, columns=4, rows=4)  # the picture, all heads, and each of the two
+    images = torch.cat([picture_tensor(path) for path in gallery.paths])
+    assert (picture == images.permute(0, 2, 3, 1).numpy()).all()
+    attention = autoencoder.model.class_attention(data.normalize(images)).detach().numpy()
+    for column, wanted in zip(lit, (attention.mean(axis=1), attention[:, 0], attention[:, 1])):
+        original, shown = patches_of(picture).astype(float), patches_of(column).astype(float)
+        brightness = shown.sum(axis=-1) / original.sum(axis=-1)  # (4, 6)
+        for found, expected in zip(brightness, wanted):
+            assert expected.max() > 1.2 * expected.min()  # there is something to see
+            # A straight line through attention, 1 at its highest. Cutting to 8 bits takes half a
+            # level of about 128 from each pixel on average, so 0.01 is twice what it can cost.
+            assert found[expected.argmax()] > 0.99
+            line = np.polyfit(expected, found, 1)
+            assert line[0] > 0 and np.abs(np.polyval(line, expected) - found).max() < 0.01
+    assert np.abs(lit[1].astype(int) - lit[2]).max() > 20  # heads differ
+
+
+@pytest.mark.parametrize("channels, mode", [(1, "L"), (4, "RGBA")])
+def test_grey_and_transparent_checkpoints_draw_too(channels, mode, gallery, tmp_path):
+    arguments = {**MASKED, "channels": channels}
+    save_model(tmp_path / "model.pt", MAE, **arguments)
+    pictures = [
+        Image.fromarray(picture_tensor(path, channels)[0].permute(1, 2, 0).numpy().squeeze(), mode)
+        for path in gallery.paths[:2]
+    ]
+    expected = np.stack([np.asarray(picture)[..., None] for picture in pictures])
+    expected = expected.reshape(2, 16, 24, channels)[..., :3]  # grey is the same thrice
+    for task, columns in (("reconstruct", 3), ("attention", 4)):
+        result, _ = evaluated(task, tmp_path / "model.pt", gallery.root, "--count", 2)
+        picture, *others = cells(result["out"], columns, rows=2)
+        assert (picture == expected).all()
+        assert all((other != picture).any() for other in others)
+
+
+def test_pictures_are_of_val_and_lie_beside_the_checkpoint(autoencoder, gallery, tmp_path):
+    checkpoint, folder = shutil.copy(autoencoder.path, tmp_path / "model.pt"), tmp_path / "data"
+    for split in ("train", "val"):
+        shutil.copytree(gallery.root, folder / split / "one")
+    (folder / "train" / "one" / "0.png").unlink()
+    first = data.Folder(str(folder / "val")).name(0)
+    expected = picture_tensor(first)[0].permute(1, 2, 0).numpy()
+    for task, columns in (("reconstruct", 3), ("attention", 4)):
+        result, _ = evaluated(task, checkpoint, folder)
+        assert Path(result["out"]).parent == tmp_path
+        assert (cells(result["out"], columns, rows=4)[0, 0] == expected).all()
+        # Done again, it says that it replaces what was there.
+        assert "replaced" in evaluated(task, checkpoint, folder)[1]
