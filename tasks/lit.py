@@ -634,6 +634,8 @@ def prepare(run):
 
 
 def main(run, stage):
+    options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
+    extract = partial(stage.extract, centre=run.val_crop, **options)
     with torch.device("meta"):
         model = TwoTowers(pool=run.pool, **run.config)
     model = model.to_empty(device="cpu")
@@ -648,7 +650,7 @@ def main(run, stage):
     run.features = None
     if run.cache_features:  # for a run that will not be refused
         find_checkpoint(run.out, run.resume, run.identity | {"steps": run.steps})
-        run.features = cached_features(run, model.to(run.device), stage.extract)
+        run.features = cached_features(run, model.to(run.device), extract)
 
     def optimizer(model):
         adam = stage.adamw(models.parameter_groups(model, run.weight_decay), run)
@@ -661,9 +663,8 @@ def main(run, stage):
         return adam
 
     def measure(model):
-        options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
         model.eval()
-        found = retrieval(model, run.val, tokenizer, centre=run.val_crop, **options)
+        found = retrieval(model, run.val, tokenizer, extract)
         model.train()
         return found
 
@@ -707,9 +708,7 @@ def cached_features(run, model, extract):
     found = path.exists()
     barrier()  # all have looked before the first one writes
     if not found:
-        options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
-        options["centre"] = run.val_crop
-        x, _, rows = extract({"": model.features}, run.train, model.config, **options)
+        x, _, rows = extract({"": model.features}, run.train, model.config)
         table = torch.full((int(run.train.sizes.sum()), model.width), torch.nan)
         table[rows] = x[""]
         if run.process == 0:
