@@ -155,10 +155,14 @@ def obstacle(device, head):
     return None if head in range(16, 129, 16) else f"heads of {head} are not 16, 32 ... 128 wide"
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the query
 def capability(device):
     """CUDA's compute capability of a GPU: (major, minor)."""
     return torch.cuda.get_device_capability(device)
+
+
+# torch.compile cannot trace the query. This is all that torch.compiler.assume_constant_result does,
+# but for the import of torch._dynamo, which takes longer than all others together.
+capability._dynamo_marked_constant = True
 
 
 # ------------------------------------------------------------------------------------ the kernels
