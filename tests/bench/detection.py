@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from support import plan
+from support import launch
 from tasks.detect import Detector, detector_flops
 
 
@@ -69,7 +69,7 @@ def measure(arguments):
         loss.backward()
         loss.item()  # waits for a GPU
         seconds.append((time.perf_counter() if cuda else time.process_time()) - began)
-    print(min(seconds), plan.peak_memory(device))
+    print(min(seconds), launch.peak_memory(device))
 
 
 def main():

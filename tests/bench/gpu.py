@@ -60,7 +60,7 @@ from torch.nn.utils import get_total_norm
 import data
 import kernels
 import model as models
-from support import plan
+from support import launch, plan
 from support.cuda_graph import CUDAGraph
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -269,7 +269,7 @@ def prepare(size, batch, variant, checkout):
         step()
     last = round_of(step, 1)
     cells["warm-up s"] = time.perf_counter() - began
-    cells["peak GiB"] = plan.peak_memory(DEVICE) - held / 2**30
+    cells["peak GiB"] = launch.peak_memory(DEVICE) - held / 2**30
     print(f"{size} {batch} {variant} is warm: {last:.1f} ms per step at first", flush=True)
     return step, cells
 

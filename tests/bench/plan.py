@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 import data
 import model as models
+from support import launch
 from support import plan as plan_module
 
 MICRO_BATCH = {"toy": 256, "T": 16, "S": 8, "B": 4}  # peaks of 0.1 to 2.7 GiB
@@ -76,9 +77,9 @@ def measure(run):
         dist.init_process_group("gloo", store, rank=rank, world_size=run.processes)
     tiny = Namespace(**vars(run) | {"micro_batch": 2, "batch_size": 2 * run.processes})
     train(models.MAE("8x1x1", image_size=16, patch_size=8, decoder=(8, 1, 1)), tiny)
-    before = plan_module.peak_memory(device)
+    before = launch.peak_memory(device)
     train(build(run.size, run.head), run)
-    print(int((plan_module.peak_memory(device) - before) * 2**30), flush=True)
+    print(int((launch.peak_memory(device) - before) * 2**30), flush=True)
     if run.processes > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 import model as models
-from support import plan
+from support import launch
 
 KINDS = ("without", "head", "dense")
 
@@ -71,7 +71,7 @@ def measure(size, arguments):
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)
-    print(statistics.median(seconds[1:]), plan.peak_memory(torch.device("cpu")))
+    print(statistics.median(seconds[1:]), launch.peak_memory(torch.device("cpu")))
 
 
 def main():
