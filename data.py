@@ -28,13 +28,11 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of a picture, if nothing else is said: 89 million
 # A picture of more pixels is an error, not a warning: see Batches.
@@ -227,22 +225,22 @@ def open_sources(
     """(source to train on, source to measure on or None) behind --data and --val-data.
 
     data         "toy"; a folder of pictures; or tar shards: a path, a glob, or {00000..00099}
-                 braces; of a web address or a pipe:COMMAND, too: see "shards from elsewhere"
+                 braces; or the same of a web address or a pipe:COMMAND: see support/remote.py
     size         (height, width) that pictures will have: the toy world is drawn for it
-    labels       a file that lists the pictures of a folder: see read_labels
-    cache        (folder or None, size like "500G") for what comes from elsewhere
-    caption_key  what captions are called in shards' .json, and in labels
-    videos       of these instead: a folder has folders of frames and video files in it, or is that
-                 of a list of them, data itself: see read_video_labels
+    labels       a file that lists the pictures of a folder: see support/labels.py
+    cache        (folder or None, size like "500G") for remote shards
+    caption_key  name of the captions in .json files of shards, and in labels
+    videos       of videos instead: see tasks/video.py
 
-    Without val_data, toy has its own, and so has a folder with train/ and val/ in it, or what else
-    these are called: see SPLITS. Its test/ is left out. (Where labels list a folder's pictures,
-    folders mean nothing.) Raises ValueError with one line that says what to do.
+    Without val_data, the toy world has its own, and so has a folder with train/ and val/ in it (or
+    other names in SPLITS; test/ is left out). With labels, the names of folders mean nothing.
+    Raises ValueError, one line that says what to do.
     """
-    if videos and data.lower().endswith(LISTS) and os.path.isfile(data):
-        data, labels = os.path.dirname(data) or ".", labels or data
-    if videos and val_data and val_data.lower().endswith(LISTS) and os.path.isfile(val_data):
-        val_data, val_labels = os.path.dirname(val_data) or ".", val_labels or val_data
+    if videos:
+        from tasks.video import folder_of_list
+
+        data, labels = folder_of_list(data, labels)
+        val_data, val_labels = folder_of_list(val_data, val_labels)
     if labels and not os.path.isdir(data) or val_labels and not os.path.isdir(val_data or data):
         raise ValueError("--labels and --val-labels want a folder that their paths lie in")
     if val_data and not val_labels and splits_in(val_data):
@@ -256,29 +254,22 @@ def open_sources(
         val_data = val_data or own
     elif val_labels:
         val_data = val_data or data
-    how = cache, caption_key, videos
-    train = open_source(data, size, None, "train", labels, *how)
-    val = val_data and open_source(val_data, size, train.classes, "val", val_labels, *how)
-    return train, val or None
+    options = {"cache": cache, "caption_key": caption_key, "videos": videos}
+    train = open_source(data, "train", size, labels=labels, **options)
+    if not val_data:
+        return train, None
+    options |= {"labels": val_labels, "classes": train.classes}
+    return train, open_source(val_data, "val", size, **options)
 
 
-def splits_in(root):
-    """The folders of splits in root, see find_splits in support/labels.py; {} if there are none."""
-    if not os.path.isdir(root) or SPLITS.keys().isdisjoint(map(str.lower, os.listdir(root))):
-        return {}
-    from support.labels import find_splits
+def open_source(data, split, size, labels, classes=None, *, cache, caption_key, videos):
+    """One source. classes: the names that it may have, and no others; None: any."""
+    if os.path.isdir(data) and not videos:
+        return Folder(data, classes, labels, caption_key)
+    if os.path.isdir(data):
+        from tasks.video import VideoFolder
 
-    return find_splits(root)
-
-
-def is_media(name):
-    return name.lower().endswith(PICTURES + VIDEOS) and not name.startswith(".")
-
-
-def open_source(data, size, classes, split, labels, cache, caption_key, videos):
-    """One source. classes: the names that are known, when it must have no others."""
-    from support.shards import Shards
-
+        return VideoFolder(data, classes, labels)
     if data == "toy":
         if videos:
             from tasks.video import ToyMotion as World
@@ -289,28 +280,26 @@ def open_source(data, size, classes, split, labels, cache, caption_key, videos):
         if classes not in (None, world.classes):
             raise ValueError("the toy world has other classes than train: give other --val-data")
         return world
-    if os.path.isdir(data):
-        if videos:
-            from tasks.video import VideoFolder
-
-            return VideoFolder(data, classes, labels)
-        return Folder(data, classes, labels, caption_key)
-    remote = re.match(r"pipe:|\w+://", data)
     there = os.path.exists(data)
-    named = data.lower().endswith(".tar") or not there and re.search(r"[*?\[{]", data)
-    if not remote and not named:
+    if (
+        there
+        and not data.lower().endswith(".tar")
+        or not re.search(r"[*?\[{:]|\.tar$", data, re.IGNORECASE)
+    ):
         state = "is not a folder or a .tar" if there else "does not exist"
         raise ValueError(f"{data} {state}: --data wants toy, a folder of pictures or tar shards")
-    if remote:
-        from support.remote import RemoteShards
+    from support.shards import open_shards
 
-        shards = RemoteShards(data, *cache, videos)
-    else:
-        shards = Shards(data, videos)
-    shards.caption_key = caption_key
-    if (classes and shards.classes or classes) != classes:
-        raise ValueError(f"{data} has other classes than train: pack it after train, beside it")
-    return shards
+    return open_shards(data, classes, cache, caption_key, videos)
+
+
+def splits_in(root):
+    """The folders of splits in root, see find_splits in support/labels.py; {} if there are none."""
+    if not os.path.isdir(root) or SPLITS.keys().isdisjoint(map(str.lower, os.listdir(root))):
+        return {}
+    from support.labels import find_splits
+
+    return find_splits(root)
 
 
 class Folder(Source):
@@ -354,9 +343,11 @@ class Folder(Source):
         self.identity = f"{len(self.paths)} {self.what}, {digest}"
 
     def entries(self, root, labels, caption_key):
+        if not labels:
+            return pictures_below(root)
         from support.labels import read_labels
 
-        return read_labels(labels, caption_key) if labels else pictures_below(root)
+        return read_labels(labels, caption_key)
 
     def read(self, number):
         return {
@@ -424,25 +415,6 @@ def is_picture(name):
     return name.lower().endswith(PICTURES) and not name.startswith(".")
 
 
-def all_labels(source):
-    """(n,) int64 class numbers of a source's samples, -1 where none is known or can be read."""
-    labels = read_all(source, "label", lambda sample: sample["class"], -1)
-    return np.fromiter(labels, np.int64, int(source.sizes.sum()))
-
-
-def read_all(source, name, value_of, unknown):
-    """value_of(sample) for each sample of a source; what cannot be read is named, and unknown."""
-    numbers = range(int(source.sizes.sum()))
-    for number in tqdm(numbers, desc=f"{name}s", leave=False, disable=None):
-        try:
-            value = value_of(source.read(number))
-        except Exception as error:  # noqa: BLE001 (tar members fail in many ways: named, left out)
-            raise_if_unreachable(error)
-            tqdm.write(f"unreadable {name}: {source.name(number)}: {error}", file=sys.stderr)
-            value = unknown
-        yield value
-
-
 def stable_hash(text):
     """Python's own hash() differs between processes."""
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
@@ -481,28 +453,6 @@ def hold_out(train, val, count, share=0.05):
     total = int(train.sizes.sum())
     count = min(count, int(total * share))
     return Subset(train, range(total - count)), Subset(train, range(total - count, total))
-
-
-VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
-VIDEOS += (".3gp", ".ogv")
-ANIMATIONS = (".gif", ".webp")
-LISTS = (".csv", ".txt", ".json")
-
-
-class Unreachable(OSError):
-    """A shard or a batch cannot be had now. This ends a run: else samples were lost silently."""
-
-    def __init__(self, message):
-        # A DataLoader makes a worker's exception anew, from its traceback: the last line is ours.
-        super().__init__(message.rpartition("Unreachable: ")[2].strip())
-
-
-def raise_if_unreachable(error):
-    """Of an error in reading a sample: raise Unreachable where it says nothing of the sample."""
-    if isinstance(error, Unreachable):
-        raise error
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        raise Unreachable(f"{error}: raise the limit (ulimit -n 65536), or give fewer --workers")
 
 
 # ------------------------------------------------------------------------------ pictures to tensors
@@ -820,23 +770,28 @@ def make_picture(sample, key, size, channels, min_crop=None, centre=1.0):
     return crop_and_resize(sample["image"](), size, channels, bits, min_crop, centre)
 
 
+class Unreachable(OSError):
+    """A shard or a batch cannot be had now. This ends a run: else samples were lost silently."""
+
+    def __init__(self, message):
+        # A DataLoader makes a worker's exception anew, from its traceback: the last line is ours.
+        super().__init__(message.rpartition("Unreachable: ")[2].strip())
+
+
+def raise_if_unreachable(error):
+    """Of an error in reading a sample: raise Unreachable where it says nothing of the sample."""
+    if isinstance(error, Unreachable):
+        raise error
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise Unreachable(f"{error}: raise the limit (ulimit -n 65536), or give fewer --workers")
+
+
 def one_line(error):
     """What a decoder says, on one line, without the path or address that Pillow adds."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     bomb, limit = r"Image size \((\d+ pixels)\) exceeds limit.*", Image.MAX_IMAGE_PIXELS
     text = re.sub(bomb, rf"\1 are over --max-pixels {limit}", text)
     return re.sub("(cannot identify image file).*", r"\1", text)
-
-
-def replace_file(path, content):
-    """Write a file whole or not at all, whoever else may be writing it."""
-    new = f"{path}.{os.urandom(8).hex()}.tmp"
-    try:
-        Path(new).write_bytes(content)
-        os.replace(new, path)
-    finally:
-        with suppress(OSError):  # it is there only where that has failed
-            os.remove(new)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ import model as models
 from support import launch
 from support.checkpoints import find_checkpoint
 from support.hashtags import WeightedOrder
-from support.labels import names_of_list
+from support.labels import all_labels, names_of_list
 from support.loader import Stop, loader, loader_workers, map_tensors
 from support.plan import (
     check_shard_group,
@@ -278,7 +278,7 @@ def prepare_labels(run):
         if not run.slice.sizes.any():
             raise ValueError("train is too small: a twentieth of it is needed to choose on")
     if not run.plan:  # else it would be found after a tenth of the training
-        labels = data.all_labels(run.val)
+        labels = all_labels(run.val)
         if not (labels >= 0).any():
             raise ValueError(f"no labels in {run.val.identity}")
         if (labels >= run.classes).any():

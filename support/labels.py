@@ -10,9 +10,28 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from data import SPLITS, is_media, is_picture, one_line, sort_classes, walk
+import numpy as np
+from tqdm import tqdm
+
+from data import (
+    PICTURES,
+    SPLITS,
+    is_picture,
+    one_line,
+    raise_if_unreachable,
+    sort_classes,
+    walk,
+)
+
+VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
+VIDEOS += (".3gp", ".ogv")
 
 # ------------------------------------------------------------------------------------------- splits
+
+
+def is_media(name):
+    """True if a file's name is that of a picture or a video."""
+    return name.lower().endswith(PICTURES + VIDEOS) and not name.startswith(".")
 
 
 def find_splits(root):
@@ -379,3 +398,22 @@ def real_answers(path, files, classes):
 def are_classes(sets, classes):
     """True if all members of some sets are integers from 0 to classes - 1."""
     return all(type(one) is int and 0 <= one < classes for some in sets for one in some)
+
+
+def all_labels(source):
+    """(n,) int64 class numbers of a source's samples, -1 where none is known or can be read."""
+    labels = read_all(source, "label", lambda sample: sample["class"], -1)
+    return np.fromiter(labels, np.int64, int(source.sizes.sum()))
+
+
+def read_all(source, name, value_of, unknown):
+    """value_of(sample) for each sample of a source; what cannot be read is named, and unknown."""
+    numbers = range(int(source.sizes.sum()))
+    for number in tqdm(numbers, desc=f"{name}s", leave=False, disable=None):
+        try:
+            value = value_of(source.read(number))
+        except Exception as error:  # noqa: BLE001 (tar members fail in many ways: named, left out)
+            raise_if_unreachable(error)
+            tqdm.write(f"unreadable {name}: {source.name(number)}: {error}", file=sys.stderr)
+            value = unknown
+        yield value

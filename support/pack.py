@@ -30,14 +30,13 @@ from data import (
     open_picture,
     open_sources,
     pixel_limit,
-    replace_file,
     to_mode,
     upright,
 )
 from support.hashtags import read_synonyms, write_hashtags
 from support.labels import find_splits
 from support.loader import loader_workers
-from support.shards import Shards, pack_record
+from support.shards import Shards, pack_record, replace_file
 
 NUMBER = r"%\d*d"  # of a shard, in a pattern
 

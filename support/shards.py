@@ -23,9 +23,23 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import Source, is_picture, open_picture, replace_file, running_sum, stable_hash
+from data import Source, is_picture, open_picture, running_sum, stable_hash
 
 # ------------------------------------------------------------------------------------------- shards
+
+
+def open_shards(data, classes, cache, caption_key, videos):
+    """Shards or RemoteShards. classes: the names that they may have, and no others; None: any."""
+    if re.match(r"pipe:|\w+://", data):
+        from support.remote import RemoteShards
+
+        shards = RemoteShards(data, *cache, videos)
+    else:
+        shards = Shards(data, videos)
+    shards.caption_key = caption_key
+    if (classes and shards.classes or classes) != classes:
+        raise ValueError(f"{data} has other classes than train: pack it after train, beside it")
+    return shards
 
 
 class Shards(Source):
@@ -295,3 +309,14 @@ def pack_record(folder):
         return {"classes": record["classes"], "packed": dict(record["packed"])}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): remove it, and pack again") from None
+
+
+def replace_file(path, content):
+    """Write a file whole or not at all, whoever else may be writing it."""
+    new = f"{path}.{os.urandom(8).hex()}.tmp"
+    try:
+        Path(new).write_bytes(content)
+        os.replace(new, path)
+    finally:
+        with suppress(OSError):  # it is there only where that has failed
+            os.remove(new)

@@ -20,13 +20,13 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import model as models
-from data import CAPTION, make_picture, normalize, one_line, random_bits, read_all
+from data import CAPTION, make_picture, normalize, one_line, random_bits
 from kernels import split_heads
 from model import Block, ViT, encoder_config, initialize, pool, sync_gradients, triple
 from support import launch
 from support.checkpoints import barrier, find_checkpoint, last_line
 from support.formats import infer_shape, name_of, read_file
-from support.labels import read_class_names, read_lines, texts_in
+from support.labels import read_all, read_class_names, read_lines, texts_in
 from support.plan import (
     block_flops,
     fitting_batch,

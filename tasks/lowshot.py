@@ -13,6 +13,7 @@ from torch import nn
 
 import data
 from support import launch
+from support.labels import all_labels
 from support.plan import flops_per_image
 
 
@@ -135,7 +136,7 @@ def prepare(run):
 
 def main(run, stage):
     trunk, say = stage.build_trunk(run).to(run.device).eval(), run.say
-    labels = torch.from_numpy(data.all_labels(run.train))
+    labels = torch.from_numpy(all_labels(run.train))
     known = ((labels >= 0) & (labels < run.classes)).nonzero()[:, 0]
     outside = int((labels >= run.classes).sum())
     if not len(known) or outside > max(1, run.max_bad * len(labels)):

@@ -25,13 +25,13 @@ from data import (
     one_line,
     open_picture,
     random_bits,
-    replace_file,
     running_sum,
     to_mode,
     uniform,
     upright,
 )
 from support.hashtags import WEIGHT
+from support.shards import replace_file
 from support.toy import Toy
 from tasks.coco import (
     as_rle,

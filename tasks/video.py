@@ -26,9 +26,7 @@ from torch import nn
 
 import kernels
 from data import (
-    ANIMATIONS,
     TOY,
-    VIDEOS,
     VIEW,
     Folder,
     class_of,
@@ -43,6 +41,7 @@ from data import (
 )
 from model import Attention, Classifier, initialize, patchify
 from support import launch
+from support.labels import VIDEOS
 from support.shards import by_number
 from support.toy import Toy, toy_render, toy_scene
 from tasks import augment
@@ -50,6 +49,8 @@ from tasks import augment
 # ------------------------------------------------------------------------------------------- videos
 
 
+ANIMATIONS = (".gif", ".webp")
+LISTS = (".csv", ".txt", ".json")
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg"  # of no file that only names other files
 
 
@@ -81,6 +82,13 @@ class VideoFolder(Folder):
     def read(self, number):
         video = partial(open_video, self.name(number))
         return {"video": video, "class": int(self.labels[number])}
+
+
+def folder_of_list(data, labels):
+    """(folder, labels) behind --data and --labels: data may be a list of the videos in its folder."""
+    if data and data.lower().endswith(LISTS) and os.path.isfile(data):
+        return os.path.dirname(data) or ".", labels or data
+    return data, labels
 
 
 def videos_below(root):

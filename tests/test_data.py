@@ -2137,7 +2137,7 @@ def test_too_few_open_files_are_not_unreadable_pictures(monkeypatch):
     with pytest.raises(data.Unreachable, match="ulimit"):
         chunks[0]
     with pytest.raises(data.Unreachable, match="ulimit"):
-        list(data.read_all(source, "label", lambda sample: sample["class"], -1))
+        list(labels_module.read_all(source, "label", lambda sample: sample["class"], -1))
 
 
 # What a loader process (or, without workers, the training) meets at item {item}. In the last two,

@@ -267,7 +267,7 @@ def test_folders_of_frames_and_animations(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         how = {"save_all": True, "append_images": [grey(10 * i) for i in range(1, 12)]}
         grey(0).save(tmp_path / name, **how, **({"lossless": True} if "webp" in name else {}))
-    source = data.open_source(str(tmp_path), (8, 8), None, "train", None, None, "", videos=True)
+    source = data.open_sources(str(tmp_path), size=(8, 8), videos=True)[0]
     assert sorted(source.paths) == ["a/anim.gif", "a/clip", "b/anim.webp"]
     assert source.classes == ["a", "b"] and source.identity.startswith("3 videos, ")
     for number in range(3):
@@ -475,7 +475,7 @@ def test_a_list_is_all_of_data_or_beside_a_folder(tmp_path):
     for opened in (lists, (str(tmp_path), None, (8, 8), *lists)):
         train, val = data.open_sources(*opened, videos=True)
         assert train.classes == val.classes == ["one", "two"]
-        assert data.all_labels(val).tolist() == [1] and val.paths == ["z"]
+        assert labels_module.all_labels(val).tolist() == [1] and val.paths == ["z"]
     with pytest.raises(ValueError, match="cannot read a list of videos"):
         video_module.read_video_labels(str(tmp_path / "none.csv"), ".")
     bad = tmp_path / "bad.json"
@@ -501,7 +501,7 @@ def test_without_ffmpeg_one_line_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "b").mkdir()
     monkeypatch.setenv("PATH", "")
     assert len(video_module.VideoFolder(str(tmp_path)).paths) == 1  # frames do not need it
-    names = [f"y{extension}" for extension in data.VIDEOS] + ["Z.TS", "z.Wmv"]
+    names = [f"y{extension}" for extension in labels_module.VIDEOS] + ["Z.TS", "z.Wmv"]
     for count, name in enumerate(names, start=1):
         (tmp_path / "b" / name).touch()
         files = rf"video files \({count}\), and there is no ffmpeg program on the PATH: install it"

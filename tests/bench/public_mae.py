@@ -42,7 +42,7 @@ def main():
     PeerAttention.fused = True
     groups = models.parameter_groups(peer, 0.05)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    source, size = data.open_source(given.data, None), (given.image_size,) * 2
+    source, size = data.open_sources(given.data)[0], (given.image_size,) * 2
     order = data.Order(source.sizes, given.seed)
     make = lambda *which: {"images": data.make_picture(*which, size, 3, min_crop=1.0)}
     batches = data.Batches(source, make, given.batch_size, order=order, seed=given.seed)
