@@ -650,9 +650,9 @@ def channel_statistics(channels):
 class Batches(torch.utils.data.Dataset):
     """number -> the number-th micro-batch of this process's part of the batches, a dict.
 
-    make(sample, key) gives the row of a sample, a dict of tensors; rows are stacked. All random
-    draws for it are keyed by key = (seed, epoch, position). sample is what the source reads or,
-    where there is none, None: then the row is of the same shapes, zeros for a picture.
+    make(sample, key) gives the row of a sample, a dict of tensors and numbers; rows are stacked.
+    All random draws for it are keyed by key = (seed, epoch, position). sample is what the source
+    reads or, where there is none, None: then the row is of the same shapes, zeros for a picture.
 
     Beside the row's own, a batch of b = batch_size / processes / micro_batches samples has:
     weight     (b,) float32: what the row says, else 1; 0 for a sample that could not be read
@@ -712,12 +712,12 @@ class Batches(torch.utils.data.Dataset):
         """The row of a position; its name and error are added to `bad` if it cannot be read."""
         epoch = position // self.order.length if self.order else 0
         number = self.order(position) if self.order else position
-        key, missing = (self.seed, epoch, position), {"weight": torch.tensor(0.0)}
+        key, missing = (self.seed, epoch, position), {"weight": 0.0}
         if number >= self.total:
-            return self.make(None, key) | missing | {"samples": torch.tensor(-1)}
-        found = {"samples": torch.tensor(number)}
+            return self.make(None, key) | missing | {"samples": -1}
+        found = {"samples": number}
         try:
-            return {"weight": torch.tensor(1.0)} | self.make(self.source.read(number), key) | found
+            return {"weight": 1.0} | self.make(self.source.read(number), key) | found
         except Exception as error:  # noqa: BLE001 (decoders raise anything: named, counted)
             raise_if_unreachable(error)
             bad.append(f"{self.source.name(number)}: {one_line(error)}")
@@ -748,7 +748,9 @@ class Batches(torch.utils.data.Dataset):
 
 def stack(rows):
     """Tensors of one shape -> one tensor with an axis more, in front. Of tensors (n,) of different
-    lengths, the shorter ones are filled up with -1. What is no tensor stays a list."""
+    lengths, the shorter ones are filled up with -1. Numbers are a tensor; all else stays a list."""
+    if isinstance(rows[0], int | float):
+        return torch.tensor(rows)
     if not isinstance(rows[0], torch.Tensor):
         return rows
     if rows[0].ndim == 1:

@@ -177,7 +177,7 @@ def make_sample(sample, key, size, channels, vocabulary, min_crop=None):
     """A row of a batch: images (C, H, W) uint8; tags (T,) int64; weight 0 if no tag is known."""
     tags = torch.tensor(vocabulary.ids(sample["hashtags"]()) if sample else [], dtype=torch.int64)
     images = data.make_picture(sample, key, size, channels, min_crop)
-    return {"images": images, "tags": tags, "weight": torch.tensor(float(len(tags) > 0))}
+    return {"images": images, "tags": tags, "weight": float(len(tags) > 0)}
 
 
 def train(run):

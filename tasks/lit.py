@@ -517,7 +517,7 @@ def make_pair(sample, key, tokenizer, context, size=None, channels=3, min_crop=N
     texts = [text for text in map(clean, captions) if text] or [""]
     chosen = int(random_bits(1, *key, CAPTION)[0] % len(texts))
     text = texts[chosen]
-    row = {"tokens": tokenizer([text], context)[0], "weight": torch.tensor(float(text != ""))}
+    row = {"tokens": tokenizer([text], context)[0], "weight": float(text != "")}
     if size:
         row["images"] = make_picture(sample, key, size, channels, min_crop)
     return row
