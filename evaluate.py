@@ -137,7 +137,8 @@ def labelled(sample, key, size, channels, min_crop=None, centre=1.0):
     """The row of a sample: images (C, H, W) uint8, see data.make_picture, and labels () int64, -1
     if it has no label or the sample is None (padding)."""
     images = make_picture(sample, key, size, channels, min_crop, centre)
-    return {"images": images, "labels": sample["class"] if sample else -1}
+    # A tensor: a number that is too large is an error of this sample alone.
+    return {"images": images, "labels": torch.tensor(sample["class"] if sample else -1)}
 
 
 def name_unreadable(batch):

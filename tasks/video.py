@@ -521,11 +521,11 @@ def make_clips(sample, key, clips, size, channels, min_crop=None, centre=1.0):
     """
     if sample is None:
         frames = torch.zeros(clips.total, *size, channels, dtype=torch.uint8).movedim(-1, 0)
-        return {"images": frames, "labels": -1}
+        return {"images": frames, "labels": torch.tensor(-1)}
     bits = None if min_crop is None else random_bits(24, *key, VIEW)
     video = sample["video"](clips.short_side)
     frames = clips(video, size, channels, bits, min_crop, centre)
-    return {"images": torch.stack(frames, dim=1), "labels": sample["class"]}
+    return {"images": torch.stack(frames, dim=1), "labels": torch.tensor(sample["class"])}
 
 
 def over_views(model):
