@@ -50,11 +50,14 @@ import kernels
 import model as models
 from support import launch
 from support.checkpoints import find_checkpoint
+from support.formats import inherit
 from support.hashtags import WeightedOrder
 from support.labels import all_labels, names_of_list
 from support.loader import Stop, loader, loader_workers, map_tensors
 from support.plan import (
+    attention_shapes,
     check_shard_group,
+    compiles,
     describe_sharding,
     fitting_batch,
     flops_per_image,
@@ -99,7 +102,7 @@ def load_task(name):
     SAME               settings that decide the results
     TOY_SIDE           of the toy world's pictures
     open_data(run)     sets run.train and run.val
-    read_weights       see models.inherit
+    read_weights       see support.formats.inherit
     """
     own = {"classify": CLASSIFY, "linear": LINEAR}
     return own.get(name) or importlib.import_module(f"tasks.{name}")
@@ -171,7 +174,7 @@ def prepare(run):
     task, kind = load_task(run.task), launch.place(run)
     check_shard_group(run)
     kernels.forced()  # a wrong ATTENTION in the environment is found here, not after loading
-    run.compile = models.compiles(kind) if run.compile is None else run.compile
+    run.compile = compiles(kind) if run.compile is None else run.compile
     run.workers = loader_workers(run.workers, run.processes_here)
 
     # ------------------------------------------------------------------------------------ weights
@@ -185,7 +188,7 @@ def prepare(run):
     names += ("channels", "positions", "norm_eps", "class_names", "pool")
     names += getattr(task, "CONFIG", ())
     read = getattr(task, "read_weights", models.read_weights)
-    run.weights, run.config, run.origin = models.inherit(
+    run.weights, run.config, run.origin = inherit(
         run.init, given, names, run.heads, read, run.entry
     )
     run.classes_of_head = run.config.pop("class_names", None)
@@ -444,7 +447,7 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, measure=None, 
 
     attention = None
     if run.task not in ("lowshot", "detect"):  # prompts make other shapes, detect has biases
-        shapes = models.attention_shapes(trunk)
+        shapes = attention_shapes(trunk)
         attention = kernels.describe(shapes, device, run.precision)
 
     # ------------------------------------------------------------------------------------- resume

@@ -34,9 +34,12 @@ import kernels
 import model as models
 from support import launch
 from support.checkpoints import find_checkpoint
+from support.formats import inherit
 from support.loader import Stop, loader, loader_workers
 from support.plan import (
+    attention_shapes,
     check_shard_group,
+    compiles,
     describe_run,
     flops_per_image,
     peak_flops,
@@ -100,7 +103,7 @@ def prepare(run):
     # ------------------------------------------------------------------------------------ runtime
     kind = launch.place(run)
     check_shard_group(run)
-    run.compile = models.compiles(kind) if run.compile is None else run.compile
+    run.compile = compiles(kind) if run.compile is None else run.compile
     if run.cuda_graph and (kind != "cuda" or run.processes > 1):
         raise ValueError("--cuda-graph is for one process on one GPU")
     run.workers = loader_workers(run.workers, run.processes_here)
@@ -114,9 +117,7 @@ def prepare(run):
         given.setdefault("size", "toy")
         given.setdefault("image_size", recipe(given["size"]).image_size)
     names += "positions", "norm_eps", "normalize_targets"
-    run.weights, run.config, origin = models.inherit(
-        run.init, given, names, run.heads, entry=run.entry
-    )
+    run.weights, run.config, origin = inherit(run.init, given, names, run.heads, entry=run.entry)
     size, channels = models.pair(run.config["image_size"]), run.config.get("channels", 3)
 
     # --------------------------------------------------------------------------------------- data
@@ -159,7 +160,7 @@ def prepare(run):
     usual = run.max_pixels == data.MAX_PIXELS  # as in runs from before there was this flag: None
     run.identity["max_pixels"] = None if usual else run.max_pixels
     if not run.plan:
-        shapes = models.attention_shapes(run.model)
+        shapes = attention_shapes(run.model)
         run.attention = kernels.describe(shapes, run.device, run.precision)
         run.checkpoint = find_checkpoint(run.out, run.resume, run.identity)
 

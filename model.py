@@ -13,8 +13,7 @@ Tensors: B batch, C channels, H W image, P patch side, N patches, K visible patc
 L layers. Parameter names are timm's and the public MAE's (facebookresearch/mae), so that their
 weights load by name.
 
-Needs torch and kernels.py, and can be copied with kernels.py alone. Weights of other libraries are
-read by support/formats.py.
+Needs torch and kernels.py alone. Weights of other libraries are read by support/formats.py.
 """
 
 import argparse
@@ -24,7 +23,6 @@ import json
 import math
 import os
 import re
-import shutil
 import warnings
 import zipfile
 from functools import lru_cache, partial
@@ -95,17 +93,9 @@ def pair(image_size):
 
 def patchify(images, patch_size):
     """(B, C, H, W) -> (B, N, P*P*C): patches row by row, each flattened as (P, P, C) (MAE)."""
-    B, C, H, W = images.shape
-    P = patch_size
+    (B, C, H, W), P = images.shape, patch_size
     patches = images.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 3, 5, 1)
     return patches.reshape(B, (H // P) * (W // P), P * P * C)
-
-
-def unpatchify(patches, patch_size, grid):
-    """The inverse of patchify: (B, N, P*P*C) -> (B, C, H, W), with grid = (H // P, W // P)."""
-    B, P, (rows, columns) = patches.shape[0], patch_size, grid
-    patches = patches.reshape(B, rows, columns, P, P, -1).permute(0, 5, 1, 3, 2, 4)
-    return patches.reshape(B, -1, rows * P, columns * P)
 
 
 def take(tokens, ids):
@@ -235,6 +225,7 @@ class ViT(nn.Module):
         self.config |= {"positions": positions, "norm_eps": norm_eps}
         self.width, self.layers, self.heads, self.patch_size = width, layers, heads, P
         self.drop_path, self.input_shape = drop_path, (channels, H, W)
+        self.init_std = {}  # {name of a parameter: standard deviation}: see initialize
         self.grid = (H // P, W // P)
         self.num_patches = N = self.grid[0] * self.grid[1]
 
@@ -290,16 +281,6 @@ class ViT(nn.Module):
             x = block(x, scales=scale)
         return x
 
-    def class_attention(self, images):
-        """The class token's attention to the patches in the last block, (B, heads, N)."""
-        x = self.tokens(images)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        attn = self.blocks[-1].attn
-        q, k, _ = kernels.split_heads(attn.qkv(self.blocks[-1].norm1(x)), attn.heads)
-        scores = q[:, :, :1] @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
-        return scores.softmax(dim=-1)[:, :, 0, 1:]
-
 
 def pool(tokens, how):
     """A ViT's (B, 1 + N, D) -> (B, D): the class token ("cls") or the mean of the patches ("mean")."""
@@ -319,9 +300,9 @@ class MAE(ViT):
     """
 
     def __init__(
-        self, size="B", decoder=None, mask_ratio=0.75, normalize_targets=True, **encoder_arguments
+        self, size="B", decoder=None, mask_ratio=0.75, normalize_targets=True, **arguments
     ):
-        super().__init__(size, **encoder_arguments)
+        super().__init__(size, **arguments)
         decoder = decoder or DECODERS.get(size, DEFAULT_DECODER)
         width, layers, heads = triple("x".join(map(str, decoder)))
         N, norm_eps = self.num_patches, self.config["norm_eps"]
@@ -379,22 +360,6 @@ class MAE(ViT):
         x = self.decoder_blocks[-1](x, 1 + self.num_visible)  # (B, N - K, decoder width)
         return self.decoder_pred(self.decoder_norm(x))
 
-    @torch.no_grad()
-    def reconstruct(self, images, ids):
-        """The images with predicted hidden patches, (B, C, H, W), in the scale of `images`.
-
-        Visible patches are copied. A normalised prediction is scaled back with the true mean and
-        deviation of its patch: the network does not predict these two numbers.
-        """
-        self.check(images)
-        patches = patchify(images, self.patch_size)
-        predictions = self.predict(patches, ids).to(patches.dtype)
-        if self.normalize_targets:
-            mean, deviation = patch_statistics(take(patches, ids[:, self.num_visible :]))
-            predictions = predictions * deviation + mean
-        hidden = ids[:, self.num_visible :, None].expand(-1, -1, patches.shape[-1])
-        return unpatchify(patches.scatter(1, hidden, predictions), self.patch_size, self.grid)
-
 
 def patch_statistics(patches):
     """Mean and deviation of each patch over its pixels and channels together, (B, N, 1) each.
@@ -422,19 +387,13 @@ class Classifier(ViT):
     large = ("head",)  # names of modules that are sharded by themselves, see shard()
 
     def __init__(
-        self,
-        size="B",
-        classes=1000,
-        pool="cls",
-        class_names=None,
-        head_std=0.0,
-        **encoder_arguments,
+        self, size="B", classes=1000, pool="cls", class_names=None, head_std=0.0, **arguments
     ):
-        super().__init__(size, **encoder_arguments)
+        super().__init__(size, **arguments)
         if pool not in ("cls", "mean"):
             raise ValueError(f"pool {pool!r} is unknown: 'cls' or 'mean'")
         self.config |= {"classes": classes, "pool": pool, "class_names": class_names}
-        self.classes, self.head_std = classes, head_std
+        self.classes, self.init_std = classes, {"head.weight": head_std}
         if pool == "mean":
             self.fc_norm, self.norm = self.norm, nn.Identity()
         self.head = nn.Linear(self.width, classes)
@@ -477,8 +436,8 @@ def initialize(model, seed=0):
     call it. It skips the meta device: for a model that is built there, call it after parallelize().
     The values are the public MAE code's (but for the patch embedding's bias, which it leaves at
     PyTorch's default): matrices and the patch embedding Xavier-uniform, biases 0, norms 1, tokens
-    and learned positions N(0, 0.02). Heads: see Classifier. Projections N(0, 1 / width) and the
-    logits' scale 1 / 0.07 (maws repository); positions in time and relative ones 0.
+    and learned positions N(0, 0.02). Positions in time and relative ones are 0, the logits' scale
+    is 1 / 0.07 (maws repository). model.init_std has what differs from these.
     """
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
@@ -500,7 +459,7 @@ def copy_into(parameter, value):
 def initial_value(model, name, parameter, generator):
     """The CPU tensor that `initialize` gives to the parameter of this name."""
     shape, normal = parameter.shape, partial(torch.randn, parameter.shape, generator=generator)
-    if name in getattr(model, "init_std", ()):  # a detector's heads
+    if name in model.init_std:
         return normal() * model.init_std[name]
     if name.endswith("pos_embed") and not parameter.requires_grad:
         return sincos_positions(shape[-1], model.grid)
@@ -508,10 +467,6 @@ def initial_value(model, name, parameter, generator):
         return torch.zeros(shape)
     if name.endswith(("pos_embed", "_token", "embedding.weight")):
         return normal() * 0.02
-    if name.endswith("_projection"):
-        return normal() * shape[0] ** -0.5
-    if name == "head.weight":
-        return normal() * model.head_std
     if name == "logit_scale":
         return torch.full(shape, math.log(1 / 0.07))
     if parameter.ndim == 1:
@@ -530,20 +485,6 @@ def parameter_groups(model, weight_decay):
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-
-
-def attention_shapes(model):
-    """(tokens, columns of a head) of a model's attention layers: see kernels.describe.
-
-    Empty for layers with relative positions, which PyTorch's attention adds as a bias.
-    """
-    if model.config.get("relative_positions"):
-        return []
-    tokens, head = 1 + model.num_patches, model.width // model.heads
-    if not isinstance(model, MAE):
-        return [(tokens, head)]
-    width, _, heads = model.config["decoder"]
-    return [(1 + model.num_visible, head), (tokens, width // heads)]
 
 
 def parallelize(
@@ -635,26 +576,21 @@ def compile_training(module):
 
 def shard(model, device, shard_group, precision, methods=()):
     """Split a model over groups of processes, in place (FSDP2): see parallelize."""
-    from torch.distributed.fsdp import (
-        MixedPrecisionPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
+    from torch.distributed import fsdp
 
     # Inputs are not cast: MAE computes its targets from the images in fp32, and drop path compares
     # its random numbers with the rates.
     param_dtype = torch.bfloat16 if precision == "bf16" else None
-    policy = MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False)
+    policy = fsdp.MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False)
     mesh = sharding_mesh(device.type, shard_group, dist.group.WORLD)
     # A head of 28,000 hashtags is as large as several blocks. With the root it would be gathered
     # first and freed last.
-    large = getattr(model, "large", ())
     for name, module in model.named_modules():
-        if isinstance(module, Block) or name in large:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        if isinstance(module, Block) or name in getattr(model, "large", ()):
+            fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
+    fsdp.fully_shard(model, mesh=mesh, mp_policy=policy)
     for method in methods:
-        register_fsdp_forward_method(model, method)
+        fsdp.register_fsdp_forward_method(model, method)
 
 
 @lru_cache(1)  # each call would make new process groups
@@ -693,20 +629,11 @@ def sync_gradients(model, last):
 
     model: what parallelize() returned.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return contextlib.nullcontext() if last else model.no_sync()
+    if isinstance(model, nn.parallel.DistributedDataParallel) and not last:
+        return model.no_sync()
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(last)
     return contextlib.nullcontext()
-
-
-def compiles(kind):
-    """True if training is compiled by default: on CUDA, with Triton and a C compiler.
-
-    (On a CPU, compiled training was 0.95 to 1.02 times as fast.)
-    """
-    compilers = os.environ.get("CC", "gcc"), "gcc", "clang"
-    return kind == "cuda" and kernels.triton.__version__ and any(map(shutil.which, compilers))
 
 
 # ------------------------------------------------------------------------------------------ weights
@@ -752,13 +679,9 @@ def save_weights(path, state, config):
 def read_weights(path, heads=None, image_size=None, entry=None):
     """Read a ViT, an MAE, a classifier or a pair of towers: ({our name: tensor}, config).
 
-    A model.pt of ours is read here, all other files and folders by support/formats.py. The first
-    process prints one line about what was read.
-
-    heads       number of attention heads, if neither a config nor a known size determines it
-    image_size  of weights without a config whose positions are not a square grid
-    entry       which of several networks to read: an entry of the file, or a prefix of names
-    Raises ValueError or OSError, one line, if nothing usable is found.
+    A model.pt of ours is read here, all other files and folders by read_public of
+    support/formats.py, which describes heads, image_size and entry. The first process prints one
+    line about what was read. Raises ValueError or OSError, one line, if nothing usable is found.
     """
     torch_file = str(path).endswith((".pt", ".pth")) and not os.path.isdir(path)
     content = load_file(path) if torch_file and entry is None else None
@@ -805,9 +728,8 @@ def check_weights(path, state, config, heads=None):
     if "frames" in config:
         from tasks.video import VideoClassifier as Kind
     arguments = {name: value for name, value in config.items() if name != "val_crop"}
-    with one_line_errors(path):
-        with torch.device("meta"):
-            model = Kind(**arguments | encoder_config(config))
+    with one_line_errors(path), torch.device("meta"):
+        model = Kind(**arguments | encoder_config(config))
         for name, wanted in model.state_dict().items():
             tensor = state.get(name, wanted)
             if tensor.shape != wanted.shape:
@@ -836,97 +758,65 @@ def one_line_errors(path):
         raise ValueError(f"{path} cannot be used: {reason:.300}") from None
 
 
-def inherit(init, given, names, heads=None, read=read_weights, entry=None):
-    """Read the weights that a run starts from: (weights, config of its model, fingerprint).
-
-    init    a file of weights; None: the result is (None, given, None)
-    given   entries of the config that the run sets. Raises ValueError if they change the size, the
-            patch or the channels of the weights
-    names   entries of the config to inherit; the others are left out
-    read    read_weights, or a function with the same arguments and results
-    The weights are (state, grid of its position table): arguments of load_weights.
-    """
-    if not init:
-        if heads or entry:
-            raise ValueError("--heads and --entry describe the weights in --init: give these")
-        return None, given, None
-    state, config = read(init, heads, given.get("image_size"), entry)
-    for name in ("size", "patch_size", "channels"):
-        if given.get(name, config[name]) != config[name]:
-            raise ValueError(f"{init} has {name} {config[name]}: it cannot be changed")
-    grid = [side // config["patch_size"] for side in config["image_size"]]
-    config = {name: config[name] for name in names if name in config} | given
-    return (state, grid), config, fingerprint(state)
-
-
-def fingerprint(state):
-    """A hash of the first 8 numbers of each tensor of a state dict: training changes all of them."""
-    numbers = [(name, tensor.flatten()[:8].tolist()) for name, tensor in sorted(state.items())]
-    return f"weights {hashlib.sha256(repr(numbers).encode()).hexdigest()[:8]}"
+# Parts of a network that a file or a model may have alone; in time, a model of clips alone.
+OPTIONAL = {"head", "fc_norm", "text", "image_projection", "text_projection", "logit_scale"}
+OPTIONAL |= {"mask_token", "decoder_embed", "decoder_pos_embed"}
+OPTIONAL |= {"decoder_blocks", "decoder_norm", "decoder_pred"}
+IN_TIME = {"time_embed", "rel_pos_t", "rel_pos_h", "rel_pos_w"}
 
 
 def load_weights(model, state, old_grid=None, keep_head=False):
     """Load tensors by our names into any of the models; return one line on the outcome.
 
     Position tables of another grid are resampled (old_grid: theirs; None: a square), and a patch
-    embedding of pictures is inflated to tubelets: half of it for each of two frames. Decoder, head
-    and text tower may be in the file alone (dropped) or in the model alone (newly initialised);
-    positions in time and relative ones in the model alone. keep_head=False drops any head.
-    Raises ValueError, and changes nothing, if anything else does not fit.
+    embedding of pictures is inflated to tubelets: half of it for each of two frames. OPTIONAL parts
+    of the file alone are dropped, those of the model alone keep their initial values; any head is
+    dropped without keep_head. Raises ValueError, and changes nothing, if anything else is amiss.
     """
-    own = model.state_dict()
-    # A classifier that pools the mean calls its last norm fc_norm.
-    renamed = "fc_norm.weight" in state and "fc_norm.weight" not in own and "norm.weight" in own
-    if renamed:
+    own, resampled, notes = model.state_dict(), [], []
+    if "fc_norm.weight" in state and "norm.weight" in own:
+        # A classifier that pools the mean calls its last norm fc_norm.
         state = {name.replace("fc_norm.", "norm."): tensor for name, tensor in state.items()}
-    optional = ("decoder_", "mask_token", "head.", "fc_norm.", "text.", "logit_scale")
-    optional += ("image_projection", "text_projection")
-    optional += ("norm.",) if "fc_norm.weight" in own else ()
-    new_in_time = ("time_embed", *(name for name in own if ".rel_pos_" in name))
-
-    used = {name: tensor for name, tensor in state.items() if name in own}
-    if not keep_head:
-        used = {name: tensor for name, tensor in used.items() if not name.startswith("head.")}
-    new = [name for name in own if name not in used]
-    dropped = [name for name in state if name not in used]
-    problems = [f"{n} is missing" for n in new if not n.startswith(optional + new_in_time)]
-    problems += [f"{n} is unknown" for n in dropped if not n.startswith(optional)]
-    loaded, resampled, inflated = {}, [], ""
+        notes = ["norm from fc_norm"]
+    used = {n: t for n, t in state.items() if n in own and (keep_head or part_of(n) != "head")}
+    new, dropped = [n for n in own if n not in used], [n for n in state if n not in used]
+    droppable = OPTIONAL | ({"norm"} if "fc_norm.weight" in own else set())
+    problems = [f"{n} is missing" for n in new if part_of(n) not in OPTIONAL | IN_TIME]
+    problems += [f"{n} is unknown" for n in dropped if part_of(n) not in droppable]
     for name, tensor in used.items():
-        wanted = own[name]
+        shape = own[name].shape
         if name.endswith("pos_embed") and tensor.ndim == 3:
-            rows = tensor.shape[1]
-            square = (math.isqrt(rows - 1),) * 2
+            N = tensor.shape[1] - 1
             # 8x2 has as many positions as 4x4: only old_grid tells them apart.
-            grid = tuple(old_grid or (model.grid if rows == wanted.shape[1] else square))
-            if math.prod(grid) != rows - 1:
-                problems.append(f"{name} does not have {grid[0]}x{grid[1]} positions")
+            assumed = model.grid if N == math.prod(model.grid) else (math.isqrt(N),) * 2
+            rows, columns = grid = tuple(old_grid or assumed)
+            if rows * columns != N:
+                problems.append(f"{name} does not have {rows}x{columns} positions")
             elif grid != model.grid:
                 tensor = resample_positions(tensor, grid, model.grid)
                 resampled.append("{} from {}x{} to {}x{}".format(name, *grid, *model.grid))
-        if tensor.ndim == 4 and wanted.ndim == 5:
+        if tensor.ndim == 4 and len(shape) == 5:
             tensor = tensor[:, :, None].expand(-1, -1, 2, -1, -1) / 2
-            inflated = "; patch_embed.proj inflated from one frame to two"
-        if tensor.shape != wanted.shape:
-            problems.append(f"{name} is {tuple(tensor.shape)}, wanted {tuple(wanted.shape)}")
-        loaded[name] = tensor
+            notes.append("patch_embed.proj inflated from one frame to two")
+        if tensor.shape != shape:
+            problems.append(f"{name} is {tuple(tensor.shape)}, wanted {tuple(shape)}")
+        used[name] = tensor
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"the weights do not fit the model: {'; '.join(problems[:3])}{more}")
-    for name, tensor in loaded.items():
+    for name, tensor in used.items():
         copy_into(own[name], tensor)
 
-    def families(names):
-        names = (re.sub(r"^blocks\.\d+\.attn\.(?=rel_pos_)", "", name) for name in names)
-        return sorted({name.split(".")[0] for name in names})
+    unchanged = ", positions as they were" if "pos_embed" in used and not resampled else ""
+    lists = {"resampled": resampled, "newly initialised": sorted({*map(part_of, new)})}
+    lists |= {"dropped": sorted({*map(part_of, dropped)})}
+    said = [f"{title}: {', '.join(names)}" for title, names in lists.items() if names]
+    return "; ".join([f"weights: {len(used)} tensors loaded{unchanged}", *said, *notes])
 
-    line = f"weights: {len(loaded)} tensors loaded"
-    line += ", positions as they were" if "pos_embed" in loaded and not resampled else ""
-    line += f"; resampled: {', '.join(resampled)}" if resampled else ""
-    line += inflated
-    line += f"; newly initialised: {', '.join(families(new))}" if new else ""
-    line += f"; dropped: {', '.join(families(dropped))}" if dropped else ""
-    return line + ("; norm from fc_norm" if renamed else "")
+
+def part_of(name):
+    """The first word of a tensor's name or, of relative positions in a block, the last one."""
+    return name.split(".")[-1 if ".rel_pos_" in name else 0]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Weights of other libraries: recognised by their tensors' names, read, and written.
+"""Weights of other libraries: recognised by their tensors' names, and read.
 
 read_public   a file or folder -> tensors by our names, and the config of their model
 read_file     the same for a text tower as well; the config is what the file or folder has
 infer_config  the config of tensors that come without one
-convert       python model.py convert IN OUT --format timm | hf | own
+inherit       the weights of --init, and the config that a stage takes over from them
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -24,6 +25,7 @@ from model import (
     load_file,
     one_line_errors,
     pair,
+    read_weights,
 )
 from support.checkpoints import last_line
 
@@ -290,7 +292,12 @@ def read_file(path, entry=None, flag="--entry"):
 
 
 def read_public(path, heads=None, image_size=None, entry=None):
-    """What model.read_weights returns, of all that it does not read itself."""
+    """What model.read_weights returns, of all that it does not read itself.
+
+    heads       number of attention heads, if neither a config nor a known size determines it
+    image_size  of weights without a config whose positions are not a square grid
+    entry       which of several networks to read: an entry of the file, or a prefix of names
+    """
     path, style, state, config = read_file(path, entry)
     if "patch_embed.proj.weight" not in state:
         raise ValueError(f"{path} is a text tower alone: no (D, C, P, P) patch_embed.proj.weight")
@@ -300,6 +307,35 @@ def read_public(path, heads=None, image_size=None, entry=None):
             config = infer_config(state, heads, config, norm_eps, image_size)
     check_weights(path, state, config, heads)
     return state, config
+
+
+def inherit(init, given, names, heads=None, read=read_weights, entry=None):
+    """Read the weights that a run starts from: (weights, config of its model, fingerprint).
+
+    init    a file of weights; None: the result is (None, given, None)
+    given   entries of the config that the run sets. Raises ValueError if they change the size, the
+            patch or the channels of the weights
+    names   entries of the config to inherit; the others are left out
+    read    read_weights, or a function with the same arguments and results
+    The weights are (state, grid of its position table): arguments of load_weights.
+    """
+    if not init:
+        if heads or entry:
+            raise ValueError("--heads and --entry describe the weights in --init: give these")
+        return None, given, None
+    state, config = read(init, heads, given.get("image_size"), entry)
+    for name in ("size", "patch_size", "channels"):
+        if given.get(name, config[name]) != config[name]:
+            raise ValueError(f"{init} has {name} {config[name]}: it cannot be changed")
+    grid = [side // config["patch_size"] for side in config["image_size"]]
+    config = {name: config[name] for name in names if name in config} | given
+    return (state, grid), config, fingerprint(state)
+
+
+def fingerprint(state):
+    """A hash of the first 8 numbers of each tensor of a state dict: training changes all of them."""
+    numbers = [(name, tensor.flatten()[:8].tolist()) for name, tensor in sorted(state.items())]
+    return f"weights {hashlib.sha256(repr(numbers).encode()).hexdigest()[:8]}"
 
 
 # ---------------------------------------------------------------- the config of tensors without one
@@ -320,11 +356,8 @@ def published_config(path, state):
     if not path.is_file():
         return {}
     widths = [len(t) for name, t in state.items() if name.endswith("blocks.0.norm1.weight")]
-    known = {
-        "model_type": ("vit", "vit_mae", "xlm-roberta"),
-        "hidden_act": ("gelu",),
-        "hidden_size": widths,
-    }
+    known = {"model_type": ("vit", "vit_mae", "xlm-roberta"), "hidden_act": ("gelu",)}
+    known["hidden_size"] = widths
     with one_line_errors(path):
         config = json.loads(path.read_text())
         for name, values in known.items():

@@ -1,5 +1,6 @@
 """PNG files that show what a model does: reconstructions, attention, confusion, mistakes."""
 
+import math
 import os
 import sys
 
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data import MASK, Batches, channel_statistics, make_picture, normalize, permutation
-from model import pair, unpatchify
+from kernels import split_heads
+from model import pair, patch_statistics, patchify, take
 
 
 def denormalize(images):
@@ -29,13 +31,38 @@ def draw_reconstructions(model, source, path, count=8, seed=0):
     N, device = model.num_patches, model.cls_token.device
     ids = [permutation(N, seed, 0, i, MASK) for i in range(len(images))]
     ids = torch.from_numpy(np.stack(ids)).to(device)  # (B, N)
-    reconstructed = denormalize(model.reconstruct(normalize(images.to(device)), ids)).cpu()
+    reconstructed = denormalize(reconstruct(model, normalize(images.to(device)), ids)).cpu()
     P, visible = model.patch_size, ids[:, : model.num_visible, None].cpu()  # (B, K, 1)
     hidden = torch.ones(len(images), N, 1).scatter(1, visible, 0).expand(-1, -1, P**2)
     hidden = unpatchify(hidden, P, model.grid)  # (B, 1, H, W)
     seen = torch.where(hidden > 0, torch.full_like(images, 128), images)  # (B, C, H, W)
     titles = ["picture", f"seen ({model.num_visible / N:.0%})", "reconstructed"]
     draw_grid([images, seen, reconstructed], titles, path)
+
+
+@torch.no_grad()
+def reconstruct(model, images, ids):
+    """The images with the hidden patches as an MAE predicts them, (B, C, H, W), normalised.
+
+    images, ids: see MAE.forward. Visible patches are copied. A normalised prediction is scaled back
+    with the true mean and deviation of its patch: the network does not predict these two numbers.
+    """
+    model.check(images)
+    patches = patchify(images, model.patch_size)  # (B, N, P*P*C)
+    hidden = ids[:, model.num_visible :]
+    predictions = model.predict(patches, ids).to(patches.dtype)  # (B, N - K, P*P*C)
+    if model.normalize_targets:
+        mean, deviation = patch_statistics(take(patches, hidden))
+        predictions = predictions * deviation + mean
+    hidden = hidden[..., None].expand(-1, -1, patches.shape[2])
+    return unpatchify(patches.scatter(1, hidden, predictions), model.patch_size, model.grid)
+
+
+def unpatchify(patches, patch_size, grid):
+    """The inverse of patchify: (B, N, P*P*C) -> (B, C, H, W), with grid = (H // P, W // P)."""
+    B, P, (rows, columns) = patches.shape[0], patch_size, grid
+    patches = patches.reshape(B, rows, columns, P, P, -1).permute(0, 5, 1, 3, 2, 4)
+    return patches.reshape(B, -1, rows * P, columns * P)
 
 
 @torch.inference_mode()
@@ -47,7 +74,7 @@ def draw_attention(model, source, path, count=8):
     """
     images = some_pictures(source, model.config, count)
     normal = normalize(images.to(model.cls_token.device))
-    attention = model.class_attention(normal).cpu()  # (B, heads, N)
+    attention = class_attention(model, normal).cpu()  # (B, heads, N)
     maps = torch.cat([attention.mean(dim=1, keepdim=True), attention[:, :4]], dim=1)
     maps = maps.unflatten(2, model.grid)  # (B, maps, rows, columns)
     maps = maps / maps.amax(dim=(2, 3), keepdim=True)
@@ -56,6 +83,17 @@ def draw_attention(model, source, path, count=8):
     scaled = [(images * (0.15 + 0.85 * m[:, None])).to(torch.uint8) for m in maps.unbind(dim=1)]
     titles = ["picture", "all heads", *(f"head {i + 1}" for i in range(len(scaled) - 1))]
     draw_grid([images, *scaled], titles, path)
+
+
+def class_attention(model, images):
+    """A ViT's attention from the class token to the patches in the last block, (B, heads, N)."""
+    x = model.tokens(images)
+    for block in model.blocks[:-1]:
+        x = block(x)
+    attn = model.blocks[-1].attn
+    q, k, _ = split_heads(attn.qkv(model.blocks[-1].norm1(x)), attn.heads)
+    scores = q[:, :, :1] @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+    return scores.softmax(dim=-1)[:, :, 0, 1:]
 
 
 def some_pictures(source, config, count):

@@ -25,7 +25,7 @@ from kernels import split_heads
 from model import Block, ViT, encoder_config, initialize, pool, sync_gradients, triple
 from support import launch
 from support.checkpoints import barrier, find_checkpoint, last_line
-from support.formats import infer_shape, name_of, read_file
+from support.formats import fingerprint, infer_shape, name_of, read_file
 from support.labels import read_all, read_class_names, read_lines, texts_in
 from support.plan import (
     block_flops,
@@ -211,6 +211,8 @@ class TwoTowers(ViT):
         self.image_projection = nn.Parameter(torch.empty(self.width, shared_width))
         self.text_projection = nn.Parameter(torch.empty(self.text.width, shared_width))
         self.logit_scale = nn.Parameter(torch.empty(1))  # logarithm of the factor of the cosines
+        self.init_std = {"image_projection": self.width**-0.5}  # maws repository
+        self.init_std["text_projection"] = self.text.width**-0.5
         initialize(self)
 
     def features(self, images):
@@ -606,7 +608,7 @@ def prepare(run):
     run.text_weights = None
     if run.text_init:
         run.text_weights, known = read_text_weights(run.text_init)
-        run.origin += f", text {models.fingerprint(run.text_weights)}"
+        run.origin += f", text {fingerprint(run.text_weights)}"
     if known and run.text_size not in (None, known["size"]):
         raise ValueError(f"--text-size {run.text_size}: the weights are of size {known['size']}")
     run.tokenizer_file = run.tokenizer

@@ -544,6 +544,11 @@ TINY_TEXT = {"size": "16x2x2", "vocabulary": 30}
 CPU = torch.device("cpu")
 
 
+def on_meta(kind, *arguments, **named):
+    with torch.device("meta"):
+        return kind(*arguments, **named)
+
+
 def random_images(model, count=3, seed=0):
     shape = (count, model.config["channels"], *model.config["image_size"])
     dtype = model.cls_token.dtype
@@ -746,3 +751,28 @@ def group():
     )
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def torchvision():
+    """timm and transformers import it, and a CPU torch lacks two operators that it then wants."""
+    library = None
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pass
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+    yield library
+
+
+@pytest.fixture(scope="session")
+def timm(torchvision):
+    return pytest.importorskip("timm", reason="pip install --no-deps torchvision timm")
+
+
+@pytest.fixture(scope="session")
+def transformers(torchvision):
+    return pytest.importorskip("transformers", reason="pip install transformers")

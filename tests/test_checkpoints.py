@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import Trap, cut, equal_states, full_disk, one_line, steps_in, train
+from conftest import Trap, cut, equal_states, full_disk, one_line, stage, steps_in, train
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from model import MAE, initialize, parameter_groups
+from support import launch
 from support.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 
 
@@ -259,3 +260,72 @@ def test_code_in_a_checkpoint_is_refused_and_never_runs(saved, tmp_path, place):
     with contextlib.suppress(BaseException):
         dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
     assert sprung.exists()  # the code was a live one
+
+
+IN_THE_BACKGROUND = """
+import sys
+import torch
+import torch.distributed as dist
+import model as models
+from support import checkpoints, launch
+
+dist.init_process_group("gloo")
+rank, folder = dist.get_rank(), sys.argv[1]
+model = models.Classifier("32x3x4", image_size=(16, 24), patch_size=8, classes=7, head_std=0.02)
+models.parallelize(model, torch.device("cpu"), 2)
+optimizer = torch.optim.AdamW(models.parameter_groups(model, 0.0), 1e-3, fused=True)
+images = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+
+def step():
+    model(images[rank : rank + 1]).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+step()
+expected = models.full_state(model)
+with torch.no_grad():  # as a measurement does, after which FSDP's root is whole
+    model(images)
+norm = torch.nn.utils.get_total_norm
+torch.nn.utils.get_total_norm = lambda tensors: norm(tensors, foreach=True)  # as on a GPU
+saved = checkpoints.save_checkpoint(folder, 1, model, optimizer, {"identity": {}}, background=True)
+for _ in range(20):  # the training's collectives and the checkpoint's do not get mixed up
+    step()
+saved()
+saved = checkpoints.save_checkpoint(folder, 21, model, optimizer, {"identity": {}}, background=True)
+saved()
+assert checkpoints.load_checkpoint(f"{folder}/step-00000001", model, optimizer)["step"] == 1
+for name, tensor in models.full_state(model).items():
+    assert torch.equal(tensor, expected[name]), name
+
+launch.check_agreement({"data": "same", "checkpoint": None})
+try:
+    launch.check_agreement({"data": ["same", "other"][rank], "checkpoint": None})
+except ValueError as error:
+    assert "process 1 finds data other, the first one same: all nodes want" in str(error)
+else:
+    raise AssertionError("it did not notice")
+dist.barrier()
+"""
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+    ran = stage(tmp_path / "checkpoints", processes=2, code=IN_THE_BACKGROUND)
+    assert ran.returncode == 0, ran.stderr
+    assert steps_in(tmp_path / "checkpoints") == [1, 21]
+
+
+def test_what_ended_a_run_is_told_apart(capsys):
+    """gloo's errors are RuntimeErrors with its name in them; a folder may have it in its own."""
+
+    def ended(error):
+        with pytest.raises(SystemExit) as stopped, launch.report_errors("program.py"):
+            raise error
+        return stopped.value.code, capsys.readouterr().err
+
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    code, line = ended(lost)
+    assert code == 1 and "is gone" in line
+    assert ended(ValueError("igloo/ does not exist"))[0] == 2
+    assert ended(OSError("igloo/: no space left"))[0] == 1
+    with pytest.raises(RuntimeError, match="a mistake"), launch.report_errors("program.py"):
+        raise RuntimeError("a mistake")

@@ -24,21 +24,22 @@ from conftest import (
     Trap,
     equal_states,
     full_disk,
+    on_meta,
     one_line,
     picture,
     public_mae,
     random_ids,
     random_images,
     section,
-    stage,
 )
 from torch import nn
 
 import evaluate
 import model as models
-from model import MAE, Classifier, ViT, inherit, load_weights, read_weights, save_weights
+from model import MAE, Classifier, ViT, load_weights, read_weights, save_weights
 from support import formats
 from support.convert import convert, main
+from support.formats import inherit
 from tasks import detect, lit, video
 from tasks.lit import TextTower, TwoTowers
 
@@ -131,26 +132,47 @@ def test_weights_come_back_bit_for_bit_and_a_failed_save_leaves_the_old_ones(tmp
     assert path.read_bytes() == before
 
 
+MODELS = {
+    "vit": partial(ViT, **SMALL),
+    "mae": partial(MAE, **SMALL_MAE),
+    "five": partial(Classifier, **SMALL, classes=5),
+    "nine": partial(Classifier, **SMALL, classes=9),
+    "mean": partial(Classifier, **SMALL, classes=5, pool="mean"),
+    "pair": partial(TwoTowers, **SMALL, text=TINY_TEXT, shared_width=8),
+}
 DECODER = "mask_token decoder_pos_embed decoder_embed decoder_blocks decoder_norm decoder_pred"
+TEXT_PARTS = "image_projection logit_scale text text_projection"
+# (the file's model, the model it is loaded into, keep_head, newly initialised, dropped)
+PARTS = [
+    ("vit", "mae", False, DECODER, ""),
+    ("mae", "vit", False, "", DECODER),
+    ("mae", "five", False, "head", DECODER),
+    ("five", "vit", False, "", "head"),
+    ("five", "five", True, "", ""),
+    ("five", "five", False, "head", "head"),
+    ("five", "nine", False, "head", "head"),
+    ("five", "mean", False, "fc_norm head", "head norm"),
+    ("mean", "vit", False, "", "head"),  # its last norm has another name
+    ("pair", "vit", False, "", TEXT_PARTS),
+    ("pair", "mae", False, DECODER, TEXT_PARTS),
+    ("pair", "five", False, "head", TEXT_PARTS),
+    ("vit", "pair", False, TEXT_PARTS, ""),
+]
 
 
-def test_a_decoder_and_a_head_are_dropped_or_newly_initialised_by_name():
-    bare, whole = ViT(**SMALL).state_dict(), MAE(**SMALL_MAE).state_dict()
-    model = randomize(MAE(**SMALL_MAE))
-    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    line = load_weights(model, bare, (2, 3))
-    assert section(line, "newly initialised") == {*DECODER.split()}
-    assert not section(line, "dropped")
-    assert equal_states(model.state_dict(), {**initial, **bare})
-    model = randomize(ViT(**SMALL))
-    line = load_weights(model, whole | {"head.weight": torch.zeros(10, 32)})
-    assert section(line, "dropped") == {*DECODER.split(), "head"}
-    assert not section(line, "newly initialised")
-    assert equal_states(model.state_dict(), {name: whole[name] for name in model.state_dict()})
-    mean = randomize(Classifier(**SMALL, classes=3, pool="mean"))
-    line = load_weights(model, mean.state_dict())  # its last norm has another name
-    assert section(line, "dropped") == {"head"} and line.endswith("; norm from fc_norm")
-    assert torch.equal(model.norm.bias, mean.fc_norm.bias)
+@pytest.mark.parametrize("source, target, keep, new, dropped", PARTS)
+def test_parts_of_one_side_alone_are_named(source, target, keep, new, dropped):
+    state, model = randomize(MODELS[source]()).state_dict(), randomize(MODELS[target](), seed=1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    line = load_weights(model, state, (2, 3), keep)
+    assert section(line, "newly initialised") == {*new.split()}
+    assert section(line, "dropped") == {*dropped.split()}
+    renamed = source == "mean"
+    assert line.endswith("; norm from fc_norm") == renamed
+    for name, tensor in model.state_dict().items():
+        theirs = name.replace("norm.", "fc_norm.") if renamed and name[:5] == "norm." else name
+        expected = before[name] if name.split(".")[0] in new.split() else state[theirs]
+        assert torch.equal(tensor, expected), name
 
 
 @pytest.mark.parametrize("height, width, given", [(24, 24, False), (32, 16, True), (48, 8, True)])
@@ -204,9 +226,6 @@ def test_a_stage_inherits_norm_eps_and_heads(tmp_path):
 # -------------------------------------------------------------------------- files that are refused
 
 
-ZIPPED = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle"])
-
-
 REFUSED = {
     r"numpy\S+\.scalar": np.float64(0.5),
     r"numpy\S+\._reconstruct": np.zeros(3),
@@ -217,7 +236,7 @@ REFUSED = {
 }
 
 
-@ZIPPED
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle"])
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_torch_refuses_is_named_and_never_runs(tmp_path, name, zipped):
     sprung, value = tmp_path / "sprung", REFUSED[name]
@@ -241,37 +260,38 @@ KINDS = {
     "zeroshot": (TwoTowers, {**SMALL, "text": TEXT, "shared_width": 8}),
     "detect": (detect.Detector, {"size": "toy", "image_size": 32, "classes": 2}),
 }
+BIG = [2**40, 2**70]
 HUGE = {
     "image_size": [2**40, [2**40, 2**40], [2**70, 16], "9" * 5000, [16, 24, "a" * 500], None],
     "size": [f"{2**40}x3x4", f"{2**70}x3x4", f"32x{2**40}x4", "x" * 5000],
-    "patch_size": [2**40, 2**70, -8],
-    "channels": [2**40, 2**70, -3, None],
+    "patch_size": [*BIG, -8],
+    "channels": [*BIG, -3, None],
     "positions": ["x" * 5000],
 }
-HUGE_OF_KIND = {
-    "features": {},
-    "reconstruct": {"decoder": [[2**40, 2, 2], [16, 2**40, 2], [16], "16x2x2", 7]},
-    "classify": {"classes": [2**40, 2**70, "many"]},
-    "video": {"frames": [2**40, 2**70, "many"]},
-    "zeroshot": {
-        "shared_width": [2**40, 2**70],
-        "text": [{**TEXT, name: 2**n} for name in TINY_TEXT for n in (40, 70)]
-        + [{**TEXT, "positions": 2**40}, {"size": f"16x{2**40}x2"}],
-    },
-}
-HUGE_OF_KIND = {kind: {**HUGE, **values} for kind, values in HUGE_OF_KIND.items()}
-HUGE_OF_KIND["detect"] = {"image_size": [2**40, [2**40] * 2, None], "classes": [2**40, 2**70]}
+TEXTS = [{**TEXT, name: big} for name in TINY_TEXT for big in BIG]
+TEXTS += [{**TEXT, "positions": 2**40}, {"size": f"16x{2**40}x2"}]
+# (task, entry of the config, what it is changed to)
+IMPOSSIBLE = [(task, *item) for task in KINDS if task != "detect" for item in HUGE.items()]
+IMPOSSIBLE += [
+    ("reconstruct", "decoder", [[2**40, 2, 2], [16, 2**40, 2], [16], "16x2x2", 7]),
+    ("classify", "classes", [*BIG, "many"]),
+    ("video", "frames", [*BIG, "many"]),
+    ("zeroshot", "shared_width", BIG),
+    ("zeroshot", "text", TEXTS),
+    ("detect", "image_size", [2**40, [2**40] * 2, None]),
+    ("detect", "classes", BIG),
+]
 
 
-@pytest.mark.parametrize("task, name", [(t, name) for t in KINDS for name in HUGE_OF_KIND[t]])
-def test_a_config_that_cannot_be_its_weights_is_one_line(tmp_path, task, name):
+@pytest.mark.parametrize("task, name, values", IMPOSSIBLE)
+def test_a_config_that_cannot_be_its_weights_is_one_line(tmp_path, task, name, values):
     """Nothing of the size that it asks for is made."""
     kind, arguments = KINDS[task]
     model, path = kind(**arguments), tmp_path / "model.pt"
     readers = [lambda: evaluate.load_model(path, task, "cpu")]
     readers.append(lambda: inherit(path, {}, ("size",), read=detect.read_weights))
     readers += [lambda: lit.read_text_weights(path)] if name == "text" else []
-    for value in HUGE_OF_KIND[task][name]:
+    for value in values:
         own_file(path, model, **{name: value})
         for read in readers:
             with pytest.raises(ValueError, match=re.escape(str(path))) as error:
@@ -304,6 +324,7 @@ def pair_file(changes=(), **config):
 
 META, COMPILED = torch.ones(32, device="meta"), {"model._orig_mod.cls_token": torch.ones(1)}
 SCALED = VIT | {"blocks.0.ls1.gamma": torch.ones(32)}
+NORM_OF_KEYS = {"blocks.0.attn.k_norm.weight": torch.ones(8)}
 WIDE = VIT | {PATCHES: torch.ones(100, 3, 8, 8)}
 # (words of the message, what the file holds)
 UNUSABLE = [
@@ -328,10 +349,7 @@ UNUSABLE = [
     ("nothing explains module.cls_token", VIT | {"module.cls_token": VIT["cls_token"]}),
     ("nothing explains blocks.0.ls1.gamma: it is of an", below("model.", SCALED) | LOSS),
     ("nothing explains reg_token", VIT | {"reg_token": VIT["cls_token"]}),
-    (
-        "nothing explains blocks.0.attn.k_norm.w",
-        VIT | {"blocks.0.attn.k_norm.weight": torch.ones(8)},
-    ),
+    ("nothing explains blocks.0.attn.k_norm.w", VIT | NORM_OF_KEYS),
     ("nothing explains norm_pre.weight", VIT | {"norm_pre.weight": torch.ones(32)}),
     ("mlp.fc2.weight is", VIT | {"blocks.1.mlp.fc2.weight": torch.ones(32, 64)}),  # SwiGLU
     ("norm.weight is sparse", pair_file({"norm.weight": torch.ones(32).to_sparse()})),
@@ -358,107 +376,72 @@ def test_a_file_without_a_network_that_is_known_is_one_line(tmp_path, words, con
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.999])
 @pytest.mark.parametrize("save", [torch.save, safetensors.torch.save_file])
-def test_an_empty_or_truncated_file_is_one_line(tmp_path, save, share):
+def test_a_missing_empty_or_truncated_file_is_one_line(tmp_path, save):
     path = tmp_path / ("model.pt" if save is torch.save else "model.safetensors")
     save(VIT, path)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match=f"cannot read weights from {path}") as error:
-        read_weights(path, 4)
-    assert one_line(error)
-
-
-def test_a_path_without_a_file_is_one_line(tmp_path):
-    for path in (tmp_path, tmp_path / "none.pt", tmp_path / "none.safetensors"):
-        with pytest.raises(ValueError, match=f"no weights at {path}") as error:
-            read_weights(path)
+    content, missing = path.read_bytes(), path.with_stem("none")
+    (tmp_path / "empty").mkdir()
+    unusable = [("no weights at", 0, missing), ("no weights at", 0, tmp_path / "empty")]
+    unusable += [("cannot read weights from", n, path) for n in (0, 0.001, 0.1, 0.5, 0.999)]
+    for words, share, where in unusable:
+        path.write_bytes(content[: int(share * len(content))])
+        with pytest.raises(ValueError, match=f"{words} {where}") as error:
+            read_weights(where, 4)
         assert one_line(error)
 
 
 # ----------------------------------------------------------------------- the public MAE code, timm
 
 
-# (arguments beside a public MAE's weights, what is read of them)
+# (arguments beside a public MAE's weights; what is read of them: normalize_targets, mask_ratio, size)
 ARGUMENTS = [
-    (None, {}),
-    (Namespace(lr=1e-3, input_size=None), {}),
-    (
-        Namespace(norm_pix_loss=False, mask_ratio=0.5, input_size=16),
-        {"normalize_targets": False, "mask_ratio": 0.5},
-    ),
-    ({"norm_pix_loss": True, "mask_ratio": 0.25}, {"normalize_targets": True, "mask_ratio": 0.25}),
-    (
-        Namespace(norm_pix_loss=0, input_size=[8, 32]),
-        {"normalize_targets": 0, "image_size": [8, 32]},
-    ),
-    (Namespace(norm_pix_loss="False", mask_ratio=[0.5], input_size=224), {}),
+    (None, None, None, None),
+    (Namespace(lr=1e-3, input_size=None), None, None, None),
+    (Namespace(norm_pix_loss=False, mask_ratio=0.5, input_size=16), False, 0.5, None),
+    ({"norm_pix_loss": True, "mask_ratio": 0.25}, True, 0.25, None),
+    (Namespace(norm_pix_loss=0, input_size=[8, 32]), 0, None, [8, 32]),
+    (Namespace(norm_pix_loss="False", mask_ratio=[0.5], input_size=224), None, None, None),
 ]
 
 
-@pytest.mark.parametrize("arguments, known", ARGUMENTS)
-def test_a_public_mae_s_arguments_say_what_was_predicted(tmp_path, capsys, arguments, known):
+@pytest.mark.parametrize("arguments, normalize, ratio, size", ARGUMENTS)
+def test_a_public_mae_s_arguments_say_what_was_predicted(
+    tmp_path, capsys, arguments, normalize, ratio, size
+):
+    known = {"normalize_targets": True if normalize is None else normalize}
+    known |= {"mask_ratio": ratio or 0.75, "image_size": size or [16, 16]}
     tensors = randomize(MAE("toy", decoder=(512, 8, 16), image_size=16)).state_dict()
     content = {"model": tensors, "args": arguments, "optimizer": {"step": 3}}
     path = torch_file(tmp_path / "public.pth", content)
     state, config = read_weights(path)
     said = capsys.readouterr().out
-    assert "timm-named ViTMAE" in said and ("mask_ratio" in said) == ("mask_ratio" in known)
-    assert config["image_size"] == known.get("image_size", [16, 16])
-    assert config["decoder"] == [512, 8, 16]
+    assert "timm-named ViTMAE" in said and ("mask_ratio" in said) == bool(ratio)
     model = MAE(**config)
+    assert model.config.items() >= {**known, "decoder": [512, 8, 16]}.items()
     assert f"{len(tensors)} tensors loaded" in load_weights(model, state)
     assert equal_states(model.state_dict(), tensors)
     model.double()
     images, ids = random_images(model), random_ids(model)
-    visible = int(4 * (1 - known.get("mask_ratio", 0.75)))
-    normalize = known.get("normalize_targets", True)
+    visible, normalize = int(4 * (1 - known["mask_ratio"])), known["normalize_targets"]
     expected = public_mae(dict(model.named_parameters()), images, ids, visible, 6, 16, normalize)
     torch.testing.assert_close(model(images, ids), expected, rtol=1e-10, atol=1e-10)
     convert(path, tmp_path / "own.pt", "own")
-    converted = read_weights(tmp_path / "own.pt")[1]
-    assert converted.items() >= {"mask_ratio": 0.75, "normalize_targets": True, **known}.items()
+    assert read_weights(tmp_path / "own.pt")[1].items() >= known.items()
 
 
 @pytest.mark.parametrize("size", ["toy", "T", "B", "H"])
 def test_the_architecture_is_read_off_the_tensors(size):
-    with torch.device("meta"):
-        model = ViT(size, image_size=2 * models.SIZES[size][3], channels=4)
+    model = on_meta(ViT, size, image_size=2 * models.SIZES[size][3], channels=4)
     # Heads show in no shape: T and toy have the same width.
     assert formats.infer_config(model.state_dict()) == model.config
     if size in lit.PAIRS:
         text, shared = lit.PAIRS[size]
-        with torch.device("meta"):
-            pair = TwoTowers(size, text={"size": text, "vocabulary": 250_002}, shared_width=shared)
+        text = {"size": text, "vocabulary": 250_002}
+        pair = on_meta(TwoTowers, size, text=text, shared_width=shared)
         config = formats.infer_config(pair.state_dict())
         assert config["text"].items() >= pair.config["text"].items()
         assert {**config, "text": pair.config["text"]} == pair.config
-
-
-@pytest.fixture(scope="session", autouse=True)
-def torchvision():
-    """timm and transformers import it, and a CPU torch lacks two operators that it then wants."""
-    library = None
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        pass
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-    yield library
-
-
-@pytest.fixture(scope="session")
-def timm():
-    return pytest.importorskip("timm", reason="pip install --no-deps torchvision timm")
-
-
-@pytest.fixture(scope="session")
-def transformers():
-    return pytest.importorskip("transformers", reason="pip install transformers")
 
 
 # (arguments of timm's VisionTransformer, heads to be given, file)
@@ -674,7 +657,7 @@ def test_an_index_and_its_files_are_one_or_refused_in_one_line(tmp_path, suffix)
     index.write_text(json.dumps({"weight_map": files}))
     for path in (tmp_path, index):
         state = read_weights(path, 4)[0]
-        assert equal_states(state, A) and models.fingerprint(state) == models.fingerprint(A)
+        assert equal_states(state, A) and formats.fingerprint(state) == formats.fingerprint(A)
     torch.save([torch.ones(3), 4], tmp_path / "list.bin")
     for words, content in (
         ("cannot be used: ", "no dict"),
@@ -841,160 +824,3 @@ def test_a_config_that_is_not_of_the_weights_beside_it_is_refused(tmp_path, word
     with pytest.raises(ValueError, match=f"hf.*{words}") as error:
         read_weights(tmp_path / "hf")
     assert one_line(error)
-
-
-# ---------------------------------------------------------------------------------- python model.py
-
-
-OURS = {
-    "ViT": (ViT, {**SQUARE, "norm_eps": 1e-3}),
-    "wide ViT": (ViT, {**SQUARE, "image_size": (16, 24), "channels": 4}),
-    "Classifier": (Classifier, {**SQUARE, **NAMED}),
-    "mean Classifier": (Classifier, {**SQUARE, **NAMED, "pool": "mean"}),
-    "MAE": (MAE, {**SQUARE, "decoder": (16, 2, 2), "mask_ratio": 0.5, "norm_eps": 1e-3}),
-    "TwoTowers": (TwoTowers, {**SQUARE, "text": {"size": "16x1x2", "vocabulary": 9}}),
-}
-
-
-def written(kind, tmp_path, out, format, capsys):
-    """(a model of ours, the line that loads it, families that convert dropped) of a file `out`."""
-    kind, arguments = OURS[kind]
-    model = randomize(kind(**arguments))
-    path = own_file(tmp_path / "model.pt", model)
-    converted(path, tmp_path / out, format)
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"{path}: our own {kind.__name__}"
-    dropped = [line.removeprefix("dropped: ") for line in said if line.startswith("dropped: ")]
-    return model, said[-1], set(", ".join(dropped).split(", ")) - {""}
-
-
-@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-@pytest.mark.parametrize("kind", OURS)
-@torch.no_grad()
-def test_to_timm_and_back_is_bit_for_bit(timm, tmp_path, capsys, kind, suffix):
-    path, back = tmp_path / f"timm.{suffix}", tmp_path / "back.pt"
-    ours, line, dropped = written(kind, tmp_path, path.name, "timm", capsys)
-    place = {}
-    exec(line, place)  # noqa: S102 (what users are told to type; it loads strictly)
-    theirs, images = place["model"].eval(), random_images(ours)
-    if isinstance(ours, Classifier):
-        close(theirs(images), ours(images))
-    else:
-        vit = ViT(**models.encoder_config(ours.config))
-        load_weights(vit, ours.state_dict())
-        close(theirs.forward_features(images), vit(images))
-    named = {"class_names"} if "Classifier" in kind else set()
-    assert dropped >= named and bool(dropped - named) == (kind in ("MAE", "TwoTowers"))
-    dropped -= named
-    unsaid = ("norm_eps", "class_names", "image_size")  # tensors alone do not tell them
-    if kind != "wide ViT":
-        assert lost(path, ours, 4, unsaid[:2]) == dropped
-        assert lost(converted(path, back, "own", "--heads", 4), ours, unsaid=unsaid) == dropped
-
-
-@pytest.mark.parametrize("kind", [kind for kind in OURS if kind != "mean Classifier"])
-@torch.no_grad()
-def test_to_hugging_face_and_back_is_bit_for_bit(transformers, tmp_path, capsys, kind):
-    ours, line, dropped = written(kind, tmp_path, "hf", "hf", capsys)
-    assert bool(dropped) == (kind == "TwoTowers")
-    load = line.partition("model = ")[2]
-    theirs, info = eval(load[:-1] + ", output_loading_info=True)", {"transformers": transformers})
-    assert not any(info.values())
-    images = random_images(ours, 2)
-    if kind == "MAE":
-        noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(2))
-        close(theirs(images, noise=noise).loss, ours(images, noise.argsort(dim=1)).mean())
-    elif kind == "Classifier":
-        close(theirs(images).logits, ours(images))
-        assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"}
-    else:
-        close(theirs(images).last_hidden_state, ViT.forward(ours, images))
-    assert lost(tmp_path / "hf", ours) == dropped
-    assert lost(converted(tmp_path / "hf", tmp_path / "back.pt", "own"), ours) == dropped
-
-
-def test_a_pair_s_picture_tower_and_a_trunk_s_pair(tmp_path):
-    pair, trunk = (randomize(OURS[kind][0](**OURS[kind][1])) for kind in ("TwoTowers", "ViT"))
-    own_file(tmp_path / "pair.pt", pair), own_file(tmp_path / "trunk.pt", trunk)
-    projections = {"image_projection", "logit_scale", "text", "text_projection"}
-    for kind in (ViT, MAE, Classifier):
-        model, line = load(kind, tmp_path / "pair.pt")
-        assert section(line, "dropped") == projections
-        assert all(torch.equal(model.state_dict()[n], pair.state_dict()[n]) for n in VIT)
-    initial = TwoTowers(**OURS["TwoTowers"][1])
-    model, line = load(TwoTowers, tmp_path / "trunk.pt", text=OURS["TwoTowers"][1]["text"])
-    assert section(line, "newly initialised") == projections
-    for name, tensor in model.state_dict().items():
-        source = trunk if name in VIT else initial
-        assert torch.equal(tensor, source.state_dict()[name])
-
-
-def refused(capsys, *arguments):
-    """The line, and the only one, with which convert gives up."""
-    with pytest.raises(SystemExit) as error:
-        main(["convert", *map(str, arguments)])
-    assert error.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("model.py: ") and said.count("\n") == 1
-    return said
-
-
-def test_heads_and_the_safetensors_package_are_asked_for(tmp_path, capsys, monkeypatch):
-    small, own = tmp_path / "vit.safetensors", tmp_path / "own.pt"
-    safetensors.torch.save_file(VIT, small)
-    asked = [small, own, "--format", "own"]
-    assert "Give --heads" in refused(capsys, *asked)
-    assert "multiple of 4 x heads" in refused(capsys, *asked, "--heads", "5")
-    assert read_weights(converted(small, own, "own", "--heads", 2))[1]["size"] == "32x2x2"
-    with pytest.raises(ValueError, match="has 2 heads"):
-        read_weights(own, 4)
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    for source, out, format in (
-        (small, "o.pt", "own"),
-        (own, "hf", "hf"),
-        (own, "o.safetensors", "timm"),
-    ):
-        said = refused(capsys, source, tmp_path / out, "--format", format, "--heads", 2)
-        assert "pip install safetensors" in said and not (tmp_path / out).exists()
-
-
-def test_what_a_format_cannot_say_is_refused(tmp_path, capsys):
-    own_file(tmp_path / "mean.pt", Classifier(**SQUARE, **NAMED, pool="mean"))
-    own_file(tmp_path / "clips.pt", video.VideoClassifier(**SQUARE, classes=3, frames=4))
-    own_file(tmp_path / "wide.pt", MAE(**{**SQUARE, "image_size": (16, 32)}, decoder=(16, 1, 2)))
-    torch.save({name: VIT[name] for name in VIT if name != "norm.bias"}, tmp_path / "part.pt")
-    torch.save(pair_file({"text.blocks.0.norm1.weight": None}), tmp_path / "half.pt")
-    torch.save(VIT, tmp_path / "vit.pt")
-    files = set(tmp_path.iterdir())
-    for words, source, out, format in (
-        ("reads the class token", "mean.pt", "hf", "hf"),
-        ("is of videos", "clips.pt", "o.pt", "timm"),
-        ("square", "wide.pt", "hf", "hf"),
-        ("lacks norm.bias", "part.pt", "o.pt", "timm"),
-        ("lacks text.blocks.0.norm1.weight", "half.pt", "o.pt", "timm"),
-        ("must end", "vit.pt", "vit.bin", "timm"),
-        ("must end", "vit.pt", "own", "own"),
-        ("exists", "vit.pt", "vit.pt", "timm"),
-        ("exists", "vit.pt", ".", "hf"),
-        ("exists", "vit.pt", "no/x.pt", "timm"),
-        ("invalid choice", "vit.pt", "o.pt", "onnx"),
-    ):
-        asked = tmp_path / source, tmp_path / out, "--format", format, "--heads", 4
-        assert words in refused(capsys, *asked)
-    assert set(tmp_path.iterdir()) == files
-    with pytest.raises(ValueError, match="lacks text.blocks.0.norm1.weight: half a pair"):
-        evaluate.load_model(tmp_path / "half.pt", "zeroshot", "cpu")
-
-
-@pytest.mark.parametrize(
-    ("out", "format"), [("o.pt", "own"), ("o.pt", "timm"), ("o.safetensors", "timm"), ("o", "hf")]
-)
-def test_where_the_disk_is_full_nothing_is_left(tmp_path, out, format):
-    own_file(tmp_path / "in.pt", ViT(**{**SQUARE, "size": "64x2x4"}))
-    (tmp_path / f"{out}.tmp").mkdir()  # of somebody else
-    arguments = "convert", tmp_path / "in.pt", tmp_path / out, "--format", format
-    failed = stage(*arguments, program="model.py", file_size=100_000)
-    assert failed.returncode == 1 and failed.stderr.count("\n") == 1, failed.stderr
-    assert "cannot write" in failed.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"in.pt", f"{out}.tmp"}

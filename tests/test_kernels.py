@@ -20,7 +20,7 @@ import kernels
 import mae_pretrain
 import model as models
 import weak_pretrain
-from support import checkpoints
+from support import checkpoints, plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = (1, 2, 15, 16, 17, 50, 63, 64, 65, 127, 129, 197, 257)
@@ -176,7 +176,7 @@ def test_a_training_step_is_the_same_with_the_kernels(how, monkeypatch):
             block.forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
     found = gradients(model, *given)
     assert launched == shapes
-    assert {(tokens, head) for tokens, _, head in shapes} == {*models.attention_shapes(model)}
+    assert {(tokens, head) for tokens, _, head in shapes} == {*plan.attention_shapes(model)}
     for name, value in expected.items():
         scale = value.abs().max().item()
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5 * scale + 1e-9)

@@ -24,6 +24,7 @@ from conftest import (
     TINY_TEXT,
     equal_states,
     normalized,
+    on_meta,
     one_line,
     public_mae,
     random_ids,
@@ -32,27 +33,18 @@ from conftest import (
     reference_embedding,
     reference_norm,
     reference_patches,
-    section,
     stage,
-    steps_in,
     with_class_token,
 )
 from torch._dynamo.testing import CompileCounter
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
 
 import model as models
 from model import MAE, Classifier, ViT, full_tensor, parallelize, sync_gradients
-from support import launch
+from support import pictures
 from support.plan import flops_per_image
 from tasks.lit import TwoTowers
 from tasks.video import VideoClassifier
-
-
-def on_meta(kind, *arguments, **named):
-    with torch.device("meta"):
-        return kind(*arguments, **named)
 
 
 def float64(kind, seed=0, **arguments):
@@ -147,7 +139,7 @@ def test_patchify_is_row_by_row_and_pixel_channel_within_a_patch():
     for b, row, column, y, x, c in itertools.product(*map(range, (2, 2, 3, 2, 2, 3))):
         pixel = images[b, c, 2 * row + y, 2 * column + x]
         assert patches[b, 3 * row + column, (2 * y + x) * 3 + c] == pixel
-    assert torch.equal(models.unpatchify(patches, 2, (2, 3)), images)
+    assert torch.equal(pictures.unpatchify(patches, 2, (2, 3)), images)
 
 
 def test_sincos_positions_by_numpy():
@@ -233,7 +225,7 @@ def test_class_attention_is_the_last_block_s_softmax_from_the_class_token(size):
     model = float64(ViT, **{**SMALL, "size": size})
     images = random_images(model)
     _, attention = reference_vit(model, images)
-    rows = model.class_attention(images)
+    rows = pictures.class_attention(model, images)
     assert rows.shape == (3, int(size[-1]), 6)
     assert_close(rows, attention[:, :, 0, 1:], rtol=1e-10, atol=1e-10)
     total = rows.sum(-1) + attention[:, :, 0, 0]
@@ -272,21 +264,6 @@ def test_a_classifier_is_its_encoder_pooled_normed_and_a_linear_head(how):
     assert_close(model(images), expected)
     assert 0.05 < model.head.weight.std() < 0.2 and not model.head.bias.any()
     assert flops_per_image(model) == flops_per_image(ViT(**SMALL)) + 2 * 32 * 5
-
-
-def test_a_head_travels_and_is_dropped_unless_asked_for():
-    source = Classifier(classes=5, head_std=0.1, **SMALL)
-    state = source.state_dict()
-    for classes, keep in ((5, True), (5, False), (9, False)):
-        model = Classifier(classes=classes, **SMALL)
-        said = models.load_weights(model, state, (2, 3), keep_head=keep)
-        for title in ("dropped", "newly initialised"):
-            assert section(said, title) == (set() if keep else {"head"})
-        assert torch.equal(model.cls_token, source.cls_token)
-        assert bool(model.head.weight.any()) == keep
-    said = models.load_weights(Classifier(classes=5, pool="mean", **SMALL), state, (2, 3))
-    assert section(said, "newly initialised") == {"fc_norm", "head"}
-    assert section(said, "dropped") == {"head", "norm"}
 
 
 # ----------------------------------------------------------------------------------- initialisation
@@ -345,6 +322,14 @@ def test_initial_values_are_the_public_mae_s():
             assert abs(parameter.mean()) < 0.04 * bound / math.sqrt(3)
 
 
+def test_a_pair_begins_as_the_released_ones_did():
+    pair = TwoTowers("64x1x2", {"size": "16x1x2", "vocabulary": 9}, shared_width=256, image_size=32)
+    for projection, width in ((pair.image_projection, 64), (pair.text_projection, 16)):
+        # 4,096 draws or more: their deviation is off by less than 5 %.
+        assert projection.std().item() == pytest.approx(width**-0.5, rel=0.05)
+    assert pair.logit_scale.exp().item() == pytest.approx(1 / 0.07)
+
+
 # ----------------------------------------------------------------------------------------- counting
 
 
@@ -376,44 +361,6 @@ def test_architectures(size, width, layers, heads, side, visible, millions):
     assert millions is None or 26.1 <= round(decoder / 1e6, 1) <= 27.8
 
 
-def counted_flops(model, train=False):
-    """PyTorch's count for one image. Only the math backend's products of attention are counted."""
-    images = torch.empty(1, *model.input_shape, device="meta")
-    ids = torch.zeros(1, model.num_patches, dtype=torch.long, device="meta")
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        output = model(images, ids) if isinstance(model, MAE) else model(images)
-        if train:
-            output.sum().backward()
-    return counter.get_total_flops()
-
-
-@pytest.mark.parametrize("kind", [ViT, MAE])
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"size": "toy", "image_size": (16, 40), "channels": 5},
-        {**SMALL, "size": "32x1x4"},
-        {"size": "B"},
-        {"size": "H"},
-    ],
-)
-def test_flops_are_what_pytorch_counts(kind, arguments):
-    model = on_meta(kind, **arguments)
-    # Both count matrix products only, a multiply-add as two: integers, so exactly.
-    assert flops_per_image(model) == counted_flops(model)
-
-
-@pytest.mark.parametrize("size, gigaflops", [("B", 58), ("L", 124), ("H", 288)])
-def test_flops_of_a_training_step(size, gigaflops):
-    model = on_meta(MAE, size)
-    flops = 3 * flops_per_image(model)
-    # These figures round each part to 1 GF and leave out the pixel head.
-    assert flops / 1e9 == pytest.approx(gigaflops, rel=0.015)
-    # The backward costs twice the forward, but the pixels have no gradient.
-    pixels = 2 * model.num_visible * 3 * model.patch_size**2 * model.width
-    assert counted_flops(model, train=True) == flops - pixels
-
-
 # -------------------------------------------------------------------------------------- reconstruct
 
 
@@ -425,7 +372,7 @@ def test_reconstruction(normalize, monkeypatch):
     visible, hidden = (
         order[..., None].expand(-1, -1, 192) for order in ids.split(model.num_visible, dim=1)
     )
-    painted = reference_patches(model.reconstruct(images, ids), model.patch_size)
+    painted = reference_patches(pictures.reconstruct(model, images, ids), model.patch_size)
     assert torch.equal(painted.gather(1, visible), patches.gather(1, visible))
     assert (painted.gather(1, hidden) != patches.gather(1, hidden)).float().mean() > 0.99
 
@@ -434,13 +381,15 @@ def test_reconstruction(normalize, monkeypatch):
     monkeypatch.setattr(model, "predict", lambda *_: targets.gather(1, hidden))
     # Pixels of about 10: subtracting and dividing, then the inverse, costs a few float32 roundings.
     tolerance = {"rtol": 0, "atol": 1e-5 if normalize else 0}
-    assert_close(model.reconstruct(images, ids), images, **tolerance)
+    assert_close(pictures.reconstruct(model, images, ids), images, **tolerance)
     assert_close(model(images, ids), torch.zeros(3), rtol=0, atol=1e-10)
 
     # A prediction of 0 is the mean of the patch, or 0.
     monkeypatch.setattr(model, "predict", lambda *_: torch.zeros(hidden.shape))
     mean = patches.mean(-1, keepdim=True) * normalize
-    painted = reference_patches(model.reconstruct(images, ids), model.patch_size).gather(1, hidden)
+    painted = reference_patches(pictures.reconstruct(model, images, ids), model.patch_size).gather(
+        1, hidden
+    )
     # The mean of 192 float32 pixels of about 3, summed in another order.
     assert_close(painted, mean.expand_as(patches).gather(1, hidden), rtol=0, atol=1e-5)
 
@@ -755,72 +704,3 @@ dist.barrier()
 def test_replicas_in_bf16_are_one_process_to_rounding():
     ran = stage(processes=2, code=REPLICAS)
     assert ran.returncode == 0, ran.stderr
-
-
-def test_what_ended_a_run_is_told_apart(capsys):
-    """gloo's errors are RuntimeErrors with its name in them; a folder may have it in its own."""
-
-    def ended(error):
-        with pytest.raises(SystemExit) as stopped, launch.report_errors("program.py"):
-            raise error
-        return stopped.value.code, capsys.readouterr().err
-
-    lost = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
-    code, line = ended(lost)
-    assert code == 1 and "is gone" in line
-    assert ended(ValueError("igloo/ does not exist"))[0] == 2
-    assert ended(OSError("igloo/: no space left"))[0] == 1
-    with pytest.raises(RuntimeError, match="a mistake"), launch.report_errors("program.py"):
-        raise RuntimeError("a mistake")
-
-
-IN_THE_BACKGROUND = """
-import sys
-import torch
-import torch.distributed as dist
-import model as models
-from support import checkpoints, launch
-
-dist.init_process_group("gloo")
-rank, folder = dist.get_rank(), sys.argv[1]
-model = models.Classifier("32x3x4", image_size=(16, 24), patch_size=8, classes=7, head_std=0.02)
-models.parallelize(model, torch.device("cpu"), 2)
-optimizer = torch.optim.AdamW(models.parameter_groups(model, 0.0), 1e-3, fused=True)
-images = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(1))
-
-def step():
-    model(images[rank : rank + 1]).square().sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-step()
-expected = models.full_state(model)
-with torch.no_grad():  # as a measurement does, after which FSDP's root is whole
-    model(images)
-norm = torch.nn.utils.get_total_norm
-torch.nn.utils.get_total_norm = lambda tensors: norm(tensors, foreach=True)  # as on a GPU
-saved = checkpoints.save_checkpoint(folder, 1, model, optimizer, {"identity": {}}, background=True)
-for _ in range(20):  # the training's collectives and the checkpoint's do not get mixed up
-    step()
-saved()
-saved = checkpoints.save_checkpoint(folder, 21, model, optimizer, {"identity": {}}, background=True)
-saved()
-assert checkpoints.load_checkpoint(f"{folder}/step-00000001", model, optimizer)["step"] == 1
-for name, tensor in models.full_state(model).items():
-    assert torch.equal(tensor, expected[name]), name
-
-launch.check_agreement({"data": "same", "checkpoint": None})
-try:
-    launch.check_agreement({"data": ["same", "other"][rank], "checkpoint": None})
-except ValueError as error:
-    assert "process 1 finds data other, the first one same: all nodes want" in str(error)
-else:
-    raise AssertionError("it did not notice")
-dist.barrier()
-"""
-
-
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
-    ran = stage(tmp_path / "checkpoints", processes=2, code=IN_THE_BACKGROUND)
-    assert ran.returncode == 0, ran.stderr
-    assert steps_in(tmp_path / "checkpoints") == [1, 21]

@@ -13,7 +13,7 @@ from PIL import Image
 
 import data
 from model import MAE
-from support.pictures import denormalize
+from support.pictures import class_attention, denormalize, reconstruct
 
 MASKED = {"decoder": (16, 1, 2), "mask_ratio": 0.5}
 
@@ -85,7 +85,7 @@ def test_reconstructions_show_the_picture_the_visible_patches_and_the_painted_re
     assert (patches_of(painted)[visible] == patches_of(picture)[visible]).all()
     # The model gives the same for any order within the visible and within the hidden patches.
     ids = torch.from_numpy(np.argsort(~visible, axis=1, kind="stable"))
-    expected = autoencoder.model.reconstruct(data.normalize(images), ids)
+    expected = reconstruct(autoencoder.model, data.normalize(images), ids)
     expected = denormalize(expected).permute(0, 2, 3, 1).numpy().astype(int)
     # 8 bits: another order of summation may round the other way
     assert np.abs(painted - expected).max() <= 1
@@ -136,7 +136,7 @@ def test_brightness_is_the_attention_of_the_class_token(autoencoder, gallery, tm
     picture, *lit = cells(out, columns=4, rows=4)  # the picture, all heads, and each of the two
     images = torch.cat([picture_tensor(path) for path in gallery.paths])
     assert (picture == images.permute(0, 2, 3, 1).numpy()).all()
-    attention = autoencoder.model.class_attention(data.normalize(images)).detach().numpy()
+    attention = class_attention(autoencoder.model, data.normalize(images)).detach().numpy()
     for column, wanted in zip(lit, (attention.mean(axis=1), attention[:, 0], attention[:, 1])):
         original, shown = patches_of(picture).astype(float), patches_of(column).astype(float)
         brightness = shown.sum(axis=-1) / original.sum(axis=-1)  # (4, 6)

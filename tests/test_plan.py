@@ -1,14 +1,22 @@
-"""support/plan.py: memory against what autograd keeps and was measured; replicas or shards."""
+"""support/plan.py: FLOPs against PyTorch's count; memory against what autograd keeps and was measured; replicas or shards."""
 
 import os
 from argparse import Namespace
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, SMALL, on_meta
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from model import MAE, Classifier
-from support.plan import describe_sharding, fitting_batch, settle_sharding, training_memory
+from model import MAE, Classifier, ViT
+from support.plan import (
+    describe_sharding,
+    fitting_batch,
+    flops_per_image,
+    settle_sharding,
+    training_memory,
+)
 
 
 def settled(**given):
@@ -16,6 +24,44 @@ def settled(**given):
     run = {"processes": 1, "shard_group": None, "gpus": None, "memory": None, "device": CPU}
     run |= {"precision": "fp32", "checkpoint_activations": False, "micro_batch": None}
     return Namespace(**run | given)
+
+
+def counted_flops(model, train=False):
+    """PyTorch's count for one image. Only the math backend's products of attention are counted."""
+    images = torch.empty(1, *model.input_shape, device="meta")
+    ids = torch.zeros(1, model.num_patches, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        output = model(images, ids) if isinstance(model, MAE) else model(images)
+        if train:
+            output.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", [ViT, MAE])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"size": "toy", "image_size": (16, 40), "channels": 5},
+        {**SMALL, "size": "32x1x4"},
+        {"size": "B"},
+        {"size": "H"},
+    ],
+)
+def test_flops_are_what_pytorch_counts(kind, arguments):
+    model = on_meta(kind, **arguments)
+    # Both count matrix products only, a multiply-add as two: integers, so exactly.
+    assert flops_per_image(model) == counted_flops(model)
+
+
+@pytest.mark.parametrize("size, gigaflops", [("B", 58), ("L", 124), ("H", 288)])
+def test_flops_of_a_training_step(size, gigaflops):
+    model = on_meta(MAE, size)
+    flops = 3 * flops_per_image(model)
+    # These figures round each part to 1 GF and leave out the pixel head.
+    assert flops / 1e9 == pytest.approx(gigaflops, rel=0.015)
+    # The backward costs twice the forward, but the pixels have no gradient.
+    pixels = 2 * model.num_visible * 3 * model.patch_size**2 * model.width
+    assert counted_flops(model, train=True) == flops - pixels
 
 
 @pytest.mark.parametrize("kind", [MAE, Classifier])
@@ -45,8 +91,7 @@ def test_planned_activations_are_what_autograd_keeps(kind):
 )
 def test_planned_peaks_are_those_measured_on_an_h200(size, batch, gib):
     """GiB in bf16, compiled: tests/bench/results/NVIDIA-H200-2026-11-27-2.csv."""
-    with torch.device("meta"):
-        model = MAE(size)
+    model = on_meta(MAE, size)
     run = settled(batch_size=batch, precision="bf16", gpus=1)
     peak = training_memory(model, run, batch, recompute=False)["peak"]
     assert peak / 2**30 == pytest.approx(gib, rel=0.05)
@@ -62,8 +107,7 @@ SPREAD += [(8, None, 1, 4), (8, None, 2, 8)]  # replicas: buckets, and what they
 def test_a_parameter_takes_16_bytes_over_the_processes_that_share_it(
     processes, group, micro_batches, gradients
 ):
-    with torch.device("meta"):
-        model = MAE("L")
+    model = on_meta(MAE, "L")
     count, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad in which)
                      for which in ((True, False), (False,)))  # fmt: skip
     run = settled(processes=processes, shard_group=group, precision="bf16")
@@ -78,8 +122,7 @@ def test_a_parameter_takes_16_bytes_over_the_processes_that_share_it(
 
 
 def test_the_largest_micro_batch_that_fits_divides_the_images_and_is_even():
-    with torch.device("meta"):
-        model = MAE("H")
+    model = on_meta(MAE, "H")
     run = settled(batch_size=4096, precision="bf16", memory=80)
     assert fitting_batch(model, 4096, run) == 256
     assert fitting_batch(model, 300, run) == 300 and fitting_batch(model, 75, run) == 75
@@ -104,8 +147,7 @@ def test_the_largest_micro_batch_that_fits_divides_the_images_and_is_even():
 def test_a_model_that_fits_is_replicated_one_that_does_not_is_sharded(
     size, processes, given, memory, group, monkeypatch
 ):
-    with torch.device("meta"):
-        model = MAE(size)
+    model = on_meta(MAE, size)
     run = settled(processes=processes, shard_group=given, memory=memory, precision="bf16")
     run.batch_size, sizes = 4096, {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 24 * 10**9 // 4096}
     monkeypatch.setattr(os, "sysconf", sizes.get)

@@ -218,7 +218,7 @@ def our_step(
     optimizer, weight = adam(model), torch.ones(batch, device=DEVICE)
     ids = torch.rand(batch, model.num_patches, device=DEVICE).argsort(dim=1)
     kernels.FORCED = attention
-    note = kernels.describe(models.attention_shapes(model), DEVICE, "bf16")
+    note = kernels.describe(plan.attention_shapes(model), DEVICE, "bf16")
     unread = []
 
     def forward_backward(images, ids, weight):
