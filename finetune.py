@@ -1,4 +1,4 @@
-"""Stage 3: what the encoder is worth on labelled pictures. (transfer)
+"""Stage 3: transfer. The pretrained encoder learns a task with labels, and is measured on it.
 
 Laptop       python finetune.py --task classify --init runs/weak/model.pt        # toy world
              python finetune.py --task linear   --init runs/weak/model.pt --data DIR
@@ -9,19 +9,19 @@ Laptop       python finetune.py --task classify --init runs/weak/model.pt       
 One node     torchrun --nproc-per-node 8 finetune.py --task classify --init maws.pt --data DIR
 Many nodes   torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500
                  finetune.py --task classify --init maws.pt --data 'train/*.tar' --val-data ...
-Resume       the same command again: it goes on, exactly, from the last checkpoint in --out
+Resume       the same command again continues, exactly, from the last checkpoint in --out
 
-classify  every weight is trained, by the public MAE code's recipe (FINETUNE.md there)
-linear    a linear head on the frozen encoder: many learning rates in one pass, the best one chosen
-lowshot   K pictures of a class, five draws: prompts in the frozen encoder (VPT, arXiv 2203.12119),
-          and logistic regression on its features
-detect    boxes and masks: ViTDet's Cascade Mask R-CNN on the same encoder, see tasks/detect.py
-lit       a text tower learns to meet the frozen encoder on pairs of picture and caption (LiT, arXiv
-          2111.07991): then classes are recognised by their names, see evaluate.py --task zeroshot
-video     as classify, of clips: two frames share a token, and positions are relative, too
+classify  trains every weight, by the public MAE code's recipe (FINETUNE.md there)
+linear    trains linear heads on the frozen encoder, one for each learning rate, in one pass
+lowshot   K pictures of each class, five draws: prompts in the frozen encoder (VPT, arXiv
+          2203.12119), and logistic regression on its features
+detect    boxes and masks: ViTDet's Cascade Mask R-CNN on the same encoder
+lit       trains a text tower beside the frozen encoder on pairs of picture and caption (LiT, arXiv
+          2111.07991). evaluate.py --task zeroshot then recognises classes by their names
+video     as classify, on clips: two frames share a token, and positions are relative as well
 
-A task with a file in tasks/ has its flags, data, loss and measurement there; load_task says what
-such a file has. What is chosen (a learning rate, a penalty) is chosen on a slice of train, never on val.
+classify and linear are below, the others in tasks/: load_task says how to add one. Whatever is
+chosen (a learning rate, a penalty) is chosen on a slice of the training data, never on val.
 """
 
 import copy
@@ -30,6 +30,7 @@ import json
 import math
 import os
 import shlex
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,34 +52,32 @@ import model as models
 from support import launch
 from support.checkpoints import find_checkpoint
 from support.formats import inherit
-from support.hashtags import WeightedOrder
-from support.labels import all_labels, names_of_list
+from support.labels import all_labels, reorder_head, settle_classes
 from support.loader import Stop, loader, loader_workers, map_tensors
 from support.plan import (
     attention_shapes,
     check_shard_group,
     compiles,
     describe_sharding,
-    fitting_batch,
     flops_per_image,
     peak_flops,
-    planned_batch,
     print_plan,
     settle_micro_batches,
     settle_sharding,
 )
 from tasks import augment
+from tasks.augment import Recipe
 
-# size: (batch size, lr per 256 images, epochs, layer decay, drop path) of classify. B, L and H: the
-# public MAE code's FINETUNE.md. What the paper did for 2B and 6.5B is unknown: they get H's.
+# B, L and H: the public MAE code's FINETUNE.md. The paper does not tell those of 2B and 6.5B. They
+# get H's: our choice, as toy's are.
 RECIPES = {
-    "B": (1024, 5e-4, 100, 0.65, 0.1),
-    "L": (1024, 1e-3, 50, 0.75, 0.2),
-    "H": (1024, 1e-3, 50, 0.75, 0.3),
+    "B": Recipe(1024, 5e-4, 100, 0.65, 0.1),
+    "L": Recipe(1024, 1e-3, 50, 0.75, 0.2),
+    "H": Recipe(1024, 1e-3, 50, 0.75, 0.3),
+    "toy": Recipe(64, 4e-3, 100, 0.75, 0.0),
 }
 RECIPES |= {"2B": RECIPES["H"], "6.5B": RECIPES["H"]}
-RECIPES["toy"] = (64, 4e-3, 100, 0.75, 0.0)  # ours
-# Heads that linear trains side by side, by lr per 256 images (ours; SWAG's lies among them).
+# Learning rates of linear's heads, for a batch of 256 (our choice; SWAG's lies among them).
 LINEAR_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
@@ -88,21 +87,16 @@ TASKS = ("classify", "linear", "lowshot", "lit", "video", "detect")
 
 
 def load_task(name):
-    """What belongs to a task alone: a file of tasks/, or a namespace below. It has
+    """The three functions of a task: those of tasks/NAME.py, or a namespace below.
 
-    add_flags(groups)  adds the task's flags
-    prepare(run)       settles them; returns {name of a setting: its value if it is not given}
-    main(run, stage)   builds the model, trains and measures; stage: train, finish and others below
+    add_flags(groups)       adds the task's flags to {title: group of flags}: see launch.make_parser
+    prepare(run, finetune)  opens weights and data (read_init and open_pictures or open_labelled do)
+                            and checks the flags. Returns the recipe: all settings that decide the
+                            results, {name: value if it is not given}, with batch_size and epochs
+    main(run, finetune)     builds a model, calls train, measures, and calls finish
 
-    and perhaps
-    LABELS             True: it learns the labels of pictures
-    FINETUNES          True: every weight is trained, on augmented pictures
-    OF_VIDEOS          True: of videos
-    CONFIG             entries of a config that its model knows, beside a ViT's
-    SAME               settings that decide the results
-    TOY_SIDE           of the toy world's pictures
-    open_data(run)     sets run.train and run.val
-    read_weights       see support.formats.inherit
+    run has the flags as attributes, and what the functions add. finetune is this module: tasks/
+    cannot import it. To add a task, write the file and add its name to TASKS.
     """
     own = {"classify": CLASSIFY, "linear": LINEAR}
     return own.get(name) or importlib.import_module(f"tasks.{name}")
@@ -118,16 +112,15 @@ def parse_arguments(argv):
     add_common_flags(parser.groups)
     add_flags = lambda parser, task: load_task(task).add_flags(parser.groups)
     run = launch.parse_for_task(parser, TASKS, add_flags, argv)
-    if run.data == "":  # of a variable that is not set, say
-        launch.fail("finetune.py", "--data is empty: leave it out for the toy world")
     run.out = run.out or Path("runs", run.task)
     return run
 
 
 def add_common_flags(groups):
+    """Add the flags that every task has."""
     add = groups["data"].add_argument
     add("--data", help="a folder with train/ and val/, tar shards, or toy (toy); see the README")
-    add("--val-data", help="the val pictures, where --data holds only those to train on")
+    add("--val-data", help="pictures to measure on, if --data holds only those to train on")
     add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (that of --init)")
     pixels = {"type": data.pixel_limit, "default": data.MAX_PIXELS}
     add("--max-pixels", **pixels, help="of a picture: larger ones are unreadable (89 million)")
@@ -140,105 +133,70 @@ def add_common_flags(groups):
     launch.add_flags(groups, None, "the recipe's", "weights, order and augmentation")
 
 
-def add_label_flags(groups):
-    """Add the flags of tasks that learn the labels of pictures or videos."""
-    launch.add_label_flags(groups)
-    add = groups["data"].add_argument
-    add("--classes", type=launch.count, help="how many, where the data does not name them")
-
-
-def add_classify_flags(groups):
-    add_label_flags(groups)
-    augment.add_flags(groups)
-    launch.add_plan_flags(groups)
-    launch.add_resume_flags(groups)
-    groups["model"].add_argument(
-        "--keep-head", action="store_true", help="start from the head in --init, too"
-    )
-
-
-def add_linear_flags(groups):
-    add_label_flags(groups)
-    launch.add_resume_flags(groups)
-    groups["optimisation"].add_argument(
-        "--batch-norm", action="store_true", help="normalise features by batches, as MAE"
-    )
-
-
-# ------------------------------------------------------------------------------------- preparation
+# -------------------------------------------------------------------------------------- preparation
 
 
 def prepare(run):
     """Settle what the arguments leave open, and open the data. ValueError says what is unusable."""
     # ------------------------------------------------------------------------------------ runtime
-    task, kind = load_task(run.task), launch.place(run)
+    if run.data == "":  # of a variable that is not set, say
+        raise ValueError("--data is empty: leave it out for the toy world")
+    kind = launch.place(run)
     check_shard_group(run)
     kernels.forced()  # a wrong ATTENTION in the environment is found here, not after loading
     run.compile = compiles(kind) if run.compile is None else run.compile
     run.workers = loader_workers(run.workers, run.processes_here)
+    data.limit_pixels(run.max_pixels)
+    run.identity = {"stage": "finetune"}
 
-    # ------------------------------------------------------------------------------------ weights
-    names, run.given_size = ("size", "patch_size", "image_size"), run.image_size
+    # ---------------------------------------------------------------- weights, data and the recipe
+    recipe = load_task(run.task).prepare(run, THIS)
+    recipe.setdefault("pool", "cls")
+    recipe.setdefault("val_crop", evaluate.usual_crop(run.image_size))
+    samples = int(run.train.sizes.sum())
+    if run.samples:
+        run.epochs = run.samples / samples
+    for name, value in recipe.items():
+        if vars(run).get(name) is None:
+            setattr(run, name, value)
+    if run.batch_size % 2 or (run.micro_batch or 2) % 2:
+        raise ValueError("--batch-size and --micro-batch: want even numbers (mixup needs pairs)")
+    run.steps = run.steps or math.ceil(run.epochs * samples / run.batch_size)
+
+    # ------------------------------------------------------------------------- what is the same run
+    run.identity |= {"data": run.train.identity, "val": run.val.identity}
+    run.identity |= {"model": run.config, "init": run.origin}
+    same = ("task", "seed", "precision", "classes", *recipe)
+    run.identity |= {name: getattr(run, name) for name in same}
+    usual = run.max_pixels == data.MAX_PIXELS  # as in runs from before there was this flag: None
+    run.identity["max_pixels"] = None if usual else run.max_pixels
+    run.identity = json.loads(json.dumps(run.identity))  # as it will be read again
+
+
+def read_init(run, config=(), read=models.read_weights):
+    """Read the weights in --init: run.weights, config, origin, classes_of_head and pool_of_init.
+
+    config: names of entries that the task's model has beside a ViT's. read: see inherit
+    """
+    names = ("size", "patch_size", "image_size")
     given = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
-    if hasattr(task, "TOY_SIDE") and run.data in (None, "toy") and run.size in (None, "toy"):
-        given.setdefault("image_size", task.TOY_SIDE)
     if not run.init:
         side = 48 if run.size in (None, "toy") else 224
         given = {"size": "toy", "image_size": side, "channels": 3, **given}
-    names += ("channels", "positions", "norm_eps", "class_names", "pool")
-    names += getattr(task, "CONFIG", ())
-    read = getattr(task, "read_weights", models.read_weights)
-    run.weights, run.config, run.origin = inherit(
-        run.init, given, names, run.heads, read, run.entry
-    )
+    names += ("channels", "positions", "norm_eps", "class_names", "pool", *config)
+    inherited = inherit(run.init, given, names, run.heads, read, run.entry)
+    run.weights, run.config, run.origin = inherited
     run.classes_of_head = run.config.pop("class_names", None)
     run.pool_of_init = run.config.pop("pool", None)
     run.image_size = models.pair(run.config["image_size"])
     data.check_channels(run.config["channels"])
 
-    # --------------------------------------------------------------------------------------- data
-    data.limit_pixels(run.max_pixels)
-    getattr(task, "open_data", open_pictures)(run)
-    run.toy = run.train.endless and run.config["size"] == "toy"  # then toy recipes hold
-    run.finetunes, run.clips, run.weighting = getattr(task, "FINETUNES", False), None, {}
-    if getattr(task, "LABELS", False):
-        prepare_labels(run)
 
-    # --------------------------------------------------------------------------------- the recipe
-    recipe = {"pool": "cls", "val_crop": evaluate.usual_crop(run.image_size), **task.prepare(run)}
-    batch_size, epochs = recipe.pop("batch_size"), recipe.pop("epochs")
-    for name, value in recipe.items():
-        if getattr(run, name, None) is None:
-            setattr(run, name, value)
-    run.batch_size = run.batch_size or planned_batch(batch_size, run)
-    if run.batch_size % 2:
-        raise ValueError(f"--batch-size {run.batch_size}: want an even number (mixup needs pairs)")
-    if "lr_per_256" in recipe:
-        run.lr = run.lr or recipe["lr_per_256"] * run.batch_size / 256
-    samples = int(run.train.sizes.sum())
-    run.epochs = run.epochs or (run.samples or epochs * samples) / samples
-    run.given_steps = run.steps
-    run.steps = run.steps or math.ceil(run.epochs * samples / run.batch_size)
+def open_pictures(run, caption_key="caption", videos=False):
+    """Open the sources run.train and run.val: see data.open_sources. run.val may be None.
 
-    # ------------------------------------------------------------------------- what is the same run
-    same = ("task", "batch_size", "epochs", "warmup", "seed", "precision", "pool", "val_crop")
-    same += ("min_crop", "classes", *task.SAME)
-    run.identity = {"stage": "finetune", "data": run.train.identity, "val": run.val.identity}
-    run.identity |= {"model": run.config, "init": run.origin}
-    run.identity |= {name: getattr(run, name, None) for name in same}
-    usual = run.max_pixels == data.MAX_PIXELS  # as in runs from before there was this flag: None
-    run.identity["max_pixels"] = None if usual else run.max_pixels
-    # A head that was learned when numbers were sorted as texts must not go on with other labels.
-    # (Other classes may be in any order: the toy world's are.)
-    classes = run.train.classes or []
-    by_number = classes != sorted(classes) and all(map(str.isdecimal, classes))
-    if by_number and getattr(task, "LABELS", False):
-        run.identity["class_order"] = "by number"
-    run.identity = json.loads(json.dumps(run.identity))  # as it will be read again
-
-
-def open_pictures(run):
-    """Open the pictures or videos of a run: run.train and run.val."""
+    run.toy: True if the toy recipes hold, those of the toy size on the toy world.
+    """
     run.train, run.val = data.open_sources(
         run.data or "toy",
         run.val_data,
@@ -246,37 +204,24 @@ def open_pictures(run):
         run.labels,
         run.val_labels,
         cache=(run.cache_dir, run.cache_size),
-        caption_key=getattr(run, "caption_key", "caption"),
-        videos=getattr(load_task(run.task), "OF_VIDEOS", False),
+        caption_key=caption_key,
+        videos=videos,
     )
+    run.toy = run.train.endless and run.config["size"] == "toy"
 
 
-def prepare_labels(run):
-    """The classes of the data, and what is held out of it, for the tasks that learn labels."""
-    named = len(run.train.classes or ())
-    if named and run.classes not in (None, named):
-        raise ValueError(f"--classes {run.classes}: {run.data} names {named}")
-    run.classes = named or run.classes
-    if not run.classes:
-        raise ValueError(
-            f"{run.data} names no classes (two folders or more): give --classes, how many, "
-            "or --labels"
-        )
-    if run.classes < 2:
-        raise ValueError(f"{run.data} has one class only: there is nothing to tell apart")
-    if run.val is None:
-        lacks = f"{run.data} has no train/ and val/"
-        lacks = "--labels lists no val pictures" if run.labels else lacks
-        raise ValueError(f"{lacks}: give --val-data or --val-labels")
-    if (run.train.classes is None) != (run.val.classes is None):
-        raise ValueError(
-            "one of train and val names its classes, the other does not: "
-            f"{run.train.identity}; {run.val.identity}"
-        )
+def open_labelled(run, hold_out=False, videos=False):
+    """Open the sources of a task that learns labels: run.train, run.val and run.classes.
+
+    hold_out: keep a slice of train, run.slice, to choose a learning rate on. run.make(sample, key)
+    gives a row of labelled pictures, and run.eval_batch of them are measured at once on a process.
+    """
+    open_pictures(run, videos=videos)
+    settle_classes(run)
     if run.val.endless:
         run.val = data.Subset(run.val, range(1024))
-        run.train = run.train if run.finetunes else data.Subset(run.train, range(16_384))
-    if not run.finetunes:  # what is chosen is chosen on a slice of train
+        run.train = data.Subset(run.train, range(16_384)) if hold_out else run.train
+    if hold_out:
         run.train, run.slice = data.hold_out(run.train, None, 10_000)
         if not run.slice.sizes.any():
             raise ValueError("train is too small: a twentieth of it is needed to choose on")
@@ -286,44 +231,36 @@ def prepare_labels(run):
             raise ValueError(f"no labels in {run.val.identity}")
         if (labels >= run.classes).any():
             raise ValueError(f"labels of val are over {run.classes - 1}, the last class")
-
-
-def keep_head(run):
-    """Make the head in --init one for the data's classes, in their order: in run.weights."""
-    if not run.weights or "head.weight" not in run.weights[0]:
-        raise ValueError("--keep-head: there is no head in --init")
-    state, grid = run.weights
-    count, wanted = len(state["head.weight"]), run.train.classes
-    wanted = wanted or list(map(str, range(run.classes)))
-    names = run.classes_of_head or names_of_list(count, wanted) or []
-    if names != wanted:  # some of the head's, or in another order
-        for name in wanted:
-            if names.count(name) != 1:
-                raise ValueError(
-                    "--keep-head: the head in --init is for other classes than the data's "
-                    f"({names.count(name)} of its {count} classes are called {name}, and one is "
-                    "needed): leave --keep-head out"
-                )
-        places = dict(zip(names, range(count)))
-        rows = [places[name] for name in wanted]
-        head = {name: state[name][rows] for name in ("head.weight", "head.bias")}
-        run.weights = {**state, **head}, grid
-        run.say(f"--keep-head: the data has {len(rows)} of the head's {count} classes")
-    pool = run.pool_of_init or ("mean" if "fc_norm.weight" in state else "cls")
-    if run.pool not in (None, pool):
-        raise ValueError(f"--keep-head: the head in --init reads --pool {pool}")
-    run.pool = pool
+    channels = run.config["channels"]
+    run.make = partial(evaluate.labelled, size=run.image_size, channels=channels)
+    run.eval_batch = 64
 
 
 # -------------------------------------------------------------------------------- models, optimizer
 
 
+def build_classifier(run, kind=models.Classifier, head_std=2e-5, drop_path=0.0):
+    """A classifier of run.classes on the meta device: shapes without memory."""
+    facts = {"classes": run.classes, "class_names": run.train.classes, "pool": run.pool}
+    with torch.device("meta"):
+        return kind(head_std=head_std, drop_path=drop_path, **facts, **run.config)
+
+
+def load_init(run, model, keep_head=False):
+    """Move a model from the meta device to the CPU: initialised, and with the weights of --init."""
+    model = model.to_empty(device="cpu")
+    models.initialize(model, run.seed)
+    if run.weights:
+        run.say(models.load_weights(model, *run.weights, keep_head=keep_head))
+    return model
+
+
 def layer_groups(model, weight_decay, layer_decay, floor=0.0, all_decayed=False):
     """Parameter groups with lr_scale = layer_decay ^ (layers + 1 - layer), at least `floor`.
 
-    As the public MAE code: layer 0 is the patch embedding, the class token and the positions, block
-    i is layer i + 1, the last norm and the head are layers + 1. 1-D parameters, tokens and
-    positions are not decayed (nor are relative ones in MViT's code), unless all_decayed.
+    As in the public MAE code, layer 0 is the patch embedding, the class token and the positions,
+    block i is layer i + 1, the last norm and the head are layers + 1. 1-D parameters, tokens and
+    positions (also relative ones, as in MViT's code) have no weight decay, unless all_decayed.
     """
     groups, first = {}, ("cls_token", "pos_embed", "time_embed")
     for name, parameter in model.named_parameters():
@@ -342,94 +279,68 @@ def layer_groups(model, weight_decay, layer_decay, floor=0.0, all_decayed=False)
 
 
 def adamw(groups, run):
-    """AdamW with the betas of all recipes here; each group starts at the peak lr."""
+    """AdamW with the betas of all recipes here. The peak lr of each group is run.lr."""
     groups = [{**group, "initial_lr": run.lr} for group in groups]
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=run.device.type != "mps")
-
-
-def classifier(run):
-    """The models.Classifier of a run, or video's, on the meta device: shapes without memory."""
-    task = load_task(run.task)
-    kind, head_std = getattr(task, "CLASSIFIER", models.Classifier), getattr(task, "HEAD_STD", 2e-5)
-    names = {"classes": run.classes, "class_names": run.train.classes, "head_std": head_std}
-    drop_path = run.drop_path if run.finetunes else 0.0
-    with torch.device("meta"):
-        return kind(pool=run.pool, drop_path=drop_path, **names, **run.config)
-
-
-def build_trunk(run):
-    """The same on the CPU, with the weights of --init."""
-    model = classifier(run).to_empty(device="cpu")
-    models.initialize(model, run.seed)
-    if run.weights:
-        kept = run.task == "classify" and run.keep_head
-        run.say(models.load_weights(model, *run.weights, keep_head=kept))
-    return model
 
 
 # ----------------------------------------------------------------------------------------- training
 
 
 def learn_labels(run, model, micro_batches, totals):
-    """Backward through a step's batches of labelled pictures: see train."""
+    """Forward and backward of a step on labelled pictures or clips: see train."""
     for batch in micro_batches:
-        readable, labels, numbers = batch["weight"], batch["labels"], batch.get("numbers")
+        images, readable = data.normalize(batch["images"]), batch["weight"]
+        labels = batch["labels"]
         labels = torch.where((readable > 0) & (labels < run.classes), labels, -1)
-        images, share, noise = data.normalize(batch["images"]), torch.ones_like(readable), None
-        if run.finetunes:
+        share, noise, smoothing = torch.ones_like(readable), None, 0.0
+        if "numbers" in batch:  # of augment.maker
+            numbers, smoothing = batch["numbers"], run.smoothing
             images, share = augment.mix(images, readable, numbers, run.mixup, run.cutmix)
             noise = numbers[:, augment.MIX_DRAWS :].unflatten(1, (-1, 2))  # (b, L, 2)
         logits = model(images, noise)
         logits = logits[:, None] if logits.ndim == 2 else logits  # (b, heads, classes)
-        smoothing = run.smoothing if run.finetunes else 0.0
         losses, weights = augment.label_loss(logits, labels, share, smoothing)
         loss = losses.sum() / run.batch_size
         (loss * run.processes).backward()  # gradients are averaged over the processes
         totals.add(loss.detach(), weights.sum(), batch["bad"], (labels < 0).sum())
 
 
-def check_micro_batches(run):
-    """Raise ValueError where micro-batches are not whole parts of a process's part of a batch."""
-    part, whole = run.batch_size // run.processes, getattr(run, "batch_norm", False)
-    fits = part == run.micro_batch if whole else part % run.micro_batch == 0
-    if not fits or run.micro_batch % 2:
-        wanted = "all of it with --batch-norm" if whole else "an even divisor"
-        raise ValueError(f"--micro-batch {run.micro_batch} of a process's {part}: want {wanted}")
+def cosine(step, steps, warmup):
+    """Linear warm-up, whose first step is not 0, then half a cosine to 0, step by step: a share."""
+    if step < warmup * steps:
+        return (step + 1) / (warmup * steps + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step / steps - warmup) / (1 - warmup)))
 
 
-def train(run, model, optimizer, make, flops, learn=learn_labels, measure=None, methods=(),
-          schedule=None, clip=None, nothing="label"):  # fmt: skip
-    """Train a model on run.train; True when it came to its end, False when a signal stopped it.
+def train(run, model, optimizer, make, flops, learn=learn_labels, schedule=cosine, least_lr=0.0,
+          clip=None, order=data.Order, measure=None, methods=(), target=None):  # fmt: skip
+    """Train a model on run.train. Returns True at the end, False if a signal stopped the training.
 
-    Checkpoints and metrics.jsonl are in run.out, where the same call goes on.
+    It writes checkpoints and metrics.jsonl to run.out, and continues from them if it is repeated.
 
-    optimizer  function of the model; its groups have an initial_lr and may have an lr_scale
-    make       see data.Batches
+    optimizer  function of the model. Its groups have an initial_lr, and may have an lr_scale
+    make       make(sample, key) gives a row of a batch: see data.Batches
     flops      of a training step, for an image
-    learn      (run, model, micro_batches, totals): backward through a step's batches, which come
-               one by one, on the device; their sums go into totals (launch.Totals)
-    measure    function of the model: what is logged with every save
-    methods    of the model that are called from outside, see models.parallelize
-    schedule   (step, steps, warmup) -> a share of the peak lr
-    clip       the largest norm of the gradient
-    nothing    what a sample of no use lacks, in words
+    learn      learn(run, model, micro_batches, totals): forward and backward of a step. The
+               batches come one by one, on the device; the sums go into totals, a launch.Totals
+    schedule   schedule(step, steps, warmup) gives the share of the peak lr
+    least_lr   the lr at the end of the schedule, before lr_scale
+    clip       the largest norm of the gradient; None: any
+    order      function of (sizes, seed, lanes): data.Order, or one with weights
+    measure    function of the model: a dict that is logged with every save
+    methods    names of the model's methods that are called from outside: see models.parallelize
+    target     what a sample must have to count, in words; None: a label of run.classes
     """
     # --------------------------------------------------------------------------------------- data
-    run, device = copy.copy(run), run.device  # what is settled here is this training's own
-    kind = partial(WeightedOrder, **run.weighting) if run.weighting else data.Order
-    order = kind(run.train.sizes, run.seed, run.lanes)
-    trunk = getattr(model, "trunk", model)
+    run = copy.copy(run)  # what is settled here is this training's own
+    device, trunk = run.device, getattr(model, "trunk", model)
+    order = order(run.train.sizes, run.seed, run.lanes)
     run.shard_group = settle_sharding(trunk, run)
-    if not run.micro_batch:
-        part = run.batch_size // run.processes
-        # Batch statistics are those of the whole batch: it must not come in pieces.
-        whole = getattr(run, "batch_norm", False)
-        run.micro_batch = part if whole else fitting_batch(trunk, part, run)
-    dealt = {"process": run.process, "processes": run.processes, "order": order}
-    run.micro_batches = run.batch_size // run.processes // run.micro_batch
-    dealt |= {"seed": run.seed, "micro_batches": run.micro_batches}
-    dataset = data.Batches(run.train, make, run.batch_size, **dealt)
-    check_micro_batches(run)
+    settle_micro_batches(run, trunk)
+    share = {"process": run.process, "processes": run.processes}
+    drawn = {"order": order, "seed": run.seed, "micro_batches": run.micro_batches}
+    dataset = data.Batches(run.train, make, run.batch_size, **share, **drawn)
     run.save_every = run.save_every or min(1000, math.ceil(run.steps / 10))
 
     # -------------------------------------------------------------------------------- parallelize
@@ -443,34 +354,19 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, measure=None, 
         checkpoint_activations=run.checkpoint_activations,
         methods=methods,
     )
+
+    # ---------------------------------------------------------------------------------- optimizer
     optimizer = optimizer(model)
 
-    attention = None
-    if run.task not in ("lowshot", "detect"):  # prompts make other shapes, detect has biases
-        shapes = attention_shapes(trunk)
-        attention = kernels.describe(shapes, device, run.precision)
-
     # ------------------------------------------------------------------------------------- resume
-    run.identity = {**run.identity, "lanes": order.lanes, "samples": run.train.identity}
+    run.identity = run.identity | {"lanes": order.lanes, "samples": run.train.identity}
     run.identity["steps"] = run.steps
     run.checkpoint = find_checkpoint(run.out, run.resume, run.identity)
     record = launch.resume(run, model, optimizer)
 
     # ------------------------------------------------------------------------------ what is trained
     peak, chip = peak_flops(device)
-    millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    size = f"{run.config['size']}, {millions:.2f} M weights to train"
-    run.say(f"data     {run.train.identity}")
-    run.say(f"model    {size}, {flops / 1e9:.2f} GFLOP an image")
-    shares = f"{run.processes} processes x {run.micro_batches} x {run.micro_batch}"
-    run.say(f"batch    {run.batch_size}: {shares}")
-    spread = describe_sharding(trunk, run)
-    # The memory in it is that of a trunk of which every weight is trained.
-    run.say(f"parallel {spread if run.finetunes else spread.split(' (')[0]}")
-    if attention:
-        run.say(f"attention {attention}")
-    how = run.precision + (", compiled in the first step" if run.compile else "")
-    run.say(f"run      {run.steps} steps, {how} on {chip}")
+    describe(run, model, flops, chip)
 
     # --------------------------------------------------------------------------------------- loop
     stop = Stop()  # signals from here on: the loop saves and ends
@@ -480,19 +376,17 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, measure=None, 
     to_device = partial(torch.Tensor.to, device=device, non_blocking=True)
 
     def micro_batches():
-        for number in range(run.micro_batches):
+        for micro_batch in range(run.micro_batches):
             batch = progress.wait_for(batches)
-            with models.sync_gradients(parallel, last=number == run.micro_batches - 1):
+            with models.sync_gradients(parallel, last=micro_batch == run.micro_batches - 1):
                 yield map_tensors(to_device, batch)
 
     model.train()
-    schedule = schedule or cosine
     for step in range(progress.done, run.steps):
-        share = schedule(step, run.steps, run.warmup)
-        # MAE's recipe ends at 1e-6.
-        floor = 1e-6 if run.finetunes and step >= run.warmup * run.steps else 0.0
+        factor = schedule(step, run.steps, run.warmup)
+        least = least_lr if step >= run.warmup * run.steps else 0.0
         for group in optimizer.param_groups:
-            lr = floor + share * (group["initial_lr"] - floor)
+            lr = least + factor * (group["initial_lr"] - least)
             group["lr"] = lr * group.get("lr_scale", 1.0)
         lr = optimizer.param_groups[-1]["lr"]
 
@@ -506,10 +400,10 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, measure=None, 
             progress.lacking = not totals.stopping
             break
         progress.count(totals, unlabelled=totals.unknown - totals.new_bad)
-        counts = progress.counts
-        what = f"of {progress.done * run.batch_size} pictures {counts['bad']} cannot be read and "
-        what += f"{counts['unlabelled']} have no {nothing}"
-        progress.check(dataset, sum(counts.values()), what)
+        bad, unlabelled = progress.counts.values()
+        target = target or f"label from 0 to {run.classes - 1}"
+        what = f"of {progress.done * run.batch_size} pictures {bad} cannot be read and "
+        progress.check(dataset, bad + unlabelled, f"{what}{unlabelled} have no {target}")
         launch.guard(model, run, step, totals, lr)
         if clip:
             totals.clip(gradients, clip)
@@ -529,14 +423,7 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, measure=None, 
     return progress.finish(model, optimizer, stop)
 
 
-def cosine(step, steps, warmup):
-    """Linear warm-up, whose first step is not 0, then half a cosine to 0, step by step: a share."""
-    if step < warmup * steps:
-        return (step + 1) / (warmup * steps + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step / steps - warmup) / (1 - warmup)))
-
-
-# Metric: how the step line shows it.
+# {name of a metric: how the step line shows it}
 SHOWN = {"bad": "bad {}", "unlabelled": "unlabelled {}"}
 SHOWN |= {"top1": "top-1 {:.1%}", "top5": "top-5 {:.1%}"}
 SHOWN |= {"bbox_AP": "box AP {:.1%}", "bbox_AP50": "box AP50 {:.1%}"}
@@ -544,21 +431,30 @@ SHOWN |= {"segm_AP50": "mask AP50 {:.1%}", "text_recall_at_1": "text recall@1 {:
 SHOWN |= {"image_recall_at_1": "picture recall@1 {:.1%}"}
 
 
-# -------------------------------------------------------------------------------------------- tasks
-
-
-def sample_maker(run, **how):
-    """make for data.Batches of labelled pictures or clips. how: see evaluate.labelled."""
-    how |= {"size": run.image_size, "channels": run.config["channels"]}
-    if run.clips:
-        return partial(load_task(run.task).make_clips, clips=run.clips, **how)
-    return partial(evaluate.labelled, **how)
+def describe(run, model, flops, chip):
+    """Print what is trained, and how. flops: of an image; chip: the device's name."""
+    trunk, trained = getattr(model, "trunk", model), [p.requires_grad for p in model.parameters()]
+    millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    size = f"{run.config['size']}, {millions:.2f} M weights to train"
+    spread = describe_sharding(trunk, run)
+    if trunk is not model or not all(trained):  # the memory in it is that of training all weights
+        spread = spread.split(" (")[0]
+    how = run.precision + (", compiled in the first step" if run.compile else "")
+    run.say(f"data     {run.train.identity}")
+    run.say(f"model    {size}, {flops / 1e9:.2f} GFLOP an image")
+    shares = f"{run.processes} processes x {run.micro_batches} x {run.micro_batch}"
+    run.say(f"batch    {run.batch_size}: {shares}")
+    run.say(f"parallel {spread}")
+    if run.task not in ("lowshot", "detect"):  # prompts are more tokens, and detect has biases
+        shapes = attention_shapes(trunk)
+        run.say(f"attention {kernels.describe(shapes, run.device, run.precision)}")
+    run.say(f"run      {run.steps} steps, {how} on {chip}")
 
 
 def measured(run, model, source):
-    """([(top-1, top-5)] of each of a model's heads, pictures that count): exact, see evaluate.py"""
-    eval_batch = 2 * run.processes * (4 if run.clips else 32)
-    make = sample_maker(run, centre=run.val_crop)
+    """([(top-1, top-5)] of each head of a model, pictures that count) on all of a source."""
+    make = partial(run.make, centre=run.val_crop)
+    eval_batch = run.processes * run.eval_batch
     batches = data.Batches(source, make, eval_batch, run.process, run.processes)
     options = run.device, "labels", run.workers, run.max_bad
     rates, count = evaluate.hit_rates(model, batches, *options)
@@ -567,83 +463,123 @@ def measured(run, model, source):
     return rates, count
 
 
-def prepare_classify(run):
+def finish(run, weights, config, result, task, flags=None):
+    """Write model.pt, and print the command that evaluates it, and the result as JSON.
+
+    result  {name: number}
+    task    of evaluate.py
+    flags   {name: value} of evaluate.py that this task adds; None: the flag is not given
+    """
+    if run.process:
+        return
+    models.save_weights(run.out / "model.pt", weights, config)
+    print(f"wrote {run.out / 'model.pt'}")
+    same = {name: vars(run).get(name) for name in ("val_data", "labels", "val_labels")}
+    usual_crop = run.val_crop == evaluate.usual_crop(run.image_size)
+    same["val_crop"] = None if usual_crop else run.val_crop
+    same["max_pixels"] = None if run.max_pixels == data.MAX_PIXELS else run.max_pixels
+    typed = ["--checkpoint", str(run.out / "model.pt"), "--data", run.data or "toy"]
+    for name, value in (same | (flags or {})).items():
+        if value is not None:
+            typed += [f"--{name.replace('_', '-')}", str(value)]
+    print(f"next: python evaluate.py --task {task} {shlex.join(typed)}")
+    print(json.dumps({"task": run.task, **result}))
+
+
+# ----------------------------------------------------------------------------------------- classify
+
+
+def add_classify_flags(groups):
+    launch.add_label_flags(groups, pool="mean", min_crop="0.08; toy: 0.5")
+    augment.add_flags(groups, RECIPES)
+    launch.add_plan_flags(groups)
+    launch.add_resume_flags(groups)
+    add = groups["model"].add_argument
+    add("--keep-head", action="store_true", help="start from the head in --init as well")
+
+
+def prepare_classify(run, finetune):
+    read_init(run)
+    open_labelled(run)
     if run.keep_head:
-        keep_head(run)
-    names = "batch_size", "lr_per_256", "epochs", "layer_decay", "drop_path"
-    recipe = dict(zip(names, RECIPES.get(run.config["size"], RECIPES["B"])))  # others: unsure
-    recipe |= {"warmup": 5 / recipe["epochs"], "weight_decay": 0.05, "pool": "mean"}
+        run.weights, run.pool = reorder_head(run)
+    recipe = augment.recipe(run, RECIPES)
+    recipe |= {"warmup": 5 / recipe["epochs"], "keep_head": False}
     if run.toy:
         recipe |= {"epochs": 0.4, "warmup": 0.05}  # of 65,536 pictures
-    recipe |= augment.recipe(run)
     return recipe
 
 
-def classify(run, stage):
-    run.config["positions"] = "learned"  # as the public MAE code: they are trained from here on
+def classify(run, finetune):
+    run.config["positions"] = "learned"  # as in the public MAE code: from here on they are trained
+    model = build_classifier(run, drop_path=run.drop_path)
     if run.plan:
-        run.model, part = classifier(run), run.batch_size // run.processes
-        run.shard_group = settle_sharding(run.model, run)
-        run.micro_batch = run.micro_batch or fitting_batch(run.model, part, run)
-        check_micro_batches(run)
-        settle_micro_batches(run, run.model)
-        # As it would be: else a ValueError.
+        run.model, run.shard_group = model, settle_sharding(model, run)
+        settle_micro_batches(run, model)
+        # Raises ValueError if the run's batches could not be dealt.
         data.Batches(run.train, None, run.batch_size, run.process, run.processes)
         return print_plan(run)
-    finetune(run)
+    train_classifier(run, load_init(run, model, run.keep_head))
 
 
-def finetune(run, operations=2):
-    """Train every weight of a classifier, of pictures or of clips, and measure it.
+def train_classifier(run, model, operations=2, what="pictures", flags=None):
+    """Train every weight of a classifier of pictures or clips, measure it, and call finish.
 
-    operations: of RandAugment.
+    operations: of RandAugment. what: is measured, in words. flags: see finish
     """
-    model = build_trunk(run)
-    config = model.config
-    measure = lambda model: dict(zip(("top1", "top5"), measured(run, model, run.val)[0][0]))
+    config = model.config  # what compiles or shards a model may wrap it
+    flops, make = 3 * flops_per_image(model), augment.maker(run, model.layers, operations)
     optimizer = lambda model: adamw(layer_groups(model, run.weight_decay, run.layer_decay), run)
-    make = augment.maker(run, sample_maker, model.layers, operations)
-    if not train(run, model, optimizer, make, 3 * flops_per_image(model), measure=measure,
-                 nothing=f"label from 0 to {run.classes - 1}"):  # fmt: skip
+    measure = lambda model: dict(zip(("top1", "top5"), measured(run, model, run.val)[0][0]))
+    # 1e-6: the public MAE code's.
+    if not train(run, model, optimizer, make, flops, least_lr=1e-6, measure=measure):
         return
     ((top1, top5), *_), count = measured(run, model, run.val)
-    weights = models.full_state(model)  # every process takes part
-    what = "videos, a clip of each" if run.clips else "pictures"
     run.say(f"top-1 {top1:.2%}, top-5 {top5:.2%} on {count} {what}")
-    flags = names_given(run, *(("span", "stride", "short_side") if run.clips else ()))
+    weights = models.full_state(model)  # every process takes part
     finish(run, weights, config, {"top1": top1, "top5": top5}, run.task, flags)
 
 
-CLASSIFY = SimpleNamespace(
-    add_flags=add_classify_flags,
-    prepare=prepare_classify,
-    main=classify,
-    LABELS=True,
-    FINETUNES=True,
-    SAME=("keep_head", *augment.SAME),
-)
+CLASSIFY = SimpleNamespace(add_flags=add_classify_flags, prepare=prepare_classify, main=classify)
 
 
-def prepare_linear(run):
-    recipe = RECIPES.get(run.config["size"], RECIPES["B"])
+# ------------------------------------------------------------------------------------------- linear
+
+
+def add_linear_flags(groups):
+    launch.add_label_flags(groups, pool="cls", min_crop="0.08; toy: 0.5")
+    launch.add_resume_flags(groups)
+    add = groups["optimisation"].add_argument
+    add("--batch-norm", action="store_true", help="normalise features by batches, as MAE")
+
+
+def prepare_linear(run, finetune):
+    read_init(run)
+    open_labelled(run, hold_out=True)
+    batch_size = RECIPES.get(run.config["size"], RECIPES["B"]).batch_size
     # SWAG's linear head (torchvision's pull request 5793): 28 epochs, warm-up not known. Toy: of
     # 15,564 pictures.
     epochs, warmup = (2, 0.05) if run.toy else (28, 0.0)
-    crop = 0.5 if run.toy else 0.08
-    return {"batch_size": recipe[0], "epochs": epochs, "warmup": warmup, "min_crop": crop}
-
-
-def linear(run, stage):
-    trunk = build_trunk(run)
-    config = trunk.config
-    model = Probes(trunk, len(LINEAR_RATES), run.batch_norm, run.seed)
     if run.batch_norm:
-        run.say(
-            "batch norm: the statistics are the whole batch's, unreadable pictures as zeros in them"
-        )
+        whole = (run.batch_size or batch_size) // run.processes
+        run.micro_batch = run.micro_batch or whole
+        if run.micro_batch != whole:
+            raise ValueError(
+                f"--micro-batch {run.micro_batch} of a process's {whole}: want all of it with "
+                "--batch-norm, as the statistics are those of the batch"
+            )
+    recipe = {"batch_size": batch_size, "epochs": epochs, "warmup": warmup, "batch_norm": False}
+    return recipe | {"min_crop": 0.5 if run.toy else 0.08}
+
+
+def linear(run, finetune):
+    trunk = load_init(run, build_classifier(run))
+    config, rates = trunk.config, [rate * run.batch_size / 256 for rate in LINEAR_RATES]
+    model = Probes(trunk, len(rates), run.batch_norm, run.seed)
+    if run.batch_norm:
+        run.say("batch norm: over the whole batch, with unreadable pictures as zeros in it")
 
     def optimizer(model):
-        rates = [rate * run.batch_size / 256 for rate in LINEAR_RATES]
         groups = [
             {"params": [*head.parameters()], "initial_lr": rate}
             for head, rate in zip(model.heads, rates)
@@ -651,38 +587,31 @@ def linear(run, stage):
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
 
     flops = flops_per_image(trunk)  # no backward through it
-    make = sample_maker(run, min_crop=run.min_crop)
-    nothing = f"label from 0 to {run.classes - 1}"
-    if not train(run, model, optimizer, make, flops, nothing=nothing):
+    if not train(run, model, optimizer, partial(run.make, min_crop=run.min_crop), flops):
         return
-    (chosen_by, some), (on_val, count) = (measured(run, model, on) for on in (run.slice, run.val))
-    best = max(range(len(LINEAR_RATES)), key=lambda head: chosen_by[head])
+    chosen_by, some = measured(run, model, run.slice)
+    on_val, count = measured(run, model, run.val)
+    best = max(range(len(rates)), key=lambda head: chosen_by[head])
     run.say(f"lr per 256   top-1 on {some} of train   on val")
     for head, rate in enumerate(LINEAR_RATES):
         mark = "  <- chosen on train" if head == best else ""
         run.say(f"{rate:10g}   {chosen_by[head][0]:18.2%}   {on_val[head][0]:6.2%}{mark}")
-    (top1, top5), weights = on_val[best], models.full_state(model)
+    (top1, top5), weights = on_val[best], models.full_state(model)  # every process takes part
     run.say(f"top-1 {top1:.2%}, top-5 {top5:.2%} on {count} pictures")
     if run.process == 0:
         weights = model.classifier_state(weights, best)
     result = {"top1": top1, "top5": top5, "lr_per_256": LINEAR_RATES[best]}
-    finish(run, weights, config, result, "classify", names_given(run))
+    finish(run, weights, config, result, "classify")
 
 
-LINEAR = SimpleNamespace(
-    add_flags=add_linear_flags,
-    prepare=prepare_linear,
-    main=linear,
-    LABELS=True,
-    SAME=("batch_norm",),
-)
+LINEAR = SimpleNamespace(add_flags=add_linear_flags, prepare=prepare_linear, main=linear)
 
 
 class Probes(nn.Module):
     """Linear heads side by side on the frozen features of a models.Classifier, one for each lr.
 
-    batch_norm: features are first normalised over the batch, over all processes, without affine
-    (MAE's linear probe, eps 1e-6); in inference by running averages (momentum 0.1).
+    batch_norm: features are first normalised over the batch of all processes, without scale and
+    bias (MAE's linear probe, eps 1e-6); in inference by running averages (momentum 0.1).
     """
 
     def __init__(self, trunk, heads, batch_norm, seed):
@@ -710,12 +639,11 @@ class Probes(nn.Module):
                 self.mean.lerp_(mean, 0.1)
                 self.variance.lerp_(variance * count / (count - 1), 0.1)
             x = (x - mean) / (variance + 1e-6).sqrt() if self.batch_norm else x
-        return torch.stack(
-            [F.linear(x, head.weight.float(), head.bias.float()) for head in self.heads], dim=1
-        )
+        logits = [F.linear(x, head.weight.float(), head.bias.float()) for head in self.heads]
+        return torch.stack(logits, dim=1)
 
     def classifier_state(self, state, head):
-        """The state of a models.Classifier that does what one of the heads does."""
+        """The state of a models.Classifier that computes the same as one of the heads."""
         weight, bias = state[f"heads.{head}.weight"], state[f"heads.{head}.bias"]
         if self.batch_norm:
             weight = weight / (state["variance"] + 1e-6).sqrt()
@@ -733,44 +661,7 @@ def over_processes(sums):
 # ---------------------------------------------------------------------------------------------- end
 
 
-def names_given(run, *names):
-    """Flags of evaluate.py for the same data as this run's."""
-    flags = []
-    for name in ("val_data", "labels", "val_labels", *names):
-        if (given := getattr(run, name, None)) is not None:
-            flags += [f"--{name.replace('_', '-')}", str(given)]
-    usual = 1.0 if run.clips else evaluate.usual_crop(run.image_size)
-    if hasattr(run, "val_crop") and run.val_crop != usual:
-        flags += ["--val-crop", str(run.val_crop)]
-    return flags
-
-
-def finish(run, weights, config, result, next_task, flags):
-    """Hand over model.pt, and say what to type next: a task of evaluate.py with these flags."""
-    if run.process == 0:
-        models.save_weights(run.out / "model.pt", weights, config)
-        print(f"wrote {run.out / 'model.pt'}")
-        flags = ["--checkpoint", str(run.out / "model.pt"), "--data", run.data or "toy", *flags]
-        if run.max_pixels != data.MAX_PIXELS:
-            flags += ["--max-pixels", str(run.max_pixels)]
-        print(f"next: python evaluate.py --task {next_task} {shlex.join(flags)}")
-        print(json.dumps({"task": run.task, **result}))
-
-
-# What tasks/ need of this file: it is handed to their main().
-STAGE = SimpleNamespace(
-    train=train,
-    finetune=finetune,
-    finish=finish,
-    names_given=names_given,
-    layer_groups=layer_groups,
-    adamw=adamw,
-    build_trunk=build_trunk,
-    sample_maker=sample_maker,
-    measured=measured,
-    extract=evaluate.extract,
-    accuracy=evaluate.accuracy,
-)
+THIS = sys.modules[__name__]  # what tasks/ call: see load_task
 
 
 @errors.record  # torchrun shows the traceback of the process that failed first
@@ -780,7 +671,7 @@ def main(argv=None):
         prepare(run)
         if not run.plan:
             launch.begin(run)
-        load_task(run.task).main(run, STAGE)
+        load_task(run.task).main(run, THIS)
         launch.end(run)
 
 

@@ -417,3 +417,65 @@ def read_all(source, name, value_of, unknown):
             tqdm.write(f"unreadable {name}: {source.name(number)}: {error}", file=sys.stderr)
             value = unknown
         yield value
+
+
+# ----------------------------------------------------------------------- classes of a training run
+
+
+def settle_classes(run):
+    """Set run.classes, the number of classes that a run of stage 3 learns. Raises ValueError."""
+    named = len(run.train.classes or ())
+    if named and run.classes not in (None, named):
+        raise ValueError(f"--classes {run.classes}: {run.data} names {named}")
+    run.classes = named or run.classes
+    if not run.classes:
+        raise ValueError(
+            f"{run.data} names no classes (two folders or more): give --classes, how many, "
+            "or --labels"
+        )
+    if run.classes < 2:
+        raise ValueError(f"{run.data} has one class only: there is nothing to tell apart")
+    if run.val is None:
+        lacks = f"{run.data} has no train/ and val/"
+        lacks = "--labels lists no val pictures" if run.labels else lacks
+        raise ValueError(f"{lacks}: give --val-data or --val-labels")
+    if (run.train.classes is None) != (run.val.classes is None):
+        raise ValueError(
+            "one of train and val names its classes, the other does not: "
+            f"{run.train.identity}; {run.val.identity}"
+        )
+    # A head that was learned when numbers were sorted as texts must not go on with other labels.
+    # (Other classes may be in any order: the toy world's are.)
+    classes = run.train.classes or []
+    if classes != sorted(classes) and all(map(str.isdecimal, classes)):
+        run.identity["class_order"] = "by number"
+
+
+def reorder_head(run):
+    """The weights in --init with a head for the data's classes, in their order, and the head's pool.
+
+    Returns (state, grid) and "cls" or "mean". Raises ValueError if the head is of other classes.
+    """
+    if not run.weights or "head.weight" not in run.weights[0]:
+        raise ValueError("--keep-head: there is no head in --init")
+    state, grid = run.weights
+    count, wanted = len(state["head.weight"]), run.train.classes
+    wanted = wanted or list(map(str, range(run.classes)))
+    names = run.classes_of_head or names_of_list(count, wanted) or []
+    if names != wanted:  # the data has some of the head's classes, or another order
+        for name in wanted:
+            if names.count(name) != 1:
+                raise ValueError(
+                    "--keep-head: the head in --init is for other classes than the data's "
+                    f"({names.count(name)} of its {count} classes are called {name}, and one is "
+                    "needed): leave --keep-head out"
+                )
+        places = dict(zip(names, range(count)))
+        rows = [places[name] for name in wanted]
+        head = {name: state[name][rows] for name in ("head.weight", "head.bias")}
+        state = state | head
+        run.say(f"--keep-head: the data has {len(rows)} of the head's {count} classes")
+    pool = run.pool_of_init or ("mean" if "fc_norm.weight" in state else "cls")
+    if run.pool not in (None, pool):
+        raise ValueError(f"--keep-head: the head in --init reads --pool {pool}")
+    return (state, grid), pool

@@ -137,17 +137,22 @@ def add_plan_flags(groups):
     add("--mfu", type=share, default=0.4, help="--plan: share of the peak FLOP/s (0.4)")
 
 
-def add_label_flags(groups):
-    """Add the flags of what is known of pictures or videos, and how they are shown."""
+def add_label_flags(groups, pool, min_crop, classes=True):
+    """Add the flags of pictures or videos with labels. pool, min_crop: the defaults, for the help.
+
+    classes: add --classes as well
+    """
     add = groups["data"].add_argument
     add("--labels", help="of the folder --data: .csv (path,class), .jsonl, or iNaturalist's .json")
     add("--val-labels", help="the same for val (paths in --val-data or, without it, --data)")
-    add("--min-crop", type=fraction, help="least area of a crop, 1: none (the recipe's)")
+    if classes:
+        add("--classes", type=count, help="number of classes, if the data does not name them")
+    add("--min-crop", type=fraction, help=f"least area of a crop, 1: none ({min_crop})")
     add(
         "--val-crop", type=fraction, help="of val's pictures: share of the centre, 0: all, squashed"
     )
     add = groups["model"].add_argument
-    add("--pool", choices=("cls", "mean"), help="what the head reads (classify, video: mean)")
+    add("--pool", choices=("cls", "mean"), help=f"tokens that the head reads ({pool})")
 
 
 def parse_for_task(parser, tasks, add_flags, argv):

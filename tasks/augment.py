@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,45 +11,71 @@ from PIL import Image, ImageEnhance, ImageOps
 
 import data
 from support import launch
+from support.plan import planned_batch
 
-# Of the public MAE code's FINETUNE.md; a toy run is too short for most of it (ours).
+
+class Recipe(NamedTuple):
+    """What depends on the size of an encoder whose weights are all trained."""
+
+    batch_size: int
+    lr: float  # peak, for 256 samples of the batch
+    epochs: int
+    layer_decay: float
+    drop_path: float
+
+
+# The public MAE code's FINETUNE.md. A toy run is too short for most of it (our choice).
 USUAL = {"min_crop": 0.08, "mixup": 0.8, "cutmix": 1.0, "rand_augment": 9.0, "erase": 0.25}
 TOY = dict.fromkeys(USUAL, 0.0) | {"min_crop": 0.5}
-# Settings that decide a run's results.
-SAME = ("lr", "layer_decay", "drop_path", "weight_decay", "smoothing", "mixup", "cutmix")
-SAME += ("rand_augment", "erase")
 
 
-def add_flags(groups):
-    """Add the flags of a task that trains every weight."""
+def add_flags(groups, recipes, magnitude=9):
+    """Add the flags of a task that trains every weight.
+
+    recipes: {size: Recipe}. magnitude: RandAugment's, for the help
+    """
+
+    def by_size(name):
+        sizes = "B", "L", "H", "toy"
+        return ", ".join(f"{size} {getattr(recipes[size], name):g}" for size in sizes)
+
     below_1 = launch.number(float, 0, 0.999)  # 1 would drop all of the last block
+    magnitudes = launch.number(float, 0, 10)
     add = groups["model"].add_argument
-    add("--drop-path", type=below_1, help="of the last block, rising from 0 (the recipe's)")
+    drop_path = f"of the last block, rising from 0 ({by_size('drop_path')})"
+    add("--drop-path", type=below_1, help=drop_path)
     add = groups["optimisation"].add_argument
-    add("--lr", type=launch.positive, help="peak (the recipe's)")
-    add("--layer-decay", type=launch.fraction, help="of the lr, from block to block (the recipe's)")
+    add("--lr", type=launch.positive, help=f"peak (for 256 of the batch: {by_size('lr')})")
+    layer_decay = f"of the lr, from block to block ({by_size('layer_decay')})"
+    add("--layer-decay", type=launch.fraction, help=layer_decay)
     add("--weight-decay", type=launch.not_negative, help="not of 1-D parameters (0.05)")
-    add("--smoothing", type=launch.fraction, default=0.1, help="of labels (0.1)")
+    add("--smoothing", type=launch.fraction, help="of labels (0.1)")
     add("--mixup", type=launch.fraction, help="alpha, 0: none (0.8; toy: 0)")
     add("--cutmix", type=launch.fraction, help="alpha, 0: none (1.0; toy: 0)")
-    magnitude = launch.number(float, 0, 10)
-    add("--rand-augment", type=magnitude, help="magnitude, 0: none (9; video: 7; toy: 0)")
+    add("--rand-augment", type=magnitudes, help=f"magnitude, 0: none ({magnitude}; toy: 0)")
     add("--erase", type=launch.fraction, help="probability of random erasing (0.25; toy: 0)")
 
 
-def recipe(run, **others):
-    """What a run's augmentation is where nothing is given; others: this task's own values."""
-    values = (TOY if run.toy else USUAL) | others
-    magnitude = values["rand_augment"] if run.rand_augment is None else run.rand_augment
+def recipe(run, recipes, **others):
+    """The recipe of a task that trains every weight: see load_task in finetune.py.
+
+    recipes: {size: Recipe}. others: the task's own values of the augmentation
+    """
+    own = recipes.get(run.config["size"], recipes["B"])
+    batch_size = run.batch_size or planned_batch(own.batch_size, run)
+    settings = own._asdict() | {"batch_size": batch_size, "lr": own.lr * batch_size / 256}
+    settings |= {"pool": "mean", "weight_decay": 0.05, "smoothing": 0.1}
+    settings |= (TOY if run.toy else USUAL) | others
+    magnitude = settings["rand_augment"] if run.rand_augment is None else run.rand_augment
     if magnitude and run.config["channels"] == 4:
         raise ValueError("RandAugment is for grey and RGB pictures: give --rand-augment 0")
-    return values
+    return settings
 
 
-def maker(run, sample_maker, layers, operations=2):
+def maker(run, layers, operations=2):
     """make for data.Batches: a run's augmented pictures or clips, and numbers for mix() and drop
-    path. operations: of RandAugment."""
-    made = sample_maker(run, min_crop=run.min_crop)
+    path. layers: of the model. operations: of RandAugment."""
+    made = partial(run.make, min_crop=run.min_crop)
     if run.rand_augment or run.erase:
         options = {"magnitude": run.rand_augment, "erasing": run.erase, "operations": operations}
         made = partial(augmented, made=made, change=partial(augment, **options))

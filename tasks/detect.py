@@ -19,6 +19,7 @@ Boxes are (left, top, right, bottom) in pixels of the padded input, float32.
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,11 +29,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import Batches, normalize, one_line
+from data import Batches, Order, normalize, one_line
 from model import ViT, architecture, full_state, initialize, load_weights, patchify
 from model import read_weights as read_encoder
 from support import launch
 from support.formats import open_weights
+from support.hashtags import WeightedOrder
 from support.launch import new_file, png
 from support.loader import loader
 from tasks.coco import detection_numbers, print_detection
@@ -789,11 +791,8 @@ def vitdet_schedule(step, steps, warmup):
 
 # ----------------------------------------------------------------------------------- stage 3's task
 
-SAME = ("lr", "layer_decay", "drop_path", "weight_decay", "min_jitter", "max_jitter", "decay_floor")
-
 
 def add_flags(groups):
-    """Add the flags of stage 3's task."""
     launch.add_resume_flags(groups)
     scale = launch.positive
     add = groups["data"].add_argument
@@ -809,13 +808,13 @@ def add_flags(groups):
     add("--weight-decay", type=launch.not_negative, help="(0.1)")
 
 
-def open_data(run):
-    """Open the scenes, whose pictures become squares."""
-    side = run.given_size
+def prepare(run, finetune):
+    given_size = run.image_size
+    finetune.read_init(run, read=read_weights)
     toy, state, grid = run.data in (None, "toy"), *(run.weights or ({}, None))
-    goes_on = "trunk.pos_embed" in state  # from a detector
-    usual = (128 if run.config["size"] == "toy" else 1024,) * 2
-    height, width = side or (run.image_size if goes_on else usual)
+    is_detector = "trunk.pos_embed" in state
+    usual = run.image_size if is_detector else (128 if run.config["size"] == "toy" else 1024,) * 2
+    height, width = given_size or usual
     if height != width:
         raise ValueError(f"--image-size {height}x{width}: detect fills pictures up to a square")
     if not toy and run.data.endswith(".json") and not run.val_data:
@@ -824,29 +823,23 @@ def open_data(run):
     run.train, run.val = open_scenes(run.data or "toy", run.val_data, height)
     run.val = ToyScenes("val", height, 64) if toy else run.val
     run.classes = len(run.train.classes)
-    if (
-        goes_on and run.classes_of_head != run.train.classes
-    ):  # what tells them apart is learned anew
+    if is_detector and run.classes_of_head != run.train.classes:  # they are learned anew
         of_classes = re.compile(r"boxes\.\d\.class_predictor\.|mask\.predictor\.")
         run.weights = {n: t for n, t in state.items() if not of_classes.match(n)}, grid
-    low, high = (0.8, 1.25) if toy else (0.1, 2.0)  # ViTDet's; toy is ours
-    run.jitter = (
-        low if run.min_jitter is None else run.min_jitter,
-        high if run.max_jitter is None else run.max_jitter,
-    )
-    if run.jitter[0] > run.jitter[1]:
-        raise ValueError(f"--min-jitter {run.jitter[0]} is over --max-jitter {run.jitter[1]}")
+    low, high = (0.8, 1.25) if toy else (0.1, 2.0)  # ViTDet's; toy is our choice
+    low = low if run.min_jitter is None else run.min_jitter
+    high = high if run.max_jitter is None else run.max_jitter
+    run.jitter = low, high
+    if low > high:
+        raise ValueError(f"--min-jitter {low} is over --max-jitter {high}")
 
-
-def prepare(run):
-    lvis = run.train.frequencies is not None
+    lvis, run.toy = run.train.frequencies is not None, toy and run.config["size"] == "toy"
     rates, layer_decay, drop_paths, lengths = VITDET.get(run.config["size"], VITDET["B"])
     batch_size, scale = 64, (run.batch_size or 64) / 64
     if run.config["size"] == "toy":
         batch_size, scale = 2, 1
-    # Of encoders that have learned hashtags (recalled).
+    # Encoders that have learned hashtags have a head (the paper's choice, unverified).
     has_head = run.weights and "head.weight" in run.weights[0]
-    run.weighting = repeat_factors(run.train) if lvis else {}
     return {
         "batch_size": batch_size,
         "lr": rates[lvis] * scale,
@@ -856,13 +849,16 @@ def prepare(run):
         "weight_decay": 0.1,
         "decay_floor": 0.1 if has_head else 0.0,
         "warmup": 0.05 if run.toy else 0.0,  # see vitdet_schedule
+        "min_jitter": run.min_jitter,
+        "max_jitter": run.max_jitter,
     }
 
 
-def main(run, stage):
+def main(run, finetune):
     config = run.config | {"class_names": run.train.classes, "drop_path": run.drop_path}
-    config["masks"] = run.train.has_masks
+    config["masks"], order = run.train.has_masks, Order
     if run.train.frequencies:  # LVIS (detectron2's settings)
+        order = partial(WeightedOrder, **repeat_factors(run.train))
         config |= {"federated": 50, "score_threshold": 0.02, "detections": 300}
         config["class_counts"] = classes_present(run.train)[1].tolist()
     model = Detector(classes=run.classes, **config)
@@ -880,7 +876,7 @@ def main(run, stage):
         # Of H on, detectron2 decays norms and positions, too; of B and L, biases and relative ones.
         all_decayed = run.config["size"] in ("H", "2B", "6.5B")
         settings = run.weight_decay, run.layer_decay, run.decay_floor, all_decayed
-        return stage.adamw(stage.layer_groups(model, *settings), run)
+        return finetune.adamw(finetune.layer_groups(model, *settings), run)
 
     def found(model):
         options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
@@ -893,14 +889,12 @@ def main(run, stage):
     last, run.save_every = [], run.save_every or min(5000, math.ceil(run.steps / 3))
     make = scene_maker(run.train, {**run.config, "image_size": run.image_size}, run.jitter)
     more = {"measure": measure, "methods": ("detect",), "schedule": vitdet_schedule}
-    if not stage.train(
-        run, model, optimizer, make, 3 * detector_flops(model), learn_scenes, **more
-    ):
+    flops = 3 * detector_flops(model)
+    if not finetune.train(run, model, optimizer, make, flops, learn_scenes, order=order, **more):
         return
     # Every process takes part. A run that was at its end when it began has found nothing yet.
     detections, weights = last[0] if last else found(model), full_state(model)
     if run.process == 0:
         print_detection(run.val, detections, run.out / "detections.png")
     result = detection_numbers(run.val, detections)
-    flags = ["--val-data", run.val_data] if run.val_data else []
-    stage.finish(run, weights, config, result, "detect", flags)
+    finetune.finish(run, weights, config, result, "detect")

@@ -569,13 +569,9 @@ def learn_pairs(run, model, micro_batches, totals):
 
 # ----------------------------------------------------------------------------------- stage 3's task
 
-CONFIG = ("text", "shared_width")
-SAME = ("lr", "weight_decay", "cache_features", "caption_key")
-
 
 def add_flags(groups):
-    """Add the flags of stage 3's task."""
-    launch.add_label_flags(groups)
+    launch.add_label_flags(groups, pool="that of --init, or cls", min_crop=LIT_CROP, classes=False)
     launch.add_resume_flags(groups)
     add = groups["data"].add_argument
     add("--caption-key", default="caption", help="of the captions in .json (caption)")
@@ -591,8 +587,9 @@ def add_flags(groups):
     add("--weight-decay", type=launch.not_negative, help="not of 1-D parameters (0.01)")
 
 
-def prepare(run):
-    """The tokenizer, the text tower, and the pairs that are held out."""
+def prepare(run, finetune):
+    finetune.read_init(run, config=("text", "shared_width"))
+    finetune.open_pictures(run, caption_key=run.caption_key)
     if not run.weights:
         raise ValueError("--task lit wants --init: the encoder is frozen, it must have learned")
     run.pool, run.classes = run.pool or run.pool_of_init, 0
@@ -632,17 +629,16 @@ def prepare(run):
         raise ValueError(f"--batch-size {run.batch_size}: the data has {pairs} pairs")
     recipe = {"batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "epochs": 1}
     recipe["warmup"] = max(warmup, 0.05) if run.toy else warmup
+    recipe |= {"caption_key": "caption", "cache_features": False}
     return recipe | {"min_crop": LIT_CROP, "val_crop": 1.0}
 
 
-def main(run, stage):
+def main(run, finetune):
     options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
-    extract = partial(stage.extract, centre=run.val_crop, **options)
+    extract = partial(finetune.evaluate.extract, centre=run.val_crop, **options)
     with torch.device("meta"):
         model = TwoTowers(pool=run.pool, **run.config)
-    model = model.to_empty(device="cpu")
-    models.initialize(model, run.seed)
-    run.say(models.load_weights(model, *run.weights))
+    model = finetune.load_init(run, model)
     if run.text_weights:
         model.text.load_state_dict(run.text_weights)
         run.say(f"text tower: {len(run.text_weights)} tensors loaded from {run.text_init}")
@@ -655,7 +651,7 @@ def main(run, stage):
         run.features = cached_features(run, model.to(run.device), extract)
 
     def optimizer(model):
-        adam = stage.adamw(models.parameter_groups(model, run.weight_decay), run)
+        adam = finetune.adamw(models.parameter_groups(model, run.weight_decay), run)
 
         @torch.no_grad()
         def clamp(*_):  # as CLIP's; right after a step FSDP's weights are the ones that stay
@@ -689,16 +685,16 @@ def main(run, stage):
     shown = {"size": run.image_size, "channels": run.config["channels"], "min_crop": run.min_crop}
     make = partial(make_pair, tokenizer=tokenizer, context=run.context)
     make = partial(make, **({} if run.cache_features else shown))
-    more = {"measure": measure, "methods": ("features",), "clip": LIT[4], "nothing": "caption"}
-    if not stage.train(run, model, optimizer, make, flops, learn_pairs, **more):
+    more = {"measure": measure, "methods": ("features",), "clip": LIT[4], "target": "caption"}
+    if not finetune.train(run, model, optimizer, make, flops, learn_pairs, **more):
         return
     result, weights = measure(model), models.full_state(model)  # every process takes part
     run.say(recall_table(result))
     task = "zeroshot" if run.val.classes else "retrieval"
-    flags = stage.names_given(run, "tokenizer_file")
+    flags = {"tokenizer": run.tokenizer_file}
     if task == "retrieval" and run.caption_key != "caption":
-        flags += ["--caption-key", run.caption_key]
-    stage.finish(run, weights, config, result, task, flags)
+        flags["caption_key"] = run.caption_key
+    finetune.finish(run, weights, config, result, task, flags)
 
 
 def cached_features(run, model, extract):

@@ -2,9 +2,9 @@
 
 import argparse
 import copy
-import itertools
 import json
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,12 +31,8 @@ def few_shot_split(labels, shots, seed):
     return torch.cat([shuffled[labels[shuffled] == c][:shots] for c in labels.unique()])
 
 
-LOWSHOT_RATES = (1e-3, 4e-3, 1.6e-2)  # of AdamW (ours: the paper's optimizer is unknown)
-
-
-PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # L2 of logistic regression (ours)
-
-
+LOWSHOT_RATES = (1e-3, 4e-3, 1.6e-2)  # of AdamW (our choice: the paper's optimizer is unknown)
+PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # L2 of logistic regression (our choice)
 SEEDS = range(5)  # draws of the low-shot pictures (paper, section 4.4)
 
 
@@ -101,15 +97,9 @@ def logistic_scores(x, y, on, classes, penalty):
 
 # ----------------------------------------------------------------------------------- stage 3's task
 
-LABELS = True
-SAME = ()
-
 
 def add_flags(groups):
-    """Add the flags of stage 3's task."""
-    launch.add_label_flags(groups)
-    add = groups["data"].add_argument
-    add("--classes", type=launch.count, help="how many, where the data does not name them")
+    launch.add_label_flags(groups, pool="cls", min_crop="0.08; toy: 0.5")
     add = groups["optimisation"].add_argument
     add("--shots", type=shots, default=["1", "5", "10"], help="pictures per class (1,5,10)")
 
@@ -124,66 +114,93 @@ def shots(text):
     return items
 
 
-def prepare(run):
+def prepare(run, finetune):
+    finetune.read_init(run)
+    finetune.open_labelled(run, hold_out=True)
     if (run.out / "config.json").exists() or run.out.is_file():
         raise ValueError(f"--out {run.out} is a file, or another run's: use another --out")
-    run.resume = run.save_every = None
+    run.resume = None  # each training of prompts continues from its own folder
+    run.prompt_steps = run.steps  # None: by the number of pictures that are drawn
     # VPT's code: 100 epochs, of which 10 warm up. Toy: of the few pictures that are drawn (ours).
     batch_size, epochs = (64, 10) if run.toy else (128, 100)
     crop = 0.5 if run.toy else 0.08
     return {"batch_size": batch_size, "epochs": epochs, "warmup": 0.1, "min_crop": crop}
 
 
-def main(run, stage):
-    trunk, say = stage.build_trunk(run).to(run.device).eval(), run.say
+def main(run, finetune):
+    """Fit prompts and logistic regression to each draw of a few pictures; print their top-1."""
+    trunk = finetune.load_init(run, finetune.build_classifier(run)).to(run.device).eval()
+    known, labels = known_labels(run)
+
+    def features(source):
+        x, y, _ = finetune.evaluate.extract(
+            {"": trunk.features},
+            source,
+            trunk.config,
+            workers=run.workers,
+            device=run.device,
+            max_bad=run.max_bad,
+            centre=run.val_crop,
+        )
+        known = (y >= 0) & (y < run.classes)
+        return x[""][known], y[known]
+
+    frozen = [features(run.slice), features(run.val)]
+
+    def logistic(source, seed, penalty, name):
+        x, y = features(source)
+        return [
+            finetune.evaluate.accuracy(logistic_scores(x, y, on, run.classes, penalty), right, 1)
+            for on, right in frozen
+        ]
+
+    def prompts(source, seed, rate, name):
+        return train_prompts(run, finetune, source, seed, rate, run.out / f"{name}-lr-{rate:g}")
+
+    tops = {"prompts": {}, "logistic": {}}  # {method: {shots: top-1 on val of each draw}}
+    for fit, grid in ((prompts, LOWSHOT_RATES), (logistic, PENALTIES)):
+        for shots in run.shots:
+            values, tops[fit.__name__][shots] = grid, []
+            for seed in SEEDS:
+                chosen = known[few_shot_split(labels[known], int(shots), seed)]
+                source, name = data.Subset(run.train, chosen.tolist()), f"{shots}-shots-draw-{seed}"
+                tried = {value: fit(source, seed, value, name) for value in values}
+                best = max(tried, key=lambda value: tried[value][0])  # on the slice of train
+                values = [best]  # the choice at the first draw holds for all
+                tops[fit.__name__][shots].append(tried[best][1])
+    report(run, tops, len(frozen[1][1]))
+
+
+def known_labels(run):
+    """(positions of train's samples whose label is known, all labels of train)."""
     labels = torch.from_numpy(all_labels(run.train))
     known = ((labels >= 0) & (labels < run.classes)).nonzero()[:, 0]
     outside = int((labels >= run.classes).sum())
     if not len(known) or outside > max(1, run.max_bad * len(labels)):
         raise ValueError(f"{outside} labels of train are over {run.classes - 1}, the last class")
     if len(known) < len(labels):
-        say(f"{len(labels) - len(known)} pictures without a known label are left out")
-    options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
-    options["centre"] = run.val_crop
+        run.say(f"{len(labels) - len(known)} pictures without a known label are left out")
+    return known, labels
 
-    def features(source):
-        x, y, _ = stage.extract({"": trunk.features}, source, trunk.config, **options)
-        known = (y >= 0) & (y < run.classes)
-        return x[""][known], y[known]
 
-    def logistic(source, seed, penalty, name):
-        scores = (logistic_scores(*features(source), x, run.classes, penalty) for x, _ in frozen)
-        return [stage.accuracy(found, y, 1) for found, (_, y) in zip(scores, frozen)]
-
-    def prompts(source, seed, rate, name):
-        return train_prompts(run, stage, source, seed, rate, run.out / f"{name}-lr-{rate:g}")
-
-    frozen, tops = [features(run.slice), features(run.val)], {}
-    ways = ((prompts, LOWSHOT_RATES), (logistic, PENALTIES))
-    for (fit, grid), shots in itertools.product(ways, run.shots):
-        for seed in SEEDS:
-            chosen = known[few_shot_split(labels[known], int(shots), seed)]
-            source, name = data.Subset(run.train, chosen.tolist()), f"{shots}-shots-draw-{seed}"
-            tried = [fit(source, seed, value, name) for value in grid]  # (on the slice, on val)
-            best = max(range(len(grid)), key=lambda i: tried[i][0])
-            grid = [grid[best]]  # what is best on the slice at the first draw is used for all
-            tops.setdefault(fit.__name__, {}).setdefault(shots, []).append(tried[best][1])
-    say(f"top-1 on {len(frozen[1][1])} pictures, mean of {len(SEEDS)} draws (standard deviation)")
-    say("shots     prompts (VPT)       logistic regression")
+def report(run, tops, count):
+    """Print mean and deviation of top-1 over the draws: as a table, and as JSON."""
+    run.say(f"top-1 on {count} pictures, mean of {len(SEEDS)} draws (standard deviation)")
+    run.say("shots     prompts (VPT)       logistic regression")
     for shots in run.shots:
         cells = (f"{np.mean(t[shots]):7.2%} ({np.std(t[shots]):.2%})" for t in tops.values())
-        say(f"{shots:>5}   {'   '.join(cells)}")
+        run.say(f"{shots:>5}   {'   '.join(cells)}")
     result = {
         key: {name: {k: float(f(v)) for k, v in t.items()} for name, t in tops.items()}
         for key, f in (("top1", np.mean), ("top1_std", np.std))
     }
-    say(json.dumps({"task": "lowshot", **result}))
+    run.say(json.dumps({"task": "lowshot", **result}))
 
 
-def train_prompts(run, stage, source, seed, rate, out):
-    """(top-1 on the slice, on val) of prompts that are trained on a source.
+def train_prompts(run, finetune, source, seed, rate, out):
+    """(top-1 on the slice of train, on val) of prompts that are trained on a source.
 
-    It is a run in `out`, measured at its end: one that has ended before is not repeated.
+    It is a run in the folder `out`, measured at its end. One that has ended is not repeated.
     """
     say, quiet = run.say, lambda _: None
     run, pictures = copy.copy(run), int(source.sizes.sum())
@@ -192,22 +209,24 @@ def train_prompts(run, stage, source, seed, rate, out):
     # 48 can be dealt to 1, 2, 3, 4, 6, 8 ... processes: nothing depends on how many there are.
     run.batch_size = min(run.batch_size, 48 * math.ceil(pictures / 48))
     epoch = math.ceil(pictures / run.batch_size)
-    run.steps = run.save_every = run.given_steps or math.ceil(run.epochs * epoch)
+    run.steps = run.save_every = run.prompt_steps or math.ceil(run.epochs * epoch)
     part = run.batch_size // run.processes
     if run.micro_batch:  # at most: batches differ with the shots
         fitting = (n for n in range(2, part + 1, 2) if part % n == 0 and n <= run.micro_batch)
         run.micro_batch = max(fitting, default=2)
-    model = Prompted(stage.build_trunk(run), seed)
+    model = Prompted(finetune.load_init(run, finetune.build_classifier(run)), seed)
 
     def optimizer(model):
         trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.AdamW([{"params": trained, "initial_lr": rate}], weight_decay=1e-4)
 
-    places = {"slice": run.slice, "val": run.val}
-    measure = lambda model: {k: stage.measured(run, model, v)[0][0][0] for k, v in places.items()}
-    make = stage.sample_maker(run, min_crop=run.min_crop)
+    def measure(model):
+        places = {"slice": run.slice, "val": run.val}
+        return {name: finetune.measured(run, model, on)[0][0][0] for name, on in places.items()}
+
+    make = partial(run.make, min_crop=run.min_crop)
     flops = 2 * flops_per_image(model.trunk)  # whose weights need no gradients
-    if not stage.train(run, model, optimizer, make, flops, measure=measure):
+    if not finetune.train(run, model, optimizer, make, flops, measure=measure):
         say(f"stopped in {out}, saved: the same command goes on")
         raise SystemExit(0)
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])

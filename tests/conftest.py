@@ -776,3 +776,46 @@ def timm(torchvision):
 @pytest.fixture(scope="session")
 def transformers(torchvision):
     return pytest.importorskip("transformers", reason="pip install transformers")
+
+
+# --------------------------------------------------------------------------------- runs of stage 3
+
+
+def last_json(ran):
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout.strip().splitlines()[-1])
+
+
+def main_json(capsys, program, *arguments):
+    """What a program prints at its end when it runs in this process."""
+    program.main(list(map(str, arguments)))
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def animals(tmp_path_factory):
+    """A folder with train/ (60 pictures of three classes) and val/ (12)."""
+    folder = tmp_path_factory.mktemp("animals")
+    for split, count in (("train", 20), ("val", 4)):
+        for number, name in enumerate(("cats", "dogs", "owls")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.array(picture(1000 * number + i + (split == "val") * 100))
+                pixels[:, :, number] = 250  # easy to tell apart
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+def rewound(run, out, step):
+    """A copy of a run as it was when it had saved this step."""
+    shutil.copytree(run, out)
+    (out / "model.pt").unlink()
+    for path in (out / "checkpoints").glob("step-*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    (out / "checkpoints" / "LATEST").write_text(f"step-{step:08d}")
+
+
+def same_weights(*runs):
+    ours, theirs = (torch.load(out / "model.pt", weights_only=True)["model"] for out in runs)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
