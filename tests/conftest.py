@@ -205,6 +205,13 @@ def read_metrics(out):
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 
+def rewind(out):
+    """A finished run of 12 steps as if it had been killed after the checkpoint of step 8."""
+    shutil.rmtree(out / "checkpoints" / "step-00000012")
+    (out / "checkpoints" / "LATEST").write_text("step-00000008")
+    (out / "model.pt").unlink()
+
+
 @pytest.fixture
 def photos(tmp_path):
     """A folder of 40 readable pictures, without classes."""

@@ -1,5 +1,6 @@
 """tasks/detect.py against independent formulations: plain loops, dense matrices, hand-made boxes."""
 
+import itertools
 import math
 
 import pytest
@@ -48,6 +49,10 @@ def scene(side, seed):
     return image, target | {"size": (side, side), "seed": seed}
 
 
+def intersection_over_union(one, other):
+    return (one & other).sum() / (one | other).sum()
+
+
 # ---------------------------------------------------------------------------------------- the trunk
 
 
@@ -61,17 +66,15 @@ def test_attention_in_windows_is_full_attention_under_a_mask(grid, window):
     padded[:, : grid[0], : grid[1]] = x.unflatten(1, grid)
     q, k, v = kernels.split_heads(attention.qkv(padded.flatten(1, 2)), 2)
     scores = q @ k.transpose(2, 3) / math.sqrt(4)
-    w = (window, window) if window else grid
-    for i in range(rows * columns):
-        for j in range(rows * columns):
-            (y, x_), (y2, x2) = divmod(i, columns), divmod(j, columns)
-            if (y // w[0], x_ // w[1]) != (y2 // w[0], x2 // w[1]):
-                scores[:, :, i, j] = -math.inf
-                continue
-            relative = (
-                attention.rel_pos_h[y - y2 + w[0] - 1] + attention.rel_pos_w[x_ - x2 + w[1] - 1]
-            )
-            scores[:, :, i, j] += q[:, :, i] @ relative
+    high, wide = (window, window) if window else grid
+    down, across = attention.rel_pos_h, attention.rel_pos_w  # a row for each distance
+    for i, j in itertools.product(range(rows * columns), repeat=2):
+        (y, x0), (y2, x2) = divmod(i, columns), divmod(j, columns)
+        relative = (
+            down[(y - y2 + high - 1) % len(down)] + across[(x0 - x2 + wide - 1) % len(across)]
+        )
+        same = (y // high, x0 // wide) == (y2 // high, x2 // wide)
+        scores[:, :, i, j] += q[:, :, i] @ relative if same else -math.inf
     expected = (scores.softmax(dim=3) @ v).transpose(1, 2).unflatten(1, (rows, columns)).flatten(3)
     expected = attention.proj(expected[:, : grid[0], : grid[1]].flatten(1, 2))
     torch.testing.assert_close(attention(x), expected)
@@ -111,23 +114,25 @@ def test_weights_of_other_models_load():
     own, theirs = large.state_dict(), model.state_dict()
     assert torch.equal(own["boxes.0.fc.weight"], theirs["boxes.0.fc.weight"])
     assert own["boxes.0.class_predictor.weight"].shape[0] == 8
-    table = theirs["trunk.blocks.1.attn.rel_pos_h"]
-    torch.testing.assert_close(own["trunk.blocks.1.attn.rel_pos_h"][11], table[7])  # the middle
-    with pytest.raises(ValueError, match="boxes.0.fc.weight"):
-        detect.load_trunk(Detector(**TINY | {"hidden": 8}), model.state_dict())
-    with pytest.raises(ValueError, match="blocks.8"):
-        detect.load_trunk(model, models.ViT("16x9x2", 32, 8).state_dict())
-    with pytest.raises(ValueError, match="want two patches of 8"):
-        Detector(**TINY | {"image_size": 8})
-
-
-def test_patch_of_14_pixels_is_resized_to_16():
+    name = "trunk.blocks.1.attn.rel_pos_h"
+    torch.testing.assert_close(own[name][11], theirs[name][7])  # the middle
+    # Patches of 14 pixels are resized to 16.
     vit = models.ViT("16x4x2", 28, 14)
     model = Detector(**TINY | {"size": "16x4x2", "patch_size": 14})
     assert model.patch_size == 16
     assert "14x14 to 16x16" in detect.load_trunk(model, vit.state_dict())
     expected = F.interpolate(vit.patch_embed["proj"].weight, (16, 16), mode="bicubic")
     assert torch.equal(model.trunk.patch_embed["proj"].weight, expected)
+
+
+def test_weights_and_sizes_that_do_not_fit_are_refused():
+    model, deeper = Detector(**TINY), models.ViT("16x9x2", 32, 8)
+    with pytest.raises(ValueError, match="boxes.0.fc.weight"):
+        detect.load_trunk(Detector(**TINY | {"hidden": 8}), model.state_dict())
+    with pytest.raises(ValueError, match="blocks.8"):
+        detect.load_trunk(model, deeper.state_dict())
+    with pytest.raises(ValueError, match="want two patches of 8"):
+        Detector(**TINY | {"image_size": 8})
 
 
 # --------------------------------------------------------------------------------- boxes and regions
@@ -137,14 +142,12 @@ def test_deltas_move_boxes_onto_the_truth():
     boxes, truth = random_boxes(20, 64), random_boxes(20, 64, seed=1)
     deltas = detect.box_deltas(boxes, truth, (10.0, 5.0))
     torch.testing.assert_close(detect.apply_deltas(deltas, boxes, (64, 64), (10.0, 5.0)), truth)
-    # Worked by hand: moved by half a width, twice as high.
+    # Worked by hand: moved by half a width, twice as high; and growth that is limited.
     deltas = detect.box_deltas(torch.tensor([[0.0, 0, 4, 4]]), torch.tensor([[2.0, -2, 6, 6]]))
     torch.testing.assert_close(deltas, torch.tensor([[0.5, 0, 0, math.log(2)]]))
-    grown = detect.apply_deltas(
-        torch.tensor([[0.0, 0, 9, 2]]), torch.tensor([[200.0, 200, 202, 202]]), (400, 400)
-    )
-    sides = (grown[0, 2:] - grown[0, :2]).tolist()
-    assert sides == pytest.approx([2 * 1000 / 16, 2 * math.exp(2)])
+    deltas, box = torch.tensor([[0.0, 0, 9, 2]]), torch.tensor([[200.0, 200, 202, 202]])
+    x0, y0, x1, y1 = detect.apply_deltas(deltas, box, (400, 400))[0].tolist()
+    assert (x1 - x0, y1 - y0) == pytest.approx((2 * 1000 / 16, 2 * math.exp(2)))
 
 
 def test_anchors_by_level_cell_and_ratio():
@@ -169,17 +172,15 @@ def test_anchors_are_labelled_by_the_rules():
 
 def test_samples_are_capped_and_the_same_for_a_seed():
     label = torch.tensor([1] * 30 + [0] * 50 + [-1] * 10)
-
-    def draw(seed):
-        keys = torch.rand(len(label), generator=torch.Generator().manual_seed(seed))
-        return detect.draw_samples(label, 40, 20, keys)
-
-    ids, positives = draw(0)
+    keys = [torch.rand(90, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    (ids, positives), (again, _), (other, _) = (
+        detect.draw_samples(label, 40, 20, key) for key in keys
+    )
     assert positives == 20 and len(ids.unique()) == 40
     assert (label[ids[:20]] == 1).all() and (label[ids[20:]] == 0).all()
-    assert torch.equal(ids, draw(0)[0])
+    assert torch.equal(ids, again)
     for part in slice(20), slice(20, None):
-        assert set(ids[part].tolist()) != set(draw(1)[0][part].tolist())
+        assert set(ids[part].tolist()) != set(other[part].tolist())
 
 
 @pytest.mark.parametrize("block, limit", [(7, 1000), (1024, 1000), (16, 20)])
@@ -198,33 +199,23 @@ def test_nms_is_the_greedy_one(block, limit):
     assert len(detect.nms(boxes[:0], scores[:0], groups[:0], 0.4, 10)) == 0
 
 
-def bilinear(x, image):
-    """torchvision's published rule: image (C, H, W) at (y, x)."""
-    y, x = x
-    _, height, width = image.shape
-    if y < -1 or y > height or x < -1 or x > width:
-        return torch.zeros(len(image))
-    y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
-    low, left = int(y), int(x)
-    below, right = min(low + 1, height - 1), min(left + 1, width - 1)
-    fy, fx = y - low, x - left
-    top = image[:, low, left] * (1 - fx) + image[:, low, right] * fx
-    return top * (1 - fy) + (image[:, below, left] * (1 - fx) + image[:, below, right] * fx) * fy
-
-
 def align(image, box, scale, size):
+    """torchvision's published rule on image (C, H, W), by F.grid_sample.
+
+    Of each of size x size cells the mean of samples at most a pixel apart. Samples up to a pixel
+    outside count as the border's, farther ones as zero.
+    """
     x0, y0, x1, y1 = (value * scale - 0.5 for value in box)
-    high, wide = (y1 - y0) / size, (x1 - x0) / size
-    down, across = math.ceil(high), math.ceil(wide)
-    out = torch.zeros(len(image), size, size)
-    for i in range(size):
-        for j in range(size):
-            for a in range(down):
-                for b in range(across):
-                    y = y0 + (i + (a + 0.5) / down) * high
-                    x = x0 + (j + (b + 0.5) / across) * wide
-                    out[:, i, j] += bilinear((y, x), image) / (down * across)
-    return out
+    high, wide = (math.ceil(side / size) for side in (y1 - y0, x1 - x0))  # samples of a cell
+    y = y0 + (torch.arange(size * high) + 0.5).double() * (y1 - y0) / (size * high)
+    x = x0 + (torch.arange(size * wide) + 0.5).double() * (x1 - x0) / (size * wide)
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    _, height, width = image.shape
+    grid = torch.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], dim=2)
+    border = {"padding_mode": "border", "align_corners": True}
+    values = F.grid_sample(image[None].double(), grid[None], **border)
+    inside = (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
+    return F.avg_pool2d(values * inside, (high, wide))[0].float()
 
 
 BOXES = [[3, 5, 40, 61], [0, 0, 64, 64], [-9, 30, 20, 90], [60, 60, 70, 66], [10, 10, 12, 11]]
@@ -253,22 +244,6 @@ def test_roi_align_is_the_published_definition():
     assert detect.roi_align(table, grids, strides, boxes[:0], 3).shape == (0, 3, 3, 3)
 
 
-def test_roi_align_is_torchvisions():
-    try:
-        from torchvision import ops
-    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
-        pytest.skip(f"torchvision does not load: {error}")
-    torch.manual_seed(0)
-    x, boxes = torch.randn(1, 8, 40, 50), random_boxes(60, 170) - 10
-    x.requires_grad_()
-    expected = ops.roi_align(x, [boxes], 7, spatial_scale=0.25, aligned=True)
-    gradient = torch.randn_like(expected)
-    (wanted,) = torch.autograd.grad(expected, x, gradient)
-    found = detect.roi_align(x[0].flatten(1).T, [(40, 50)], [4], boxes, 7)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found, x, gradient)[0], wanted)
-
-
 def test_mask_targets_are_roi_align_over_one_half_and_pasting_undoes_them():
     y, x = torch.meshgrid(torch.arange(60), torch.arange(70), indexing="ij")
     masks = torch.stack([(x - 30) ** 2 + (y - 25) ** 2 < 400, x + y > 50])
@@ -278,7 +253,7 @@ def test_mask_targets_are_roi_align_over_one_half_and_pasting_undoes_them():
     for target, box, i in zip(found, boxes.tolist(), which):
         assert torch.equal(target, align(masks[i, None].float(), box, 1, 10)[0] >= 0.5)
     pasted = paste_masks(found[:1].float(), boxes[:1], (60, 70))[0]
-    assert (pasted & masks[0]).sum() / (pasted | masks[0]).sum() > 0.9
+    assert intersection_over_union(pasted, masks[0]) > 0.9
     whole = paste_masks(torch.ones(1, 28, 28), torch.tensor([[10.0, 5, 20, 15]]), (60, 70))
     assert torch.equal(whole[0], (x >= 10) & (x < 20) & (y >= 5) & (y < 15))
 
@@ -305,10 +280,8 @@ def test_predictions_are_in_the_order_of_cells_and_anchors(size, scales):
 def test_an_images_loss_depends_on_it_alone():
     model = Detector(**TINY | {"classes": 2, "drop_path": 0.5}).train()
     images, targets = zip(*(scene(64, seed) for seed in range(2)))
-    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
-    nothing |= {"masks": torch.zeros(0, 64, 64, dtype=torch.bool), "size": (64, 64)}
-    targets = [*targets, nothing | {"seed": 5}]
-    targets = [*targets, targets[0] | {"masks": None}]
+    nothing = {name: value[:0] for name, value in targets[0].items() if torch.is_tensor(value)}
+    targets = [*targets, targets[0] | nothing | {"seed": 5}, targets[0] | {"masks": None}]
     images = torch.stack([*images, images[0], images[0]])
     together, parts = model(images, targets)
     torch.testing.assert_close(together, sum(parts.values()))
@@ -318,8 +291,7 @@ def test_an_images_loss_depends_on_it_alone():
     assert parts["mask"][2] == 0 == parts["mask"][3] and parts["box_0"][2] == 0
     # Every parameter has a gradient, with or without objects: sharded, all processes must agree.
     together[2].backward()
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert missing == []
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def proposed(model, scores, deltas, most, size):
@@ -409,33 +381,32 @@ def test_losses_and_detections_are_the_references(federated, sure):
     assert found["labels"].tolist() == torch.tensor(names)[order].tolist()
 
 
-def test_half_of_the_anchors_and_a_quarter_of_the_regions_are_positive_at_most(monkeypatch):
-    asked, sample = [], detect.draw_samples
-    keep = lambda label, *how: asked.append(how[:2]) or sample(label, *how)
-    monkeypatch.setattr(detect, "draw_samples", keep)
-    image, target = scene(64, 0)
-    Detector(**TINY)(image[None], [target])
-    assert asked == [(16, 8), (8, 2)]
+def record(monkeypatch, name, change=lambda result: result):
+    """Replace a function of detect by one that changes its result: [(arguments, result)]."""
+    calls, function = [], getattr(detect, name)
+
+    def recorded(*arguments):
+        result = change(function(*arguments))
+        calls.append((arguments, result))
+        return result
+
+    monkeypatch.setattr(detect, name, recorded)
+    return calls
 
 
-def test_which_regions_are_drawn_does_not_depend_on_their_order(monkeypatch):
-    """Rounding, which differs with the number of processes, changes their order."""
+def test_which_samples_are_drawn(monkeypatch):
+    """Half of the anchors, a quarter of the regions are positive at most, inside the picture, and
+    in whatever order they come: rounding, which differs with the number of processes, changes it."""
     model, (image, target) = scramble(Detector(**TINY), 0.2), scene(64, 0)
-    loss, _ = model(image[None], [target])
-    nms, turned = detect.nms, []
-    turn = lambda *how: turned.append(nms(*how).flip(0)) or turned[-1]
-    monkeypatch.setattr(detect, "nms", turn)
+    drawn, loss = record(monkeypatch, "draw_samples"), model(image[None], [target])[0]
+    assert [how[1:3] for how, _ in drawn] == [(16, 8), (8, 2)]
+    turned = record(monkeypatch, "nms", lambda kept: kept.flip(0))
     torch.testing.assert_close(model(image[None], [target])[0], loss)
-    assert len(turned[0]) > TINY["rois"]
-
-
-def test_regions_to_learn_from_end_where_the_picture_does(monkeypatch):
-    seen, roi_align = [], detect.roi_align
-    keep = lambda *how: seen.append(how[3]) or roi_align(*how)
-    monkeypatch.setattr(detect, "roi_align", keep)
-    image, target = scene(64, 0)
+    assert len(turned[0][1]) > TINY["rois"]
+    seen = record(monkeypatch, "roi_align")
     Detector(**TINY | {"rois": 50})(image[None], [target | {"size": (60, 50)}])
-    assert len(seen) == 4 and (torch.cat(seen) <= torch.tensor([50, 60, 50, 60])).all()
+    boxes = torch.cat([how[3] for how, _ in seen])
+    assert len(seen) == 4 and (boxes <= torch.tensor([50, 60, 50, 60])).all()
 
 
 def test_each_stage_of_the_cascade_gives_a_third_of_its_gradient():
@@ -455,10 +426,8 @@ def test_federated_loss_judges_the_classes_present_and_some_others():
     assert (judged < 20).sum() == 9  # of the others none that has no image
     # By the root of how many images they are in: 9 times as many are drawn 3 times as often.
     rare = Detector(**TINY | {"classes": 2, "federated": 1, "class_counts": [1, 9]})
-    draws = [torch.Generator().manual_seed(seed) for seed in range(500)]
-    drawn = [
-        rare.federated_classes(torch.zeros(0, dtype=torch.long), draw).item() for draw in draws
-    ]
+    none, draw = torch.zeros(0, dtype=torch.long), torch.Generator().manual_seed(0)
+    drawn = [rare.federated_classes(none, draw).item() for _ in range(500)]
     assert sum(drawn) / 500 == pytest.approx(0.75, abs=0.08)
     image, target = scene(64, 0)
     loss, parts = model(image[None], [target])
@@ -473,7 +442,7 @@ def test_two_scenes_are_learned_by_heart_and_found():
     changes = {"size": "32x2x2", "classes": 2, "features": 32, "hidden": 64, "rois": 16}
     model = Detector(**TINY | changes)
     images, targets = zip(*(scene(64, seed) for seed in range(2)))
-    images = torch.stack(images)
+    images, sizes = torch.stack(images), [(64, 64)] * 2
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
     for step in range(120):
@@ -485,20 +454,23 @@ def test_two_scenes_are_learned_by_heart_and_found():
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
     model.eval()
-    for found, target in zip(model.detect(images, [(64, 64)] * 2), targets):
+    for found, target in zip(model.detect(images, sizes), targets):
         for label, box, mask in zip(target["labels"], target["boxes"], target["masks"]):
-            best = (found["labels"] == label).nonzero()[0, 0].item()  # the surest of its class
+            best = (found["labels"] == label).nonzero()[:1, 0]  # the surest of its class
             assert found["scores"][best] > 0.5
-            assert detect.overlaps(found["boxes"][[best]], box[None]) > 0.8
-            one = paste_masks(found["masks"][[best]], found["boxes"][[best]], (64, 64))[0]
-            assert (one & mask).sum() / (one | mask).sum() > 0.8
+            assert detect.overlaps(found["boxes"][best], box[None]) > 0.8
+            pasted = paste_masks(found["masks"][best], found["boxes"][best], (64, 64))[0]
+            assert intersection_over_union(pasted, mask) > 0.8
     clipped = model.detect(images, [(40, 50)] * 2)[0]["boxes"]
     assert (clipped <= torch.tensor([50, 40, 50, 40])).all()
     # The config makes it again.
     twin = Detector(**model.config).eval()
     twin.load_state_dict(model.state_dict())
-    again, once = (m.detect(images, [(64, 64)] * 2)[0]["boxes"] for m in (twin, model))
+    again, once = (m.detect(images, sizes)[0]["boxes"] for m in (twin, model))
     assert torch.equal(again, once)
+    # Grey scenes of the toy world are measured.
+    grey, scenes = Detector(**TINY | {"channels": 1, "classes": 10}), ToyScenes("val", 64, 3)
+    assert list(detect.detect_in(grey, scenes)) == list(scenes.ids)
 
 
 def test_initial_weights_of_the_heads_are_detectron2s():
@@ -509,12 +481,6 @@ def test_initial_weights_of_the_heads_are_detectron2s():
     for module, std in stds.items():
         assert module.weight.std().item() == pytest.approx(std, rel=0.3)
     assert not model.trunk.blocks[0].attn.rel_pos_h.any()
-
-
-def test_grey_scenes_are_measured():
-    scenes = ToyScenes("val", 64, 3)
-    found = detect.detect_in(Detector(**TINY | {"channels": 1, "classes": 10}), scenes)
-    assert list(found) == list(scenes.ids)
 
 
 def test_flops_are_what_the_layers_cost():

@@ -167,7 +167,7 @@ import mae_pretrain
 
 alone = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 os.environ |= alone | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-mae_pretrain.timedelta = lambda minutes: timedelta(seconds=1)  # not to wait for ten minutes
+mae_pretrain.launch.timedelta = lambda minutes: timedelta(seconds=1)  # not to wait for ten minutes
 mae_pretrain.main(sys.argv[1:])
 """
     ran = stage(*TINY, "--out", tmp_path / "run", code=code)

@@ -12,13 +12,21 @@ import torch
 from conftest import TINY_TEXT, captioned, tile, write_files
 
 import evaluate
+import mae_pretrain
+import weak_pretrain
 from model import Classifier, ViT, save_weights
 from tasks.lit import TwoTowers
 from tasks.video import VideoClassifier
 
-PROGRAMS = {"evaluate.py": evaluate.main}
+PROGRAMS = {
+    "evaluate.py": evaluate.main,
+    "mae_pretrain.py": mae_pretrain.main,
+    "weak_pretrain.py": weak_pretrain.main,
+}
 USUAL = {
     "evaluate.py": "--task knn --checkpoint {root}/encoder.pt --data {root}/pets --workers 0",
+    "mae_pretrain.py": "--out {root}/run",
+    "weak_pretrain.py": "--out {root}/run",
 }
 
 SHAPE = {"size": "16x1x2", "image_size": 8, "patch_size": 4}
@@ -114,6 +122,58 @@ ROWS = [
     ("evaluate.py", f"{PAIR} zeroshot --templates {{root}}/text.pt", "line 1 has no {}"),
     ("evaluate.py", f"{PAIR} retrieval", "no captions in"),
     ("evaluate.py", f"{PAIR} retrieval --tokenizer {{root}}/text.pt", "no tokenizer of XLM-R's"),
+    # stage 1
+    ("mae_pretrain.py", "--data {root}/nowhere", "does not exist"),
+    ("mae_pretrain.py", "--data {root}/empty", "no pictures"),
+    ("mae_pretrain.py", "--data {root}/text.pt", "not a folder"),
+    ("mae_pretrain.py", "--data {root}/a-*.tar", "no shard matches"),
+    ("mae_pretrain.py", "--image-size 50 --patch-size 16", "not divisible by patch 16"),
+    ("mae_pretrain.py", "--image-size 8 --patch-size 16", "not divisible by patch 16"),
+    ("mae_pretrain.py", "--image-size big", "size 'big' is neither a side nor HEIGHTxWIDTH"),
+    ("mae_pretrain.py", "--image-size 1099511627776", "from 1 to 65536"),
+    ("mae_pretrain.py", "--size 32x1099511627776x4", "999 layers"),
+    ("mae_pretrain.py", "--size XXL", "XXL"),
+    ("mae_pretrain.py", "--decoder 1099511627776x1x4", "65536 wide"),
+    ("mae_pretrain.py", "--decoder 10x1x3", "--decoder"),
+    ("mae_pretrain.py", "--decoder 100", "'100' is unknown: it must be WIDTHxLAYERSxHEADS"),
+    ("mae_pretrain.py", "--decoder 6x1x2", "the width must be a multiple of 4 x heads"),
+    ("mae_pretrain.py", "--batch-size 10 --micro-batch 4", "does not divide"),
+    ("mae_pretrain.py", "--mask-ratio 1.0", "mask ratio"),
+    ("mae_pretrain.py", "--channels 2", "channels"),
+    ("mae_pretrain.py", "--init {root}/none.pt", "no weights"),
+    ("mae_pretrain.py", "--resume {root}", "no checkpoint"),
+    ("mae_pretrain.py", "--no-such-flag", "--no-such-flag"),
+    ("mae_pretrain.py", "--steps many", "--steps"),
+    ("mae_pretrain.py", "--steps 0", "--steps"),
+    ("mae_pretrain.py", "--batch-size -1", "--batch-size"),
+    ("mae_pretrain.py", "--lr nan", "--lr nan is out of range"),
+    ("mae_pretrain.py", "--epochs inf", "--epochs inf is out of range"),
+    ("mae_pretrain.py", "--warmup 2", "--warmup 2 is out of range"),
+    ("mae_pretrain.py", "--out /proc/nowhere", "/proc"),
+    ("mae_pretrain.py", "--out {root}/text.pt", "text.pt"),
+    ("mae_pretrain.py", "--out {root}/foreign", "not ours"),  # it holds a config.json
+    ("mae_pretrain.py", "--cuda-graph", "--cuda-graph is for one process on one GPU"),
+    ("mae_pretrain.py", "--cuda-graph --gpus 2", "--cuda-graph is for one process on one GPU"),
+    (
+        "mae_pretrain.py",
+        "--gpus 8 --lanes 48 --shard-group 3",
+        "--shard-group 3 does not divide the 8 processes",
+    ),
+    (
+        "mae_pretrain.py",
+        "--plan --gpus 128 --batch-size 4096 --lanes 48",
+        "48 lanes cannot be dealt to 128 processes",
+    ),
+    # stage 2
+    ("weak_pretrain.py", "--data {root}/empty", "no pictures"),
+    ("weak_pretrain.py", "--data {root}/flat", "give --tags"),
+    ("weak_pretrain.py", "--data {root}/flat --tags {root}", "no hashtags in"),
+    ("weak_pretrain.py", "--data {root}/flat --labels {root}/none", "no file of labels"),
+    ("weak_pretrain.py", "--data {root}/flat --labels {root}/a.jsonl", "cannot read labels"),
+    ("weak_pretrain.py", "--labels {root}/none", "want a folder"),
+    ("weak_pretrain.py", "--init {root}/encoder.pt --size toy", "it cannot be changed"),
+    ("weak_pretrain.py", "--gpus 64 --shard-group 7", "does not divide the 64 processes"),
+    ("weak_pretrain.py", "--gpus 64 --shard-group 0", "out of range"),
 ]
 
 
@@ -132,7 +192,7 @@ def places(tmp_path_factory):
     files = {"map": {"cat": 7}, "pink": {"cat": "pink"}, "short": [[1]], "null": [[1], None]}
     files |= {"nine": [[1], [9]], "word": [[1], ["red"]]}
     write_files(root, {f"{name}.json": json.dumps(files[name]).encode() for name in files})
-    write_files(root, {"text.pt": b"this is not a checkpoint"})
+    write_files(root, {"text.pt": b"this is not a checkpoint", "foreign/config.json": b"{}"})
     text = {**TINY_TEXT, "vocabulary": 260, "context": 9}
     models = {
         "encoder": ViT(**SHAPE),

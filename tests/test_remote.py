@@ -34,6 +34,8 @@ from support import pack as pack_module
 from support import remote as remote_module
 from support import shards as shards_module
 
+FORK = multiprocessing.get_context("fork")
+
 
 @pytest.fixture
 def remote(shards, tmp_path, monkeypatch, capsys):
@@ -132,28 +134,27 @@ def test_samples_are_right_whatever_a_server_does(remote, shards, fault):
     assert not list(cache.glob("*.part"))
 
 
-UNREACHABLE = {"500": fail(500), "always short": give_first(1500), "gone": None}
+UNREACHABLE = [(fail(500), 0), (fail(500), 1), (give_first(1500), 0), (None, 0)]  # None: it is gone
 
 
-@pytest.mark.parametrize("fault, workers", [*zip(UNREACHABLE, (0, 0, 0)), ("500", 1)])
+@pytest.mark.parametrize("fault, workers", UNREACHABLE)
 def test_an_unreachable_shard_is_one_line_and_no_bad_sample(remote, fault, workers, monkeypatch):
     # A DataLoader waits for a worker that has failed before it ends it: 5 s.
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     server, pattern, cache = remote
     batches = training_batches(source=opened_remote(pattern, cache))
-    server.faults = dict.fromkeys([f"s-{n:02}.tar" for n in range(5)], UNREACHABLE[fault])
-    if fault == "gone":
+    server.faults = {f"s-{n:02}.tar": fault for n in range(5)}
+    if fault is None:
         server.shutdown()
         server.server_close()
+        with pytest.raises(OSError, match="index.json.*the same command goes on") as error:
+            opened_remote(pattern, cache)
+        one_line(error)
     line = f"^{server.url}/s-0..tar: .*same command goes on"
     with pytest.raises(data.Unreachable, match=line) as error:
         list(loader.loader(batches, range(2), workers))
     assert "Traceback" not in one_line(error)
     assert not list(cache.glob("*.tar"))
-    if fault == "gone":
-        with pytest.raises(OSError, match="index.json.*the same command goes on") as error:
-            opened_remote(pattern, cache)
-        one_line(error)
 
 
 @pytest.mark.parametrize(
@@ -161,33 +162,22 @@ def test_an_unreachable_shard_is_one_line_and_no_bad_sample(remote, fault, worke
 )
 def test_a_shard_that_is_missing_or_another_weighs_nothing(remote, shards, why):
     server, pattern, cache = remote
-    local, total = picture_batches(opened(shards[1]), (4, 4), 3, 23)[0], 23
+    local, bad = picture_batches(opened(shards[1]), (4, 4), 3, 23)[0]["images"], 12
     if why.startswith("HTTP"):
         server.faults["s-03.tar"] = fail(int(why[-3:]))
     elif why == "no tar":
         server.faults["s-03.tar"] = lambda h, content: h.give(b"no tar " * 4388 + b"1234")
     else:  # the shard was written again after index.json
         listing = json.loads((server.folder / "index.json").read_text())
-        listing["shards"]["s-03.tar"][1], total = 11, 22
+        listing["shards"]["s-03.tar"][1] = bad = 11
         (server.folder / "index.json").write_text(json.dumps(listing))
-    batch = picture_batches(opened_remote(pattern, cache), (4, 4), 3, 23)[0]
-    bad = total - 11
-    known = [1] * 8 + [0] * bad + [1] * 3
-    assert batch["weight"].tolist()[:total] == known and len(batch["bad"]) == bad
-    images = batch["images"][:total]
-    assert torch.equal(
-        images[batch["weight"][:total] > 0], local["images"][[*range(8), 20, 21, 22]]
-    )
-    assert not images[8 : 8 + bad].any()
-    assert all(line.startswith(f"{server.url}/s-03.tar: sample ") for line in batch["bad"])
-    assert all(why in line for line in batch["bad"])
-    assert server.asked()["s-03.tar"] == 1
-
-
-def test_a_local_shard_that_goes_missing_weighs_nothing(shards):
-    batches = picture_batches(opened(shards[1]), (4, 4), 3, 23)
-    (shards[0] / "s-03.tar").unlink()
-    assert batches[0]["weight"].tolist() == [1] * 8 + [0] * 12 + [1] * 3
+    batch = picture_batches(opened_remote(pattern, cache), (4, 4), 3, 11 + bad)[0]
+    assert batch["weight"].tolist() == [1] * 8 + [0] * bad + [1] * 3
+    zeros = torch.zeros_like(local[:bad])
+    assert torch.equal(batch["images"], torch.cat([local[:8], zeros, local[20:]]))
+    assert len(batch["bad"]) == bad and server.asked()["s-03.tar"] == 1
+    for line in batch["bad"]:
+        assert line.startswith(f"{server.url}/s-03.tar: sample ") and why in line
 
 
 # --------------------------------------------------------------------------------------- the cache
@@ -206,40 +196,31 @@ def read_all(pattern, cache, seed, answers):
 
 def test_two_processes_read_through_a_cache_that_is_too_small_for_all_shards(remote, shards):
     server, pattern, cache = remote
-    cache.mkdir()
     write_files(cache, {"mine.tar": b"not of the cache"})
-    context = multiprocessing.get_context("fork")
-    answers, largest = context.Queue(), 0
-    sizes = [path.stat().st_size for path in shards[0].glob("*.tar")]
-    readers = [
-        context.Process(target=read_all, args=(pattern, cache, seed, answers)) for seed in range(2)
-    ]
+    answers, sizes = FORK.Queue(), [0]
+    readers = [FORK.Process(target=read_all, args=(pattern, cache, n, answers)) for n in range(2)]
     [reader.start() for reader in readers]
     while any(reader.is_alive() for reader in readers) and answers.qsize() < 2:
-        total = 0
-        for path in cache.glob("*"):
-            with contextlib.suppress(FileNotFoundError):
-                total += path.stat().st_size
-        largest = max(largest, total)
+        with contextlib.suppress(FileNotFoundError):
+            sizes.append(sum(path.stat().st_size for path in cache.glob("*")))
     expected = {n: pixels for n, (*_, pixels) in enumerate(everything(opened(shards[1])))}
-    for _ in readers:
-        assert answers.get(timeout=60) == expected
+    assert [answers.get(timeout=60) for _ in readers] == [expected] * 2
     [reader.join() for reader in readers]
-    assert 40_000 < largest <= 70_000 + 2 * max(sizes)  # a shard a process
+    largest_shard = max(path.stat().st_size for path in shards[0].glob("*.tar"))
+    assert 40_000 < max(sizes) <= 70_000 + 2 * largest_shard  # a shard a process
     assert server.asked().total() > 2 + 5
     assert (cache / "mine.tar").read_bytes() == b"not of the cache"
     assert not list(cache.glob("*.part"))
 
 
-def test_what_a_killed_process_left_is_not_used_and_is_removed(remote, shards, monkeypatch):
+def test_what_a_killed_process_left_is_not_used_and_is_removed(remote, shards):
     server, pattern, cache = remote
     server.faults["s-03.tar"] = trickle
     source = opened_remote(pattern, cache)
-    reader = multiprocessing.get_context("fork").Process(target=source.read, args=(10,))
+    reader = FORK.Process(target=source.read, args=(10,))
     reader.start()
-    while not list(cache.glob("*.part")) or len(server.requests) < 2:
+    while not [path for path in cache.glob("*.part") if path.stat().st_size]:
         time.sleep(0.001)
-    time.sleep(0.05)
     reader.kill()
     reader.join()
     (left,) = cache.glob("*.part")
@@ -254,32 +235,31 @@ def test_what_a_killed_process_left_is_not_used_and_is_removed(remote, shards, m
     assert not list(cache.glob("*.part"))
 
 
-DAMAGED_COPIES = {  # (tar, index) -> the same, damaged
-    "a number of the index": lambda tar, index: (tar, index[:72] + b"\x01" + index[73:]),
-    "a cut index": lambda tar, index: (tar, index[:-3]),
-    "a cut tar": lambda tar, index: (tar[:9000], index),
-    "an empty tar": lambda _, index: (b"", index),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGED_COPIES)
-def test_a_damaged_copy_in_the_cache_is_mended(remote, shards, damage):
+@pytest.mark.parametrize(
+    "end, damage",
+    [
+        (".index", lambda content: content[:72] + b"\x01" + content[73:]),
+        (".index", lambda content: content[:-3]),
+        (".tar", lambda content: content[:9000]),
+        (".tar", lambda _: b""),
+    ],
+)
+def test_a_damaged_copy_in_the_cache_is_mended(remote, shards, end, damage):
     """The index is made again, the tar is downloaded again."""
     server, pattern, cache = remote
     source, expected = opened_remote(pattern, cache), samples_of(opened(shards[1]))
     assert samples_of(source) == expected
     copy = Path(source.cache.path_of(source.where(10)))
-    files = copy, copy.with_name(f"{copy.name}.index")
-    tar, index = (file.read_bytes() for file in files)
-    for file, content in zip(files, DAMAGED_COPIES[damage](tar, index)):
-        stamp = file.stat().st_mtime_ns
-        file.write_bytes(content)
-        os.utime(file, ns=(stamp, stamp))
-    requests = 2 if damage.endswith("tar") else 1
+    index = copy.with_name(f"{copy.name}.index")
+    file, sizes = index if end == ".index" else copy, [copy.stat().st_size, index.stat().st_size]
+    stamp, whole = file.stat().st_mtime_ns, copy.read_bytes()
+    file.write_bytes(damage(file.read_bytes()))
+    os.utime(file, ns=(stamp, stamp))
     for _ in range(2):
         assert samples_of(opened_remote(pattern, cache)) == expected
-        assert copy.read_bytes() == tar and files[1].stat().st_size == len(index)
-        assert server.asked()["s-03.tar"] == requests and server.asked()["s-00.tar"] == 1
+        assert copy.read_bytes() == whole and index.stat().st_size == sizes[1]
+        requests = server.asked()
+        assert requests["s-03.tar"] == 1 + (end == ".tar") and requests["s-00.tar"] == 1
 
 
 def test_the_least_recently_used_shard_is_removed(remote):
@@ -315,13 +295,17 @@ def test_shards_are_fetched_before_they_are_needed(remote, monkeypatch):
         same_batch(batches[step], picture_batches(source, (4, 4), 3, 2, order=order)[step])
 
 
-def test_a_cache_that_cannot_be_used_is_one_line(remote, tmp_path):
-    _, pattern, cache = remote
+@pytest.mark.parametrize("folder", ["{0}/file", "{0}/file/below", "/proc/cache"])
+def test_a_cache_that_cannot_be_used_is_one_line(remote, tmp_path, folder):
     write_files(tmp_path, {"file": b""})
-    for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/cache"):
-        with pytest.raises(ValueError, match="--cache-dir") as error:
-            opened_remote(pattern, folder)
-        assert str(folder) in one_line(error)
+    folder = folder.format(tmp_path)
+    with pytest.raises(ValueError, match=f"--cache-dir.*{folder}|{folder}.*--cache-dir") as error:
+        opened_remote(remote[1], folder)
+    one_line(error)
+
+
+def test_a_cache_that_is_too_small_is_one_line(remote):
+    _, pattern, cache = remote
     for size in ("", "20", "x", "20Q", "-5G", "0", "64K"):  # room for less than two
         with pytest.raises(ValueError, match="--cache-size") as error:
             opened_remote(pattern, cache, size)
@@ -349,47 +333,46 @@ def test_a_full_disk_is_one_line(remote):
 # --------------------------------------------------------------------------------------- addresses
 
 
-def test_shards_of_a_pipe(shards, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(remote_module, "PATIENCE", 0.2)
-    folder, pattern = shards
-    local = opened(pattern)
+@pytest.mark.parametrize(
+    "command", ["cat {}", "cat '{}' | cat", "echo '{a}' >&2; cat {} -", "dd if={}"]
+)
+def test_shards_of_a_pipe(shards, tmp_path, command):
+    local = opened(shards[1])
     pack_module.write_listing(local)
-    for command in ("cat {}", "cat '{}' | cat", "echo '{a}' >&2; cat {} -", "dd if={}"):
-        source = opened_remote("pipe:" + command.replace("{}", pattern), tmp_path / "cache")
-        assert samples_of(source) == samples_of(local) and source.identity == local.identity
-    failing = {
-        "cat {} && echo first >&2 && echo no bucket >&2 && exit 3": "exit status 3: no bucket",
-        "cat {} | head -c 9999": "cut after 9999 of",
-        "cat {} {}.index": "more than the",
-    }
-    for command, why in failing.items():
-        where = "pipe:" + command.replace("{}", f"{folder}/s-03.tar")
-        cache = remote_module.Cache(str(tmp_path / "other"), "1M", {where: 30720})
-        with pytest.raises(data.Unreachable, match=why) as error:
-            cache.path_of(where)
-        assert one_line(error).startswith(where)
-    assert not list((tmp_path / "other").glob("*.tar"))
+    source = opened_remote("pipe:" + command.replace("{}", shards[1]), tmp_path / "cache")
+    assert samples_of(source) == samples_of(local) and source.identity == local.identity
+
+
+@pytest.mark.parametrize(
+    "command, why",
+    [
+        ("cat {} && echo first >&2 && echo no bucket >&2 && exit 3", "exit status 3: no bucket"),
+        ("cat {} | head -c 9999", "cut after 9999 of"),
+        ("cat {} {}", "more than the"),
+    ],
+)
+def test_a_pipe_that_fails_is_one_line(shards, tmp_path, monkeypatch, command, why):
+    monkeypatch.setattr(remote_module, "PATIENCE", 0.2)
+    where = "pipe:" + command.replace("{}", f"{shards[0]}/s-03.tar")
+    cache = remote_module.Cache(str(tmp_path), "1M", {where: 30720})
+    with pytest.raises(data.Unreachable, match=why) as error:
+        cache.path_of(where)
+    assert one_line(error).startswith(where) and not list(tmp_path.glob("*.tar"))
 
 
 def test_remote_names_and_caches_may_be_odd(remote, shards, tmp_path):
     """Addresses are written as they are or, as browsers do, with %20 for a space."""
-    server, _, _ = remote
-    folder, pattern = shards
-    local, place = samples_of(opened(pattern)), server.folder / "a [v2], é?"
-    shutil.copytree(folder, place)
-    index = (place / "index.json").read_text()
+    server, local = remote[0], samples_of(opened(shards[1]))
+    place = shutil.copytree(shards[0], server.folder / "a [v2], é?")
+    listing = (place / "index.json").read_text()
+    (place / "index.json").write_text(re.sub(r"s-0(\d).tar", r"s[\1].tar", listing))
     for number in range(5):
         (place / f"s-{number:02}.tar").rename(place / f"s[{number}].tar")
-        index = index.replace(f"s-{number:02}.tar", f"s[{number}].tar")
-    (place / "index.json").write_text(index)
-    for number, where in enumerate(("a [v2], é%3F", "a%20[v2],%20%C3%A9%3F")):
+    addresses = [f"{server.url}/{name}" for name in ("a [v2], é%3F", "a%20[v2],%20%C3%A9%3F")]
+    for number, where in enumerate([*addresses, f"pipe:cat '{place}"]):
         for name in ODD_NAMES:
-            source = opened_remote(
-                f"{server.url}/{where}/s[{{0..4}}].tar", tmp_path / f"{name} {number}"
-            )
-            assert samples_of(source) == local
-    where = f"pipe:cat '{place}/s[{{0..4}}].tar'"
-    assert samples_of(opened_remote(where, tmp_path / "pipe")) == local
+            where_all = f"{where}/s[{{0..4}}].tar" + "'" * (number == 2)
+            assert samples_of(opened_remote(where_all, tmp_path / f"{name} {number}")) == local
 
 
 @pytest.mark.parametrize(
@@ -425,26 +408,22 @@ def test_wrong_remote_data_is_one_line_that_says_what_to_do(remote, where, expec
 # ------------------------------------------------------------------------------------- the loader
 
 
-def test_a_loader_that_stalls_says_what_it_waits_for(remote, monkeypatch, capsys):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_that_stalls_says_what_it_waits_for(remote, monkeypatch, capsys, workers):
     server, pattern, cache = remote
     monkeypatch.setattr(loader, "STALLED", 0.1)
     monkeypatch.setattr(remote_module, "TIMEOUT", 5)
-    source = opened_remote(pattern, cache)
+    batches = picture_batches(opened_remote(pattern, cache), (4, 4), 3, 12, process=0, processes=2)
     server.faults["s-03.tar"] = slow
-    batches = picture_batches(source, (4, 4), 3, 12, process=0, processes=2)
-    for workers in (0, 1):
-        made = list(loader.loader(batches, range(2), workers))
-        assert [batch["bad"] for batch in made] == [[], []]
-        printed = capsys.readouterr().err.splitlines()
-        shutil.rmtree(cache)
-        cache.mkdir()
-        assert len(printed) >= 2
-        for line in printed:
-            assert re.match(r"no batch for \d+ s: process 0, step [12]: http.*/s-03.tar", line)
-    for source in (toy.Toy("train", (8, 8)), opened_remote(pattern, cache)):
-        item = picture_batches(source, (8, 8), 3, 4).about(1)
-        assert item.startswith("process 0, step 2: ")
-    list(loader.loader(picture_batches(toy.Toy("train", (8, 8)), (8, 8), 3, 2), range(3), 0))
+    made = list(loader.loader(batches, range(2), workers))
+    assert [batch["bad"] for batch in made] == [[], []]
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) >= 2
+    for line in printed:
+        assert re.match(r"no batch for \d+ s: process 0, step [12]: http.*/s-03.tar", line)
+    toys = picture_batches(toy.Toy("train", (8, 8)), (8, 8), 3, 2)
+    assert toys.about(1).startswith("process 0, step 2: ")
+    list(loader.loader(toys, range(3), workers))
     assert capsys.readouterr().err == ""
 
 
