@@ -1,4 +1,4 @@
-"""What several test files share: small pictures, a folder of them, and runs of stage 1."""
+"""What several test files share: small pictures, sources and shards, and runs of the stages."""
 
 import os
 
@@ -9,7 +9,6 @@ import contextlib
 import errno
 import gc
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -24,18 +23,14 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
-import urllib.parse
 import zlib
 from collections import Counter
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 if not torch.cuda.is_available():
@@ -44,11 +39,8 @@ if not torch.cuda.is_available():
 import data
 import evaluate
 import mae_pretrain
-import weak_pretrain
 from model import ViT, initialize, save_weights
 from support import pack as pack_module
-from tasks import video
-from tasks.augment import augmented
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,24 +76,24 @@ def check_that_the_limit_is_the_runs(run, folder):
 
     run(*flags): a finished process of a stage with large_pictures' flags and these.
     """
-    ran = run("--out", folder / "run")
-    assert ran.returncode == 0 and read_metrics(folder / "run")[-1]["bad"] == 0, ran.stderr
-    assert " --max-pixels 90000" in ran.stdout.split("next: ")[1]
+
+    def printed(out, *flags, status=0):
+        ran = run(*flags, "--out", folder / out)
+        assert ran.returncode == status, ran.stderr
+        return ran.stderr if status else ran.stdout
+
+    assert " --max-pixels 90000" in printed("run").split("next: ")[1]
+    assert read_metrics(folder / "run")[-1]["bad"] == 0
     usual = ["--max-pixels", 89_478_485]  # the default
     for flags, shown in ((["--max-pixels", 89_999], 89_999), (usual, None)):
-        ran = run(*flags, "--out", folder / "run")
-        assert ran.returncode == 2 and f"(max_pixels was 90000, is {shown})" in ran.stderr
-    usual += ["--out", folder / "usual"]
-    ran = run(*usual)
-    assert ran.returncode == 0 and "--max-pixels" not in ran.stdout.split("next: ")[1], ran.stderr
+        assert f"(max_pixels was 90000, is {shown})" in printed("run", *flags, status=2)
+    assert "--max-pixels" not in printed("usual", *usual).split("next: ")[1]
     (path,) = (folder / "usual").glob("checkpoints/*/state.json")
     record = json.loads(path.read_text())
     assert record["identity"].pop("max_pixels") is None  # what older checkpoints do not have
     path.write_text(json.dumps(record))
-    ran = run(*usual)
-    assert ran.returncode == 0 and "going on from" in ran.stdout, ran.stderr
-    ran = run("--out", folder / "usual")
-    assert ran.returncode == 2 and "(max_pixels was None, is 90000)" in ran.stderr
+    assert "going on from" in printed("usual", *usual)
+    assert "(max_pixels was None, is 90000)" in printed("usual", status=2)
 
 
 # 120 pictures of two classes, made when the tests begin.
@@ -129,16 +121,6 @@ TINY = [
     *("--image-size", "16", "--patch-size", "4", "--batch-size", "8", "--lr", "1e-3"),
     *("--steps", "12", "--save-every", "4", "--log-every", "1", "--workers", "1"),
 ]
-
-
-def command(*arguments, processes=None, program="mae_pretrain.py"):
-    """The command line of a stage, under torchrun if a number of processes is given."""
-    if processes is None:
-        return [sys.executable, program, *map(str, arguments)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    # Each test has a port of its own choosing: two test runs on a machine must not meet.
-    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    return [*launcher, program, *map(str, arguments)]
 
 
 # Importing torch takes seconds, a run of these tests less than one. So a server imports it once,
@@ -356,44 +338,24 @@ def epoch_counts(order, epoch):
     return Counter(stream(order, epoch * order.length, (epoch + 1) * order.length))
 
 
-def make_row(sample, key, num_patches=0, vocabulary=None, augment=None, **how):
-    """The row of a labelled picture or, with clips, of a video. num_patches, vocabulary: with ids
-    as stage 1's, with hashtags as stage 2's."""
-    shape = {name: how[name] for name in ("size", "channels")}
-    made = partial(video.make_clips if "clips" in how else evaluate.labelled, **how)
-    row = augmented(sample, key, made, augment) if augment else made(sample, key)
-    if num_patches:
-        row["ids"] = mae_pretrain.make_sample(None, key, **shape, num_patches=num_patches)["ids"]
-    if vocabulary:
-        tagged = sample and sample | {"image": lambda: Image.new("RGB", (8, 8))}
-        tagged = weak_pretrain.make_sample(tagged, key, **shape, vocabulary=vocabulary)
-        row |= {name: tagged[name] for name in ("tags", "weight")}
-    return row
-
-
-def picture_batches(source, size, channels, batch_size, *dealt, **options):
-    """data.Batches with make_row. With an order: random crops."""
-    data.check_channels(channels)
-    of_row = ("num_patches", "vocabulary", "augment", "clips", "centre", "min_crop")
-    how = {name: options.pop(name) for name in of_row if name in options}
-    how["min_crop"] = how.get("min_crop", 0.2) if options.get("order") else None
-    make = partial(make_row, size=size, channels=channels, **how)
-    return data.Batches(source, make, batch_size, *dealt, **options)
-
-
-BATCH = {"size": (8, 12), "channels": 3, "batch_size": 12, "seed": 4, "num_patches": 6}
+def picture_batches(source, size, channels, batch_size, order=None, **options):
+    """data.Batches of labelled pictures: random crops in an order, else centre crops."""
+    min_crop = None if order is None else 0.2
+    make = partial(evaluate.labelled, size=size, channels=channels, min_crop=min_crop)
+    return data.Batches(source, make, batch_size, order=order, **options)
 
 
 SIZES = [5, 0, 9, 4, 1, 13, 7, 11]  # 50 samples: six steps of 12 run over an epoch border
-
-
 STEPS = range(6)
 
 
 def training_batches(process=0, processes=1, source=None):
+    """data.Batches of stage 1: 12 pictures of 8 x 12 pixels, 6 patches."""
     source = source or Memory(SIZES)
+    shape = {"size": (8, 12), "channels": 3, "num_patches": 6, "min_crop": 0.2}
+    make = partial(mae_pretrain.make_sample, **shape)
     order = data.Order(source.sizes, seed=4, lanes=6)
-    return picture_batches(source, order=order, process=process, processes=processes, **BATCH)
+    return data.Batches(source, make, 12, process, processes, order=order, seed=4)
 
 
 # What a camera stored so that turning it as its tag says gives `upright` (EXIF 2.3, tag 274).
@@ -477,77 +439,9 @@ def captioned(path, samples):
     return write_tar(path, members)
 
 
-class Server(ThreadingHTTPServer):
-    """A web server of a folder, for one test, which misbehaves as `faults` say.
-
-    faults    {name: function(handler, content) -> whether it has answered}, tried at each request
-    requests  [(name, Range header or None)]
-    """
-
-    daemon_threads = True
-
-    def __init__(self, folder):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.faults, self.requests = folder, {}, []
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    def asked(self):
-        return Counter(name for name, _ in self.requests)
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        name, wanted = urllib.parse.unquote(self.path[1:]), self.headers["Range"]
-        self.server.requests.append((name, wanted))
-        path = Path(self.server.folder, name)
-        content = path.read_bytes() if path.is_file() else None
-        if name in self.server.faults and self.server.faults[name](self, content):
-            return
-        if content is None:
-            return self.send_error(404)
-        if wanted:
-            return self.give(content, int(wanted[6:-1]))
-        self.give(content)
-
-    def give(self, content, start=None, length=None, cut=None):
-        """From `start` on as a range; with a Content-Length of `length`; cut after `cut` bytes."""
-        self.send_response(200 if start is None else 206)
-        if start is not None:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-            content = content[start:]
-        if length != "none":
-            self.send_header("Content-Length", length or len(content))
-        self.end_headers()
-        with contextlib.suppress(ConnectionError):
-            self.wfile.write(content[:cut])
-        self.close_connection = True
-        return True
-
-    def log_message(self, *_):
-        pass
-
-
-def times(count, fault):
-    """A fault that comes `count` times."""
-    left = [count]
-
-    def fails(handler, content):
-        left[0] -= 1
-        return left[0] >= 0 and fault(handler, content)
-
-    return fails
-
-
 SMALL = {"size": "32x3x4", "image_size": (16, 24), "patch_size": 8}  # 2 x 3 patches
-
-
 SMALL_MAE = {**SMALL, "decoder": (16, 2, 2), "mask_ratio": 0.5}
-
-
 TINY_TEXT = {"size": "16x2x2", "vocabulary": 30}
-
-
 CPU = torch.device("cpu")
 
 
@@ -569,99 +463,6 @@ def random_ids(model, count=3, seed=1):
 
 def equal_states(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def reference_norm(x, weights, name):
-    mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
-    x = (x - mean) / torch.sqrt(variance + 1e-6)
-    return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-
-def reference_linear(x, weights, name):
-    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-
-def reference_attention(x, weights, name, heads):
-    """The branch and its attention (B, heads, N, N), one head after the other."""
-    width = x.shape[-1]
-    size = width // heads
-    qkv = reference_linear(x, weights, f"{name}.qkv")
-    outputs, maps = [], []
-    for head in range(heads):
-        start = head * size
-        q, k, v = (qkv[..., i * width + start : i * width + start + size] for i in range(3))
-        scores = torch.exp(q @ k.transpose(1, 2) / math.sqrt(size))
-        maps.append(scores / scores.sum(-1, keepdim=True))
-        outputs.append(maps[-1] @ v)
-    return reference_linear(torch.cat(outputs, -1), weights, f"{name}.proj"), torch.stack(maps, 1)
-
-
-def reference_mlp(x, weights, name):
-    x = reference_linear(x, weights, f"{name}.fc1")
-    x = 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
-    return reference_linear(x, weights, f"{name}.fc2")
-
-
-def reference_blocks(x, weights, name, heads, gates=None):
-    """All blocks of a prefix; gates (B, L, 2) scale the branches. Returns x and the last map."""
-    for layer in range(len({n.split(".")[1] for n in weights if n.startswith(f"{name}.")})):
-        block = f"{name}.{layer}"
-        gate = (1, 1) if gates is None else gates[:, layer].T[..., None, None]
-        branch, attention = reference_attention(
-            reference_norm(x, weights, f"{block}.norm1"), weights, f"{block}.attn", heads
-        )
-        x = x + gate[0] * branch
-        branch = reference_mlp(
-            reference_norm(x, weights, f"{block}.norm2"), weights, f"{block}.mlp"
-        )
-        x = x + gate[1] * branch
-    return x, attention
-
-
-def reference_embedding(weights, images):
-    """Patches as tokens with their positions, (B, N, D), from a real convolution."""
-    weight = weights["patch_embed.proj.weight"]
-    x = F.conv2d(images, weight, weights["patch_embed.proj.bias"], stride=weight.shape[-1])
-    return x.flatten(2).transpose(1, 2) + weights["pos_embed"][:, 1:]
-
-
-def with_class_token(weights, x):
-    first = weights["cls_token"] + weights["pos_embed"][:, :1]
-    return torch.cat([first.repeat(len(x), 1, 1), x], 1)
-
-
-def reference_patches(images, patch):
-    """(B, N, P*P*C) by cutting out one patch after the other."""
-    _, _, height, width = images.shape
-    corners = itertools.product(range(0, height, patch), range(0, width, patch))
-    cut = [images[:, :, y : y + patch, x : x + patch] for y, x in corners]
-    return torch.stack([piece.permute(0, 2, 3, 1).flatten(1) for piece in cut], 1)
-
-
-def normalized(patches):
-    mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True, unbiased=True)
-    return (patches - mean) / torch.sqrt(variance + 1e-6)
-
-
-def public_mae(weights, images, ids, visible, heads, decoder_heads, normalize_targets):
-    """Losses (B,) as in facebookresearch/mae: un-shuffled decoder, all tokens, times the mask."""
-    restore = ids.argsort(1)
-    hidden = (restore >= visible).to(images.dtype)  # (B, N), 1 is hidden
-
-    def pick(x, order):
-        return torch.stack([sample[row] for sample, row in zip(x, order)])
-
-    x = with_class_token(weights, pick(reference_embedding(weights, images), ids[:, :visible]))
-    x = reference_norm(reference_blocks(x, weights, "blocks", heads)[0], weights, "norm")
-    x = reference_linear(x, weights, "decoder_embed")
-    masks = weights["mask_token"].repeat(len(x), ids.shape[1] - visible, 1)
-    unshuffled = pick(torch.cat([x[:, 1:], masks], 1), restore)
-    x = torch.cat([x[:, :1], unshuffled], 1) + weights["decoder_pos_embed"]
-    x = reference_blocks(x, weights, "decoder_blocks", decoder_heads)[0]
-    x = reference_linear(reference_norm(x, weights, "decoder_norm"), weights, "decoder_pred")[:, 1:]
-    targets = reference_patches(images, weights["patch_embed.proj.weight"].shape[-1])
-    targets = normalized(targets) if normalize_targets else targets
-    return ((x - targets).square().mean(-1) * hidden).sum(1) / hidden.sum(1)
 
 
 def section(line, title):
@@ -728,26 +529,8 @@ class Trap:
         return os.system, (f'mkdir "{self.directory}"',)
 
 
-def train(run, first, last):
-    """Steps first .. last - 1; the data and the learning rate are functions of the step."""
-    model, optimizer = run
-    for step in range(first, last):
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2 / (1 + step)
-        optimizer.zero_grad()
-        model(
-            random_images(model, 4, 100 + step), random_ids(model, 4, 200 + step)
-        ).mean().backward()
-        optimizer.step()
-    return run
-
-
 def steps_in(folder):
     return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-1])
 
 
 @pytest.fixture

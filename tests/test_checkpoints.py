@@ -13,13 +13,39 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import Trap, cut, equal_states, full_disk, one_line, stage, steps_in, train
+from conftest import (
+    Trap,
+    equal_states,
+    full_disk,
+    one_line,
+    random_ids,
+    random_images,
+    stage,
+    steps_in,
+)
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from model import MAE, initialize, parameter_groups
 from support import launch
 from support.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+
+
+def train(run, first, last):
+    """Steps first .. last - 1; the data and the learning rate are functions of the step."""
+    model, optimizer = run
+    for step in range(first, last):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (1 + step)
+        optimizer.zero_grad()
+        images, ids = random_images(model, 4, 100 + step), random_ids(model, 4, 200 + step)
+        model(images, ids).mean().backward()
+        optimizer.step()
+    return run
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
 
 
 def new_run(seed=0):

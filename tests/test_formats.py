@@ -27,11 +27,11 @@ from conftest import (
     on_meta,
     one_line,
     picture,
-    public_mae,
     random_ids,
     random_images,
     section,
 )
+from reference import public_mae
 from torch import nn
 
 import evaluate

@@ -3,10 +3,12 @@
 import json
 import math
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 from conftest import (
+    Memory,
     captioned,
     epoch_counts,
     full_disk,
@@ -15,6 +17,7 @@ from conftest import (
     opened,
     picture_batches,
     run_main,
+    stream,
     tile,
     write_tar,
 )
@@ -23,6 +26,7 @@ import data
 from support import hashtags
 from support import pack as pack_module
 from support import shards as shards_module
+from weak_pretrain import make_sample
 
 MARKS = "\u0928\u092e\u0938\u094d\u0924\u0947"  # letters with combining marks
 
@@ -131,7 +135,8 @@ def test_hashtags_are_those_of_the_first_file_that_has_any(tmp_path, capsys):
         assert f"unreadable hashtags: {len(names)}" in printed.out
         lines = [line for line in printed.err.splitlines() if "unreadable" in line]
         assert [line.split(": ")[1][-5:] for line in lines] == names
-        batch = picture_batches(source, (4, 4), 3, len(HASHTAGS_OF), vocabulary=vocabulary)[0]
+        shape = {"size": (4, 4), "channels": 3, "vocabulary": vocabulary}
+        batch = data.Batches(source, partial(make_sample, **shape), len(HASHTAGS_OF))[0]
         ids = [sorted(vocabulary.numbers[tag] for tag in tags or ()) for _, tags in HASHTAGS_OF]
         assert [[i for i in row if i >= 0] for row in batch["tags"].tolist()] == ids
         assert batch["weight"].tolist() == [float(bool(tags)) for _, tags in HASHTAGS_OF]
@@ -287,3 +292,112 @@ def test_hashtags_on_the_command_line(tagged, tmp_path, monkeypatch, capsys):
         assert run_main(monkeypatch, "hashtags", tagged, "--out", tmp_path / "new", *flags) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not (tmp_path / "new" / "vocabulary.json").exists()
+
+
+# ----------------------------------------------------------------------------- order by weights
+
+
+class Weights:
+    """Sampling weights, a list for each shard, as Order wants them; remembers what it asked for."""
+
+    def __init__(self, shards):
+        self.shards = [np.round(np.array(w) * hashtags.WEIGHT).astype(np.int64) for w in shards]
+        self.weights, self.asked = np.concatenate(self.shards), set()
+
+    def __call__(self, first, stop):
+        self.asked.add((first, stop))
+        return self.weights[first:stop]
+
+    def order(self, **options):
+        sizes, totals = [len(w) for w in self.shards], [w.sum() for w in self.shards]
+        return hashtags.WeightedOrder(
+            sizes, totals=totals, weights=self, **{"largest": hashtags.WEIGHT} | options
+        )
+
+    def items(self):
+        """(sample, weight as a number) of every sample."""
+        return enumerate((self.weights / hashtags.WEIGHT).tolist())
+
+
+WEIGHTS = {
+    "whole": [[1, 0, 3], [], [2] * 50, [0, 0], [7], list(range(6)) * 4],
+    "12 in all": [[0.25, 1.5, 0.5], [0, 2.125, 0.125], [3.75, 0.75], [1, 2]],
+    "5.6 in all": [[0.5, 1, 0.7], [0.3, 2], [1.1]],
+    "25.5 in all, equal": [[0.25] * 40, [0.25] * 62],
+    "41.85 in all": [[0.1, 0.9, 0.45, 1.3, 0.7, 0.2, 1.0] * n for n in (6, 3)],
+}
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 5, 48])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_sample_is_drawn_as_often_as_its_weight_says(name, lanes):
+    """A weight is rounded down or up, by a coin: 5 standard deviations of its mean. An epoch has
+    the sum rounded down. What that leaves over is missing anywhere, one draw in all at most."""
+    weights, total = Weights(WEIGHTS[name]), Counter()
+    order, sum_of_weights = weights.order(seed=5, lanes=lanes), sum(w for _, w in weights.items())
+    left_over = sum_of_weights % 1
+    assert order.length == math.floor(sum_of_weights)
+    epochs = 16_000 // order.length
+    for epoch in range(epochs):
+        counts = epoch_counts(order, epoch)
+        short = [max(0, math.floor(weight) - counts[s]) for s, weight in weights.items()]
+        assert sum(short) <= math.ceil(left_over)
+        assert all(counts[sample] <= math.ceil(weight) for sample, weight in weights.items())
+        total += counts
+    for sample, weight in weights.items():
+        fraction = 0.5 if left_over else weight % 1
+        limit = 5 * math.sqrt(fraction * (1 - fraction) / epochs)
+        assert abs(total[sample] / epochs - weight * order.length / sum_of_weights) <= limit
+
+
+def test_a_weight_of_zero_is_never_drawn_even_where_a_point_falls_on_its_edge():
+    """65,536 pairs of weights 0 and 1 / 65,536: every point lies on the edge of a pair."""
+    totals = np.ones(hashtags.WEIGHT, dtype=np.int64)
+    order = hashtags.WeightedOrder(
+        totals * 2, seed=1, totals=totals, weights=lambda *_: np.array([0, 1]), largest=1
+    )
+    assert order.length == 1
+    drawn = stream(order, 0, 5)
+    assert all(sample % 2 for sample in drawn) and len(set(drawn)) == 5
+
+
+def test_a_weighted_stream_is_a_pure_function_of_the_position():
+    random = np.random.default_rng(0)
+    weights = Weights([random.uniform(0, 2, size).tolist() for size in (17, 0, 40, 151, 3, 96, 8)])
+    whole = weights.order(seed=4, lanes=12)
+    count = 2 * whole.length + 31  # over two epoch borders
+    expected = stream(whole, 0, count)
+    for processes in (2, 3, 4):
+        for process in range(processes):
+            order = weights.order(seed=4, lanes=12)
+            mine = [p for p in reversed(range(count)) if p // 2 % processes == process]
+            assert [order(position) for position in mine] == [expected[p] for p in mine]
+
+
+def test_no_weight_is_an_error():
+    with pytest.raises(ValueError, match="no samples"):
+        Weights([[0, 0], [0.5]]).order()
+
+
+@pytest.mark.parametrize("processes", [2, 4, 6])
+def test_weights_are_asked_only_for_the_shards_of_a_processs_lanes(processes):
+    asked = []
+    for process in range(processes):
+        weights = Weights([[0.5, 1.5] * 10] * 48)
+        order = weights.order(lanes=48)
+        assert not weights.asked  # the totals are enough to begin
+        for position in range(order.length):
+            if position // 2 % processes == process:
+                order(position)
+        asked.append(weights.asked)
+    assert [len(shards) for shards in asked] == [48 // processes] * processes
+    assert set().union(*asked) == {(first, first + 20) for first in range(0, 48 * 20, 20)}
+
+
+def test_an_unreadable_sample_with_a_weight_comes_as_often_as_the_weight_says():
+    order = Weights([[2.5, *[1] * 59]]).order(largest=5 * hashtags.WEIGHT // 2)
+    assert order.length == 61 and epoch_counts(order, 0)[0] in (2, 3)
+    batches = picture_batches(Memory([60]), (8, 8), 3, 8, order=order)
+    for drawn, most in ((5, 3), (100 * 61, 3 * 101)):
+        assert not batches.over_max_bad(most, drawn, 0)
+        assert batches.over_max_bad(most + 1, drawn, 0)

@@ -16,7 +16,6 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from conftest import (
-    BATCH,
     SIZES,
     STEPS,
     TINY_TEXT,
@@ -321,7 +320,7 @@ def text_of(row):
 
 
 def captioned_batches(process=0, processes=1, source=None, pictures=True, context=77):
-    shape = {"size": BATCH["size"], "channels": 3, "min_crop": 0.2} if pictures else {}
+    shape = {"size": (8, 12), "channels": 3, "min_crop": 0.2} if pictures else {}
     make = partial(lit.make_pair, tokenizer=lit.open_tokenizer(None), context=context, **shape)
     order = data.Order(SIZES, seed=4, lanes=6)
     source = source or Captioned(SIZES)

@@ -23,17 +23,19 @@ from conftest import (
     SMALL_MAE,
     TINY_TEXT,
     equal_states,
-    normalized,
     on_meta,
     one_line,
-    public_mae,
     random_ids,
     random_images,
+    stage,
+)
+from reference import (
+    normalized,
+    public_mae,
     reference_blocks,
     reference_embedding,
     reference_norm,
     reference_patches,
-    stage,
     with_class_token,
 )
 from torch._dynamo.testing import CompileCounter

@@ -16,10 +16,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SERVER, TINY, command, read_metrics, run_program, stage
+from conftest import ROOT, SERVER, TINY, read_metrics, run_program, stage
 
 import model as models
 from support import checkpoints
+
+
+def command(*arguments, processes=None, program="mae_pretrain.py"):
+    """The command line of a stage, under torchrun if a number of processes is given."""
+    if processes is None:
+        return [sys.executable, program, *map(str, arguments)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    # Each test has a port of its own choosing: two test runs on a machine must not meet.
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return [*launcher, program, *map(str, arguments)]
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,15 @@ ROWS = [
     ("evaluate.py", "--data {root}/empty", "no pictures"),
     ("evaluate.py", "--data {root}/*.tgz", "no shard matches"),
     ("evaluate.py", "--data {root}/text.pt", "not a folder"),
+    ("evaluate.py", "--data=", "does not exist"),
+    ("evaluate.py", "--data {root}/missing.tar", "there is no shard"),
+    ("evaluate.py", "--data {root}/text.tar", "text.tar is no tar"),
+    ("evaluate.py", "--data {root}/nothing.tar", "nothing.tar is no tar"),
+    ("evaluate.py", "--data {root}/{pets,bare,moon}.tar", "moon.tar"),
+    ("evaluate.py", "--data {root}/a-{000..003}.tar", "a-000.tar"),
+    ("evaluate.py", "--data {root}/a-{3..1}.tar", "a-{3..1}.tar"),
+    ("evaluate.py", "--data {root}/tars/a.tar", "the shards hold no pictures"),
+    ("evaluate.py", "--data {root}/tars", "of its shards, give {root}/tars/*.tar"),
     ("evaluate.py", "--data {root}/pets/train --val-data {root}/no", "does not exist"),
     ("evaluate.py", "--val-data toy", "other classes"),
     ("evaluate.py", "--data {root}/pets.tar --val-data {root}/pets/val", "cannot be matched"),
@@ -193,6 +202,7 @@ def places(tmp_path_factory):
     files |= {"nine": [[1], [9]], "word": [[1], ["red"]]}
     write_files(root, {f"{name}.json": json.dumps(files[name]).encode() for name in files})
     write_files(root, {"text.pt": b"this is not a checkpoint", "foreign/config.json": b"{}"})
+    write_files(root, {"text.tar": b"no tar " * 500, "tars/a.tar": bytes(1024)})
     text = {**TINY_TEXT, "vocabulary": 260, "context": 9}
     models = {
         "encoder": ViT(**SHAPE),
@@ -222,7 +232,8 @@ def test_what_is_wrong_is_said_in_one_line(program, flags, words, places, capsys
         PROGRAMS[program](argv)
     printed = capsys.readouterr()
     (line,) = printed.err.splitlines()
-    assert stopped.value.code == 2 and line.startswith(f"{program}: ") and words in line
+    assert stopped.value.code == 2 and line.startswith(f"{program}: ")
+    assert words.replace("{root}", str(places)) in line
     assert '"task"' not in printed.out and contents(places) == before
 
 

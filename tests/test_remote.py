@@ -10,6 +10,9 @@ import shutil
 import signal
 import threading
 import time
+import urllib.parse
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +20,15 @@ import pytest
 import torch
 from conftest import (
     ODD_NAMES,
-    Server,
+    PICTURES,
+    TINY,
     everything,
     one_line,
     opened,
     picture_batches,
+    read_metrics,
     same_batch,
-    times,
+    stage,
     training_batches,
     write_files,
 )
@@ -35,6 +40,71 @@ from support import remote as remote_module
 from support import shards as shards_module
 
 FORK = multiprocessing.get_context("fork")
+
+
+# -------------------------------------------------------------------------- a server that misbehaves
+
+
+class Server(ThreadingHTTPServer):
+    """A web server of a folder, for one test, which misbehaves as `faults` say.
+
+    faults    {name: function(handler, content) -> whether it has answered}, tried at each request
+    requests  [(name, Range header or None)]
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.faults, self.requests = folder, {}, []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def asked(self):
+        return Counter(name for name, _ in self.requests)
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        name, wanted = urllib.parse.unquote(self.path[1:]), self.headers["Range"]
+        self.server.requests.append((name, wanted))
+        path = Path(self.server.folder, name)
+        content = path.read_bytes() if path.is_file() else None
+        if name in self.server.faults and self.server.faults[name](self, content):
+            return
+        if content is None:
+            return self.send_error(404)
+        if wanted:
+            return self.give(content, int(wanted[6:-1]))
+        self.give(content)
+
+    def give(self, content, start=None, length=None, cut=None):
+        """From `start` on as a range; with a Content-Length of `length`; cut after `cut` bytes."""
+        self.send_response(200 if start is None else 206)
+        if start is not None:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            content = content[start:]
+        if length != "none":
+            self.send_header("Content-Length", length or len(content))
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(content[:cut])
+        self.close_connection = True
+        return True
+
+    def log_message(self, *_):
+        pass
+
+
+def times(count, fault):
+    """A fault that comes `count` times."""
+    left = [count]
+
+    def fails(handler, content):
+        left[0] -= 1
+        return left[0] >= 0 and fault(handler, content)
+
+    return fails
 
 
 @pytest.fixture
@@ -59,9 +129,6 @@ def opened_remote(pattern, cache, size="1M"):
 def samples_of(source):
     """everything() without the places: the same wherever the shards are."""
     return [(name[-5:], label, pixels) for name, label, pixels in everything(source)]
-
-
-# -------------------------------------------------------------------------- a server that misbehaves
 
 
 def give(**how):
@@ -443,3 +510,30 @@ def test_ctrl_c_does_not_wait_for_workers_that_wait(remote, monkeypatch):
     assert time.monotonic() - began < 5  # PyTorch gives each of the two 5 s
     signal.signal(signal.SIGINT, before)
     done.set()
+
+
+# --------------------------------------------------------------------------------------- a stage
+
+
+def test_a_stage_runs_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pack_module.pack(str(PICTURES / "a"), "shards/%02d.tar", shard_size=8)
+    server = Server(tmp_path / "shards")
+    run = [*TINY[2:], "--lanes", "4", "--cache-dir", tmp_path / "cache", "--steps", "4"]
+
+    def metrics(where, out, *more, **options):
+        ran = stage(*run, "--data", where, "--out", tmp_path / out, *more, **options)
+        return ran, read_metrics(tmp_path / out) if ran.returncode == 0 else ran.stderr
+
+    _, local = metrics(tmp_path / "shards" / "{00..07}.tar", "local")
+    ran, web = metrics(f"{server.url}/{{00..07}}.tar", "web", processes=2)
+    assert web == [pytest.approx(line, rel=1e-5) for line in local], ran.stderr
+    assert ran.stdout.count(f"cache {tmp_path / 'cache'}, at most 20 GB") == 1
+    assert max(server.asked().values()) == 2  # index.json, by both
+    server.faults["03.tar"] = fail(404)
+    shutil.rmtree(tmp_path / "cache")
+    ran, lines = metrics(f"{server.url}/{{00..07}}.tar", "missing", "--max-bad", "1")
+    assert lines[-1]["bad"] > 0 and "03.tar: sample" in ran.stderr, ran.stderr
+    ran, said = metrics(f"{server.url}/{{00..07}}.tar", "small", "--cache-size", "1K")
+    assert ran.returncode == 2 and len(said.splitlines()) == 1 and "--cache-size" in said
+    server.shutdown()

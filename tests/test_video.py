@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from support import pack, shards
 from support.labels import VIDEOS, all_labels, read_labels
 from tasks import augment
 from tasks import video as video_module
+from tasks.augment import augmented
 from tasks.video import (
     TOY_MOTIONS,
     Clips,
@@ -44,6 +46,7 @@ from tasks.video import (
     VideoClassifier,
     VideoFolder,
     decode,
+    make_clips,
     open_video,
     over_views,
     read_video_labels,
@@ -208,20 +211,29 @@ class Source(data.Source):
     where = name
 
 
+def clip_batches(
+    source, size, channels, batch_size, clips, order=None, augment=None, min_crop=None
+):
+    shape = {"size": size, "channels": channels, "min_crop": min_crop}
+    make = partial(make_clips, clips=clips, **shape)
+    if augment:
+        make = partial(augmented, made=make, change=augment)
+    return data.Batches(source, make, batch_size, order=order)
+
+
 def test_all_frames_of_a_clip_are_cropped_flipped_and_augmented_alike():
     source, order = Source(*[[picture(i, 40, 60)] * 6 for i in range(8)]), data.Order([1] * 8)
     how = {"order": order, "min_crop": 0.2, "clips": Clips(4, stride=1)}
     changed = lambda *key: augment.augment(*key, magnitude=7, erasing=0.9, operations=4)
     for change in (None, changed):
-        images = picture_batches(source, (16, 16), 3, 8, augment=change, **how)[0]["images"]
+        images = clip_batches(source, (16, 16), 3, 8, augment=change, **how)[0]["images"]
         assert images.shape == (8, 3, 4, 16, 16)
         assert (images == images[:, :, :1]).all()  # equal frames stay equal
         assert (images[0] != images[1]).any()
     # And pictures are cropped like clips with the same draws.
-    frames = picture_batches(source, (16, 16), 3, 8, **how)[0]["images"][:, :, 0]
+    frames = clip_batches(source, (16, 16), 3, 8, **how)[0]["images"][:, :, 0]
     source.read = lambda number: {"image": lambda: source.videos[number][0], "class": 0}
-    how.pop("clips")
-    assert (picture_batches(source, (16, 16), 3, 8, **how)[0]["images"] == frames).all()
+    assert (picture_batches(source, (16, 16), 3, 8, order)[0]["images"] == frames).all()
 
 
 def test_flips_only_where_classes_have_no_direction():
@@ -230,7 +242,7 @@ def test_flips_only_where_classes_have_no_direction():
     for flip in (True, False):
         how = {"order": data.Order([1]), "min_crop": 1.0}
         clips = Clips(2, stride=1, flip=flip)
-        batches = picture_batches(Source([ramp]), (16, 16), 1, 64, clips=clips, **how)
+        batches = clip_batches(Source([ramp]), (16, 16), 1, 64, clips=clips, **how)
         images = batches[0]["images"]
         flipped.append((images[..., 0] > images[..., -1]).float().mean())
     assert 0.3 < flipped[0] < 0.7 and flipped[1] == 0
@@ -241,7 +253,7 @@ def test_three_crops_along_the_longer_side(upright):
     pixels = np.tile(np.arange(20, dtype=np.uint8), (8, 1))
     pixels = pixels.T.copy() if upright else pixels
     clips = Clips(2, stride=1, clips=2, crops=3)
-    batches = picture_batches(Source([Image.fromarray(pixels)] * 3), (8, 8), 1, 2, clips=clips)
+    batches = clip_batches(Source([Image.fromarray(pixels)] * 3), (8, 8), 1, 2, clips=clips)
     images = batches[0]["images"][0, 0].unflatten(0, (2, 3, 2))  # clips, crops, frames
     for crop, start in enumerate((0, 6, 12)):
         part = pixels[start : start + 8] if upright else pixels[:, start : start + 8]
@@ -705,7 +717,7 @@ def test_a_film_that_is_cut_in_its_first_half_is_named_and_weighs_nothing(film, 
         Path(path).write_bytes(content[: int(share * len(content))])
         video_module.probe.cache_clear()
         source = VideoFolder(os.path.dirname(path))
-        batch = picture_batches(source, (8, 8), 3, 1, clips=Clips(2, span=1))[0]
+        batch = clip_batches(source, (8, 8), 3, 1, clips=Clips(2, span=1))[0]
         assert batch["weight"].tolist() == [good] and len(batch["bad"]) == 1 - good
         assert good or f"{path}: ValueError: it is cut" in batch["bad"][0]
 
@@ -735,7 +747,7 @@ def test_a_damaged_film_is_named_and_weighs_nothing(film, tmp_path):
     (folder / "list.mkv").write_text("ffconcat version 1.0\nfile good.mkv\nduration 2\n")
     (folder / "more.mkv").touch()
     source = VideoFolder(str(folder))
-    batch = picture_batches(source, (8, 8), 3, 6, clips=Clips(2, span=1))[0]
+    batch = clip_batches(source, (8, 8), 3, 6, clips=Clips(2, span=1))[0]
     readable = [source.name(int(n)) for n in batch["samples"][batch["weight"] > 0]]
     assert readable == [good] and len(batch["bad"]) == 5
     assert any("list.mkv: ValueError: ffmpeg finds no video" in line for line in batch["bad"])
@@ -777,7 +789,7 @@ def test_the_motion_is_what_the_class_says():
 
 
 def test_a_linear_probe_of_single_frames_stays_at_chance():
-    batches = picture_batches(ToyMotion("train", (24, 24)), (24, 24), 3, 900, clips=Clips(1))
+    batches = clip_batches(ToyMotion("train", (24, 24)), (24, 24), 3, 900, clips=Clips(1))
     batch = batches[0]
     frames, labels = batch["images"].double().mean(dim=(1, 2)).flatten(1), batch["labels"]  # grey
     scaled = evaluate.standardize(frames[:600], frames[600:])
@@ -862,7 +874,7 @@ def test_evaluation_is_the_mean_over_all_views_in_any_batch(run, videos):
     model, _ = evaluate.load_model(out / "model.pt", "video", "cpu")
     source = data.open_sources(str(videos), videos=True)[1]
     clips = Clips(4, stride=2, clips=2, crops=3)
-    batch = picture_batches(source, (16, 16), 3, 4, clips=clips)[0]
+    batch = clip_batches(source, (16, 16), 3, 4, clips=clips)[0]
     views = data.normalize(batch["images"]).unflatten(2, (6, 4)).unbind(dim=2)
     with torch.no_grad():
         mean = torch.stack([model(view).softmax(dim=1) for view in views]).mean(dim=0)
