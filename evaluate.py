@@ -58,16 +58,9 @@ from model import (
     pool,
     read_weights,
 )
+from support.flags import fraction, in_folder, make_parser, number, parse_for_task, png
 from support.labels import names_of_list, real_answers, right_answers, say_same_names
-from support.launch import (
-    fraction,
-    in_folder,
-    make_parser,
-    number,
-    parse_for_task,
-    png,
-    report_errors,
-)
+from support.launch import report_errors
 from support.loader import loader, loader_workers
 from support.pictures import draw_attention, draw_confusion, draw_mistakes, draw_reconstructions
 

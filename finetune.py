@@ -49,7 +49,7 @@ import data
 import evaluate
 import kernels
 import model as models
-from support import launch
+from support import flags, launch
 from support.checkpoints import find_checkpoint
 from support.formats import inherit
 from support.labels import all_labels, reorder_head, settle_classes
@@ -89,7 +89,7 @@ TASKS = ("classify", "linear", "lowshot", "lit", "video", "detect")
 def load_task(name):
     """The three functions of a task: those of tasks/NAME.py, or a namespace below.
 
-    add_flags(groups)       adds the task's flags to {title: group of flags}: see launch.make_parser
+    add_flags(groups)       adds the task's flags to {title: group of flags}: see flags.make_parser
     prepare(run, finetune)  opens weights and data (read_init and open_pictures or open_labelled do)
                             and checks the flags. Returns the recipe: all settings that decide the
                             results, {name: value if it is not given}, with batch_size and epochs
@@ -106,12 +106,12 @@ def load_task(name):
 
 
 def parse_arguments(argv):
-    parser = launch.make_parser("finetune.py", "Stage 3.")
+    parser = flags.make_parser("finetune.py", "Stage 3.")
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.set_defaults(plan=False, gpus=None, cuda_graph=False)
     add_common_flags(parser.groups)
     add_flags = lambda parser, task: load_task(task).add_flags(parser.groups)
-    run = launch.parse_for_task(parser, TASKS, add_flags, argv)
+    run = flags.parse_for_task(parser, TASKS, add_flags, argv)
     run.out = run.out or Path("runs", run.task)
     return run
 
@@ -128,9 +128,9 @@ def add_common_flags(groups):
     add("--init", help="weights to start from: a model.pt or a public checkpoint")
     add("--size", help=f"without --init: {' '.join(models.SIZES)}, or WIDTHxLAYERSxHEADS")
     add = groups["optimisation"].add_argument
-    add("--warmup", type=launch.fraction, help="share of the steps (the recipe's)")
-    launch.add_length_flags(groups, "(the recipe's; toy: fewer)", "instead of --epochs")
-    launch.add_flags(groups, None, "the recipe's", "weights, order and augmentation")
+    add("--warmup", type=flags.fraction, help="share of the steps (the recipe's)")
+    flags.add_length_flags(groups, "(the recipe's; toy: fewer)", "instead of --epochs")
+    flags.add_flags(groups, None, "the recipe's", "weights, order and augmentation")
 
 
 # -------------------------------------------------------------------------------------- preparation
@@ -490,10 +490,10 @@ def finish(run, weights, config, result, task, flags=None):
 
 
 def add_classify_flags(groups):
-    launch.add_label_flags(groups, pool="mean", min_crop="0.08; toy: 0.5")
+    flags.add_label_flags(groups, pool="mean", min_crop="0.08; toy: 0.5")
     augment.add_flags(groups, RECIPES)
-    launch.add_plan_flags(groups)
-    launch.add_resume_flags(groups)
+    flags.add_plan_flags(groups)
+    flags.add_resume_flags(groups)
     add = groups["model"].add_argument
     add("--keep-head", action="store_true", help="start from the head in --init as well")
 
@@ -547,8 +547,8 @@ CLASSIFY = SimpleNamespace(add_flags=add_classify_flags, prepare=prepare_classif
 
 
 def add_linear_flags(groups):
-    launch.add_label_flags(groups, pool="cls", min_crop="0.08; toy: 0.5")
-    launch.add_resume_flags(groups)
+    flags.add_label_flags(groups, pool="cls", min_crop="0.08; toy: 0.5")
+    flags.add_resume_flags(groups)
     add = groups["optimisation"].add_argument
     add("--batch-norm", action="store_true", help="normalise features by batches, as MAE")
 

@@ -32,7 +32,7 @@ import data
 import evaluate
 import kernels
 import model as models
-from support import launch
+from support import flags, launch
 from support.checkpoints import find_checkpoint
 from support.formats import inherit
 from support.loader import Stop, loader, loader_workers
@@ -67,34 +67,34 @@ def recipe(size):
 
 
 def parse_arguments(argv):
-    parser = launch.make_parser("mae_pretrain.py", "Stage 1.")
+    parser = flags.make_parser("mae_pretrain.py", "Stage 1.")
     groups = parser.groups
     add = groups["data"].add_argument
     add("--data", help="a folder of pictures, tar shards (path, glob, {000..099}), or toy (toy)")
     add("--val-data", help="pictures to measure on (those in DATA/val, else some held out of DATA)")
     add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (224; toy size: 48)")
-    add("--channels", type=launch.count, help="to read pictures with: 1 grey, 3 RGB, 4 RGBA (3)")
-    add("--min-crop", type=launch.fraction, default=0.2, help="least area of a crop, 1: none (0.2)")
+    add("--channels", type=flags.count, help="to read pictures with: 1 grey, 3 RGB, 4 RGBA (3)")
+    add("--min-crop", type=flags.fraction, default=0.2, help="least area of a crop, 1: none (0.2)")
     pixels = {"type": data.pixel_limit, "default": data.MAX_PIXELS}
     add("--max-pixels", **pixels, help="of a picture: larger ones are unreadable (89 million)")
     add = groups["model"].add_argument
     add("--size", help=f"{' '.join(models.SIZES)}, or WIDTHxLAYERSxHEADS (toy)")
     add("--decoder", type=models.triple, help="WIDTHxLAYERSxHEADS (512x8x16; toy, T: smaller)")
-    add("--mask-ratio", type=launch.fraction, help="share of the patches that is hidden (0.75)")
+    add("--mask-ratio", type=flags.fraction, help="share of the patches that is hidden (0.75)")
     option = argparse.BooleanOptionalAction
     add("--raw-pixels", action=option, help="predict raw pixels, not normalised patches (no)")
     add("--init", help="weights to start from: a model.pt or a public MAE checkpoint")
     add = groups["optimisation"].add_argument
-    add("--lr", type=launch.positive, help="peak (1.5e-4 for 256 images of the batch; toy: 8e-3)")
-    warmup = {"type": launch.fraction, "default": 0.05}
+    add("--lr", type=flags.positive, help="peak (1.5e-4 for 256 images of the batch; toy: 8e-3)")
+    warmup = {"type": flags.fraction, "default": 0.05}
     add("--warmup", **warmup, help="share of the steps (0.05)")
-    decay = {"type": launch.not_negative, "default": 0.05}
+    decay = {"type": flags.not_negative, "default": 0.05}
     add("--weight-decay", **decay, help="not of 1-D parameters (0.05)")
     add("--cuda-graph", action="store_true", help="one GPU: replay a recording of each micro-batch")
-    launch.add_length_flags(groups, "(1600, but at most 5e9 samples)", "(toy size: 24,000)")
-    launch.add_flags(groups, "runs/mae", "4096; toy size: 32", "weights, order, crops and masks")
-    launch.add_resume_flags(groups)
-    launch.add_plan_flags(groups)
+    flags.add_length_flags(groups, "(1600, but at most 5e9 samples)", "(toy size: 24,000)")
+    flags.add_flags(groups, "runs/mae", "4096; toy size: 32", "weights, order, crops and masks")
+    flags.add_resume_flags(groups)
+    flags.add_plan_flags(groups)
     return parser.parse_args(argv)
 
 
@@ -285,12 +285,12 @@ def finish(run, weights):
     models.save_weights(run.out / "model.pt", weights, run.config)
     print(f"wrote {run.out / 'model.pt'}")
     evaluate.show_autoencoder(weights, run)
-    flags = ["--data", run.data or "toy", *(["--val-data", run.val_data] if run.val_data else [])]
+    typed = ["--data", run.data or "toy", *(["--val-data", run.val_data] if run.val_data else [])]
     task = "knn" if run.val and run.val.classes and run.source.classes else "attention"
-    flags = ["--task", task, "--checkpoint", str(run.out / "model.pt"), *flags]
+    typed = ["--task", task, "--checkpoint", str(run.out / "model.pt"), *typed]
     if run.max_pixels != data.MAX_PIXELS:
-        flags += ["--max-pixels", str(run.max_pixels)]
-    print(f"next: python evaluate.py {shlex.join(flags)}")
+        typed += ["--max-pixels", str(run.max_pixels)]
+    print(f"next: python evaluate.py {shlex.join(typed)}")
 
 
 @errors.record  # torchrun shows the traceback of the process that failed first

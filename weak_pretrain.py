@@ -31,7 +31,7 @@ import data
 import evaluate
 import kernels
 import model as models
-from support import launch
+from support import flags, launch
 from support.checkpoints import find_checkpoint
 from support.formats import inherit
 from support.hashtags import Vocabulary, WeightedOrder, open_hashtags
@@ -73,15 +73,15 @@ def recipe(size):
 
 
 def parse_arguments(argv):
-    parser = launch.make_parser("weak_pretrain.py", "Stage 2.")
+    parser = flags.make_parser("weak_pretrain.py", "Stage 2.")
     groups = parser.groups
     add = groups["data"].add_argument
     add("--data", help="a folder of pictures, tar shards (path, glob, {000..099}), or toy (toy)")
     add("--labels", help='JSON lines of {"path", "hashtags"} for the pictures of a folder')
     add("--tags", help="what `python data.py hashtags` wrote for this data (toy has its own)")
     add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (224; toy size: 48)")
-    add("--channels", type=launch.count, help="to read pictures with: 1 grey, 3 RGB, 4 RGBA (3)")
-    add("--min-crop", type=launch.fraction, help="least area of a crop, 1: none (0.08; toy: 0.5)")
+    add("--channels", type=flags.count, help="to read pictures with: 1 grey, 3 RGB, 4 RGBA (3)")
+    add("--min-crop", type=flags.fraction, help="least area of a crop, 1: none (0.08; toy: 0.5)")
     pixels = {"type": data.pixel_limit, "default": data.MAX_PIXELS}
     add("--max-pixels", **pixels, help="of a picture: larger ones are unreadable (89 million)")
     add = groups["model"].add_argument
@@ -90,18 +90,18 @@ def parse_arguments(argv):
     add = groups["optimisation"].add_argument
     add(
         "--lr",
-        type=launch.positive,
+        type=flags.positive,
         help="peak (4e-4 for a batch of 8192, 2B and up 1e-4; toy: 3e-4)",
     )
-    warmup = {"type": launch.fraction, "default": 0.05}
+    warmup = {"type": flags.fraction, "default": 0.05}
     add("--warmup", **warmup, help="share of the steps (0.05)")
-    decay = {"type": launch.not_negative, "default": 0.1}
+    decay = {"type": flags.not_negative, "default": 0.1}
     add("--weight-decay", **decay, help="not of 1-D parameters (0.1)")
     add("--cuda-graph", action="store_true", help="one GPU: replay a recording of each micro-batch")
-    launch.add_length_flags(groups, "passes over the data", "(an epoch; toy size: 20,000)")
-    launch.add_flags(groups, "runs/weak", "8192; toy size: 64", "weights, order and crops")
-    launch.add_resume_flags(groups)
-    launch.add_plan_flags(groups)
+    flags.add_length_flags(groups, "passes over the data", "(an epoch; toy size: 20,000)")
+    flags.add_flags(groups, "runs/weak", "8192; toy size: 64", "weights, order and crops")
+    flags.add_resume_flags(groups)
+    flags.add_plan_flags(groups)
     return parser.parse_args(argv)
 
 
@@ -305,11 +305,11 @@ def finish(run, weights):
         options = {"workers": run.workers, "device": run.device}
         sources, samples = (run.source, run.held_out), run.steps * run.batch_size
         evaluate.print_probe(weights, config, *sources, "cls", run.seed, samples, **options)
-    flags = ["--checkpoint", str(run.out / "model.pt"), "--data", "DIR" if run.data else "toy"]
+    typed = ["--checkpoint", str(run.out / "model.pt"), "--data", "DIR" if run.data else "toy"]
     if run.max_pixels != data.MAX_PIXELS:
-        flags += ["--max-pixels", str(run.max_pixels)]
+        typed += ["--max-pixels", str(run.max_pixels)]
     hint = "  (DIR holds train/CLASS/* and val/CLASS/*)" if run.data else ""
-    print(f"next: python evaluate.py --task fewshot --pool cls {shlex.join(flags)}{hint}")
+    print(f"next: python evaluate.py --task fewshot --pool cls {shlex.join(typed)}{hint}")
 
 
 @errors.record  # torchrun shows the traceback of the process that failed first

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
 import data
-from support import launch
+from support import flags
 from support.plan import planned_batch
 
 
@@ -39,21 +39,21 @@ def add_flags(groups, recipes, magnitude=9):
         sizes = "B", "L", "H", "toy"
         return ", ".join(f"{size} {getattr(recipes[size], name):g}" for size in sizes)
 
-    below_1 = launch.number(float, 0, 0.999)  # 1 would drop all of the last block
-    magnitudes = launch.number(float, 0, 10)
+    below_1 = flags.number(float, 0, 0.999)  # 1 would drop all of the last block
+    magnitudes = flags.number(float, 0, 10)
     add = groups["model"].add_argument
     drop_path = f"of the last block, rising from 0 ({by_size('drop_path')})"
     add("--drop-path", type=below_1, help=drop_path)
     add = groups["optimisation"].add_argument
-    add("--lr", type=launch.positive, help=f"peak (for 256 of the batch: {by_size('lr')})")
+    add("--lr", type=flags.positive, help=f"peak (for 256 of the batch: {by_size('lr')})")
     layer_decay = f"of the lr, from block to block ({by_size('layer_decay')})"
-    add("--layer-decay", type=launch.fraction, help=layer_decay)
-    add("--weight-decay", type=launch.not_negative, help="not of 1-D parameters (0.05)")
-    add("--smoothing", type=launch.fraction, help="of labels (0.1)")
-    add("--mixup", type=launch.fraction, help="alpha, 0: none (0.8; toy: 0)")
-    add("--cutmix", type=launch.fraction, help="alpha, 0: none (1.0; toy: 0)")
+    add("--layer-decay", type=flags.fraction, help=layer_decay)
+    add("--weight-decay", type=flags.not_negative, help="not of 1-D parameters (0.05)")
+    add("--smoothing", type=flags.fraction, help="of labels (0.1)")
+    add("--mixup", type=flags.fraction, help="alpha, 0: none (0.8; toy: 0)")
+    add("--cutmix", type=flags.fraction, help="alpha, 0: none (1.0; toy: 0)")
     add("--rand-augment", type=magnitudes, help=f"magnitude, 0: none ({magnitude}; toy: 0)")
-    add("--erase", type=launch.fraction, help="probability of random erasing (0.25; toy: 0)")
+    add("--erase", type=flags.fraction, help="probability of random erasing (0.25; toy: 0)")
 
 
 def recipe(run, recipes, **others):

@@ -32,10 +32,10 @@ from tqdm import tqdm
 from data import Batches, Order, normalize, one_line
 from model import ViT, architecture, full_state, initialize, load_weights, patchify
 from model import read_weights as read_encoder
-from support import launch
+from support import flags
+from support.flags import new_file, png
 from support.formats import open_weights
 from support.hashtags import WeightedOrder
-from support.launch import new_file, png
 from support.loader import loader
 from tasks.coco import detection_numbers, print_detection
 from tasks.scenes import (
@@ -793,19 +793,19 @@ def vitdet_schedule(step, steps, warmup):
 
 
 def add_flags(groups):
-    launch.add_resume_flags(groups)
-    scale = launch.positive
+    flags.add_resume_flags(groups)
+    scale = flags.positive
     add = groups["data"].add_argument
     add("--min-jitter", type=scale, help="least scale of a picture (0.1; toy: 0.8)")
     add("--max-jitter", type=scale, help="largest (2.0; toy: 1.25)")
     add = groups["model"].add_argument
-    below_1 = launch.number(float, 0, 0.999)
+    below_1 = flags.number(float, 0, 0.999)
     add("--drop-path", type=below_1, help="of the last block, rising from 0 (B 0.1, L 0.4, H 0.5)")
     add = groups["optimisation"].add_argument
-    add("--lr", type=launch.positive, help="peak (1e-4 for a batch of 64)")
-    add("--layer-decay", type=launch.fraction, help="of the lr, from block to block (B 0.7, L 0.8)")
-    add("--decay-floor", type=launch.fraction, help="least lr_scale (0.1 if --init has a head)")
-    add("--weight-decay", type=launch.not_negative, help="(0.1)")
+    add("--lr", type=flags.positive, help="peak (1e-4 for a batch of 64)")
+    add("--layer-decay", type=flags.fraction, help="of the lr, from block to block (B 0.7, L 0.8)")
+    add("--decay-floor", type=flags.fraction, help="least lr_scale (0.1 if --init has a head)")
+    add("--weight-decay", type=flags.not_negative, help="(0.1)")
 
 
 def prepare(run, finetune):

@@ -23,7 +23,7 @@ import model as models
 from data import CAPTION, make_picture, normalize, one_line, random_bits
 from kernels import split_heads
 from model import Block, ViT, encoder_config, initialize, pool, sync_gradients, triple
-from support import launch
+from support import flags
 from support.checkpoints import barrier, find_checkpoint, last_line
 from support.formats import fingerprint, infer_shape, name_of, read_file
 from support.labels import read_all, read_class_names, read_lines, texts_in
@@ -571,8 +571,8 @@ def learn_pairs(run, model, micro_batches, totals):
 
 
 def add_flags(groups):
-    launch.add_label_flags(groups, pool="that of --init, or cls", min_crop=LIT_CROP, classes=False)
-    launch.add_resume_flags(groups)
+    flags.add_label_flags(groups, pool="that of --init, or cls", min_crop=LIT_CROP, classes=False)
+    flags.add_resume_flags(groups)
     add = groups["data"].add_argument
     add("--caption-key", default="caption", help="of the captions in .json (caption)")
     add("--cache-features", action="store_true", help="of pictures' centres, computed once")
@@ -580,11 +580,11 @@ def add_flags(groups):
     add("--text-size", help=f"{' '.join(TEXT_SIZES)}, or WIDTHxLAYERSxHEADS (by size)")
     add("--text-init", help="XLM-R's weights for the text tower to start from")
     add("--tokenizer", help="XLM-R's sentencepiece file (without: bytes)")
-    add("--context", type=launch.count, help="tokens that a caption may have (100; toy: 40)")
-    add("--shared-width", type=launch.count, help="of the space for both (by size)")
+    add("--context", type=flags.count, help="tokens that a caption may have (100; toy: 40)")
+    add("--shared-width", type=flags.count, help="of the space for both (by size)")
     add = groups["optimisation"].add_argument
-    add("--lr", type=launch.positive, help="peak (1e-3)")
-    add("--weight-decay", type=launch.not_negative, help="not of 1-D parameters (0.01)")
+    add("--lr", type=flags.positive, help="peak (1e-3)")
+    add("--weight-decay", type=flags.not_negative, help="not of 1-D parameters (0.01)")
 
 
 def prepare(run, finetune):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from support import launch
+from support import flags
 from support.labels import all_labels
 from support.plan import flops_per_image
 
@@ -99,7 +99,7 @@ def logistic_scores(x, y, on, classes, penalty):
 
 
 def add_flags(groups):
-    launch.add_label_flags(groups, pool="cls", min_crop="0.08; toy: 0.5")
+    flags.add_label_flags(groups, pool="cls", min_crop="0.08; toy: 0.5")
     add = groups["optimisation"].add_argument
     add("--shots", type=shots, default=["1", "5", "10"], help="pictures per class (1,5,10)")
 

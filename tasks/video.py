@@ -40,7 +40,7 @@ from data import (
     warn_of_splits,
 )
 from model import Attention, Classifier, initialize, patchify
-from support import launch
+from support import flags
 from support.labels import VIDEOS
 from support.shards import by_number
 from support.toy import Toy, toy_render, toy_scene
@@ -543,14 +543,14 @@ def add_view_flags(parser):
     """Add the flags of evaluate.py that say which views of a video are taken: see Clips."""
     add, count, number = (
         parser.add_argument,
-        launch.number(int, 1, 1000),
-        launch.number(float, 0, 1e6),
+        flags.number(int, 1, 1000),
+        flags.number(float, 0, 1e6),
     )
     add("--clips", type=count, default=5, help="of a video, spread evenly over it (5)")
     add("--crops", type=int, choices=(1, 3), default=3, help="along the longer side (3)")
     add("--span", type=number, default=2.7, help="seconds of a clip, as in training (2.7)")
     add("--stride", type=number, default=4.0, help="frames to the next one, as in training (4)")
-    add("--short-side", type=launch.number(int, 8, 2**16), help="of decoded files, as in training")
+    add("--short-side", type=flags.number(int, 8, 2**16), help="of decoded files, as in training")
 
 
 # ----------------------------------------------------------------------------------- stage 3's task
@@ -569,18 +569,18 @@ RECIPES |= {"2B": RECIPES["H"], "6.5B": RECIPES["H"]}
 
 
 def add_flags(groups):
-    launch.add_label_flags(groups, pool="mean", min_crop="0.08; toy: 1")
-    launch.add_resume_flags(groups)
+    flags.add_label_flags(groups, pool="mean", min_crop="0.08; toy: 1")
+    flags.add_resume_flags(groups)
     augment.add_flags(groups, RECIPES, magnitude=7)
-    add, at_least_0 = groups["data"].add_argument, launch.number(float, 0, 1e6)
+    add, at_least_0 = groups["data"].add_argument, flags.number(float, 0, 1e6)
     add("--span", type=at_least_0, default=2.7, help="seconds of a clip of a video file (2.7)")
     stride = "frames from one to the next, where there is no clock (4)"
     add("--stride", type=at_least_0, default=4.0, help=stride)
-    side = launch.number(int, 8, 2**16)
+    side = flags.number(int, 8, 2**16)
     add("--short-side", type=side, help="that video files are scaled down to (none)")
     add("--no-flip", action="store_true", help="classes have a direction")
     add = groups["model"].add_argument
-    add("--frames", type=launch.count, help="of a clip, an even number (16; toy: 4)")
+    add("--frames", type=flags.count, help="of a clip, an even number (16; toy: 4)")
     option = argparse.BooleanOptionalAction
     add("--relative-positions", action=option, default=True, help="in every block (yes)")
 

@@ -1,0 +1,178 @@
+"""The flags of the programs: those that several have, and the types of their values.
+
+make_parser      a parser whose errors are one line
+parse_for_task   flags of a program with --task: a task adds its own
+add_flags, ...   the flags that every stage has
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+from support.launch import fail
+
+
+def make_parser(program, description):
+    """An ArgumentParser whose errors are one line, of one process a machine.
+
+    Its `groups` are {title: a group of flags}.
+    """
+    parser = argparse.ArgumentParser(program, allow_abbrev=False, description=description)
+
+    def error(message):
+        message = re.sub(r"^argument (\S+): ", r"\1 ", message)  # --lr nan is out of range
+        fail(program, f"{message} (--help lists all flags)")
+
+    parser.error = error
+    titles = "data", "model", "optimisation", "run"
+    parser.groups = {title: parser.add_argument_group(title) for title in titles}
+    return parser
+
+
+def number(kind, least, most=2**62, above=False):
+    """An argparse type: a number from `least` to `most`; above: `least` itself is refused."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+        if not least <= value <= most or above and value == least:
+            wanted = f": it must be from {least} to {most}" if most < 2**62 else ""
+            raise argparse.ArgumentTypeError(f"{text} is out of range{wanted}")
+        return value
+
+    return parse
+
+
+count = number(int, 1)
+fraction = number(float, 0, 1)
+positive = number(float, 0, above=True)
+not_negative = number(float, 0)
+
+
+def in_folder(text):
+    """An argparse type: the path of a file in a folder that exists."""
+    if not Path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such folder")
+    return text
+
+
+def png(text):
+    """An argparse type: the path of a .png in a folder that exists."""
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text} is no .png")
+    return in_folder(text)
+
+
+def new_file(text):
+    """An argparse type: the path of a file that does not exist, in a folder that does."""
+    if Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text} exists: choose another one")
+    return in_folder(text)
+
+
+def add_flags(groups, out, batch_size, seed_of):
+    """Add the flags that every stage has. out: default; others: help texts."""
+    add = groups["data"].add_argument
+    add("--cache-dir", help="folder for remote shards (of yours, among the temporary files)")
+    add("--cache-size", default="20G", help="the most that it holds, like 500G (20G)")
+    add("--lanes", type=count, help="sample streams: a multiple of the processes (48, or shards)")
+    add("--workers", type=number(int, 0), help="loader processes per process (the cores left)")
+    add("--max-bad", type=fraction, default=0.01, help="unreadable share to stop at (0.01)")
+    add = groups["model"].add_argument
+    add("--patch-size", type=count, help="side of a patch (the size's own)")
+    add("--heads", type=count, help="attention heads of an --init of unknown size")
+    add("--entry", help="of an --init with several networks: state_dict_ema, or a prefix of names")
+    add = groups["optimisation"].add_argument
+    add("--batch-size", type=count, help=f"global, over all processes ({batch_size})")
+    add("--micro-batch", type=count, help="images at once on a process (what should fit)")
+    add("--seed", type=number(int, 0), default=0, help=f"of {seed_of} (0)")
+    add = groups["run"].add_argument
+    add("--out", type=Path, default=out, help=f"where all is written ({out or 'runs/TASK'})")
+    add("--precision", choices=("bf16", "fp32"), help="of the compute (CUDA: bf16, else fp32)")
+    option = argparse.BooleanOptionalAction
+    add("--compile", action=option, default=None, help="torch.compile the model (CUDA: yes)")
+    add("--checkpoint-activations", action="store_true", help="less memory, a third more compute")
+    add(
+        "--shard-group", type=count, help="processes per copy of the weights (1 if it fits, or all)"
+    )
+    add("--log-every", type=count, default=50, help="steps between step lines (50)")
+    add("--keep-last", type=count, default=2, help="checkpoints that are kept (2)")
+    add("--keep-every", type=count, help="every so many steps, one is kept for good (none)")
+    add("--memory", type=positive, help="GiB for --micro-batch to fit (the GPU's; planned: 80)")
+
+
+def add_resume_flags(groups):
+    """Add the flags of a run that goes on from a checkpoint."""
+    add = groups["run"].add_argument
+    add("--resume", help="a run, or one of its checkpoints, to go on from (the one in --out)")
+    add("--save-every", type=count, help="steps between saves (a tenth, at most 1000)")
+
+
+def add_plan_flags(groups):
+    """Add the flags of a stage that can print what it takes."""
+    add = groups["run"].add_argument
+    add("--plan", action="store_true", help="print what the run takes, and exit")
+    add("--gpus", type=count, help="processes to plan for (as many as run now): --plan, too")
+    share = number(float, 0, 1, above=True)
+    add("--mfu", type=share, default=0.4, help="--plan: share of the peak FLOP/s (0.4)")
+
+
+def add_label_flags(groups, pool, min_crop, classes=True):
+    """Add the flags of pictures or videos with labels. pool, min_crop: the defaults, for the help.
+
+    classes: add --classes as well
+    """
+    add = groups["data"].add_argument
+    add("--labels", help="of the folder --data: .csv (path,class), .jsonl, or iNaturalist's .json")
+    add("--val-labels", help="the same for val (paths in --val-data or, without it, --data)")
+    if classes:
+        add("--classes", type=count, help="number of classes, if the data does not name them")
+    add("--min-crop", type=fraction, help=f"least area of a crop, 1: none ({min_crop})")
+    add(
+        "--val-crop", type=fraction, help="of val's pictures: share of the centre, 0: all, squashed"
+    )
+    add = groups["model"].add_argument
+    add("--pool", choices=("cls", "mean"), help=f"tokens that the head reads ({pool})")
+
+
+def parse_for_task(parser, tasks, add_flags, argv):
+    """Parse argv with the flags of all tasks and those of the one that --task names.
+
+    parser     has the flags of all tasks, and --task
+    tasks      names of the tasks
+    add_flags  function (parser, task): adds the flags that a task has beside these
+
+    parser.error is called for a flag of another task, with the names of the tasks that have it.
+    """
+    first = argparse.ArgumentParser(parser.prog, add_help=False, allow_abbrev=False)
+    first.error = parser.error
+    first.add_argument("--task", choices=tasks)
+    task = first.parse_known_args(argv)[0].task
+    if task:
+        add_flags(parser, task)
+    else:
+        parser.epilog = "--task NAME --help lists the flags of a task, too."
+    run, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        if owners := [name for name in tasks if has_flag(flag, name, add_flags)]:
+            parser.error(f"{flag} is for --task {', '.join(owners)}")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return run
+
+
+def has_flag(flag, task, add_flags):
+    """True if add_flags(parser, task) adds this flag."""
+    parser = make_parser(task, "")
+    add_flags(parser, task)
+    return flag in parser.format_usage().replace("[", " ").replace("]", " ").split()
+
+
+def add_length_flags(groups, epochs, samples):
+    """Add --steps, --epochs and --samples, of which one may be given."""
+    group = groups["optimisation"].add_mutually_exclusive_group()
+    group.add_argument("--steps", type=count, help="length of the run; or --epochs, or --samples")
+    group.add_argument("--epochs", type=positive, help=epochs)
+    group.add_argument("--samples", type=positive, help=samples)
