@@ -310,7 +310,7 @@ def guard(model, run, step, totals, lr):
 
 
 def unless_lacking(stop, measure, *arguments):
-    """Return measure(*arguments), or None if any process has no batch for it: see data.Stop.
+    """Return measure(*arguments), or None if any process has no batch for it: see support/loader.py.
 
     All processes must call it. The reason is printed, and the next training step ends the run.
     """

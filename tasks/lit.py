@@ -666,7 +666,7 @@ def main(run, finetune):
         model.train()
         return found
 
-    # What a text's blocks keep for its backward, as a picture's do: see models.training_memory.
+    # What a text's blocks keep for its backward, as a picture's do: see support/plan.py.
     settled = copy.copy(run)
     settled.shard_group = settle_sharding(model, run)
     length, share = run.context + 2, run.batch_size // run.processes

@@ -530,7 +530,7 @@ def make_clips(sample, key, clips, size, channels, min_crop=None, centre=1.0):
 
 def over_views(model):
     """A function of several views of videos, (b, C, views * T, H, W): the logarithm of the mean of
-    a models.VideoClassifier's probabilities, (b, classes)."""
+    a VideoClassifier's probabilities, (b, classes)."""
 
     def scores(clips):
         views = clips.split(model.config["frames"], dim=2)  # one after the other: memory
