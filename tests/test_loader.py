@@ -103,6 +103,10 @@ class Fails(torch.utils.data.Dataset):
         return str(item)
 
 
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def few_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
 
@@ -112,7 +116,8 @@ def few_files():
     [
         (0, few_files, r"Too many open files.*more open files \(ulimit -n 65536\), or"),
         (9, few_files, "--workers"),  # those made before are lost, too
-        (9, lambda: os.kill(os.getpid(), signal.SIGKILL), "give it more memory.* --workers"),
+        (0, kill, "exited unexpectedly.*give it more memory.* --workers"),
+        (9, kill, "give it more memory.* --workers"),
         (9, lambda: 1 / 0, None),  # a mistake stays one
     ],
 )
