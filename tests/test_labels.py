@@ -370,3 +370,13 @@ def test_unusable_names_of_classes_are_refused(text, classes, said, tmp_path):
     with pytest.raises(ValueError) as error:
         labels_module.read_class_names(tmp_path / "names.txt", classes)
     assert said in one_line(error)
+
+
+def test_extensions_of_lists_count_in_any_case(tmp_path):
+    folder = write_files(tmp_path / "p", {"a.png": tile(0), "b.png": tile(1)})
+    contents = {"l.CSV": "path,class\na.png,cat\nb.png,dog\n"}
+    contents["l.JSONL"] = '{"path": "a.png", "class": "cat"}\n{"path": "b.png", "class": "dog"}\n'
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+        source, _ = data.open_sources(folder, labels=str(tmp_path / name))
+        assert source.classes == ["cat", "dog"]
