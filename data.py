@@ -2,7 +2,7 @@
 
     open_sources      one --data string: a folder of pictures, tar shards, "toy"
     Order             position -> sample: a pure function of (seed, epoch, position), in lanes
-    Batches, loader   samples -> uint8 tensors, made in worker processes
+    Batches           samples -> uint8 tensors, a micro-batch at a time (support/loader.py: workers)
     normalize         uint8 -> float, on the device
 
     python data.py pack FOLDER OUT-%05d.tar [--short-side 256]     pictures -> shards
@@ -12,8 +12,8 @@
 Every random draw is keyed by (seed, epoch, position, purpose): nothing depends on the number of
 workers, processes or nodes, nor on what was drawn before. A sample that cannot be read keeps its
 position as a zero image of weight 0; nothing shifts.
-This file needs torch, numpy, pillow and tqdm, and stands alone when copied, for folders and local
-shards. Other sources are in support/ and tasks/.
+This file needs torch, numpy and pillow, and stands alone when copied, for folders of pictures.
+Other sources are in support/ and tasks/.
 """
 
 import argparse
@@ -118,9 +118,10 @@ class Order:
         self.blocks = {}  # lane -> [(epoch, first turn, sample numbers)] of its last two blocks
 
     def set_length(self, length):
+        """Set the length of an epoch, in samples. Raises ValueError if it is 0."""
         if length < 1:
             raise ValueError("there are no samples to draw from")
-        self.length = length  # of an epoch, in samples
+        self.length = length
 
     def __call__(self, position):
         """The sample number of a position."""
@@ -132,7 +133,7 @@ class Order:
             if block_epoch == epoch and first <= turn < first + len(samples):
                 return int(samples[turn - first])
         self.blocks[lane] = [*last[-1:], (epoch, *self.block(epoch, lane, turn))]
-        return self(position)
+        return self(position)  # now it is found in the new block
 
     def before(self, lane, position, epoch):
         """How many of an epoch's positions before `position` belong to lanes before `lane`."""
@@ -207,7 +208,7 @@ class Source:
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
-# What folders of splits are called, in any case.
+# {name of a folder, in lower case: the split in it}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 SPLITS |= {"test": "test", "testing": "test"}
 
@@ -263,7 +264,10 @@ def open_sources(
 
 
 def open_source(data, split, size, labels, classes=None, *, cache, caption_key, videos):
-    """One source. classes: the names that it may have, and no others; None: any."""
+    """The source behind one --data string: see open_sources.
+
+    split: "train" or "val" of the toy world. classes: the only names that it may have; None: any.
+    """
     if os.path.isdir(data) and not videos:
         return Folder(data, classes, labels, caption_key)
     if os.path.isdir(data):
@@ -305,7 +309,8 @@ def splits_in(root):
 class Folder(Source):
     """Pictures below a folder. If all lie in subfolders, the first level's names are the classes.
 
-    With `labels`, the pictures, classes, hashtags and captions that it lists: see read_labels.
+    With `labels`, the pictures, classes, hashtags and captions that this file lists: see
+    support/labels.py.
 
     They are kept in the order of a hash of their paths: the same on every machine, and neighbours
     have nothing to do with each other. So any stretch of it is a fair sample: the held-out slice, a
@@ -382,7 +387,7 @@ def pictures_below(root):
 
 
 def warn_of_splits(root, folders):
-    """Say so if folders with pictures look like splits, in a way that find_splits does not know."""
+    """Print a warning if folders with pictures look like splits that find_splits does not know."""
     looks, found = re.compile("(?<![a-z])(train|test|val)(ing|id|idation)?(?![a-z])"), {}
     for folder in folders:
         for split in looks.finditer(folder.lower()):
@@ -393,11 +398,12 @@ def warn_of_splits(root, folders):
 
 
 def class_of(path):
+    """The entry of a picture: {"class": its first folder}, or {} if it lies in no folder."""
     return {"class": path.split("/")[0]} if "/" in path else {}
 
 
 def walk(root):
-    """(path relative to root with a last "/", or "", names of its files) of each folder below."""
+    """Yield (folder, names of its files) for root, as "", and each folder below, as "a/b/"."""
 
     def fail(error):
         raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}")
@@ -416,7 +422,7 @@ def is_picture(name):
 
 
 def stable_hash(text):
-    """Python's own hash() differs between processes."""
+    """8 bytes that depend on the text alone: Python's own hash() differs between processes."""
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
 
 
@@ -427,7 +433,7 @@ class Subset(Source):
         self.source, self.numbers, self.classes = source, numbers, source.classes
         self.cache = source.cache
         self.sizes = np.ones(len(numbers), dtype=np.int64)
-        if isinstance(numbers, range):  # shards stay shards, and lanes lanes: some may be empty
+        if isinstance(numbers, range):  # as many shards, and so lanes: some may be empty
             self.sizes = np.diff(running_sum(source.sizes).clip(numbers.start, numbers.stop))
         digest = stable_hash(str(numbers)).hex()
         self.identity = f"{source.identity}, {len(numbers)} of them: {digest}"
@@ -459,7 +465,7 @@ def hold_out(train, val, count, share=0.05):
 
 
 def random_box(width, height, bits, min_crop, aspect):
-    """RandomResizedCrop's box (left, top, width, height) from 23 uint64 draws.
+    """RandomResizedCrop's box (left, top, width, height) from the first 22 of the uint64 draws.
 
     An area of min_crop .. 1 of the picture with a ratio of 3/4 .. 4/3 (times the target's aspect,
     so that targets that are not square see no other distortion), ten tries, then the centre.
@@ -514,7 +520,7 @@ def crop_and_resize(image, size, channels, bits=None, min_crop=0.2, centre=1.0, 
     sx, sy = image.width / original[0], image.height / original[1]  # 1, or what draft() gave
     edges = left * sx, top * sy, (left + w) * sx, (top + h) * sy
     image = image.crop(tuple(map(round, edges)))
-    # (has_alpha, which decides what is put on white, does not know palettes of RGBA, as in TGA.)
+    # (Not has_alpha: it does not find a palette of RGBA, as in TGA.)
     with_alpha = channels == 4 and image.has_transparency_data
     image = to_mode(image, channels)
     if with_alpha and image.getchannel(3).getextrema()[0] < 255:
@@ -537,7 +543,7 @@ def open_picture(file):
 
 
 def pixel_limit(text):
-    """For argparse: what limit_pixels takes."""
+    """An argparse type: the number of pixels that limit_pixels takes."""
     with suppress(ValueError):
         if int(text) >= 1 << 16:  # with less, Pillow would not even draw a line of text
             return int(text)
@@ -747,8 +753,10 @@ class Batches(torch.utils.data.Dataset):
 
 
 def stack(rows):
-    """Tensors of one shape -> one tensor with an axis more, in front. Of tensors (n,) of different
-    lengths, the shorter ones are filled up with -1. Numbers are a tensor; all else stays a list."""
+    """Stack one entry of all rows: tensors along a new first axis, numbers into a tensor.
+
+    Tensors (n,) of different lengths are padded with -1. All else stays a list.
+    """
     if isinstance(rows[0], int | float):
         return torch.tensor(rows)
     if not isinstance(rows[0], torch.Tensor):

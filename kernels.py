@@ -53,16 +53,16 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # -------------------------------------------------------------------------------------- attention
 
 
-def attention(qkv, num_heads, first_query=0):
+def attention(qkv, heads, first_query=0):
     """softmax(q k^T / sqrt(d)) v for every head, accumulated in float32.
 
     qkv (B, N, 3 * D), as a linear layer writes it -> (B, N - first_query, D), as the next one reads
     it. The first `first_query` tokens are keys and values only. ValueError: see choose().
     """
-    head = qkv.shape[2] // (3 * num_heads)
+    head = qkv.shape[2] // (3 * heads)  # columns of one
     name, _ = choose(qkv.device, qkv.dtype, qkv.shape[1], head)
     function = triton_attention if name == "Triton" else pytorch_attention
-    return function(qkv, num_heads, first_query)
+    return function(qkv, heads, first_query)
 
 
 def reference(qkv, heads, first_query=0):
@@ -99,17 +99,17 @@ MEASURED = [(9, 0)]
 
 
 def choose(device, dtype, tokens, head):
-    """("Triton" or "PyTorch", the reason) for this number of tokens and of columns of a head.
+    """Choose what computes attention: ("Triton" or "PyTorch", the reason). head: columns of a head.
 
     The rule: Triton where the kernels can run and dtype has 16 bits; if the GPU's capability was
     not measured, only up to 257 tokens. ATTENTION=torch or triton in the environment overrides it.
     ValueError if ATTENTION has another value, or is triton where the kernels cannot run.
     """
-    word, problem = forced(), obstacle(device, head)
-    if word == "triton" and problem:
+    name, problem = forced(), obstacle(device, head)
+    if name == "triton" and problem:
         raise ValueError(f"ATTENTION=triton in the environment cannot run ({problem}): unset it")
-    if word:
-        return "Triton" if word == "triton" else "PyTorch", f"ATTENTION={word}"
+    if name:
+        return "Triton" if name == "triton" else "PyTorch", f"ATTENTION={name}"
     if problem:
         return "PyTorch", problem
     if dtype not in SIXTEEN_BIT:
@@ -133,7 +133,7 @@ def describe(shapes, device, precision):
         line = "{} ({})".format(*choose(device, dtype, tokens, head))
         lines.setdefault(line, []).append(f"{tokens} tokens with heads of {head}")
     if len(lines) == 1:
-        return line
+        return line  # the same for all layers
     return "; ".join(f"{line} for {', '.join(which)}" for line, which in lines.items())
 
 

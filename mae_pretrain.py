@@ -54,7 +54,7 @@ class Recipe(NamedTuple):
     batch_size: int
     lr: float  # peak, for 256 images of the batch
     image_size: int
-    samples: int | None  # None: the paper's number
+    samples: int | None  # None: the paper's number, see prepare
 
 
 def recipe(size):
@@ -99,7 +99,10 @@ def parse_arguments(argv):
 
 
 def prepare(run):
-    """Settle what the arguments leave open, and open the data. ValueError says what is unusable."""
+    """Settle what the arguments leave open, in `run` itself, and open the data.
+
+    Raises ValueError if an argument is unusable. The model has no memory yet.
+    """
     # ------------------------------------------------------------------------------------ runtime
     kind = launch.place(run)
     check_shard_group(run)
@@ -126,7 +129,7 @@ def prepare(run):
     cache = run.cache_dir, run.cache_size
     train, run.val = data.open_sources(run.data or "toy", run.val_data, size, cache=cache)
     run.source, run.held_out = data.hold_out(train, run.val, data.HELD_OUT)
-    # A plan without data says what lanes the run will need: see print_plan.
+    # A plan without data assumes a number of lanes that the processes can share.
     planned = math.lcm(48, run.processes) if run.plan and not run.data else None
     order = data.Order(run.source.sizes, run.seed, run.lanes or planned)
 
@@ -143,7 +146,7 @@ def prepare(run):
     drawn = {"order": order, "seed": run.seed, "micro_batches": run.micro_batches}
     crops = partial(make, min_crop=run.min_crop)
     run.batches = data.Batches(run.source, crops, run.batch_size, **share, **drawn)
-    eval_batch = 2 * run.processes * max(1, run.micro_batch // 2)
+    eval_batch = 2 * run.processes * max(1, run.micro_batch // 2)  # each process takes pairs
     run.held_out_batches = data.Batches(run.held_out, make, eval_batch, **share)
 
     # ----------------------------------------------------------------------------- length and lr
@@ -157,7 +160,7 @@ def prepare(run):
     run.identity = {"stage": "mae_pretrain", "data": run.source.identity, "model": run.config}
     run.identity |= {"held_out": run.held_out.identity, "lanes": order.lanes, "init": origin}
     run.identity |= {name: getattr(run, name) for name in same}
-    usual = run.max_pixels == data.MAX_PIXELS  # as in runs from before there was this flag: None
+    usual = run.max_pixels == data.MAX_PIXELS  # checkpoints older than --max-pixels lack the entry
     run.identity["max_pixels"] = None if usual else run.max_pixels
     if not run.plan:
         shapes = attention_shapes(run.model)
@@ -188,7 +191,7 @@ def train(run):
         compile=run.compile,
         checkpoint_activations=run.checkpoint_activations,
     )
-    models.initialize(model, run.seed)
+    models.initialize(model, run.seed)  # it has memory since parallelize()
     if run.weights:
         say(models.load_weights(model, *run.weights))
         run.weights = None
@@ -239,14 +242,14 @@ def train(run):
         gradients = [models.local(p.grad) for p in model.parameters() if p.grad is not None]
         totals.read(gradients, run.batch_size, stop, run.processes // (run.shard_group or 1))
         if totals.lacking:  # a process has got no batch: this step is not taken
-            progress.lacking = not totals.stopping
+            progress.lacking = not totals.stopping  # a stop that was asked for is no failure
             break
         progress.count(totals)
         progress.check(run.batches, progress.counts["bad"])
         launch.guard(model, run, step, totals, lr)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=not run.cuda_graph)  # a graph writes to where they are
-        gradients = None  # as a list it would keep them all through the next step
+        optimizer.zero_grad(set_to_none=not run.cuda_graph)  # a graph has their addresses
+        gradients = None  # else the list keeps their memory through the next step
 
         if progress.stepped():
             facts = {"loss": totals.loss, "lr": lr, "grad_norm": totals.norm}
@@ -273,7 +276,7 @@ def train(run):
 
 
 def learning_rate(step, run):
-    """Linear warm-up, whose first step is not 0, then half a cosine to 0, step by step."""
+    """The rate of a step, from 0: linear warm-up that starts above 0, then half a cosine to 0."""
     warmup = run.warmup * run.steps
     if step < warmup:
         return run.lr * (step + 1) / (warmup + 1)
@@ -301,7 +304,7 @@ def main(argv=None):
         if run.plan:
             print_plan(run)
         elif weights := train(run):
-            gc.collect()  # the model and the optimizer go: what is shown needs memory, too
+            gc.collect()  # free the model and the optimizer: finish() needs memory
             finish(run, weights)
 
 

@@ -235,9 +235,10 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + N, width), positions == "learned")
         self.blocks = nn.ModuleList(Block(width, heads, norm_eps) for _ in range(layers))
         self.norm = nn.LayerNorm(width, norm_eps)
-        initialize(self)  # as does each subclass, once it has all its parameters
+        initialize(self)  # each subclass calls it again when it has all its parameters
 
     def check(self, images):
+        """Raise ValueError if the images have another size or number of channels than the model."""
         if tuple(images.shape[1:]) != self.input_shape:
             wanted = ", ".join(map(str, self.input_shape))
             raise ValueError(
@@ -351,6 +352,7 @@ class MAE(ViT):
         # The decoder does not un-shuffle: attention does not depend on the order of tokens. They
         # stay as [class, visible, hidden], and each gets its own position.
         positions = self.decoder_pos_embed[0]
+        # (B, 1 + K, decoder width)
         seen = torch.cat([positions[:1].expand(len(x), 1, -1), positions[1 + visible]], dim=1)
         x = torch.cat([x + seen, self.mask_token + positions[1 + hidden]], dim=1)  # (B, 1 + N, ..)
         for block in self.decoder_blocks[:-1]:
@@ -506,8 +508,9 @@ def parallelize(
 
     precision   "bf16" or "fp32", of the computation: the same in 1, 2 and 3, see cast_weights.
                 Parameters, gradients and optimizer state are fp32
-    compile     1 and 2: an MAE or a classifier as one graph; 3, and other models: each block
-    methods     names of other methods than forward that are called from outside
+    compile     torch.compile: in 1 and 2, an MAE or a classifier as one graph; else each block
+    checkpoint_activations    blocks keep their inputs alone, and backward computes the rest again
+    methods     names of methods beside forward that are called from outside
 
     A model on the meta device gets its memory here, after sharding: no process ever holds more than
     its shard. It is not initialised: call initialize(). Parameter names do not change.

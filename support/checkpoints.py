@@ -245,7 +245,7 @@ def check_folder(out):
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"--out {out}: {existing} cannot be written to")
-    if '"stage"' not in read_text(out / "config.json"):
+    if '"stage"' not in read_text(out / "config.json"):  # begin_run writes it: see run.identity
         for name in ("config.json", "metrics.jsonl"):
             if (out / name).exists():
                 raise ValueError(f"{out} holds a {name} that is not ours: use another --out")
@@ -355,7 +355,10 @@ def write_file(path, content):
     path, temporary = Path(path), Path(f"{path}.tmp")
     with open(temporary, "wb") as file:
         try:
-            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                torch.save(content, file)
         except RuntimeError as error:  # torch.save's error on a full disk
             raise OSError(f"cannot write {path}: {last_line(error)}") from None
         file.flush()
@@ -368,15 +371,15 @@ def write_file(path, content):
 
 
 def last_line(error):
-    """What an error says, in one line: DCP's hold a whole traceback, some others nothing.
+    """The last line of an error's message, or the name of its class if the message is empty.
 
-    After what it has to say, torch's C++ code may list its own frames.
+    DCP's messages hold a whole traceback. Those of torch's C++ code may end with its own frames.
     """
     said = str(error).partition("\nException raised from ")[0].strip()
     return (said or type(error).__name__).splitlines()[-1]
 
 
 def is_lost(error):
-    """Whether an error says that another process has died, or was never met."""
-    said = isinstance(error, RuntimeError) and "gloo" in str(error)  # it has no class of its own
-    return said or isinstance(error, dist.DistError)
+    """True if an error means that another process has died, or has never joined."""
+    by_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)  # it has no class of its own
+    return by_gloo or isinstance(error, dist.DistError)

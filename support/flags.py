@@ -13,14 +13,14 @@ from support.launch import fail
 
 
 def make_parser(program, description):
-    """An ArgumentParser whose errors are one line, of one process a machine.
+    """An ArgumentParser that prints an error as one line, in one process of each machine.
 
     Its `groups` are {title: a group of flags}.
     """
     parser = argparse.ArgumentParser(program, allow_abbrev=False, description=description)
 
     def error(message):
-        message = re.sub(r"^argument (\S+): ", r"\1 ", message)  # --lr nan is out of range
+        message = re.sub(r"^argument (\S+): ", r"\1 ", message)  # "argument --lr: x" -> "--lr x"
         fail(program, f"{message} (--help lists all flags)")
 
     parser.error = error
@@ -30,13 +30,14 @@ def make_parser(program, description):
 
 
 def number(kind, least, most=2**62, above=False):
-    """An argparse type: a number from `least` to `most`; above: `least` itself is refused."""
+    """An argparse type: a number from `least` to `most`. above: only if it is above `least`."""
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+        # (Every comparison with NaN is false.)
         if not least <= value <= most or above and value == least:
             wanted = f": it must be from {least} to {most}" if most < 2**62 else ""
             raise argparse.ArgumentTypeError(f"{text} is out of range{wanted}")
@@ -73,9 +74,14 @@ def new_file(text):
 
 
 def add_flags(groups, out, batch_size, seed_of):
-    """Add the flags that every stage has. out: default; others: help texts."""
+    """Add the flags that every stage has.
+
+    out         default of --out
+    batch_size  default of --batch-size, in words
+    seed_of     what --seed decides, in words
+    """
     add = groups["data"].add_argument
-    add("--cache-dir", help="folder for remote shards (of yours, among the temporary files)")
+    add("--cache-dir", help="folder for remote shards (one per user, in the temporary folder)")
     add("--cache-size", default="20G", help="the most that it holds, like 500G (20G)")
     add("--lanes", type=count, help="sample streams: a multiple of the processes (48, or shards)")
     add("--workers", type=number(int, 0), help="loader processes per process (the cores left)")
@@ -111,10 +117,10 @@ def add_resume_flags(groups):
 
 
 def add_plan_flags(groups):
-    """Add the flags of a stage that can print what it takes."""
+    """Add the flags of a stage that can print its plan: compute, memory and time."""
     add = groups["run"].add_argument
     add("--plan", action="store_true", help="print what the run takes, and exit")
-    add("--gpus", type=count, help="processes to plan for (as many as run now): --plan, too")
+    add("--gpus", type=count, help="processes to plan for (as many as run now); implies --plan")
     share = number(float, 0, 1, above=True)
     add("--mfu", type=share, default=0.4, help="--plan: share of the peak FLOP/s (0.4)")
 

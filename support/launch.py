@@ -1,8 +1,9 @@
-"""What the three stages share around their methods: flags, start-up, sums, logging, saving.
+"""What the three stages share around their methods: start-up, sums, logging, saving, errors.
 
     place, begin, resume     device and processes; the process group; the checkpoint to go on from
     Totals                   a step's sums over micro-batches and processes, read once
     Progress                 what is timed, counted, logged and saved
+    guard                    no step with a loss or gradient that is not finite
     report_errors            one line and an exit status for what ends a run
 
 This file needs torch, tqdm and support/checkpoints.py.
@@ -29,7 +30,8 @@ from support.checkpoints import begin_run, is_lost, last_line, load_checkpoint, 
 def place(run):
     """Settle where a run computes: process, processes, processes_here, device, precision.
 
-    Returns the kind of device: "cuda" as well for a plan of GPUs. Raises ValueError.
+    Also run.plan, which --gpus implies, and run.say, which prints in the first process. Returns the
+    type of the device; for a plan with --gpus, "cuda". Raises ValueError.
     """
     launched = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}  # by torchrun
     run.process, run.processes, local, run.processes_here = (
@@ -55,7 +57,7 @@ def begin(run):
         torch.cuda.set_device(run.device)
     if run.processes > 1:
         backend = "cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo"
-        # Longer than reading weights, compiling, and the patience with remote data.
+        # Longer than reading weights, compiling, and all tries to read a remote shard.
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
 
 
@@ -67,15 +69,15 @@ def end(run):
 
 
 def check_agreement(facts):
-    """ValueError where a process sees other facts (a JSON-able dict) than the first one."""
+    """Raise ValueError if the facts, a JSON-able dict, differ between two processes."""
     seen = [facts]
     if dist.is_initialized():
         seen = [None] * dist.get_world_size()
         dist.all_gather_object(seen, facts)
-    for process, others in enumerate(seen):
+    for process, found in enumerate(seen):
         for name, fact in seen[0].items():
-            if others[name] != fact:
-                where = f"process {process} finds {name} {others[name]}, the first one {fact}"
+            if found[name] != fact:
+                where = f"process {process} finds {name} {found[name]}, the first one {fact}"
                 raise ValueError(f"{where}: all nodes want the same command, --data and --out")
 
 
@@ -116,20 +118,21 @@ class Totals:
     """
 
     def __init__(self, device):
+        # loss, weight, unknown, new_bad, stopping, lacking, squared norm: see read()
         self.sums, self.unreadable = torch.zeros(7, device=device), []
 
     def add(self, loss, weight, bad=(), unknown=0):
-        """A micro-batch's part: loss, weight and unknown are tensors () or numbers."""
+        """Add a micro-batch. loss, weight, unknown: tensors () or numbers. bad: a list of names."""
         self.sums[0] += loss
         self.sums[1] += weight
         self.sums[2] += unknown
         self.unreadable += bad
 
     def read(self, gradients, batch_size, stop, copies=1):
-        """Sum over the processes, and make loss and gradients means over the samples that count.
+        """Sum over the processes, and make loss and gradients means over the weight of the batch.
 
-        gradients: of all trained parameters, this process's parts, scaled in place. copies of the
-        model: each has all parts of the norm.
+        gradients  of all trained parameters, this process's shards; scaled in place
+        copies     of the model: a sum over all processes holds the squared norm once for each
         """
         self.sums[3], self.sums[4] = len(self.unreadable), stop.asked
         self.sums[5] = stop.no_batch is not None
@@ -149,8 +152,10 @@ class Totals:
 
 
 def scale_gradients(gradients, scale):
-    for gradient in gradients if scale != 1.0 else ():
-        gradient.mul_(scale)
+    """Multiply the gradients in place. A scale of 1 launches no kernels."""
+    if scale != 1.0:
+        for gradient in gradients:
+            gradient.mul_(scale)
 
 
 class Progress:
@@ -170,20 +175,22 @@ class Progress:
         self.saving, self.lacking, self.waited = False, False, 0.0
         self.wait_for_save = lambda: None
         self.began = self.logged = time.perf_counter()
-        shown = None if run.process == 0 else True
-        self.bar = tqdm(total=run.steps, initial=self.done, disable=shown)
-        gc.disable()  # it would stop each process at another moment, and all would wait for each
+        disable = None if run.process == 0 else True  # None: unless there is a terminal
+        self.bar = tqdm(total=run.steps, initial=self.done, disable=disable)
+        # Each process would pause for it at another step, and all others wait: log() collects.
+        gc.disable()
 
     def wait_for(self, batches):
-        """The next batch."""
+        """The next batch. The time that it takes is counted as data wait."""
         asked = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - asked
         return batch
 
     def count(self, totals, **others):
-        """Count a step that was computed. The first unreadable samples are named.
+        """Count a step that was computed but not taken yet, and settle `saving`.
 
+        The first 20 unreadable samples are named on stderr.
         others: {name of another count: new samples}
         """
         for name in totals.unreadable[: max(0, 20 - self.counts["bad"])]:
@@ -194,9 +201,9 @@ class Progress:
         self.saving = self.done % self.run.save_every == 0 or self.done == self.run.steps
 
     def check(self, batches, bad, what=None):
-        """Raise Failure if so many bad samples are too many: see data.Batches.over_max_bad.
+        """Raise Failure if `bad` samples are over --max-bad: see data.Batches.over_max_bad.
 
-        what: how many of how many they are, in words; default: those that cannot be read
+        what: the start of its message; default: how many pictures cannot be read
         """
         drawn = self.done * self.run.batch_size
         what = what or f"{bad} of {drawn} pictures cannot be read"
@@ -310,7 +317,9 @@ def guard(model, run, step, totals, lr):
 
 
 def unless_lacking(stop, measure, *arguments):
-    """Return measure(*arguments), or None if any process has no batch for it: see support/loader.py.
+    """Return measure(*arguments), or None if any process has no batch for it.
+
+    stop: see Stop in support/loader.py.
 
     All processes must call it. The reason is printed, and the next training step ends the run.
     """

@@ -1,4 +1,4 @@
-"""Batches made ahead by worker processes, in a way that no failure of these is lost.
+"""Batches made ahead by worker processes. No failure of a worker is lost.
 
     loader    a torch DataLoader over data.Batches
     Stop      signals: a run ends after its step, and saves
@@ -24,25 +24,24 @@ from PIL import Image
 from data import Unreachable, limit_pixels, one_line
 
 STALLED = 60  # seconds without a batch until the user is told so
-
-
-GRACE = 5  # seconds that a run which was asked to stop waits for a batch
+GRACE = 5  # seconds that a run waits for a batch after it was asked to stop
 
 
 class Stop:
-    """A request to end a run, by SIGTERM, SIGUSR1 (Slurm, as it is told to) or Ctrl-C.
+    """A request to end a run, by SIGTERM, SIGUSR1 (Slurm's --signal) or Ctrl-C.
 
     asked     True if there was one. The run ends after this step, and saves. The second Ctrl-C
               ends it at once.
     no_batch  why a Loader has no more batches, an exception; None while it has
 
-    Until release() all Loaders of this process keep to it.
+    Until release(), the Loaders of this process act on it: see Loader.
     """
 
     active = None  # a process has one set of signals
 
     def __init__(self):
-        self.asked, self.no_batch, self.waiting = False, None, False  # in Loader, for a batch
+        self.asked, self.no_batch = False, None
+        self.waiting = False  # True while a Loader waits for a batch
         for name in {"SIGTERM", "SIGUSR1", "SIGINT"} & set(dir(signal)):
             signal.signal(getattr(signal, name), self.ask)
         Stop.active = self
@@ -55,6 +54,7 @@ class Stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def ask(self, number, _):
+        """Handle a signal."""
         if self.asked and self.waiting:
             raise KeyboardInterrupt  # no library takes it for a failure that it may hide
         if number == signal.SIGINT:
@@ -62,7 +62,7 @@ class Stop:
         self.asked = True
 
     def wait(self, made):
-        """The next batch. Raises KeyboardInterrupt if it does not come, and the run shall end."""
+        """next_batch(made). A signal may end it, by KeyboardInterrupt: see ask."""
         try:
             self.waiting = True
             return next_batch(made)
@@ -130,25 +130,28 @@ class Loader(torch.utils.data.DataLoader):
         return self.watched(made)
 
     def watched(self, made):
+        """Yield the batches of DataLoader's iterator and, after an error, batches of weight 0."""
         try:
             for number, item in enumerate(self.sampler):
                 yield self.receive(made, item)
             return
-        except BaseException as error:  # also when nobody wants the others
-            # PyTorch would give each worker that waits for a shard 5 s, one after the other.
+        except BaseException as error:  # also GeneratorExit: this iterator is given up
+            # PyTorch would wait 5 s for each worker that waits for a shard, one after the other.
             for worker in getattr(made, "_workers", []):
                 worker.terminate()
             if not Stop.active or not isinstance(error, OSError | KeyboardInterrupt):
                 raise
             Stop.active.no_batch = error
+        # Without an order, positions past the last sample are padding of weight 0.
         past = dataclasses.replace(self.dataset, order=None)
         for _ in range(number, len(self.sampler)):
             yield past[len(past)]
 
     def receive(self, made, item):
-        come = threading.Event()
-        told = self.dataset, item, come
-        threading.Thread(target=report_stall, args=told, daemon=True).start()
+        """The next batch, while a thread reports if it does not arrive. item: its number."""
+        arrived = threading.Event()
+        about = self.dataset, item, arrived
+        threading.Thread(target=report_stall, args=about, daemon=True).start()
         try:
             return Stop.active.wait(made) if Stop.active else next_batch(made)
         except RuntimeError as error:
@@ -156,19 +159,19 @@ class Loader(torch.utils.data.DataLoader):
                 raise lost_batch(error) from None
             raise
         finally:
-            come.set()
+            arrived.set()
 
 
 def next_batch(made):
-    """Of a DataLoader's iterator."""
+    """The next batch of a DataLoader's iterator, unpickled if a worker made it."""
     batch = next(made)
     return batch.open() if isinstance(batch, Parcel) else batch
 
 
-def report_stall(dataset, item, come):
-    """In a thread: say that a batch has not come, and end the waiting if the run shall stop."""
+def report_stall(dataset, item, arrived):
+    """In a thread: print that a batch has not arrived, and end the waiting for it after a Stop."""
     began, said = time.monotonic(), 0
-    while not come.wait(min(1, STALLED, GRACE)):
+    while not arrived.wait(min(1, STALLED, GRACE)):
         waited = time.monotonic() - began
         if waited >= (said + 1) * STALLED:
             said += 1
@@ -179,7 +182,7 @@ def report_stall(dataset, item, come):
 
 
 def loader(batches, items, workers, pin=False):
-    """The given items (a range) of Batches, made ahead by worker processes; 0: in this process."""
+    """A Loader of these items (a range) of Batches. workers: processes; 0: made in this one."""
     return Loader(
         batches,
         sampler=items,

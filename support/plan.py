@@ -129,7 +129,7 @@ def host_memory():
 
 
 def memory_budget(model, run):
-    """Bytes a step may use: 80 % of a GPU's memory; on a CPU, 4 GB beyond weights and optimizer."""
+    """Bytes that a step may use: 80 % of a GPU's memory; on a CPU, weights, optimizer and 4 GB."""
     memory = device_memory(run)
     if memory is None:
         return 4e9 + training_memory(model, run, 0, False)["peak"]
@@ -147,7 +147,8 @@ def compiles(kind):
     (On a CPU, compiled training was 0.95 to 1.02 times as fast.)
     """
     compilers = os.environ.get("CC", "gcc"), "gcc", "clang"
-    return kind == "cuda" and triton.__version__ and any(map(shutil.which, compilers))
+    has_triton = triton.__version__ is not None
+    return kind == "cuda" and has_triton and any(map(shutil.which, compilers))
 
 
 def attention_shapes(model):
@@ -188,7 +189,7 @@ def settle_sharding(model, run):
 
 
 def replica_memory(model, run):
-    """Bytes that a process with all weights of a model needs at least."""
+    """Bytes that a replica needs at least: with a micro-batch of 2, if none is given."""
     alone = copy.copy(run)
     alone.shard_group = None
     return training_memory(model, alone, run.micro_batch or 2, run.checkpoint_activations)["peak"]
@@ -243,8 +244,10 @@ def fitting_batch(model, images, run, recompute=None):
 
 
 def settle_micro_batches(run, model):
-    """Settle micro_batch, the images that a process computes at once, and micro_batches, how many
-    of them make its part of a batch. Raises ValueError."""
+    """Settle run.micro_batch, the images that a process computes at once, and run.micro_batches.
+
+    micro_batches of them make a process's part of a batch. Raises ValueError if they do not fit it.
+    """
     per_process = run.batch_size // run.processes
     run.micro_batch = run.micro_batch or fitting_batch(model, per_process, run)
     run.micro_batches = per_process // run.micro_batch

@@ -521,7 +521,7 @@ REFUSED = [
     ("classify", "--context 20", "--context is for --task lit"),
     ("classify", "--frames=5", "--frames is for --task video"),
     ("classify", "--relative-positions", "--relative-positions is for --task video"),
-    ("classify", "--bogus", "--bogus is no flag of this program"),
+    ("classify", "--bogus", "unrecognized arguments: --bogus"),
     ("linear", "--data {animals} --batch-norm --micro-batch 4", "all of it"),
     ("linear", "--data {few}", "too small"),
     *[("linear", f, f"{f.split()[0]} is for --task classify")

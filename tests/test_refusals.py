@@ -202,7 +202,7 @@ def places(tmp_path_factory):
     files |= {"nine": [[1], [9]], "word": [[1], ["red"]]}
     write_files(root, {f"{name}.json": json.dumps(files[name]).encode() for name in files})
     write_files(root, {"text.pt": b"this is not a checkpoint", "foreign/config.json": b"{}"})
-    write_files(root, {"text.tar": b"no tar " * 500, "tars/a.tar": bytes(1024)})
+    write_files(root, {"nothing.tar": b"", "text.tar": b"no tar " * 500, "tars/a.tar": bytes(1024)})
     text = {**TINY_TEXT, "vocabulary": 260, "context": 9}
     models = {
         "encoder": ViT(**SHAPE),
