@@ -41,6 +41,7 @@ import evaluate
 import mae_pretrain
 from model import ViT, initialize, save_weights
 from support import pack as pack_module
+from support.loader import Stop
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -192,6 +193,15 @@ def rewind(out):
     shutil.rmtree(out / "checkpoints" / "step-00000012")
     (out / "checkpoints" / "LATEST").write_text("step-00000008")
     (out / "model.pt").unlink()
+
+
+@pytest.fixture(autouse=True)
+def no_run_is_left():
+    """A run that fails ends its process. In this one, it leaves handlers of signals behind."""
+    yield
+    if Stop.active:
+        Stop.active.release()
+        gc.enable()
 
 
 @pytest.fixture
