@@ -90,10 +90,15 @@ def load_task(name):
     """The three functions of a task: those of tasks/NAME.py, or a namespace below.
 
     add_flags(groups)       adds the task's flags to {title: group of flags}: see flags.make_parser
+                            The functions below read those of flags.add_label_flags, and train
+                            those of flags.add_resume_flags: call both
     prepare(run, finetune)  opens weights and data (read_init and open_pictures or open_labelled do)
-                            and checks the flags. Returns the recipe: all settings that decide the
-                            results, {name: value if it is not given}, with batch_size and epochs
-    main(run, finetune)     builds a model, calls train, measures, and calls finish
+                            and checks the flags. Sets run.classes, if open_labelled has not, and
+                            makes a run.val where there is none: see data.hold_out. Returns the
+                            recipe: all settings that decide the results, {name: value if it is not
+                            given}, with batch_size, epochs and warmup
+    main(run, finetune)     builds a model, calls train, measures, and calls finish. A metric is
+                            shown in the step line if it is in SHOWN
 
     run has the flags as attributes, and what the functions add. finetune is this module: tasks/
     cannot import it. To add a task, write the file and add its name to TASKS.
@@ -319,11 +324,14 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, schedule=cosin
 
     It writes checkpoints and metrics.jsonl to run.out, and continues from them if it is repeated.
 
+    model      an encoder (a models.ViT), or a module with one as its `trunk`
     optimizer  function of the model. Its groups have an initial_lr, and may have an lr_scale
     make       make(sample, key) gives a row of a batch: see data.Batches
     flops      of a training step, for an image
     learn      learn(run, model, micro_batches, totals): forward and backward of a step. The
-               batches come one by one, on the device; the sums go into totals, a launch.Totals
+               batches come one by one, on the device. Of each, the sum of the losses over
+               run.batch_size goes into totals (a launch.Totals), with the number of samples that
+               count; its backward is of run.processes times as much: see learn_labels
     schedule   schedule(step, steps, warmup) gives the share of the peak lr
     least_lr   the lr at the end of the schedule, before lr_scale
     clip       the largest norm of the gradient; None: any

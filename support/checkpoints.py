@@ -161,7 +161,9 @@ def load_checkpoint(path, model, optimizer):
         dcp.load(state, storage_reader=Reader(path), no_dist=not dist.is_initialized())
     except (Exception, dcp.api.CheckpointException) as error:
         # A damaged file fails in many ways. DCP's own exception is not an Exception.
-        raise OSError(f"cannot load {path}: {last_line(error)}; --resume another") from error
+        raise OSError(
+            f"cannot load {path}: {last_line(error)}; --resume another, or use another --out"
+        ) from error
     return record
 
 

@@ -109,7 +109,8 @@ def to(device, batch, *names):
 class Totals:
     """A step's sums over micro-batches and processes. The host reads them once, together.
 
-    loss, weight   sums over the batch; after read(), loss is the mean over the weight
+    loss           the sum over the batch, divided by its size; after read(), by the weight
+    weight         the number of samples that count, or the sum of their weights
     norm           of the gradient (after read())
     new_bad        samples of the batch that could not be read; unreadable: this process's names
     unknown        samples that can be read, but have no label or caption
@@ -233,7 +234,7 @@ class Progress:
         if run.process == 0:
             with open(run.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
-            tqdm.write(step_line(entry, run.steps, shown))
+            run.say(step_line(entry, run.steps, shown))
         gc.collect(2 if self.saving else 1)
         self.waited, self.logged_step, self.logged = 0.0, self.done, time.perf_counter()
 
