@@ -20,7 +20,8 @@ def make_parser(program, description):
     parser = argparse.ArgumentParser(program, allow_abbrev=False, description=description)
 
     def error(message):
-        message = re.sub(r"^argument (\S+): ", r"\1 ", message)  # "argument --lr: x" -> "--lr x"
+        # "argument --lr: nan is ..." -> "--lr nan is ..."; "--steps: not allowed with" stays.
+        message = re.sub(r"^argument (\S+): (?!not )", r"\1 ", message)
         fail(program, f"{message} (--help lists all flags)")
 
     parser.error = error
