@@ -106,7 +106,10 @@ def parse_arguments(argv):
 
 
 def prepare(run):
-    """Settle what the arguments leave open, and open the data. ValueError says what is unusable."""
+    """Settle what the arguments leave open, in `run` itself, and open the data.
+
+    Raises ValueError if an argument is unusable. The model has no memory yet.
+    """
     # ------------------------------------------------------------------------------------ runtime
     kind = launch.place(run)
     check_shard_group(run)
@@ -135,7 +138,7 @@ def prepare(run):
         run.source, run.held_out, weights = source, source, {}
     else:
         run.vocabulary, run.source, run.held_out, weights = open_hashtags(source, run.tags)
-    # A plan without data says what lanes the run will need: see print_plan.
+    # A plan without data assumes a number of lanes that the processes can share.
     planned = math.lcm(48, run.processes) if run.plan and not run.data else None
     kind = partial(WeightedOrder, **weights) if weights else data.Order
     order = kind(run.source.sizes, run.seed, run.lanes or planned)
@@ -155,7 +158,7 @@ def prepare(run):
     drawn = {"order": order, "seed": run.seed, "micro_batches": run.micro_batches}
     crops = partial(make, min_crop=run.min_crop)
     run.batches = data.Batches(run.source, crops, run.batch_size, **share, **drawn)
-    eval_batch = 2 * run.processes * max(1, run.micro_batch // 2)
+    eval_batch = 2 * run.processes * max(1, run.micro_batch // 2)  # each process takes pairs
     run.held_out_batches = data.Batches(run.held_out, make, eval_batch, **share)
 
     # ----------------------------------------------------------------------------- length and lr
@@ -168,7 +171,7 @@ def prepare(run):
     run.identity = {"stage": "weak_pretrain", "data": run.source.identity, "model": run.config}
     run.identity |= {"tags": run.vocabulary.identity, "lanes": order.lanes, "init": origin}
     run.identity |= {name: getattr(run, name) for name in same}
-    usual = run.max_pixels == data.MAX_PIXELS  # as in runs from before there was this flag: None
+    usual = run.max_pixels == data.MAX_PIXELS  # checkpoints older than --max-pixels lack the entry
     run.identity["max_pixels"] = None if usual else run.max_pixels
     if not run.plan:
         shapes = attention_shapes(run.model)
@@ -200,7 +203,7 @@ def train(run):
         compile=run.compile,
         checkpoint_activations=run.checkpoint_activations,
     )
-    models.initialize(model, run.seed)
+    models.initialize(model, run.seed)  # it has memory since parallelize()
     if run.weights:
         say(models.load_weights(model, *run.weights))
         run.weights = None
@@ -251,7 +254,7 @@ def train(run):
         gradients = [models.local(p.grad) for p in model.parameters() if p.grad is not None]
         totals.read(gradients, run.batch_size, stop, run.processes // (run.shard_group or 1))
         if totals.lacking:  # a process has got no batch: this step is not taken
-            progress.lacking = not totals.stopping
+            progress.lacking = not totals.stopping  # a stop that was asked for is no failure
             break
         untagged = run.batch_size - round(totals.weight) - totals.new_bad
         progress.count(totals, untagged=untagged)
@@ -260,8 +263,8 @@ def train(run):
         if run.clip:
             totals.clip(gradients, run.clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=not run.cuda_graph)  # a graph writes to where they are
-        gradients = None  # as a list it would keep them all through the next step
+        optimizer.zero_grad(set_to_none=not run.cuda_graph)  # a graph has their addresses
+        gradients = None  # else the list keeps their memory through the next step
 
         if progress.stepped():
             facts = {"loss": totals.loss, "lr": lr, "grad_norm": totals.norm}
@@ -289,7 +292,7 @@ def train(run):
 
 
 def learning_rate(step, run):
-    """Linear warm-up, whose first step is not 0, then a line to 0 (recalled, unsure), per step."""
+    """The rate of a step, from 0: linear warm-up that starts above 0, then a line to 0 (recalled)."""
     warmup = run.warmup * run.steps
     if step < warmup:
         return run.lr * (step + 1) / (warmup + 1)
