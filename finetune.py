@@ -165,7 +165,10 @@ def prepare(run):
         if vars(run).get(name) is None:
             setattr(run, name, value)
     if run.batch_size % 2 or (run.micro_batch or 2) % 2:
-        raise ValueError("--batch-size and --micro-batch: want even numbers (mixup needs pairs)")
+        raise ValueError(
+            f"--batch-size {run.batch_size}, --micro-batch {run.micro_batch}: want even numbers "
+            "(mixup needs pairs)"
+        )
     run.steps = run.steps or math.ceil(run.epochs * samples / run.batch_size)
 
     # ------------------------------------------------------------------------- what is the same run

@@ -284,7 +284,9 @@ def step_line(entry, steps, shown):
         "memory {memory_gib:.1f} GiB  eta {eta}"
     ).format(steps=steps, eta=tqdm.format_interval(entry["eta_seconds"]), **entry)
     found = {name: entry.get(name) for name in shown}
-    parts = [shown[name].format(value) for name, value in found.items() if value]
+    # A count of 0 is not shown; what was measured, a float, is.
+    found = {name: value for name, value in found.items() if value or isinstance(value, float)}
+    parts = [shown[name].format(value) for name, value in found.items()]
     return "  ".join([text, *parts])
 
 
