@@ -770,7 +770,7 @@ def stack(rows):
 
 
 def make_picture(sample, key, size, channels, min_crop=None, centre=1.0):
-    """(C, H, W) uint8 of a source's sample: a random crop and flip or, without min_crop, the centre.
+    """(C, H, W) uint8 of a sample: a random crop and flip or, without min_crop, the centre.
 
     sample None: zeros. For Batches' make; the other arguments are crop_and_resize's.
     """

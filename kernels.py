@@ -167,8 +167,8 @@ capability._dynamo_marked_constant = True
 
 # ------------------------------------------------------------------------------------ the kernels
 #
-# `rows` are numbers of tokens whose queries are used, `keys` those whose keys are; a tile has ROWS or
-# KEYS of them. A head has HEAD columns and is a tuple of tiles: two for 48, 80 and 96, else one.
+# `rows` are numbers of tokens whose queries are used, `keys` those whose keys are used. A tile has
+# ROWS or KEYS of them. A head has HEAD columns in a tuple of tiles: two for 48, 80, 96, else one.
 #
 #     qkv, dqkv      (B, N, 3, heads, HEAD)           the input and its gradient
 #     out, grad      (B, N - FIRST, heads, HEAD)      the result and its gradient
@@ -283,7 +283,7 @@ def forward_rows(
 #     dv = p^T g,   dp = g v^T,   ds = p * (dp - delta),
 #     delta = sum of p * dp over the keys = sum of g * out over the head,
 #     dk = ds^T q,  dq = ds k,  both / sqrt(d), as the scores were.
-# backward_keys sums dk and dv of its keys over the rows, backward_rows dq of its rows over the keys.
+# backward_keys sums dk and dv of its keys over the rows. backward_rows sums dq over the keys.
 
 
 @triton.jit
@@ -427,7 +427,7 @@ def attention_backward(
 # ----------------------------------------------------------------------------------- the operator
 #
 # To PyTorch, a call is one operation with a name, a shape rule and a gradient. So it works with
-# torch.compile, FSDP2, activation checkpointing and autocast. Triton's interpreter cannot be traced.
+# torch.compile, FSDP2, activation checkpointing, autocast. Triton's interpreter cannot be traced.
 # Without a GPU, triton_op would only take a second to load torch's compiler.
 
 TRACED = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"

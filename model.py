@@ -166,7 +166,7 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
 
     def forward(self, x, first_query=0, scales=None):
-        """x (B, N, D) -> (B, N - first_query, D). scales (B, 2): see branch_scales; None means 1."""
+        """x (B, N, D) -> (B, N - first_query, D). scales (B, 2): see branch_scales; None: 1."""
         branch = self.attn(self.norm1(x), first_query)
         x = x[:, first_query:] + (branch if scales is None else branch * scales[:, :1, None])
         branch = self.mlp(self.norm2(x))
@@ -284,7 +284,7 @@ class ViT(nn.Module):
 
 
 def pool(tokens, how):
-    """A ViT's (B, 1 + N, D) -> (B, D): the class token ("cls") or the mean of the patches ("mean")."""
+    """A ViT's (B, 1 + N, D) -> (B, D): the class token ("cls") or the patches' mean ("mean")."""
     return tokens[:, 0] if how == "cls" else tokens[:, 1:].mean(dim=1)
 
 
@@ -327,7 +327,7 @@ class MAE(ViT):
     def forward(self, images, ids):
         """Each sample's mean squared error on its hidden patches, (B,).
 
-        images (B, C, H, W) float, normalised. ids (B, N): each sample's random order of its patches,
+        images (B, C, H, W) float, normalised. ids (B, N): a random order of the patches for each,
         of which the first K are visible.
         """
         self.check(images)
@@ -417,7 +417,7 @@ class Classifier(ViT):
 
 
 def tag_loss(logits, tags):
-    """Softmax cross-entropy with target 1/k for each of a sample's k tags: (B,) float32 (paper, 3.3).
+    """Softmax cross-entropy with target 1/k for each of a sample's k tags: (B,) fp32 (paper, 3.3).
 
     logits (B, V); tags (B, T) int64 ids, padded with -1. A sample without tags needs weight 0. The
     loss is computed from the ids, without a (B, V) target.
@@ -481,7 +481,7 @@ def initial_value(model, name, parameter, generator):
 
 
 def parameter_groups(model, weight_decay):
-    """An optimizer's groups: weight decay for matrices and tokens, none for 1-D parameters (timm)."""
+    """An optimizer's groups: decay for matrices and tokens, none for 1-D parameters (timm)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -598,7 +598,7 @@ def shard(model, device, shard_group, precision, methods=()):
 
 @lru_cache(1)  # each call would make new process groups
 def sharding_mesh(kind, shard_group, everyone):
-    """Mesh of (copies of the model, processes that share one), without the first if there is one."""
+    """Mesh of (copies of the model, processes that share one), without the first if that is 1."""
     names, shape = ("replicate", "shard"), (everyone.size() // shard_group, shard_group)
     if shape[0] == 1:
         names, shape = names[1:], shape[1:]
@@ -609,7 +609,7 @@ def replicate(model, bucket_mb=100):
     """DistributedDataParallel around a model: see parallelize.
 
     bucket_mb: gradients are sent during backward in buckets of this size. torch.compile splits its
-    graph at each bucket: PyTorch's 25 MB would be a hundred graphs for H (our choice, not measured).
+    graph at each bucket: PyTorch's 25 MB would be a hundred graphs for H (our choice, unverified).
     """
     # Gradients of shape (1, 1, D) and their buckets differ in the strides of dimensions of size 1.
     warnings.filterwarnings("ignore", message="Grad strides do not match")

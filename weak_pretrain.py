@@ -292,7 +292,7 @@ def train(run):
 
 
 def learning_rate(step, run):
-    """The rate of a step, from 0: linear warm-up that starts above 0, then a line to 0 (recalled)."""
+    """The rate of a step, from 0: linear warm-up, not from 0, then a line to 0 (unverified)."""
     warmup = run.warmup * run.steps
     if step < warmup:
         return run.lr * (step + 1) / (warmup + 1)

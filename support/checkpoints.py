@@ -200,7 +200,7 @@ def find_checkpoint(out, resume, identity):
     resume: None, or the path of a run or of one of its checkpoints. identity: JSON-able dict of all
     that decides the run's results. Raises ValueError where a rule is broken:
 
-    1. `out` is writable, and its config.json and metrics.jsonl are a run's: no other is overwritten.
+    1. `out` is writable, and its config.json and metrics.jsonl are a run's: no others are lost.
     2. The checkpoints are those of `resume`, if given, else of `out`. A repeated command with the
        same `resume` goes on from its own: it has begun there before.
     3. Without any, the run is new. A model.pt in `out` is of a run that would be overwritten.

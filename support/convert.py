@@ -82,7 +82,7 @@ def save_safetensors(state, path):
 
 
 def write_timm(path, out, state, model):
-    """Write a file for timm's VisionTransformer; returns the line that builds it and loads `out`."""
+    """Write a file for timm's VisionTransformer; return the line that builds it and loads `out`."""
     config, state = model.config, translate(state, TIMM_VIT)
     if config.get("class_names"):
         print_dropped(["class_names"])

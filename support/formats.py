@@ -140,7 +140,7 @@ def without(pattern, state):
 
 
 def recognise(state):
-    """(format, {our name: tensor}, other names) of a network. The format explains the most names."""
+    """(format, {our name: tensor}, other names) of a network. It explains the most names."""
     state = without(f"^{PART}", state)
     style, explained = None, {}
     for other, tables in FORMATS.items():
@@ -333,7 +333,7 @@ def inherit(init, given, names, heads=None, read=read_weights, entry=None):
 
 
 def fingerprint(state):
-    """A hash of the first 8 numbers of each tensor of a state dict: training changes all of them."""
+    """A hash of the first 8 numbers of each tensor of a state dict: training changes them all."""
     numbers = [(name, tensor.flatten()[:8].tolist()) for name, tensor in sorted(state.items())]
     return f"weights {hashlib.sha256(repr(numbers).encode()).hexdigest()[:8]}"
 

@@ -62,8 +62,8 @@ class WeightedOrder(Order):
     """An Order in which a sample comes as often in an epoch as its weight says.
 
     Sample i owns a stretch of length weights[i] of a line of length sum(weights). The draws are the
-    points on it that lie WEIGHT apart, from a random offset on that is new in each epoch (systematic
-    sampling). So a sample comes as often as its weight says, rounded up or down.
+    points on it that lie WEIGHT apart, from a random offset on that is new in each epoch. (This is
+    systematic sampling.) So a sample comes as often as its weight says, rounded up or down.
 
     Example: weights 0.5, 1 and 2 (times WEIGHT). Their stretches are 0 - 0.5, 0.5 - 1.5, 1.5 - 3.5.
     The sum is 3.5, so an epoch has 3 draws, and the gap between two points is 3.5 / 3: what is left

@@ -452,7 +452,7 @@ def settle_classes(run):
 
 
 def reorder_head(run):
-    """The weights in --init with a head for the data's classes, in their order, and the head's pool.
+    """The weights in --init with a head for the data's classes, in order, and the head's pool.
 
     Returns (state, grid) and "cls" or "mean". Raises ValueError if the head is of other classes.
     """

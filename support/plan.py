@@ -10,7 +10,7 @@ import torch
 from kernels import triton
 from model import MAE
 
-# Dense bf16 peaks in FLOP/s, from the makers' data sheets. The first name in a device's name counts.
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets. The first name that fits counts.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -69,8 +69,8 @@ def flops_per_image(model):
 def training_memory(model, run, micro_batch, recompute):
     """{item: bytes} of a training step on each process, and its "peak".
 
-    16 bytes a trained parameter and 4 a frozen one, divided by the processes that share the weights,
-    and the activations of a micro-batch. recompute: with --checkpoint-activations. The peak is right
+    16 bytes a trained parameter and 4 a frozen one, divided by the processes that share weights,
+    and the activations of a micro-batch. recompute: --checkpoint-activations. The peak is right
     to 20 % where it was measured: see docs/speed.md.
     """
     sharded, group = run.shard_group is not None, run.shard_group or 1
@@ -81,7 +81,7 @@ def training_memory(model, run, micro_batch, recompute):
     copies = count if element == 2 else 0  # in fp32 the weights themselves are used
     if sharded:  # FSDP2 gathers a block, or a large head, while another block computes
         copies = 2 * count / len(shapes) + max(p.numel() for p in model.parameters())
-    # Replicas have buckets for all gradients; several micro-batches are added up whole, beside them.
+    # Replicas have buckets for all gradients; several micro-batches are added up beside them.
     replicas = not sharded and run.processes > 1
     whole = replicas + (micro_batch * run.processes < run.batch_size)
     gradients = 4 * trained * whole if whole else 4 * trained / group
@@ -90,7 +90,7 @@ def training_memory(model, run, micro_batch, recompute):
     outputs = pixels * N if isinstance(model, MAE) else getattr(model, "classes", 0)
     inputs = [width * tokens for width, tokens, _ in shapes]  # numbers that enter a block
     square = model.heads * (1 + N) ** 2 if model.config.get("relative_positions") else 0
-    # A block keeps 16 times its input for backward: the input, 2 norms, q, k, v, attention's output,
+    # A block keeps 16 times its input for backward: the input, 2 norms, q, k, v, the attention,
     # the sum after it, 4 before and 4 after GELU. Backward takes 5 times the input beside them.
     kept, backward = 16 * sum(inputs) + square * len(inputs), 5 * max(inputs) + 2 * square
     if recompute:  # the input alone is kept, and the other 15 are made again
@@ -180,7 +180,7 @@ def settle_sharding(model, run):
     """How many processes share one copy of the weights, or None: each process has all of them.
 
     --shard-group decides if it is given; 1 means None. Otherwise a model is replicated if it fits
-    with its gradients, its optimizer and the smallest micro-batch, and else split over all processes.
+    with its gradients, its optimizer and the smallest micro-batch, else split over all processes.
     """
     if run.shard_group:
         return run.shard_group if run.shard_group > 1 else None
@@ -299,9 +299,7 @@ def print_plan(run):
     gathered = others * micro_batches * (1 if run.precision == "bf16" else 2)
     print("network      GiB that a process sends, and receives, in a step:")
     if group > 1:
-        print(
-            f"             {gathered:.2f} weights and {others:.2f} gradients in its group of {group}"
-        )
+        print(f"{'':12} {gathered:.2f} weights, {others:.2f} gradients in its group of {group}")
     else:
         print("             no weights: it has all of them")
     if copies > 1:

@@ -83,7 +83,7 @@ def maker(run, layers, operations=2):
 
 
 def augmented(sample, key, made, change):
-    """A row of which the picture, or each frame of a clip alike, is changed by change(pixels, key)."""
+    """A row whose picture, or each frame of its clip alike, is changed by change(pixels, key)."""
     row = made(sample, key)
     if sample is None:
         return row

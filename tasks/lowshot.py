@@ -105,12 +105,10 @@ def add_flags(groups):
 
 
 def shots(text):
-    """ "1,5" -> ["1", "5"]."""
-    items = text.split(",")
+    """An argparse type: "1,5" -> ["1", "5"]."""
+    items = shot_list(text)
     if "all" in items:
         raise argparse.ArgumentTypeError("wants numbers: for all pictures there is --task linear")
-    if not all(item.isdigit() and int(item) > 0 for item in items):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers")
     return items
 
 

@@ -85,7 +85,7 @@ class VideoFolder(Folder):
 
 
 def folder_of_list(data, labels):
-    """(folder, labels) behind --data and --labels: data may be a list of the videos in its folder."""
+    """(folder, labels) behind --data and --labels: data may be a list of videos."""
     if data and data.lower().endswith(LISTS) and os.path.isfile(data):
         return os.path.dirname(data) or ".", labels or data
     return data, labels
