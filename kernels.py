@@ -1,33 +1,30 @@
-"""Fused attention in Triton for the shapes of a Vision Transformer, and the rule that chooses it.
+"""Triton attention for the shapes of a Vision Transformer, and the rule that chooses it.
 
     ATTENTION=torch python mae_pretrain.py      # or triton: overrides the rule
-    python tests/bench/attention.py             # errors against float64; on a GPU also speed
+    python tests/bench/attention.py             # errors against float64, speed on a GPU
 
 Models call attention(). It runs these kernels on a CUDA GPU in 16 bits and PyTorch's
 scaled_dot_product_attention elsewhere: see choose(). Padding and biases need PyTorch's.
 
-An introduction for readers who know PyTorch and not Triton. A kernel is written for one *program*,
-which works on tiles: small matrices in registers. A launch starts a grid of programs, and
-`tl.program_id` is a program's number in it. A tensor is given as a pointer to its first element: a
-tile of it is read from `pointer + row * stride + column`, with a mask for what lies outside. The
-sides of tiles are powers of two and known when the kernel is compiled (`tl.constexpr`): each other
-set of them compiles the kernel again. A program runs on `num_warps` times 32 threads, which share
-its tiles. More threads have more registers; what does not fit spills to slow memory. A loop loads
-what its next `num_stages` iterations need while the current one computes.
+Triton in short. A kernel is written for one *program*, which works on tiles: small matrices
+in registers. A launch starts a grid of programs, numbered by `tl.program_id`. A tensor is a
+pointer to its first element: a tile is read from `pointer + row * stride + column`, with a
+mask for what lies outside. The sides of tiles are powers of two and constants of the kernel
+(`tl.constexpr`). A program runs on `num_warps` times 32 threads, which share its tiles; what
+does not fit their registers spills to slow memory. A loop loads what its next `num_stages`
+iterations need while the current one computes.
 
-The kernels compute softmax(q k^T / sqrt(d)) v for each head of each sample. Special to ViTs:
+The kernels compute softmax(q k^T / sqrt(d)) v for each head of each sample. For ViTs:
 
-* q, k and v are read where the qkv layer left them, in one (B, N, 3 D) tensor, and the result is
-  written as the next layer needs it, (B, N, D). Nothing is permuted or copied, also in backward.
-* A head may have 80 columns (H and 2B): it is a tile of 64 beside one of 16, not a padded 128.
-* Sequences are short. Up to 64 tokens, all keys of a head are one tile: the softmax is taken at
-  once, and backward is one kernel. Longer ones loop over tiles of keys and rescale.
-* In MAE's last decoder block only the hidden tokens have queries: those before `first_query` are
-  skipped.
-* The number of tokens is also a constant of the kernel, since a model has only a few.
+* q, k and v are read where the qkv layer left them, in one (B, N, 3 D) tensor, and the
+  result is written as the next layer needs it, (B, N, D). Nothing is permuted or copied.
+* A head may have 80 columns (H, 2B): a tile of 64 beside one of 16, not a padded 128.
+* Up to 64 tokens, all keys of a head are one tile: the softmax is taken at once, and
+  backward is one kernel. Longer sequences loop over tiles of keys and rescale.
+* MAE's last decoder block has queries of hidden tokens only, those from `first_query`.
 
-The (N, N) matrices never leave the registers. Forward keeps log2(sum(2^s)) of each row of scores s,
-from which backward computes the softmax again. There are no atomics: same input, same bits.
+The (N, N) matrices never leave the registers. Forward keeps log2(sum(2^s)) of each row of
+scores s, from which backward computes the softmax. No atomics: same input, same bits.
 """
 
 import math
@@ -41,23 +38,24 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # PyTorch's attention computes everything; the kernels are never called
+except ImportError:  # the kernels are never called
     triton = SimpleNamespace(jit=lambda kernel: kernel, __version__=None)
     tl = SimpleNamespace(constexpr=float)
 
-# exp(x) = 2^(x log2 e), and 2^x is one instruction: scores are multiplied by this. Gradients are
-# those of the scores without it.
+# exp(x) = 2^(x log2 e), and 2^x is one instruction: scores are multiplied by this.
+# Gradients are those of the scores without it.
 LOG2_E = tl.constexpr(1.4426950408889634)
+LARGEST_TILE = 64  # rows or keys; up to so many tokens, one tile holds all keys
 
 
-# -------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------- attention
 
 
 def attention(qkv, heads, first_query=0):
     """softmax(q k^T / sqrt(d)) v for every head, accumulated in float32.
 
-    qkv (B, N, 3 * D), as a linear layer writes it -> (B, N - first_query, D), as the next one reads
-    it. The first `first_query` tokens are keys and values only. ValueError: see choose().
+    qkv (B, N, 3 * D), as a linear layer writes it -> (B, N - first_query, D). The first
+    `first_query` tokens are keys and values only. ValueError: see choose().
     """
     head = qkv.shape[2] // (3 * heads)  # columns of one
     name, _ = choose(qkv.device, qkv.dtype, qkv.shape[1], head)
@@ -66,7 +64,7 @@ def attention(qkv, heads, first_query=0):
 
 
 def reference(qkv, heads, first_query=0):
-    """The definition: qkv (B, N, 3 * D) -> (B, N - first_query, D), in the dtype of qkv."""
+    """The definition of attention(), in the dtype of qkv."""
     q, k, v = split_heads(qkv, heads)
     scores = q[:, :, first_query:] @ k.transpose(2, 3) / math.sqrt(q.shape[3])
     return (scores.softmax(dim=3) @ v).transpose(1, 2).flatten(2)
@@ -80,7 +78,7 @@ def pytorch_attention(qkv, heads, first_query=0):
 
 
 def triton_attention(qkv, heads, first_query=0):
-    """reference() by the kernels below: any N, heads of 16, 32 ... 128 columns, any float dtype."""
+    """reference() by the kernels below: any float dtype, heads of 16, 32 ... 128."""
     return fused(qkv, heads, first_query)[0]
 
 
@@ -89,31 +87,29 @@ def split_heads(qkv, heads):
     return qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
-# ------------------------------------------------------------------------------------- the choice
+# --------------------------------------------------------------------------- the choice
 
 FORCED = os.environ.get("ATTENTION") or None  # "torch" or "triton" overrides the rule
 SIXTEEN_BIT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-# Compute capabilities in tests/bench/attention_*.csv. The kernels were never slower than PyTorch's
-# attention there: 2.0 to 4.8 times as fast up to 257 tokens, 1.02 to 1.2 times at 1,025 and 1,370.
+# Compute capabilities in tests/bench/attention_*.csv. The kernels were never slower there
+# than PyTorch's: 2.0 to 4.8 times as fast up to 257 tokens, 1.02 to 1.2 up to 1,370.
 MEASURED = [(9, 0)]
 
 
 def choose(device, dtype, tokens, head):
-    """Choose what computes attention: ("Triton" or "PyTorch", the reason). head: columns of a head.
+    """Choose what computes attention: ("Triton" or "PyTorch", the reason).
 
-    The rule: Triton where the kernels can run and dtype has 16 bits; if the GPU's capability was
-    not measured, only up to 257 tokens. ATTENTION=torch or triton in the environment overrides it.
-    ValueError if ATTENTION has another value, or is triton where the kernels cannot run.
+    The rule: Triton where the kernels can run and dtype has 16 bits, but only up to 257
+    tokens if the GPU's capability was not measured. ATTENTION=torch or triton overrides it.
+    head: columns of a head. ValueError if ATTENTION is wrong or the kernels cannot run.
     """
     name, problem = forced(), obstacle(device, head)
     if name == "triton" and problem:
         raise ValueError(f"ATTENTION=triton in the environment cannot run ({problem}): unset it")
     if name:
         return "Triton" if name == "triton" else "PyTorch", f"ATTENTION={name}"
-    if problem:
-        return "PyTorch", problem
-    if dtype not in SIXTEEN_BIT:
-        return "PyTorch", "not 16-bit"
+    if problem or dtype not in SIXTEEN_BIT:
+        return "PyTorch", problem or "not 16-bit"
     major, minor = capability(device)
     if (major, minor) not in MEASURED and tokens > 257:
         return "PyTorch", f"CUDA capability {major}.{minor} not measured over 257 tokens"
@@ -123,7 +119,7 @@ def choose(device, dtype, tokens, head):
 def describe(shapes, device, precision):
     """What computes a model's attention and why, for the first lines of a run.
 
-    shapes: (tokens, columns of a head) of its layers; empty if they have relative positions.
+    shapes: (tokens, columns of a head) of its layers, none for relative positions.
     precision: "bf16" or "fp32". ValueError: see choose().
     """
     if not shapes:
@@ -138,7 +134,7 @@ def describe(shapes, device, precision):
 
 
 def forced():
-    """ATTENTION in the environment: "torch", "triton" or None. ValueError if it is another word."""
+    """ATTENTION in the environment: "torch", "triton" or None. ValueError: another word."""
     if FORCED not in (None, "torch", "triton"):
         raise ValueError(f"ATTENTION={FORCED} in the environment: set torch, triton or nothing")
     return FORCED
@@ -160,15 +156,15 @@ def capability(device):
     return torch.cuda.get_device_capability(device)
 
 
-# torch.compile cannot trace the query. This is all that torch.compiler.assume_constant_result does,
-# but for the import of torch._dynamo, which takes longer than all others together.
+# torch.compile cannot trace the query. assume_constant_result of torch.compiler does only
+# this, but imports torch._dynamo, which takes longer than all other imports together.
 capability._dynamo_marked_constant = True
 
 
-# ------------------------------------------------------------------------------------ the kernels
+# -------------------------------------------------------------------------- the kernels
 #
-# `rows` are numbers of tokens whose queries are used, `keys` those whose keys are used. A tile has
-# ROWS or KEYS of them. A head has HEAD columns in a tuple of tiles: two for 48, 80, 96, else one.
+# `rows` are numbers of tokens whose queries are used, `keys` those whose keys are. A tile
+# has ROWS or KEYS of them. A head has HEAD columns in a tuple of tiles, see columns_of.
 #
 #     qkv, dqkv      (B, N, 3, heads, HEAD)           the input and its gradient
 #     out, grad      (B, N - FIRST, heads, HEAD)      the result and its gradient
@@ -177,12 +173,11 @@ capability._dynamo_marked_constant = True
 
 @triton.jit
 def offsets(TILES, heads, N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr):
-    """(tile, offset in qkv, in out, in logsum): which of the TILES of which head to compute.
+    """(tile, offset in qkv, in out, in logsum): which of the TILES of which head this is.
 
-    out and logsum have no rows before FIRST. Their offsets are that much smaller, so that a row
-    number of qkv can be added to them.
+    out and logsum have no rows before FIRST: the row numbers of qkv fit their offsets.
     """
-    # Neighbouring programs compute tiles of one head, whose keys and values are in the cache.
+    # Neighbouring programs compute tiles of one head: its keys are in the cache.
     tile, pair = tl.program_id(0) % TILES, (tl.program_id(0) // TILES).to(tl.int64)
     sample, column = pair // heads, pair % heads * HEAD
     in_out = (sample * (N - FIRST) - FIRST) * heads * HEAD + column
@@ -191,7 +186,7 @@ def offsets(TILES, heads, N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constex
 
 @triton.jit
 def columns_of(HEAD: tl.constexpr):
-    """Column numbers of each tile of a head: (1, 64) and (1, 16) for 80, but (1, 128) for 112."""
+    """Column numbers of a head's tiles: (1, 64) and (1, 16) for 80, (1, 128) for 112."""
     FULL: tl.constexpr = triton.next_power_of_2(HEAD)
     HALF: tl.constexpr = FULL // 2
     if 4 * HEAD > 3 * FULL:
@@ -203,7 +198,7 @@ def columns_of(HEAD: tl.constexpr):
 
 @triton.jit
 def load_head(base, rows, stride, N: tl.constexpr, HEAD: tl.constexpr):
-    """Load a head of these tokens: (rows, HEAD), 0 beyond N. stride: from token to token."""
+    """Load a head of these tokens, (rows, HEAD), 0 beyond N. stride: between tokens."""
     line, inside = base + rows[:, None] * stride, (rows < N)[:, None]
     return [tl.load(line + c, inside & (c < HEAD), other=0.0) for c in columns_of(HEAD)]
 
@@ -211,7 +206,8 @@ def load_head(base, rows, stride, N: tl.constexpr, HEAD: tl.constexpr):
 @triton.jit
 def store_head(base, rows, stride, head, N: tl.constexpr, HEAD: tl.constexpr):
     """Store a head of these tokens. Nothing is written beyond N."""
-    line, inside, columns = base + rows[:, None] * stride, (rows < N)[:, None], columns_of(HEAD)
+    line, inside = base + rows[:, None] * stride, (rows < N)[:, None]
+    columns = columns_of(HEAD)
     for i in tl.static_range(len(columns)):
         tile = head[i].to(base.dtype.element_ty)
         tl.store(line + columns[i], tile, inside & (columns[i] < HEAD))
@@ -229,7 +225,7 @@ def scale(head, factor):
 
 @triton.jit
 def dot_t(a, b):
-    """a b^T: (M, HEAD), (N, HEAD) -> (M, N) float32. "ieee": float32 is not rounded to tf32."""
+    """a b^T: (M, HEAD), (N, HEAD) -> (M, N) float32. "ieee": no rounding to tf32."""
     product = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
     for i in tl.static_range(1, len(a)):
         product = tl.dot(a[i], tl.trans(b[i]), product, input_precision="ieee")
@@ -252,14 +248,15 @@ def forward_rows(
 ):  # fmt: skip
     """Compute out and logsum of a tile of rows. Grid: B * heads * tiles of rows.
 
-    If one tile holds all keys, the softmax is taken at once. Else it is an online softmax (arXiv
-    1805.02867): sums are relative to the largest score so far and shrink when a larger one comes.
+    If one tile holds all keys, the softmax is taken at once. Else it is an online softmax
+    (arXiv 1805.02867): sums are relative to the largest score so far.
     """
     tile, in_qkv, in_out, in_logsum = offsets(tl.cdiv(N - FIRST, ROWS), heads, N, FIRST, HEAD)
     D, SCALE = heads * HEAD, HEAD**-0.5 * LOG2_E
     rows = FIRST + tile * ROWS + tl.arange(0, ROWS)
     q = load_head(qkv + in_qkv, rows, 3 * D, N, HEAD)
-    largest, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    largest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
     result = zeros_like(q)
     for start in range(0, N, KEYS):
         keys = start + tl.arange(0, KEYS)
@@ -283,7 +280,7 @@ def forward_rows(
 #     dv = p^T g,   dp = g v^T,   ds = p * (dp - delta),
 #     delta = sum of p * dp over the keys = sum of g * out over the head,
 #     dk = ds^T q,  dq = ds k,  both / sqrt(d), as the scores were.
-# backward_keys sums dk and dv of its keys over the rows. backward_rows sums dq over the keys.
+# backward_keys sums dk and dv of its keys over rows. backward_rows sums dq over keys.
 
 
 @triton.jit
@@ -293,8 +290,8 @@ def backward_keys(
 ):  # fmt: skip
     """Compute dk and dv of a tile of keys. Grid: B * heads * tiles of keys.
 
-    If this tile holds all keys, dq is computed here too and no other kernel is needed. Else delta
-    is read, which backward_rows has written. Tiles of scores are transposed here: (KEYS, ROWS).
+    If this tile holds all keys, dq is computed here too, and no other kernel is needed.
+    Else backward_rows has written delta. Tiles of scores are transposed: (KEYS, ROWS).
     """
     tile, in_qkv, in_out, in_logsum = offsets(tl.cdiv(N, KEYS), heads, N, FIRST, HEAD)
     D, SCALE = heads * HEAD, HEAD**-0.5
@@ -358,19 +355,20 @@ def backward_rows(
     store_head(dqkv + in_qkv, rows, 3 * D, scale(dq, SCALE), N, HEAD)
 
 
-# ------------------------------------------------------------------------------------ the launches
+# ------------------------------------------------------------------------- the launches
 
 
 def launch_shape(tokens, first_query, head, device, tile, loop):
     """The constants of a launch: how a kernel divides its work.
 
-    tile, loop: "ROWS" and "KEYS", or the reverse. A program computes a tile of the one and loops
-    over the other. The sizes were measured on an H200, where few shapes gain 10 % from others:
-    tests/bench/attention_tiles.csv. Before Hopper, wide heads need the registers of more warps. On
-    Blackwell, a kernel that loads two iterations ahead spills, and one that loads three does not.
+    tile, loop: "ROWS" and "KEYS", or the reverse. A program computes a tile of the one, in a
+    loop over the other. Sizes were measured on an H200 (tests/bench/attention_tiles.csv):
+    few shapes gain 10 % from others. Before Hopper, wide heads need the registers of more
+    warps. On Blackwell, kernels spill with three stages and not with four.
     """
     chip = capability(device) if device.type == "cuda" else (8, 0)
-    own = min(64, max(16, 1 << (tokens - 1).bit_length()))  # 16 is the least of a matrix product
+    side = 1 << (tokens - 1).bit_length()
+    own = min(LARGEST_TILE, max(16, side))  # 16 is the least of a matrix product
     if tokens <= own:
         step = own  # one iteration
     elif tokens <= 80 and head == 80:
@@ -382,53 +380,49 @@ def launch_shape(tokens, first_query, head, device, tile, loop):
     return sizes | {"num_warps": warps, "num_stages": 4 if chip >= (10, 0) else 3}
 
 
-def launch(kernel, programs, sizes, *tensors, heads):
-    """Run a kernel on the GPU of the tensors. programs: for each head of each sample."""
+def launch(kernel, tile, loop, heads, first_query, qkv, *tensors):
+    """Run a kernel: a program for each tile of each head of each sample."""
+    B, N, D = *qkv.shape[:2], qkv.shape[2] // 3
+    sizes = launch_shape(N, first_query, D // heads, qkv.device, tile, loop)
+    tiles = triton.cdiv(N - first_query if tile == "ROWS" else N, sizes[tile])
     # wrap_triton shows the kernel to torch.compile, and to the tracer of an operator.
     kernel = torch.library.wrap_triton(kernel) if TRACED else kernel
-    with torch.cuda.device_of(tensors[0]):  # else Triton uses the current GPU
-        kernel[(tensors[0].shape[0] * heads * programs,)](*tensors, heads, **sizes)
+    with torch.cuda.device_of(qkv):  # else Triton uses the current GPU
+        kernel[(B * heads * tiles,)](qkv, *tensors, heads, **sizes)
 
 
 def empty_results(qkv, heads, first_query):
-    """Allocate out (B, N - first_query, D) and logsum (B, heads, N - first_query) float32."""
+    """Allocate out (B, N - first_query, D), logsum (B, heads, N - first_query) float32."""
     B, N, D = *qkv.shape[:2], qkv.shape[2] // 3
-    logsum = qkv.new_empty(B, heads, N - first_query, dtype=torch.float32)
-    return qkv.new_empty(B, N - first_query, D), logsum
+    rows = N - first_query
+    return qkv.new_empty(B, rows, D), qkv.new_empty(B, heads, rows, dtype=torch.float32)
 
 
 def attention_forward(qkv: Tensor, heads: int, first_query: int) -> tuple[Tensor, Tensor]:
-    """qkv (B, N, 3 * D) -> out and logsum, see empty_results(): log2 of the softmax's sums."""
-    N, head = qkv.shape[1], qkv.shape[2] // (3 * heads)
-    sizes = launch_shape(N, first_query, head, qkv.device, tile="ROWS", loop="KEYS")
+    """qkv (B, N, 3 * D) -> out and logsum, see empty_results()."""
     results = empty_results(qkv, heads, first_query)
-    of_rows = triton.cdiv(N - first_query, sizes["ROWS"])
     qkv = qkv.contiguous()  # the kernels know no other strides
-    launch(forward_rows, of_rows, sizes, qkv, *results, heads=heads)
+    launch(forward_rows, "ROWS", "KEYS", heads, first_query, qkv, *results)
     return results
 
 
 def attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, logsum: Tensor, heads: int, first_query: int
 ) -> Tensor:
-    """The gradient of qkv, (B, N, 3 * D), from the gradient of out and the results of forward."""
-    N, head = qkv.shape[1], qkv.shape[2] // (3 * heads)
+    """The gradient of qkv from the gradient of out and the results of forward."""
     qkv, grad, delta = qkv.contiguous(), grad.contiguous(), torch.empty_like(logsum)
     tensors = grad, logsum, delta, torch.empty_like(qkv)
-    sizes = launch_shape(N, first_query, head, qkv.device, tile="ROWS", loop="KEYS")
-    if sizes["KEYS"] < N:
-        of_rows = triton.cdiv(N - first_query, sizes["ROWS"])
-        launch(backward_rows, of_rows, sizes, qkv, out, *tensors, heads=heads)
-    sizes = launch_shape(N, first_query, head, qkv.device, tile="KEYS", loop="ROWS")
-    launch(backward_keys, triton.cdiv(N, sizes["KEYS"]), sizes, qkv, *tensors, heads=heads)
+    if qkv.shape[1] > LARGEST_TILE:
+        launch(backward_rows, "ROWS", "KEYS", heads, first_query, qkv, out, *tensors)
+    launch(backward_keys, "KEYS", "ROWS", heads, first_query, qkv, *tensors)
     return tensors[-1]
 
 
-# ----------------------------------------------------------------------------------- the operator
+# ------------------------------------------------------------------------- the operator
 #
-# To PyTorch, a call is one operation with a name, a shape rule and a gradient. So it works with
-# torch.compile, FSDP2, activation checkpointing, autocast. Triton's interpreter cannot be traced.
-# Without a GPU, triton_op would only take a second to load torch's compiler.
+# To PyTorch, a call is one operation with a name, a shape rule and a gradient: it works in
+# torch.compile, FSDP2, checkpointing and autocast. Triton's interpreter cannot be traced.
+# Without a GPU, triton_op would only load torch's compiler.
 
 TRACED = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 register = torch.library.triton_op if TRACED else torch.library.custom_op

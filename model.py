@@ -6,14 +6,12 @@
     initialize        draws each parameter from a generator keyed by its name
     parameter_groups  parameters with and without weight decay
     parallelize       cast -> activation checkpointing -> compile -> shard or replicate
-    read_weights, load_weights, save_weights          model.pt and public checkpoints
-    python model.py convert IN OUT --format ...       from and to timm and Hugging Face
+    read_weights, load_weights, save_weights       model.pt and public checkpoints
+    python model.py convert IN OUT --format ...    from and to timm and Hugging Face
 
-Tensors: B batch, C channels, H W image, P patch side, N patches, K visible patches, D width,
-L layers. Parameter names are timm's and the public MAE's (facebookresearch/mae), so that their
-weights load by name.
-
-Needs torch and kernels.py alone. Weights of other libraries are read by support/formats.py.
+Tensors: B batch, C channels, H W image, P patch side, N patches, K visible patches,
+D width, L layers. Parameter names are timm's and the public MAE's (facebookresearch/mae),
+so that their weights load by name. This file needs torch and kernels.py alone.
 """
 
 import argparse
@@ -25,7 +23,7 @@ import os
 import re
 import warnings
 import zipfile
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -35,8 +33,8 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 
-# name: (width, layers, heads, patch side). B and up: appendix table 8 of the paper and the maws
-# repository; T and S: DeiT (arXiv 2012.12877). toy is ours, for laptops and tests.
+# name: (width, layers, heads, patch side). B to 6.5B: table 8 of the paper, maws
+# repository. T, S: DeiT (arXiv 2012.12877). toy: our choice, for laptops and tests.
 SIZES = {
     "toy": (192, 3, 6, 8),
     "T": (192, 12, 3, 16),
@@ -47,10 +45,9 @@ SIZES = {
     "2B": (2560, 24, 32, 14),
     "6.5B": (4096, 32, 32, 14),
 }
-# (width, layers, heads) of the MAE decoder. 512 x 8 x 16 is the public code's (MAE) for B, L and H.
-# Unverified: 2B and 6.5B have the same.
-DECODERS = {"toy": (64, 1, 4), "T": (256, 4, 8)}
-DEFAULT_DECODER = (512, 8, 16)
+# (width, layers, heads) of the MAE decoder. That of B is also of all sizes not listed here:
+# public code (MAE) for L and H; unverified for 2B and 6.5B.
+DECODERS = {"toy": (64, 1, 4), "T": (256, 4, 8), "B": (512, 8, 16)}
 
 
 class Unusable(argparse.ArgumentTypeError, ValueError):
@@ -58,7 +55,7 @@ class Unusable(argparse.ArgumentTypeError, ValueError):
 
 
 def architecture(size):
-    """(width, layers, heads, patch side) of a name in SIZES, or of "192x6x3" (patch 16)."""
+    """(width, layers, heads, patch side) of a name in SIZES or of "192x6x3" (patch 16)."""
     wanted = f"one of {', '.join(SIZES)}, or WIDTHxLAYERSxHEADS"
     return SIZES[size] if size in SIZES else (*triple(size, wanted), 16)
 
@@ -88,11 +85,11 @@ def pair(image_size):
     return height, width
 
 
-# ---------------------------------------------------------------------------- patches and positions
+# ---------------------------------------------------------------- patches and positions
 
 
 def patchify(images, patch_size):
-    """(B, C, H, W) -> (B, N, P*P*C): patches row by row, each flattened as (P, P, C) (MAE)."""
+    """(B, C, H, W) -> (B, N, P*P*C): patches row by row, each flattened as (P, P, C)."""
     (B, C, H, W), P = images.shape, patch_size
     patches = images.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 3, 5, 1)
     return patches.reshape(B, (H // P) * (W // P), P * P * C)
@@ -104,33 +101,33 @@ def take(tokens, ids):
 
 
 def sincos_positions(width, grid):
-    """Fixed 2-D sine-cosine table, (1, 1 + rows * columns, width) float32; the class row is 0.
+    """Fixed sine-cosine table, (1, 1 + rows * columns, width) fp32; the class row is 0.
 
-    The first half of the channels encodes the column and the second half the row, each by sines,
-    then cosines, of wavelengths from 2 pi to 20,000 pi (public code: MAE, util/pos_embed.py).
+    The first half of the channels encodes the column, the second half the row. Each half
+    has sines, then cosines, of wavelengths from 2 pi to 20,000 pi (public code: MAE).
     """
-    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * frequencies for n in grid)
-    rows, columns = (torch.cat([angle.sin(), angle.cos()], dim=1) for angle in (rows, columns))
-    table = torch.cat(
-        [columns.expand(grid[0], -1, -1), rows[:, None].expand(-1, grid[1], -1)], dim=2
-    )  # (rows, columns, width)
+    count = partial(torch.arange, dtype=torch.float64)
+    frequencies = 10000.0 ** -(count(width // 4) / (width // 4))
+    angles = [count(n)[:, None] * frequencies for n in grid]  # (rows or columns, width / 4)
+    rows, columns = (torch.cat([angle.sin(), angle.cos()], dim=1) for angle in angles)
+    rows, columns = rows[:, None].expand(-1, grid[1], -1), columns.expand(grid[0], -1, -1)
+    table = torch.cat([columns, rows], dim=2)  # (rows, columns, width)
     return F.pad(table.flatten(0, 1), (0, 0, 1, 0)).float()[None]
 
 
 def resample_positions(table, old_grid, new_grid):
-    """(1, 1 + N, D) from one (rows, columns) grid to another, bicubic; the class row is copied."""
+    """Resample (1, 1 + N, D) to another (rows, columns), bicubic, but not the class row."""
     row, table = table[:, :1], table[:, 1:]
-    table = table.transpose(1, 2).unflatten(2, old_grid)  # (1, D, rows, columns)
-    table = F.interpolate(table.float(), size=new_grid, mode="bicubic", align_corners=False)
+    table = table.transpose(1, 2).unflatten(2, old_grid).float()  # (1, D, rows, columns)
+    table = F.interpolate(table, size=new_grid, mode="bicubic", align_corners=False)
     return torch.cat([row, table.flatten(2).transpose(1, 2).to(row.dtype)], dim=1)
 
 
-# -------------------------------------------------------------------------------------- the encoder
+# -------------------------------------------------------------------------- the encoder
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. The first `first_query` tokens are keys and values only."""
+    """Multi-head self-attention. Tokens before `first_query` are keys and values only."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -166,7 +163,7 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
 
     def forward(self, x, first_query=0, scales=None):
-        """x (B, N, D) -> (B, N - first_query, D). scales (B, 2): see branch_scales; None: 1."""
+        """(B, N, D) -> (B, N - first_query, D). scales (B, 2) or None: see branch_scales."""
         branch = self.attn(self.norm1(x), first_query)
         x = x[:, first_query:] + (branch if scales is None else branch * scales[:, :1, None])
         branch = self.mlp(self.norm2(x))
@@ -174,13 +171,13 @@ class Block(nn.Module):
 
 
 def branch_scales(noise, drop_path, dtype):
-    """Stochastic depth (arXiv 1603.09382): noise (B, L, 2) -> factors of the branches (B, L, 2).
+    """Stochastic depth (arXiv 1603.09382): noise (B, L, 2) -> factors (B, L, 2).
 
-    The rate of block i is drop_path * i / (L - 1). noise is uniform in [0, 1). The factor is 0, and
-    the branch dropped, where noise is below the rate, and 1 / (1 - rate) elsewhere.
+    noise is uniform in [0, 1). The rate of block i is drop_path * i / (L - 1). The factor of
+    a branch is 0 if its noise is below the rate, else 1 / (1 - rate).
     """
     layers = noise.shape[1]
-    # Made on the device: a tensor of Python numbers would be copied from the host at each step.
+    # Made on the device: Python numbers would be copied from the host at each step.
     rates = torch.arange(layers, dtype=noise.dtype, device=noise.device)  # (L,)
     rates = rates * (drop_path / max(1, layers - 1))
     return ((noise >= rates[:, None]) / (1 - rates[:, None])).to(dtype)
@@ -221,14 +218,13 @@ class ViT(nn.Module):
             )
         if positions not in ("sincos", "learned"):
             raise ValueError(f"positions {positions!r} are unknown: 'sincos' or 'learned'")
-        self.config = {"size": size, "image_size": [H, W], "patch_size": P, "channels": channels}
-        self.config |= {"positions": positions, "norm_eps": norm_eps}
+        self.config = {"size": size, "image_size": [H, W], "patch_size": P}
+        self.config |= {"channels": channels, "positions": positions, "norm_eps": norm_eps}
         self.width, self.layers, self.heads, self.patch_size = width, layers, heads, P
         self.drop_path, self.input_shape = drop_path, (channels, H, W)
         self.init_std = {}  # {name of a parameter: standard deviation}: see initialize
         self.grid = (H // P, W // P)
         self.num_patches = N = self.grid[0] * self.grid[1]
-
         # Used as a matrix, see embed(). The name and the kernel's shape are timm's.
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(channels, width, P, stride=P)})
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
@@ -238,7 +234,7 @@ class ViT(nn.Module):
         initialize(self)  # each subclass calls it again when it has all its parameters
 
     def check(self, images):
-        """Raise ValueError if the images have another size or number of channels than the model."""
+        """Raise ValueError if the model is built for another shape of images."""
         if tuple(images.shape[1:]) != self.input_shape:
             wanted = ", ".join(map(str, self.input_shape))
             raise ValueError(
@@ -254,10 +250,10 @@ class ViT(nn.Module):
         return F.linear(patches.to(weight.dtype), weight, proj.bias)
 
     def tokens(self, images):
-        """The encoder's input: (B, C, H, W) float -> (B, 1 + N, D), the class token first."""
+        """The encoder's input: (B, C, H, W) float -> (B, 1 + N, D), class token first."""
         self.check(images)
-        x = self.embed(patchify(images, self.patch_size)) + self.pos_embed[:, 1:]  # (B, N, D)
-        return self.with_class_token(x)
+        x = self.embed(patchify(images, self.patch_size))  # (B, N, D)
+        return self.with_class_token(x + self.pos_embed[:, 1:])
 
     def with_class_token(self, x):
         """(B, n, D) -> (B, 1 + n, D)."""
@@ -265,10 +261,10 @@ class ViT(nn.Module):
         return torch.cat([first, x], dim=1)
 
     def forward(self, images, noise=None):
-        """Tokens after the final norm, (B, 1 + N, D), the class token first: see pool().
+        """Normalised images (B, C, H, W) float -> normed tokens, (B, 1 + N, D).
 
-        images (B, C, H, W) float, normalised. noise (B, L, 2) uniform in [0, 1): for stochastic
-        depth, drawn by the caller for each sample, so that it does not depend on the batch.
+        noise (B, L, 2), uniform in [0, 1), is for stochastic depth: see branch_scales. The
+        caller draws it for each sample, so that it does not depend on the batch.
         """
         return self.norm(self.encode(images, noise))
 
@@ -277,18 +273,18 @@ class ViT(nn.Module):
         x = self.tokens(images)
         scales = [None] * self.layers
         if noise is not None and self.drop_path > 0:
-            scales = branch_scales(noise, self.drop_path, x.dtype).unbind(dim=1)  # (B, 2) each
+            scales = branch_scales(noise, self.drop_path, x.dtype).unbind(1)  # (B, 2) each
         for block, scale in zip(self.blocks, scales):
             x = block(x, scales=scale)
         return x
 
 
 def pool(tokens, how):
-    """A ViT's (B, 1 + N, D) -> (B, D): the class token ("cls") or the patches' mean ("mean")."""
+    """(B, 1 + N, D) -> (B, D): the class token ("cls") or the patches' mean ("mean")."""
     return tokens[:, 0] if how == "cls" else tokens[:, 1:].mean(dim=1)
 
 
-# --------------------------------------------------------------------------- the masked autoencoder
+# --------------------------------------------------------------- the masked autoencoder
 
 
 class MAE(ViT):
@@ -296,22 +292,24 @@ class MAE(ViT):
 
     decoder            (width, layers, heads); default: see DECODERS
     mask_ratio         fraction of the patches that is hidden
-    normalize_targets  predict each patch normalised by its mean and deviation (True) or raw pixels
+    normalize_targets  True: predict patches normalised by their own mean and deviation.
+                       False: predict raw pixels
     other arguments    see ViT
+
+    ids (B, N) is each sample's random order of patches, of which the first K are visible.
     """
 
     def __init__(
         self, size="B", decoder=None, mask_ratio=0.75, normalize_targets=True, **arguments
     ):
         super().__init__(size, **arguments)
-        decoder = decoder or DECODERS.get(size, DEFAULT_DECODER)
+        decoder = decoder or DECODERS.get(size, DECODERS["B"])
         width, layers, heads = triple("x".join(map(str, decoder)))
         N, norm_eps = self.num_patches, self.config["norm_eps"]
         self.num_visible = int(N * (1 - mask_ratio))  # 49 of 196, 64 of 256
         if not 0 < self.num_visible < N:
             raise ValueError(
-                f"mask ratio {mask_ratio} leaves {self.num_visible} of {N} patches visible: "
-                "at least one must be visible and one hidden"
+                f"mask ratio {mask_ratio} leaves none of {N} patches visible or hidden"
             )
         self.normalize_targets = normalize_targets
         self.config |= {"decoder": [width, layers, heads], "mask_ratio": mask_ratio}
@@ -319,68 +317,70 @@ class MAE(ViT):
         self.decoder_embed = nn.Linear(self.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(torch.empty(1, 1 + N, width), False)
-        self.decoder_blocks = nn.ModuleList(Block(width, heads, norm_eps) for _ in range(layers))
+        blocks = (Block(width, heads, norm_eps) for _ in range(layers))
+        self.decoder_blocks = nn.ModuleList(blocks)
         self.decoder_norm = nn.LayerNorm(width, norm_eps)
         self.decoder_pred = nn.Linear(width, self.patch_size**2 * self.config["channels"])
         initialize(self)
 
     def forward(self, images, ids):
-        """Each sample's mean squared error on its hidden patches, (B,).
-
-        images (B, C, H, W) float, normalised. ids (B, N): a random order of the patches for each,
-        of which the first K are visible.
-        """
+        """Normalised images (B, C, H, W) float -> each sample's loss, (B,)."""
         self.check(images)
         patches = patchify(images, self.patch_size)  # (B, N, P*P*C)
-        predictions = self.predict(patches, ids)  # (B, N - K, P*P*C)
+        x = self.forward_encoder(patches, ids)  # (B, 1 + K, D)
+        predictions = self.forward_decoder(x, ids)  # (B, N - K, P*P*C)
+        return self.forward_loss(patches, predictions, ids)
+
+    def forward_encoder(self, patches, ids):
+        """Encode the visible patches: (B, N, P*P*C) -> (B, 1 + K, D)."""
+        visible = ids[:, : self.num_visible]  # (B, K)
+        x = self.embed(take(patches, visible))  # (B, K, D)
+        x = self.with_class_token(x + self.pos_embed[0, 1 + visible])  # (B, 1 + K, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward_decoder(self, x, ids):
+        """Predict hidden patches: (B, 1 + K, D) -> (B, N - K, P*P*C), as in ids[:, K:]."""
+        visible, hidden = ids[:, : self.num_visible], ids[:, self.num_visible :]
+        x = self.decoder_embed(x)  # (B, 1 + K, decoder width)
+        # Attention does not depend on the order of tokens: they are not un-shuffled, but stay
+        # as [class, visible, hidden]. Each gets its own position.
+        positions = self.decoder_pos_embed[0]
+        first = positions[:1].expand(len(x), 1, -1)
+        x = x + torch.cat([first, positions[1 + visible]], dim=1)
+        masked = self.mask_token + positions[1 + hidden]  # (B, N - K, decoder width)
+        x = torch.cat([x, masked], dim=1)  # (B, 1 + N, decoder width)
+        for block in self.decoder_blocks[:-1]:
+            x = block(x)
+        # Only hidden tokens are predicted. So in the last block only they have queries.
+        x = self.decoder_blocks[-1](x, 1 + self.num_visible)  # (B, N - K, decoder width)
+        return self.decoder_pred(self.decoder_norm(x))
+
+    def forward_loss(self, patches, predictions, ids):
+        """Mean squared error of each sample on its hidden patches, (B,)."""
         targets = take(patches, ids[:, self.num_visible :])  # (B, N - K, P*P*C)
         if self.normalize_targets:
             mean, deviation = patch_statistics(targets)
             targets = (targets - mean) / deviation
         return (predictions.to(targets.dtype) - targets).square().mean(dim=(1, 2))
 
-    def predict(self, patches, ids):
-        """Predicted pixels of the hidden patches, (B, N - K, P*P*C), in the order of ids[:, K:]."""
-        visible, hidden = ids[:, : self.num_visible], ids[:, self.num_visible :]
-        # Only visible patches are embedded.
-        x = self.embed(take(patches, visible)) + self.pos_embed[0, 1 + visible]  # (B, K, D)
-        x = self.with_class_token(x)  # (B, 1 + K, D)
-        for block in self.blocks:
-            x = block(x)
-        x = self.decoder_embed(self.norm(x))  # (B, 1 + K, decoder width)
-
-        # The decoder does not un-shuffle: attention does not depend on the order of tokens. They
-        # stay as [class, visible, hidden], and each gets its own position.
-        positions = self.decoder_pos_embed[0]
-        # (B, 1 + K, decoder width)
-        seen = torch.cat([positions[:1].expand(len(x), 1, -1), positions[1 + visible]], dim=1)
-        x = torch.cat([x + seen, self.mask_token + positions[1 + hidden]], dim=1)  # (B, 1 + N, ..)
-        for block in self.decoder_blocks[:-1]:
-            x = block(x)
-        # Only hidden tokens are predicted. So in the last block only they are queries, and only
-        # they pass the feed-forward layer and the pixel head.
-        x = self.decoder_blocks[-1](x, 1 + self.num_visible)  # (B, N - K, decoder width)
-        return self.decoder_pred(self.decoder_norm(x))
-
 
 def patch_statistics(patches):
-    """Mean and deviation of each patch over its pixels and channels together, (B, N, 1) each.
-
-    1e-6 is added to the unbiased variance (public code: MAE).
-    """
+    """(mean, deviation) of each patch, (B, N, 1) each; 1e-6 as in the public MAE code."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (variance + 1e-6).sqrt()
 
 
-# ----------------------------------------------------------------------------------- the classifier
+# ----------------------------------------------------------------------- the classifier
 
 
 class Classifier(ViT):
     """An encoder and a linear head on pooled tokens.
 
-    classes      their number
-    pool         "cls": the class token after the final norm (the released models). "mean": the mean
-                 of the patches, then fc_norm, without the final norm (public code: MAE, finetuning)
+    classes      number of classes
+    pool         "cls": the class token after the final norm (the released models).
+                 "mean": fc_norm of the patches' mean, no final norm (MAE's finetuning)
     class_names  stored in the config with the weights
     head_std     standard deviation of the head's initial weights; 0 in SWAG
     other arguments: see ViT
@@ -396,6 +396,7 @@ class Classifier(ViT):
             raise ValueError(f"pool {pool!r} is unknown: 'cls' or 'mean'")
         self.config |= {"classes": classes, "pool": pool, "class_names": class_names}
         self.classes, self.init_std = classes, {"head.weight": head_std}
+        self.fc_norm = nn.Identity()
         if pool == "mean":
             self.fc_norm, self.norm = self.norm, nn.Identity()
         self.head = nn.Linear(self.width, classes)
@@ -411,16 +412,14 @@ class Classifier(ViT):
 
     def pooled(self, x):
         """The last block's tokens (B, 1 + N, D) -> (B, D)."""
-        if self.config["pool"] == "cls":
-            return self.norm(x)[:, 0]
-        return self.fc_norm(x[:, 1:].mean(dim=1))
+        return self.fc_norm(pool(self.norm(x), self.config["pool"]))
 
 
 def tag_loss(logits, tags):
-    """Softmax cross-entropy with target 1/k for each of a sample's k tags: (B,) fp32 (paper, 3.3).
+    """Softmax cross-entropy with target 1/k for each of a sample's k tags (paper, 3.3).
 
-    logits (B, V); tags (B, T) int64 ids, padded with -1. A sample without tags needs weight 0. The
-    loss is computed from the ids, without a (B, V) target.
+    logits (B, V), tags (B, T) int64, padded with -1 -> (B,) fp32. A sample without tags
+    needs weight 0. No (B, V) target is made.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     known = tags >= 0
@@ -428,39 +427,39 @@ def tag_loss(logits, tags):
     return logits.logsumexp(dim=1) - picked.sum(dim=1) / known.sum(dim=1).clamp(min=1)
 
 
-# ----------------------------------------------------------------------------------- initialisation
+# ----------------------------------------------------------------------- initialisation
 
 
 def initialize(model, seed=0):
     """Fill every parameter from a generator keyed by (seed, its name), in place.
 
-    So a value depends neither on the order of modules nor on the number of processes. Constructors
-    call it. It skips the meta device: for a model that is built there, call it after parallelize().
-    The values are the public MAE code's (but for the patch embedding's bias, which it leaves at
-    PyTorch's default): matrices and the patch embedding Xavier-uniform, biases 0, norms 1, tokens
-    and learned positions N(0, 0.02). Positions in time and relative ones are 0, the logits' scale
-    is 1 / 0.07 (maws repository). model.init_std has what differs from these.
+    So a value depends neither on the order of modules nor on the number of processes.
+    Constructors call it. A model that is built on the meta device, which holds no values,
+    is initialised after parallelize(). Values: public code (MAE), except that the bias of
+    the patch embedding is 0.
     """
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            key = int.from_bytes(digest[:8], "little") >> 1
+            generator = torch.Generator().manual_seed(key)
             copy_into(parameter, initial_value(model, name, parameter, generator))
 
 
 @torch.no_grad()
 def copy_into(parameter, value):
-    """Copy a full tensor into a parameter or, if that is sharded, this process's shard of it."""
+    """Copy a full tensor into a parameter, or into this process's shard of it."""
     if hasattr(parameter, "device_mesh"):
         layout = parameter.device_mesh, parameter.placements
-        # None: nothing is sent. Every process has the full value, one parameter at a time.
-        value = torch.distributed.tensor.distribute_tensor(value, *layout, src_data_rank=None)
+        # None: nothing is sent, as every process has the full value.
+        value = dist.tensor.distribute_tensor(value, *layout, src_data_rank=None)
     parameter.copy_(value)
 
 
 def initial_value(model, name, parameter, generator):
-    """The CPU tensor that `initialize` gives to the parameter of this name."""
-    shape, normal = parameter.shape, partial(torch.randn, parameter.shape, generator=generator)
+    """The CPU tensor for the parameter of this name; model.init_std overrides the rules."""
+    shape = parameter.shape
+    normal = partial(torch.randn, shape, generator=generator)
     if name in model.init_std:
         return normal() * model.init_std[name]
     if name.endswith("pos_embed") and not parameter.requires_grad:
@@ -469,7 +468,7 @@ def initial_value(model, name, parameter, generator):
         return torch.zeros(shape)
     if name.endswith(("pos_embed", "_token", "embedding.weight")):
         return normal() * 0.02
-    if name == "logit_scale":
+    if name == "logit_scale":  # maws repository
         return torch.full(shape, math.log(1 / 0.07))
     if parameter.ndim == 1:
         return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
@@ -477,11 +476,11 @@ def initial_value(model, name, parameter, generator):
     return torch.rand(shape, generator=generator) * (2 * bound) - bound
 
 
-# -------------------------------------------------------------------------- optimizer and processes
+# -------------------------------------------------------------- optimizer and processes
 
 
 def parameter_groups(model, weight_decay):
-    """An optimizer's groups: decay for matrices and tokens, none for 1-D parameters (timm)."""
+    """Groups of an optimizer: decay for matrices and tokens, none for 1-D (timm)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -498,22 +497,21 @@ def parallelize(
     checkpoint_activations=False,
     methods=(),
 ):
-    """Prepare a model for training, in place, and return the module that a training step calls.
+    """Prepare a model for training, in place; return the module that a step calls.
 
     1. One process: the model itself.
-    2. Several processes, shard_group None: each has a replica, and gradients are averaged.
-       DistributedDataParallel around the model is returned.
-    3. shard_group N: parameters, gradients and optimizer state are split over N neighbouring
-       processes (FSDP2), and each such group has a copy (HSDP). The model itself is returned.
+    2. Several processes, shard_group None: DistributedDataParallel around the model. Each
+       process has a replica, and gradients are averaged.
+    3. shard_group N: the model itself. Parameters, gradients and optimizer state are
+       split over N neighbouring processes (FSDP2); each such group has a copy (HSDP).
 
-    precision   "bf16" or "fp32", of the computation: the same in 1, 2 and 3, see cast_weights.
-                Parameters, gradients and optimizer state are fp32
-    compile     torch.compile: in 1 and 2, an MAE or a classifier as one graph; else each block
-    checkpoint_activations    blocks keep their inputs alone, and backward computes the rest again
+    precision   of the computation: "fp32" or "bf16". Parameters and gradients stay fp32
+    compile     torch.compile: in 1 and 2, an MAE or classifier as one graph; else blocks
+    checkpoint_activations    blocks keep their inputs; backward computes the rest again
     methods     names of methods beside forward that are called from outside
 
-    A model on the meta device gets its memory here, after sharding: no process ever holds more than
-    its shard. It is not initialised: call initialize(). Parameter names do not change.
+    A model on the meta device gets its memory here, after sharding: no process ever holds
+    more than its shard. Call initialize() then. Parameter names do not change.
     """
     sharded = shard_group is not None
     blocks = [module for module in model.modules() if isinstance(module, Block)]
@@ -523,8 +521,8 @@ def parallelize(
         for method in ("forward", *methods):
             cast_weights(model, method)
     if checkpoint_activations:
-        # After the cast, so that the recomputation casts again. Blocks draw no random numbers, and
-        # reading the generator's state is forbidden while a CUDA graph is recorded.
+        # After the cast: the recomputation casts again. Blocks draw no random numbers, and
+        # a CUDA graph must not record the reading of the generator's state.
         options = {"use_reentrant": False, "preserve_rng_state": False}
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, **options)
@@ -542,13 +540,13 @@ def parallelize(
 
 
 def cast_weights(module, method="forward"):
-    """Make a method of a module compute with its weights cast to bf16, as FSDP2's bf16 policy does.
+    """Make a method of a module compute with its weights cast to bf16.
 
-    The cast is part of the graph: gradients arrive at the fp32 weights in fp32. Weights in blocks
-    are left out: blocks cast their own. Loss and gradients are bit for bit those of FSDP2.
+    Loss and gradients are bit for bit those of FSDP2's bf16 policy. The cast is part of
+    the graph: gradients arrive at the fp32 weights in fp32. Blocks cast their own weights.
     """
-    # functional_call calls a module's forward. So the caller's forward is the method of the class,
-    # and the module's attribute becomes the method that casts.
+    # functional_call calls a module's forward. So the caller's forward is the method of
+    # the class, and the module's attribute becomes the method that casts.
     caller = nn.Module()
     caller.module, caller.forward = module, getattr(type(module), method).__get__(module)
 
@@ -564,10 +562,7 @@ def cast_weights(module, method="forward"):
 
 
 def compile_training(module):
-    """Compile a module's forward in place, for training mode.
-
-    Evaluation mode is not compiled: its batch sizes differ, and each would be compiled anew.
-    """
+    """Compile a module's forward in place, but not for evaluation."""
     plain = module.forward
     compiled = torch.compile(plain, dynamic=False)  # all training batches have one shape
 
@@ -581,13 +576,16 @@ def shard(model, device, shard_group, precision, methods=()):
     """Split a model over groups of processes, in place (FSDP2): see parallelize."""
     from torch.distributed import fsdp
 
-    # Inputs are not cast: MAE computes its targets from the images in fp32, and drop path compares
-    # its random numbers with the rates.
+    # Inputs are not cast: MAE computes its targets from the images in fp32, and drop path
+    # compares its random numbers with the rates.
     param_dtype = torch.bfloat16 if precision == "bf16" else None
     policy = fsdp.MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False)
-    mesh = sharding_mesh(device.type, shard_group, dist.group.WORLD)
-    # A head of 28,000 hashtags is as large as several blocks. With the root it would be gathered
-    # first and freed last.
+    names, shape = ("replicate", "shard"), (dist.get_world_size() // shard_group, shard_group)
+    if shape[0] == 1:  # one copy of the model
+        names, shape = names[1:], shape[1:]
+    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
+    # A head of 28,000 hashtags is as large as several blocks. With the root it would be
+    # gathered first and freed last.
     for name, module in model.named_modules():
         if isinstance(module, Block) or name in getattr(model, "large", ()):
             fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -596,29 +594,20 @@ def shard(model, device, shard_group, precision, methods=()):
         fsdp.register_fsdp_forward_method(model, method)
 
 
-@lru_cache(1)  # each call would make new process groups
-def sharding_mesh(kind, shard_group, everyone):
-    """Mesh of (copies of the model, processes that share one), without the first if that is 1."""
-    names, shape = ("replicate", "shard"), (everyone.size() // shard_group, shard_group)
-    if shape[0] == 1:
-        names, shape = names[1:], shape[1:]
-    return dist.init_device_mesh(kind, shape, mesh_dim_names=names)
-
-
 def replicate(model, bucket_mb=100):
     """DistributedDataParallel around a model: see parallelize.
 
-    bucket_mb: gradients are sent during backward in buckets of this size. torch.compile splits its
-    graph at each bucket: PyTorch's 25 MB would be a hundred graphs for H (our choice, unverified).
+    Gradients are sent during backward in buckets of bucket_mb. torch.compile splits its
+    graph at each bucket: PyTorch's 25 MB would be a hundred graphs for H (unverified).
     """
-    # Gradients of shape (1, 1, D) and their buckets differ in the strides of dimensions of size 1.
+    # Gradients (1, 1, D) and their buckets differ in the strides of dimensions of size 1.
     warnings.filterwarnings("ignore", message="Grad strides do not match")
     # Without static_graph: it fails if the first backward does not reduce.
-    options = {"gradient_as_bucket_view": True, "bucket_cap_mb": bucket_mb}
-    replica = nn.parallel.DistributedDataParallel(model, **options)
-    # After its first backward DDP sorts its buckets by the order of arrival, and a sum over three
-    # processes depends on the place in a bucket: a resumed run would differ in its first step. So
-    # the first backward is one without training.
+    replica = nn.parallel.DistributedDataParallel(
+        model, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb
+    )
+    # After its first backward DDP sorts its buckets by the order of arrival, which changes
+    # sums of three processes: a resumed run would differ. So the first one trains nothing.
     trained, forward = [p for p in model.parameters() if p.requires_grad], model.forward
     model.forward = lambda: sum(parameter.sum() for parameter in trained)
     replica().backward()
@@ -628,10 +617,7 @@ def replicate(model, bucket_mb=100):
 
 
 def sync_gradients(model, last):
-    """Context for forward and backward of a micro-batch; gradients are averaged if it is the last.
-
-    model: what parallelize() returned.
-    """
+    """Context of a micro-batch: gradients are averaged over processes in the last one."""
     if isinstance(model, nn.parallel.DistributedDataParallel) and not last:
         return model.no_sync()
     if hasattr(model, "set_requires_gradient_sync"):
@@ -639,11 +625,11 @@ def sync_gradients(model, last):
     return contextlib.nullcontext()
 
 
-# ------------------------------------------------------------------------------------------ weights
+# ------------------------------------------------------------------------------ weights
 
 
 def local(tensor):
-    """This process's shard of a tensor, which shares its memory; an unsharded tensor as it is."""
+    """This process's shard of a tensor, in the same memory; else the tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -653,7 +639,7 @@ def full_tensor(tensor):
 
 
 def full_state(model):
-    """{name: whole fp32 CPU tensor} on the first process, {} on the others, which must call it."""
+    """{name: full fp32 CPU tensor} on the first process, {} on others. All must call it."""
     state, first = {}, not dist.is_initialized() or dist.get_rank() == 0
     for name, tensor in model.state_dict().items():
         tensor = full_tensor(tensor)
@@ -663,7 +649,7 @@ def full_state(model):
 
 
 def save_weights(path, state, config):
-    """Write model.pt, {"model": {name: tensor}, "config": JSON-able dict}: whole or not at all.
+    """Write model.pt, {"model": {name: tensor}, "config": dict}: all of it or nothing.
 
     Raises OSError if it cannot be written, TypeError if the config is not JSON-able.
     """
@@ -682,9 +668,9 @@ def save_weights(path, state, config):
 def read_weights(path, heads=None, image_size=None, entry=None):
     """Read a ViT, an MAE, a classifier or a pair of towers: ({our name: tensor}, config).
 
-    A model.pt of ours is read here, all other files and folders by read_public of
-    support/formats.py, which describes heads, image_size and entry. The first process prints one
-    line about what was read. Raises ValueError or OSError, one line, if nothing usable is found.
+    A model.pt of ours is read here, everything else by read_public in support/formats.py,
+    which describes heads, image_size and entry. The first process prints what was read.
+    Raises ValueError or OSError, one line, if nothing usable is found.
     """
     torch_file = str(path).endswith((".pt", ".pth")) and not os.path.isdir(path)
     content = load_file(path) if torch_file and entry is None else None
@@ -700,30 +686,30 @@ def read_weights(path, heads=None, image_size=None, entry=None):
 
 
 def load_file(path):
-    """What torch.save wrote to a file: tensors and plain values. No code runs from the file.
+    """Tensors and plain values that torch.save wrote. No code runs from the file.
 
     Raises ValueError, one line, if there is no such file, or anything else in it.
     """
     if not os.path.isfile(path):
         raise ValueError(f"no weights at {path}: give a model.pt or a public checkpoint")
     try:
-        # The public MAE code stores its arguments beside the weights: plain values in a Namespace.
+        # The public MAE code stores its arguments, plain values in a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            # Mapped, not read: the processes of a machine share one copy.
-            mapped = zipfile.is_zipfile(path)
+            mapped = zipfile.is_zipfile(path)  # the processes of a machine share one copy
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # noqa: BLE001 (torch.load reports damage in a dozen ways)
-        reason = f"{type(error).__name__}: damaged, or more than tensors and plain values in it"
-        if refused := re.search(r"GLOBAL (\S+)", str(error)):  # torch's message has ten lines
-            reason = f"torch refuses the {refused[1]} in it: save its tensors and plain values only"
-        raise ValueError(f"cannot read weights from {path} ({reason}): nothing was run") from None
+        reason = f"{type(error).__name__}: damaged, or more than tensors and plain values"
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):  # one of ten lines
+            reason = f"torch refuses the {refused[1]} in it: save tensors and values only"
+        message = f"cannot read weights from {path} ({reason}): nothing was run"
+        raise ValueError(message) from None
 
 
 def check_weights(path, state, config, heads=None):
-    """Build the model of a config on the meta device, compare its shapes with tensors; return it.
+    """Build the model of a config on the meta device, load the tensors into it; return it.
 
-    So no memory is taken for what a damaged config asks for. Tensors may be missing: a head that
-    was cut off. Raises ValueError, one line about `path`, if config and tensors do not fit.
+    There a damaged config takes no memory. Raises ValueError, one line about `path`, if
+    config and tensors do not fit: see load_weights.
     """
     Kind = MAE if "decoder" in config else Classifier if "classes" in config else ViT
     if "text" in config:
@@ -733,12 +719,7 @@ def check_weights(path, state, config, heads=None):
     arguments = {name: value for name, value in config.items() if name != "val_crop"}
     with one_line_errors(path), torch.device("meta"):
         model = Kind(**arguments | encoder_config(config))
-        for name, wanted in model.state_dict().items():
-            tensor = state.get(name, wanted)
-            if tensor.shape != wanted.shape:
-                raise ValueError(f"{name} is {tuple(tensor.shape)}, wanted {tuple(wanted.shape)}")
-            if tensor.layout != torch.strided or (name in state and tensor.is_meta):
-                raise ValueError(f"{name} is sparse, or a shape without numbers")
+        load_weights(model, state, model.grid, keep_head=True)
     if heads not in (None, model.heads):
         raise ValueError(f"{path} has {model.heads} heads: leave --heads {heads} out")
     return model
@@ -752,7 +733,7 @@ def encoder_config(config):
 
 @contextlib.contextmanager
 def one_line_errors(path):
-    """Turn the errors of odd tensors or configs into a ValueError of one line about a file."""
+    """Turn errors of odd tensors or configs into a ValueError of one line about a file."""
     try:
         yield
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError) as error:
@@ -761,7 +742,7 @@ def one_line_errors(path):
         raise ValueError(f"{path} cannot be used: {reason:.300}") from None
 
 
-# Parts of a network that a file or a model may have alone; in time, a model of clips alone.
+# Parts that a file or a model may have alone, and those that only a model of clips has.
 OPTIONAL = {"head", "fc_norm", "text", "image_projection", "text_projection", "logit_scale"}
 OPTIONAL |= {"mask_token", "decoder_embed", "decoder_pos_embed"}
 OPTIONAL |= {"decoder_blocks", "decoder_norm", "decoder_pred"}
@@ -771,38 +752,41 @@ IN_TIME = {"time_embed", "rel_pos_t", "rel_pos_h", "rel_pos_w"}
 def load_weights(model, state, old_grid=None, keep_head=False):
     """Load tensors by our names into any of the models; return one line on the outcome.
 
-    Position tables of another grid are resampled (old_grid: theirs; None: a square), and a patch
-    embedding of pictures is inflated to tubelets: half of it for each of two frames. OPTIONAL parts
-    of the file alone are dropped, those of the model alone keep their initial values; any head is
-    dropped without keep_head. Raises ValueError, and changes nothing, if anything else is amiss.
+    * Position tables of another grid (old_grid; None: a square) are resampled.
+    * A patch embedding of pictures is inflated to clips: half of it for each frame of two.
+    * OPTIONAL parts that only the file has are dropped, and any head without keep_head.
+      Those that only the model has keep their initial values.
+
+    Raises ValueError, and changes nothing, if anything else is missing or does not fit.
     """
     own, resampled, notes = model.state_dict(), [], []
     if "fc_norm.weight" in state and "norm.weight" in own:
         # A classifier that pools the mean calls its last norm fc_norm.
-        state = {name.replace("fc_norm.", "norm."): tensor for name, tensor in state.items()}
-        notes = ["norm from fc_norm"]
-    used = {n: t for n, t in state.items() if n in own and (keep_head or part_of(n) != "head")}
+        state = {n.replace("fc_norm.", "norm."): tensor for n, tensor in state.items()}
+        notes.append("norm from fc_norm")
+    unwanted = () if keep_head else ("head",)
+    used = {n: t for n, t in state.items() if n in own and part_of(n) not in unwanted}
     new, dropped = [n for n in own if n not in used], [n for n in state if n not in used]
     droppable = OPTIONAL | ({"norm"} if "fc_norm.weight" in own else set())
     problems = [f"{n} is missing" for n in new if part_of(n) not in OPTIONAL | IN_TIME]
     problems += [f"{n} is unknown" for n in dropped if part_of(n) not in droppable]
     for name, tensor in used.items():
-        shape = own[name].shape
+        wanted = own[name].shape
         if name.endswith("pos_embed") and tensor.ndim == 3:
             N = tensor.shape[1] - 1
             # 8x2 has as many positions as 4x4: only old_grid tells them apart.
-            assumed = model.grid if N == math.prod(model.grid) else (math.isqrt(N),) * 2
-            rows, columns = grid = tuple(old_grid or assumed)
-            if rows * columns != N:
-                problems.append(f"{name} does not have {rows}x{columns} positions")
-            elif grid != model.grid:
+            square = model.grid if N == math.prod(model.grid) else (math.isqrt(N),) * 2
+            grid = tuple(old_grid or square)
+            if grid != model.grid and N == math.prod(grid):
                 tensor = resample_positions(tensor, grid, model.grid)
                 resampled.append("{} from {}x{} to {}x{}".format(name, *grid, *model.grid))
-        if tensor.ndim == 4 and len(shape) == 5:
+        if tensor.ndim == 4 and len(wanted) == 5:
             tensor = tensor[:, :, None].expand(-1, -1, 2, -1, -1) / 2
             notes.append("patch_embed.proj inflated from one frame to two")
-        if tensor.shape != shape:
-            problems.append(f"{name} is {tuple(tensor.shape)}, wanted {tuple(shape)}")
+        if tensor.shape != wanted:
+            problems.append(f"{name} is {tuple(tensor.shape)}, wanted {tuple(wanted)}")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            problems.append(f"{name} is sparse, or a shape without numbers")
         used[name] = tensor
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -810,15 +794,17 @@ def load_weights(model, state, old_grid=None, keep_head=False):
     for name, tensor in used.items():
         copy_into(own[name], tensor)
 
-    unchanged = ", positions as they were" if "pos_embed" in used and not resampled else ""
+    line = f"weights: {len(used)} tensors loaded"
+    if "pos_embed" in used and not resampled:
+        line += ", positions as they were"
     lists = {"resampled": resampled, "newly initialised": sorted({*map(part_of, new)})}
-    lists |= {"dropped": sorted({*map(part_of, dropped)})}
-    said = [f"{title}: {', '.join(names)}" for title, names in lists.items() if names]
-    return "; ".join([f"weights: {len(used)} tensors loaded{unchanged}", *said, *notes])
+    lists["dropped"] = sorted({*map(part_of, dropped)})
+    notes = [f"{title}: {', '.join(names)}" for title, names in lists.items() if names] + notes
+    return "; ".join([line, *notes])
 
 
 def part_of(name):
-    """The first word of a tensor's name or, of relative positions in a block, the last one."""
+    """The first word of a tensor's name; the last one of a block's relative positions."""
     return name.split(".")[-1 if ".rel_pos_" in name else 0]
 
 

@@ -1,34 +1,35 @@
-"""python model.py convert IN OUT --format timm | hf | own: weights as another library reads them.
+"""python model.py convert IN OUT --format timm | hf | own: weights for another library.
 
 convert             what read_weights can read -> a file or folder
 write_timm          a file for timm's VisionTransformer
 write_hugging_face  a folder for transformers' from_pretrained
 """
 
-import argparse
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 from model import MAE, Classifier, check_weights, pair, read_weights, save_weights
 from support.checkpoints import last_line, write_file
+from support.flags import make_parser
 from support.formats import HF, TIMM_VIT, import_safetensors, tensor_names
+from support.launch import report_errors
 
 
 def convert(source, out, format, heads=None, image_size=None, entry=None):
-    """Write what read_weights can read for another library. Returns the Python line that loads it.
+    """Write weights for another library; return the line of Python that loads them.
 
-    format  "timm": tensors for VisionTransformer, .pt, .pth or .safetensors; "hf": a folder for
-            from_pretrained; "own": model.pt
-    Raises ValueError if `out` exists, its folder does not, or the format cannot hold the model.
+    source  what read_weights can read; heads, image_size, entry: see there
+    format  "timm": tensors for VisionTransformer, .pt, .pth or .safetensors; "own":
+            model.pt; "hf": a folder for from_pretrained
+    Raises ValueError if `out` exists, has no folder, or cannot hold the model.
     """
-    out = Path(out)
+    out, parent = Path(out), Path(out).absolute().parent
     if os.path.lexists(out):
         raise ValueError(f"{out} exists: give another name, or remove it")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"{out.parent} is no folder that exists: make it first")
+    if not parent.is_dir():
+        raise ValueError(f"{parent} is no folder that exists: make it first")
     suffixes = {"own": (".pt", ".pth"), "timm": (".pt", ".pth", ".safetensors")}
     if out.suffix not in suffixes.get(format, out.suffix):
         raise ValueError(f"{out} must end in {' or '.join(suffixes[format])}")
@@ -36,7 +37,7 @@ def convert(source, out, format, heads=None, image_size=None, entry=None):
         import_safetensors()  # before everything is read
     state, config = read_weights(source, heads, image_size, entry)
     if "frames" in config:
-        raise ValueError(f"{source} is of videos: no other library's ViT has such weights")
+        raise ValueError(f"{source} is of videos: no other library has such a ViT")
     if image_size and pair(image_size) != pair(config["image_size"]):
         known = "x".join(map(str, config["image_size"]))
         raise ValueError(f"{source} is of images of {known}: leave --image-size out")
@@ -45,11 +46,10 @@ def convert(source, out, format, heads=None, image_size=None, entry=None):
         raise ValueError(f"{source} lacks {', '.join(missing[:3])}")
     print_dropped(state.keys() - model.state_dict().keys())
     state = {name: state[name] for name in model.state_dict()}
-    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f"{out.name}.") as folder:
-        path = Path(folder, out.name)  # moved when it is whole; the folder goes in any case
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f"{out.name}.") as folder:
+        path = Path(folder, out.name)  # moved when it is whole
         if format == "own":
-            kept = {"val_crop": config["val_crop"]} if "val_crop" in config else {}
-            save_weights(path, state, model.config | kept)
+            save_weights(path, state, model.config | config)
             line = f"import model; state, config = model.read_weights({str(out)!r})"
         else:
             write = write_timm if format == "timm" else write_hugging_face
@@ -59,7 +59,7 @@ def convert(source, out, format, heads=None, image_size=None, entry=None):
 
 
 def translate(state, table):
-    """Tensors by the names in a table. Prints which ones are dropped, as the table lacks them."""
+    """Tensors by the names in a table. Prints which ones the table lacks."""
     known, renamed = tensor_names(table, state), {}
     for name in filter(known.get, state):
         parts = state[name].contiguous().chunk(len(known[name]))
@@ -82,7 +82,7 @@ def save_safetensors(state, path):
 
 
 def write_timm(path, out, state, model):
-    """Write a file for timm's VisionTransformer; return the line that builds it and loads `out`."""
+    """Write a file for timm's VisionTransformer; return the line that loads `out`."""
     config, state = model.config, translate(state, TIMM_VIT)
     if config.get("class_names"):
         print_dropped(["class_names"])
@@ -109,7 +109,7 @@ def write_timm(path, out, state, model):
 
 
 def write_hugging_face(path, out, state, model):
-    """Write a folder that all versions of transformers read; returns the line that loads `out`."""
+    """Write a folder that transformers reads; return the line that loads `out`."""
     config, (H, W) = model.config, model.config["image_size"]
     published = {
         "model_type": "vit",
@@ -139,45 +139,34 @@ def write_hugging_face(path, out, state, model):
     elif isinstance(model, Classifier):
         kind = "ViTForImageClassification"
         if config["pool"] != "cls":
-            raise ValueError(
-                f"{kind} reads the class token, this head the mean of the patches: "
-                "--format timm can say that"
-            )
+            raise ValueError(f"{kind} reads the class token, this head patches: use --format timm")
         labels = config["class_names"] or [f"LABEL_{i}" for i in range(config["classes"])]
         published["id2label"] = dict(enumerate(labels))
         published["label2id"] = {label: i for i, label in enumerate(labels)}
     if kind != "ViTModel":
         bare, options = ("classifier.", "decoder."), ""
-        state = {n if n.startswith(bare) else f"vit.{n}": tensor for n, tensor in state.items()}
+        state = {n if n.startswith(bare) else f"vit.{n}": t for n, t in state.items()}
+    published["architectures"] = [kind]
     path.mkdir()
-    write_file(path / "config.json", json.dumps(published | {"architectures": [kind]}, indent=1))
+    write_file(path / "config.json", json.dumps(published, indent=1))
     save_safetensors(state, path / "model.safetensors")
     load = f"transformers.{kind}.from_pretrained({str(out)!r}{options})"
     return f"import transformers; model = {load}"
 
 
 def main(argv=None):
-    """python model.py convert: exit status 2 for what was given, 1 for the machine."""
-    parser = argparse.ArgumentParser("model.py", allow_abbrev=False, description="Weights.")
-
-    def fail(message, status=2):
-        print(f"model.py: {message}", file=sys.stderr)
-        sys.exit(status)
-
-    parser.error = lambda message: fail(f"{message} (--help lists all)")
+    """python model.py convert."""
+    parser = make_parser("model.py", "Convert weights.")
     add = parser.add_argument
-    add("command", choices=["convert"], help="write weights as another library reads them")
-    add("source", metavar="IN", help="a model.pt, a public checkpoint, a Hugging Face folder")
+    add("command", choices=["convert"], help="write weights for another library")
+    add("source", metavar="IN", help="a model.pt, a public checkpoint or folder")
     add("out", metavar="OUT", help="a new file; for hf, a new folder")
     add("--format", required=True, choices=("timm", "hf", "own"), help="of OUT")
     add("--heads", type=int, help="of IN, if its size is not a known one")
-    add("--image-size", type=pair, help="of IN, if its positions are no square: HEIGHTxWIDTH")
-    add("--entry", help="of IN, if it has several networks: state_dict_ema, or a prefix of names")
-    run = parser.parse_args(argv)
-    try:
-        line = convert(run.source, run.out, run.format, run.heads, run.image_size, run.entry)
-    except (ValueError, OSError) as error:
-        fail(error, 2 if isinstance(error, ValueError) else 1)
-    except KeyboardInterrupt:
-        fail("stopped", 130)
-    print(f"wrote {run.out}. To load it:\n{line}")
+    add("--image-size", type=pair, help="of IN, if it is no square: HEIGHTxWIDTH")
+    add("--entry", help="of IN, if it has several networks: state_dict_ema, or a prefix")
+    run = vars(parser.parse_args(argv))
+    del run["command"]
+    with report_errors("model.py"):
+        line = convert(**run)
+    print(f"wrote {run['out']}. To load it:\n{line}")

@@ -17,19 +17,10 @@ from pathlib import Path
 
 import torch
 
-from model import (
-    DECODERS,
-    DEFAULT_DECODER,
-    SIZES,
-    check_weights,
-    load_file,
-    one_line_errors,
-    pair,
-    read_weights,
-)
+from model import DECODERS, SIZES, check_weights, load_file, one_line_errors, pair, read_weights
 from support.checkpoints import last_line
 
-# -------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------- names
 
 
 def names(ours, theirs, prefix="", their_prefix=""):
@@ -38,8 +29,8 @@ def names(ours, theirs, prefix="", their_prefix=""):
     return {prefix + our: their_prefix + their for our, their in words}
 
 
-# Our names of modules and of tensors outside of them, which are timm's and the public MAE's where
-# these have one. {i} is the number of a block.
+# Our names of modules and of tensors outside of them. They are timm's and the public MAE's
+# where these have one. {i} is the number of a block.
 VIT = "cls_token pos_embed patch_embed.proj norm head fc_norm"
 DECODER = "mask_token decoder_pos_embed decoder_embed decoder_norm decoder_pred"
 TEXT = "token_embedding position_embedding embedding_norm type_embedding"
@@ -48,8 +39,8 @@ BLOCK = "attn.qkv attn.proj norm1 norm2 mlp.fc1 mlp.fc2"
 RELATIVE = "attn.rel_pos_t attn.rel_pos_h attn.rel_pos_w"
 BLOCKS, DECODER_BLOCKS, TEXT_BLOCKS = "blocks.{i}.", "decoder_blocks.{i}.", "text.blocks.{i}."
 
-# The same in other libraries, in the same order. "query+key+value" are three tensors that we store
-# as one; "in_proj_" has no dot before weight and bias.
+# The same in other libraries, in the same order. "query+key+value" are three tensors that we
+# store as one; "in_proj_" has no dot before weight and bias.
 HF_VIT = """embeddings.cls_token embeddings.position_embeddings
     embeddings.patch_embeddings.projection layernorm classifier"""
 HF_BLOCK = """attention.attention.query+key+value attention.output.dense
@@ -96,16 +87,14 @@ XLMR = names(TEXT, XLMR_TEXT, "text.", "embeddings.")
 XLMR |= names(BLOCK, XLMR_BLOCK, TEXT_BLOCKS, "encoder.layer.{i}.")
 MAWS = maws(TORCHTEXT_BLOCK, "layers.layers.{i}.")
 MAWS_OLD = maws(TORCHTEXT_OLD_BLOCK, "layers.{i}.")
-FORMATS = {
-    "timm-named": [OURS],
-    "Hugging Face": [HF, HF_5, HF_5_MEMORY, XLMR],
-    "torchtext-named": [MAWS, MAWS_OLD],
-}
+FORMATS = [("timm-named", OURS), ("Hugging Face", HF), ("Hugging Face", HF_5)]
+FORMATS += [("Hugging Face", HF_5_MEMORY), ("Hugging Face", XLMR)]
+FORMATS += [("torchtext-named", MAWS), ("torchtext-named", MAWS_OLD)]
 UNUSED = ("pooler.", "lm_head.", "embeddings.position_ids")  # layers that our models lack
 
-# Prefixes of a part of a network; of a whole network, by PyTorch, Lightning, solo-learn and others.
-# A library's own names may begin like the latter ("encoder.layer.0"), so a network is found by the
-# name of its embedding.
+# Prefixes of a part of a network; of a whole network, by PyTorch, Lightning, solo-learn and
+# others. A library's own names may begin like the latter ("encoder.layer.0"): so a network is
+# found by the name of its embedding.
 PART = r"(vit\.|roberta\.|text_encoder\.)?"
 WRAPPERS = r"((state_dict|module|model|backbone|encoder)[./])*"
 NETWORK = re.compile(
@@ -116,23 +105,22 @@ NETWORK = re.compile(
 
 
 def tensor_names(table, state):
-    """{our name: [theirs]} of all tensors of the modules in a table: their weights and biases.
+    """{our name: [theirs]} of the weights and biases of all modules in a table.
 
     Blocks are numbered up to the highest number in the names of `state`.
     """
-    numbers = [int(number) for name in state for number in re.findall(r"\.(\d{1,3})\.", name)]
-    found = {}
+    numbers = [int(n) for name in state for n in re.findall(r"\.(\d{1,3})\.", name)]
+    blocks, found = range(1 + max(numbers, default=0)), {}
     for (ours, theirs), end in itertools.product(table.items(), ("", ".weight", ".bias")):
         start, dot, last = theirs.rpartition(".")
-        theirs = [f"{start}{dot}{part}{end}".replace("_.", "_") for part in last.split("+")]
-        for i in range(1 + max(numbers, default=0) if "{i}" in ours else 1):
-            i = str(i)
-            found[ours.replace("{i}", i) + end] = [name.replace("{i}", i) for name in theirs]
+        parts = [f"{start}{dot}{part}{end}".replace("_.", "_") for part in last.split("+")]
+        for i in blocks if "{i}" in ours else (0,):
+            found[ours.format(i=i) + end] = [part.format(i=i) for part in parts]
     return found
 
 
 def without(pattern, state):
-    """Tensors with a pattern removed from their names. Raises ValueError if two names collide."""
+    """Tensors with a pattern removed from their names. ValueError if two names collide."""
     renamed = {re.sub(pattern, "", name): tensor for name, tensor in state.items()}
     if len(renamed) < len(state):
         raise ValueError("some tensors have the same name but for a prefix")
@@ -140,45 +128,39 @@ def without(pattern, state):
 
 
 def recognise(state):
-    """(format, {our name: tensor}, other names) of a network. It explains the most names."""
-    state = without(f"^{PART}", state)
-    style, explained = None, {}
-    for other, tables in FORMATS.items():
-        for table in tables:
-            known = tensor_names(table, state).items()
-            found = {name: parts for name, parts in known if state.keys() >= set(parts)}
-            if len(found) > len(explained):
-                style, explained = other, found
-    unknown, ours = set(state), {}
+    """(format, {our name: tensor}, other names) by the table that explains the most names."""
+    state, style, explained = without(f"^{PART}", state), None, {}
+    for other, table in FORMATS:
+        known = tensor_names(table, state).items()
+        found = {name: parts for name, parts in known if state.keys() >= set(parts)}
+        if len(found) > len(explained):
+            style, explained = other, found
+    ours = {}
     for name, parts in explained.items():
-        unknown.difference_update(parts)
         tensors = [state[part] for part in parts]
         ours[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
     types = ours.pop("text.type_embedding.weight", None)
-    if types is not None:  # all tokens of a text are of the first type: part of their positions
+    if types is not None:  # all tokens are of the first type: a part of their positions
         name = "text.position_embedding.weight"
         ours[name] = ours[name].float() + types[:1].float()
     if "logit_scale" in ours:
         ours["logit_scale"] = ours["logit_scale"].reshape(1)
-    if lone := [name for name, tensor in ours.items() if not tensor.ndim]:
-        raise ValueError(f"{lone[0]} is one number")
-    return style, ours, unknown
+    return style, ours, set(state).difference(*explained.values())
 
 
-# ------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------ reading
 
 
 def import_safetensors():
     try:
         import safetensors.torch
     except ImportError:
-        message = ".safetensors needs the safetensors package: pip install safetensors"
-        raise ValueError(message) from None
+        raise ValueError(".safetensors needs a package: pip install safetensors") from None
     return safetensors
 
 
 def open_weights(path):
-    """(content, path of the file) of a file of weights, or of the one in a transformers folder.
+    """(content, path) of a file of weights, or of the one in a folder of transformers.
 
     An index.json and the files that it lists are one. No code runs from a file.
     Raises ValueError, one line, if it cannot be read.
@@ -208,7 +190,7 @@ def open_file(path):
 
 
 def flatten(content, prefix=""):
-    """(name, tensor) of all tensors in nested dicts: "state_dict/cls_token" of an entry's."""
+    """(name, tensor) of all tensors in nested dicts, named like "state_dict/cls_token"."""
     for key, value in content.items() if isinstance(content, dict) else ():
         if isinstance(value, torch.Tensor):
             yield f"{prefix}{key}", value
@@ -217,24 +199,24 @@ def flatten(content, prefix=""):
 
 
 def hint(others, flag):
-    """What to add to a message on a file with other networks: how to read one of these."""
+    """The end of a message on a file with other networks: how to read one of these."""
     return f"; {flag} reads what is in {' or '.join(others)}" if others and flag else ""
 
 
 def one_network(content, entry=None, flag="--entry"):
     """(prefix, {name behind the prefix: tensor}, other networks, other tensors) of a file.
 
-    An entry of a file is a prefix of names: see flatten. The prefix of the network is one of
-    WRAPPERS; or, if given, `entry`, also below a usual one, and WRAPPERS behind it. torch.compile's
-    "_orig_mod." is left out. Raises ValueError if there is no such network, or there are several.
+    The prefix of the network is one of WRAPPERS or, if given, `entry`, itself below a usual
+    one or not, and WRAPPERS behind it. torch.compile's "_orig_mod." is left out. Raises
+    ValueError if there is no such network, or there are several.
     """
     state = without(r"_orig_mod\.", dict(flatten(content)))
     found = sorted({match[1] for name in state if (match := NETWORK.fullmatch(name))})
-    wanted = rf"((model|state_dict)[./])?{re.escape(entry)}[./]{WRAPPERS}" if entry else WRAPPERS
-    fitting = [prefix for prefix in found if re.fullmatch(wanted, prefix)]
+    below = rf"((model|state_dict)[./])?{re.escape(entry)}[./]" if entry else ""
+    fitting = [prefix for prefix in found if re.fullmatch(below + WRAPPERS, prefix)]
     others = [prefix.rstrip("./") for prefix in found if prefix and [prefix] != fitting]
     if len(fitting) != 1:
-        problem = "several networks" if fitting else "no ViT or text tower that is known here"
+        problem = "several networks" if fitting else "no ViT or text tower known here"
         names, where = ", ".join(state) or content, f" in {entry}" if entry else ""
         raise ValueError(f"{problem}{where}, of {names!s:.120}{hint(others, flag)}")
     (prefix,) = fitting
@@ -248,11 +230,11 @@ def one_network(content, entry=None, flag="--entry"):
 
 
 def read_file(path, entry=None, flag="--entry"):
-    """(path, format, tensors by our names, config or {}) of a file or folder of weights.
+    """(path, format, tensors by our names, config) of a file or folder of weights.
 
-    The config is ours; or, by the names of transformers, what its config.json or the arguments of
-    the public MAE code say. entry: see one_network; flag: the option by which a user gives it.
-    Raises ValueError, one line, if the tensors cannot be read, or are no network known here.
+    The config is ours or, by the names of transformers, that of its config.json or of the
+    arguments of the public MAE code; or {}. entry: see one_network; flag: a user's option for
+    it. Raises ValueError, one line, if no network known here can be read.
     """
     content, path = open_weights(path)
     with one_line_errors(path):
@@ -260,11 +242,11 @@ def read_file(path, entry=None, flag="--entry"):
         style, state, unknown = recognise(state)
         config = content.get("config") if prefix.startswith("model/") else None
         config = config if isinstance(config, dict) and "size" in config else {}
-        dimensions = {name: tensor.ndim for name, tensor in state.items() if tensor.numel()}
-        patches = dimensions.get("patch_embed.proj.weight")
-        texts = dimensions.get("text.token_embedding.weight")
+        ndims = {name: tensor.ndim for name, tensor in state.items() if tensor.numel()}
+        patches = ndims.get("patch_embed.proj.weight")
+        texts = ndims.get("text.token_embedding.weight")
         if patches != (5 if "frames" in config else 4) and texts != 2:
-            raise ValueError("no (D, C, P, P) embedding of patches, no (V, D) embedding of tokens")
+            raise ValueError("no (D, C, P, P) embedding of patches, no (V, D) one of tokens")
         if strange := sorted(name for name in unknown if not name.startswith(UNUSED)):
             more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
             raise ValueError(
@@ -278,9 +260,8 @@ def read_file(path, entry=None, flag="--entry"):
     elif "mask_token" in state:
         config = public_arguments(content)
     if os.environ.get("RANK", "0") == "0":
-        kind = "ViT" if patches else "XLM-R"
-        kind = "CLIP pair" if patches and texts else "ViTMAE" if "mask_token" in state else kind
-        line = f"{path}: {style} {kind}"
+        kind = "ViTMAE" if "mask_token" in state else "ViT" if patches else "XLM-R"
+        line = f"{path}: {style} {'CLIP pair' if patches and texts else kind}"
         line += f" in {prefix.rstrip('./')}" if prefix else ""
         depth = max(1, len(re.findall("[./]", prefix)))  # model.encoder. -> model.head
         rest = [".".join(re.split("[./]", name)[:depth]) for name in rest]
@@ -294,13 +275,13 @@ def read_file(path, entry=None, flag="--entry"):
 def read_public(path, heads=None, image_size=None, entry=None):
     """What model.read_weights returns, of all that it does not read itself.
 
-    heads       number of attention heads, if neither a config nor a known size determines it
+    heads       number of attention heads, if no config or known size determines it
     image_size  of weights without a config whose positions are not a square grid
-    entry       which of several networks to read: an entry of the file, or a prefix of names
+    entry       which of several networks to read: an entry of the file, or a prefix
     """
     path, style, state, config = read_file(path, entry)
     if "patch_embed.proj.weight" not in state:
-        raise ValueError(f"{path} is a text tower alone: no (D, C, P, P) patch_embed.proj.weight")
+        raise ValueError(f"{path} is a text tower alone: it has no patch_embed.proj.weight")
     if style != "our own":
         norm_eps = 1e-12 if style == "Hugging Face" else 1e-6
         with one_line_errors(path):
@@ -313,8 +294,8 @@ def inherit(init, given, names, heads=None, read=read_weights, entry=None):
     """Read the weights that a run starts from: (weights, config of its model, fingerprint).
 
     init    a file of weights; None: the result is (None, given, None)
-    given   entries of the config that the run sets. Raises ValueError if they change the size, the
-            patch or the channels of the weights
+    given   entries of the config that the run sets; ValueError if they change size, patch or
+            channels of the weights
     names   entries of the config to inherit; the others are left out
     read    read_weights, or a function with the same arguments and results
     The weights are (state, grid of its position table): arguments of load_weights.
@@ -333,21 +314,21 @@ def inherit(init, given, names, heads=None, read=read_weights, entry=None):
 
 
 def fingerprint(state):
-    """A hash of the first 8 numbers of each tensor of a state dict: training changes them all."""
+    """A hash of the first 8 numbers of each tensor: training changes them all."""
     numbers = [(name, tensor.flatten()[:8].tolist()) for name, tensor in sorted(state.items())]
     return f"weights {hashlib.sha256(repr(numbers).encode()).hexdigest()[:8]}"
 
 
-# ---------------------------------------------------------------- the config of tensors without one
+# ---------------------------------------------------- the config of tensors without one
 
 
 def public_arguments(content):
-    """What a file has of the arguments of the public MAE code that say what was predicted."""
+    """The arguments of the public MAE code that say what was predicted, as far as given."""
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
+    args = args if isinstance(args, dict) else {}
     types = {"input_size": int | list | tuple, "mask_ratio": float, "norm_pix_loss": int}
-    given = args if isinstance(args, dict) else {}
-    return {name: given[name] for name in types if isinstance(given.get(name), types[name])}
+    return {name: args[name] for name in types if isinstance(args.get(name), types[name])}
 
 
 def published_config(path, state):
@@ -370,16 +351,17 @@ def published_config(path, state):
 def infer_config(state, heads=None, published=None, norm_eps=1e-6, image_size=None):
     """The config of tensors by our names that come without one.
 
-    published: what the file says, by the names of transformers. heads, norm_eps, image_size: if it
-    does not say them. What is not known about a decoder is left out.
-    Raises ValueError if the tensors do not determine the architecture.
+    published: by the names of transformers. heads, norm_eps, image_size: what it does not
+    say. ValueError if the tensors do not determine the architecture. What is not known about
+    a decoder is left out.
     """
     published = published or {}
     width, channels, P, _ = state["patch_embed.proj.weight"].shape
     heads = heads or published.get("num_attention_heads")
     said = published.get("image_size", published.get("input_size"))
+    shape = infer_shape(state, "blocks", width, SIZES.values(), heads)
     config = {
-        "size": name_of(infer_shape(state, "blocks", width, SIZES.values(), heads), SIZES),
+        "size": name_of(shape, SIZES),
         "image_size": infer_image_size(state, P, said, image_size),
         "patch_size": P,
         "channels": channels,
@@ -393,11 +375,11 @@ def infer_config(state, heads=None, published=None, norm_eps=1e-6, image_size=No
         config["text"] = infer_text_config(text) | {"context": 100}  # maws repository
         config |= {"shared_width": state["image_projection"].shape[1], "pool": "cls"}
     elif "mask_token" in state:
-        width, known = state["mask_token"].shape[-1], [DEFAULT_DECODER, *DECODERS.values()]
+        width, known = state["mask_token"].shape[-1], DECODERS.values()
         heads = published.get("decoder_num_attention_heads")
         config["decoder"] = [*infer_shape(state, "decoder_blocks", width, known, heads)]
-        known = {"mask_ratio": "mask_ratio", "norm_pix_loss": "normalize_targets"}
-        config |= {ours: published[theirs] for theirs, ours in known.items() if theirs in published}
+        for theirs, ours in (("mask_ratio",) * 2, ("norm_pix_loss", "normalize_targets")):
+            config |= {ours: published[theirs]} if theirs in published else {}
     elif "head.weight" in state:
         config["classes"] = len(state["head.weight"])
         config["pool"] = "mean" if "fc_norm.weight" in state else "cls"
@@ -407,30 +389,28 @@ def infer_config(state, heads=None, published=None, norm_eps=1e-6, image_size=No
             raise ValueError(f"id2label has {len(labels)} of {config['classes']} classes")
         config["class_names"] = None if labels[:1] in ([], ["LABEL_0"]) else labels
         if not published and config["pool"] == "cls" and config["image_size"][0] in (512, 518):
-            config["val_crop"] = 0.0  # finetuned ones of the maws repository squash pictures
+            config["val_crop"] = 0.0  # the finetuned ones of the maws repository
     return config
 
 
 def infer_shape(state, blocks, width, known, heads=None):
-    """(width, layers, heads) of so many `blocks`: heads as given, or as one of `known` has."""
+    """(width, layers, heads) of the blocks in a state: heads as given or as one of `known`."""
     layers = len({name.split(".")[1] for name in state if name.startswith(f"{blocks}.")})
     heads = heads or next((h for w, l, h, *_ in known if (w, l) == (width, layers)), None)
     if not heads:
-        raise ValueError(
-            f"{layers} {blocks} of width {width} have how many heads? "
-            "Give --heads (of the encoder), or a config"
-        )
+        shape = f"{layers} {blocks} of width {width}"
+        raise ValueError(f"{shape} have how many heads? Give --heads (of the encoder), or a config")
     return width, layers, heads
 
 
 def name_of(shape, sizes):
-    """The name of (width, layers, heads) in SIZES or TEXT_SIZES, or "WIDTHxLAYERSxHEADS"."""
+    """The name of (width, layers, heads) in `sizes`, or "WIDTHxLAYERSxHEADS"."""
     known = (name for name, known in sizes.items() if known[:3] == shape)
     return next(known, "x".join(map(str, shape)))
 
 
 def infer_image_size(state, P, published=None, given=None):
-    """[height, width] of the images of a position table: as published, square, or as given."""
+    """[height, width] of the images of a position table: as published, square or given."""
     if "pos_embed" not in state or state["pos_embed"].ndim != 3:
         raise ValueError("there is no (1, 1 + patches, width) pos_embed among the weights")
     rows = state["pos_embed"].shape[1]
@@ -442,7 +422,7 @@ def infer_image_size(state, P, published=None, given=None):
         if rows == 1 + (height // P) * (width // P):
             return [height, width]
     raise ValueError(
-        f"pos_embed has {rows} rows, which are not a class token's and a square grid's: give the "
+        f"pos_embed has {rows} rows, not those of a class token and a square grid: give the "
         f"weights' own --image-size HEIGHTxWIDTH, of {rows - 1} patches of {P} (to model.py "
         "convert, if another is wanted)"
     )

@@ -50,7 +50,8 @@ def reconstruct(model, images, ids):
     model.check(images)
     patches = patchify(images, model.patch_size)  # (B, N, P*P*C)
     hidden = ids[:, model.num_visible :]
-    predictions = model.predict(patches, ids).to(patches.dtype)  # (B, N - K, P*P*C)
+    x = model.forward_encoder(patches, ids)  # (B, 1 + K, D)
+    predictions = model.forward_decoder(x, ids).to(patches.dtype)  # (B, N - K, P*P*C)
     if model.normalize_targets:
         mean, deviation = patch_statistics(take(patches, hidden))
         predictions = predictions * deviation + mean

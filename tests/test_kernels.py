@@ -20,7 +20,7 @@ import kernels
 import mae_pretrain
 import model as models
 import weak_pretrain
-from support import checkpoints, plan
+from support import plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = (1, 2, 15, 16, 17, 50, 63, 64, 65, 127, 129, 197, 257)
@@ -85,8 +85,8 @@ def test_attention_and_its_gradient_are_as_exact_as_pytorchs(tokens, dtype):
     head = HEADS[(TOKENS.index(tokens) + 3 * DTYPES.index(dtype)) % len(HEADS)]
     torch.manual_seed(0)
     heads = 3 if tokens < 100 else 1
-    qkv = torch.randn(1 if tokens > 64 else 3, tokens, 3 * heads * head, device=DEVICE).to(dtype)
-    check(qkv, heads)
+    qkv = torch.randn(1 if tokens > 64 else 3, tokens, 3 * heads * head, device=DEVICE)
+    check(qkv.to(dtype), heads)
 
 
 @pytest.mark.parametrize("tokens, head, first_query", [(50, 32, 13), (65, 80, 64), (140, 48, 37)])
@@ -94,7 +94,9 @@ def test_only_the_last_tokens_have_queries(tokens, head, first_query):
     torch.manual_seed(0)
     qkv = torch.randn(2, tokens, 3 * 3 * head, device=DEVICE)
     check(qkv, 3, first_query)
-    assert (gradient_of(qkv, 3, first_query)[:, :first_query, : 3 * head] == 0).all()
+    gradient = gradient_of(qkv, 3, first_query)
+    assert (gradient[:, :first_query, : 3 * head] == 0).all()
+    assert torch.equal(gradient, gradient_of(qkv, 3, first_query))  # same input, same bits
 
 
 def test_strided_tensors_are_copied():
@@ -127,21 +129,16 @@ def test_the_operators_are_what_pytorch_expects():
     torch.library.opcheck(kernels.fused_backward, given)
 
 
-def test_same_input_same_bits():
-    qkv = torch.randn(2, 70, 3 * 2 * 48, device=DEVICE)
-    assert torch.equal(gradient_of(qkv, 2), gradient_of(qkv, 2))
-
-
-# -------------------------------------------------------------------------------- through PyTorch
+# ---------------------------------------------------------------------- through PyTorch
 
 TINY = {"size": "64x2x2", "image_size": 24, "patch_size": 8}  # heads of 32; 9 patches
 MAE = partial(models.MAE, decoder=(32, 2, 2), **TINY)
 CLASSIFIER = partial(models.Classifier, classes=5, head_std=1.0, **TINY)
 
 
-def gradients(model, images, *arguments):
+def gradients(model, *given):
     """Loss and all gradients of a model."""
-    loss = model(images, *arguments).square().mean()
+    loss = model(*given).square().mean()
     loss.backward()
     return {"loss": loss} | {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
@@ -150,17 +147,13 @@ def gradients(model, images, *arguments):
 def test_a_training_step_is_the_same_with_the_kernels(how, monkeypatch):
     """shapes, launched: (tokens, first query, columns of a head) of the kernels."""
     torch.manual_seed(0)
-    images = torch.randn(2, 3, 24, 24, device=DEVICE)
-    build, given, shapes = CLASSIFIER, [images], {(10, 0, 32)}
+    given = [torch.randn(2, 3, 24, 24, device=DEVICE)]
+    build, shapes, launched = CLASSIFIER, {(10, 0, 32)}, set()
     if how == "mae":
-        ids = torch.stack([torch.randperm(9) for _ in range(2)]).to(DEVICE)
-        build, given, shapes = MAE, [images, ids], {(3, 0, 32), (10, 0, 16), (10, 3, 16)}
-    launched, launch_shape = set(), kernels.launch_shape
-
-    def noticed(*shape, **sides):
-        launched.add(shape[:3])
-        return launch_shape(*shape, **sides)
-
+        given.append(torch.rand(2, 9, device=DEVICE).argsort(dim=1))
+        build, shapes = MAE, {(3, 0, 32), (10, 0, 16), (10, 3, 16)}
+    launch_shape = kernels.launch_shape
+    noticed = lambda *shape: launched.add(shape[:3]) or launch_shape(*shape)
     monkeypatch.setattr(kernels, "launch_shape", noticed)
     monkeypatch.setattr(kernels, "FORCED", "torch")
     expected = gradients(build().to(DEVICE), *given)
@@ -257,7 +250,7 @@ def test_what_torch_compile_sees_of_the_kernels():
     assert devices == [0, 1, 0]
 
 
-# ------------------------------------------------------------------------------------- the choice
+# --------------------------------------------------------------------------- the choice
 
 CUDA, BF16, FP16, FP32 = torch.device("cuda"), torch.bfloat16, torch.float16, torch.float32
 
@@ -294,12 +287,13 @@ def test_the_environment_overrides_the_rule(monkeypatch):
     monkeypatch.setattr(kernels, "FORCED", "triton")
     for dtype, tokens in (FP32, 50), (BF16, 1370):  # not of the rule, but it can run
         assert kernels.choose(CUDA, dtype, tokens, 64) == ("Triton", "ATTENTION=triton")
-    with pytest.raises(ValueError, match=r"ATTENTION=triton .* cannot run \(heads of 24"):
+    refused = partial(pytest.raises, ValueError)
+    with refused(match=r"ATTENTION=triton .* cannot run \(heads of 24"):
         kernels.describe([(50, 64), (50, 24)], CUDA, "bf16")
-    with pytest.raises(ValueError, match=r"ATTENTION=triton .* cannot run \(no CUDA\): unset it"):
+    with refused(match=r"ATTENTION=triton .* cannot run \(no CUDA\): unset it"):
         kernels.attention(torch.randn(1, 3, 3 * 32), 2)
     set_capability(monkeypatch, 7, 5)
-    with pytest.raises(ValueError, match="below 8.0"):
+    with refused(match="below 8.0"):
         kernels.choose(CUDA, BF16, 50, 64)
 
 
@@ -347,18 +341,7 @@ model.Classifier("64x2x2", image_size=24, patch_size=8)(torch.zeros(1, 3, 24, 24
     assert python(code, attention="torch") == lines
 
 
-def test_a_checkpoint_with_times_of_attention_is_loaded(tmp_path):
-    """Older checkpoints have an entry "attention" in state.json."""
-    model = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(1)).backward()
-    optimizer.step()
-    checkpoints.save_checkpoint(tmp_path, 1, model, optimizer, {"bad": 0, "attention": [[1.5]]})
-    record = checkpoints.load_checkpoint(tmp_path / "step-00000001", model, optimizer)
-    assert (record["step"], record["bad"]) == (1, 0)
-
-
-# ------------------------------------------------------------------------------ compiled, no GPU
+# --------------------------------------------------------------------- compiled, no GPU
 
 COMPILED = """
 import json, sys
