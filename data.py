@@ -1,19 +1,17 @@
 """Where pictures come from, in what order, and how they become tensors.
 
-    open_sources      one --data string: a folder of pictures, tar shards, "toy"
-    Order             position -> sample: a pure function of (seed, epoch, position), in lanes
-    Batches           samples -> uint8 tensors, a micro-batch at a time (support/loader.py: workers)
-    normalize         uint8 -> float, on the device
+    open_sources   a --data string -> samples: a folder, tar shards, or the toy world
+    Order          position -> sample: a pure function of (seed, epoch, position)
+    Batches        samples -> uint8 tensors, a micro-batch at a time
+    normalize      uint8 -> float, on the device
 
     python data.py pack FOLDER OUT-%05d.tar [--short-side 256]     pictures -> shards
     python data.py index 'SHARDS-*.tar'                            shards -> their index
-    python data.py hashtags DATA --out TAGS                        vocabulary and sampling weights
+    python data.py hashtags DATA --out TAGS                        vocabulary and weights
 
-Every random draw is keyed by (seed, epoch, position, purpose): nothing depends on the number of
-workers, processes or nodes, nor on what was drawn before. A sample that cannot be read keeps its
-position as a zero image of weight 0; nothing shifts.
-This file needs torch, numpy and pillow, and stands alone when copied, for folders of pictures.
-Other sources are in support/ and tasks/.
+Every random draw is keyed by (seed, epoch, position, purpose): nothing depends on the
+number of workers, processes or nodes, nor on earlier draws. This file can be copied alone,
+for folders of pictures; other sources are in support/ and tasks/.
 """
 
 import argparse
@@ -25,7 +23,6 @@ import os
 import re
 import sys
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -34,22 +31,22 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of a picture, if nothing else is said: 89 million
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # default of --max-pixels: 89 million
 # A picture of more pixels is an error, not a warning: see Batches.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
-# What a random draw is for. Numbers, not names, because they are half of Philox's key.
+# Purposes of random draws: numbers, because they are half of Philox's key.
 SHARDS, OFFSET, LANES, BLOCKS, VIEW, MASK, TOY, SPLIT, AUGMENT, DEVICE, CAPTION = range(1, 12)
 
 
 def random_bits(count, seed, epoch, position, purpose):
-    """`count` raw 64-bit draws (uint64), a pure function of the four keys.
+    """(count,) uint64: the first draws of the stream of these four keys.
 
-    Philox is counter-based: any stretch of any stream is there without drawing what comes before.
-    Only its raw bits are used, because numpy may change its distributions between versions.
+    Philox is counter-based: no stream depends on what was drawn before. Only its raw bits
+    are used, because numpy may change its distributions between versions.
     """
     key = np.array([seed, purpose], dtype=np.uint64)
-    counter = np.array([0, position, epoch, 0], dtype=np.uint64)  # the first word counts the draws
+    counter = np.array([0, position, epoch, 0], dtype=np.uint64)  # word 0 counts draws
     return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
@@ -59,49 +56,46 @@ def uniform(bits):
 
 
 def permutation(count, seed, epoch, position, purpose):
-    """A random permutation of 0 .. count - 1, int64. (Stable: ties must not depend on the sort.)"""
+    """A random permutation of 0 .. count - 1, int64."""
+    # Stable: equal draws must not depend on the sort.
     return np.argsort(random_bits(count, seed, epoch, position, purpose), kind="stable")
 
 
 def running_sum(counts):
-    """(S,) -> (S + 1,) int64: how many there are before each, and in all."""
+    """(S,) -> (S + 1,) int64: the sum before each count, and the sum of all."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 # -------------------------------------------------------------------------------------------- order
 
-SHUFFLE_BLOCK = 8192  # samples that are shuffled together, from as few shards as hold them
+SHUFFLE_BLOCK = 8192  # samples, about, that are shuffled together
 
 
 class Order:
-    """The endless stream of samples: position -> sample number, counted through the shards.
+    """The endless stream of samples: position -> sample number.
 
-    Position p lies in epoch p // length. An epoch has each sample once. (support/hashtags.py has an
-    order with sampling weights.)
+    Position p lies in epoch p // length. An epoch has each sample once. (WeightedOrder in
+    support/hashtags.py has sampling weights.)
 
-    The stream is dealt to `lanes`, in pairs of positions, because mixup mixes 2i and 2i + 1: the
-    lane of position p is (p // 2) % lanes. Process r of W takes the positions with (p // 2) % W ==
-    r: for any W that divides the lanes these are whole lanes. So the global order is the same for
-    all such W, and each process reads only its own lanes' shards.
+    The stream is dealt to `lanes` in pairs of positions, because mixup mixes 2i and 2i + 1:
+    position p is in lane (p // 2) % lanes. Process r of W takes the positions with
+    (p // 2) % W == r. If W divides the lanes, these are whole lanes: the order is the same
+    for all such W, and a process reads only the shards of its own lanes.
 
     Example: shards 0, 1, 2 of 4, 3 and 5 samples (numbers 0-3, 4-6, 7-11), two lanes.
 
         positions   0  1   2  3   4  5   6  7   8  9  10 11
-        lane        0  0   1  1   0  0   1  1   0  0   1  1      each lane has 6 of the 12
+        lane        0  0   1  1   0  0   1  1   0  0   1  1
 
-    1. The shards are laid end to end, in a random order that depends on the seed alone. Say it is
+    1. The shards are laid end to end, in a random order of the seed alone. Say it is
        2, 0, 1: the line of samples is 7-11, 0-3, 4-6.
-    2. The line is cut into one stretch for each lane, as long as the lane's positions in this
-       epoch. Lane 0 gets 7-11 and 0, lane 1 gets 1-3 and 4-6. Lanes never end unevenly; a shard
-       that a cut runs through is read by both. (In the next epoch the cuts lie elsewhere, if the
-       samples cannot be dealt evenly; by fewer than 2 x lanes samples.)
-    3. The pieces of shards in a stretch come in a random order: lane 1 reads 4-6, then 1-3.
-    4. Samples are shuffled in blocks of neighbouring pieces. Here all six are one block: say
-       5 3 1 6 4 2. So positions 2, 3, 6, 7, 10, 11 are samples 5, 3, 1, 6, 4, 2.
+    2. The line is cut into a stretch for each lane, as long as the lane has positions in
+       this epoch: 7-11 and 0 for lane 0, 1-3 and 4-6 for lane 1. Both read shard 0.
+    3. The pieces of a stretch come in a random order: lane 1 reads 4-6, then 1-3.
+    4. Samples are shuffled in blocks of neighbouring pieces. Here all six are a block, say
+       5 3 1 6 4 2: positions 2, 3, 6, 7, 10, 11 are samples 5, 3, 1, 6, 4, 2.
 
-    A process holds two blocks of numbers per lane, and otherwise only what grows with the shards.
-
-    sizes   (S,) samples in each shard
+    sizes   (S,) samples in each shard; sample numbers run through the shards
     lanes   default: 48, or the number of shards if that is smaller
     """
 
@@ -110,12 +104,12 @@ class Order:
     def __init__(self, sizes, seed=0, lanes=None):
         sizes = np.asarray(sizes, dtype=np.int64)
         self.seed, self.lanes = seed, lanes or min(48, len(sizes))
-        self.shards = permutation(len(sizes), seed, 0, 0, SHARDS)  # as they are laid end to end
+        self.shards = permutation(len(sizes), seed, 0, 0, SHARDS)  # along the line
         self.sizes = sizes[self.shards]
-        self.first = (np.cumsum(sizes) - sizes)[self.shards]  # each shard's first sample number
-        self.edges = running_sum(self.sizes)  # (S + 1,) where each shard begins in the line
+        self.first = running_sum(sizes)[self.shards]  # number of each shard's first sample
+        self.edges = running_sum(self.sizes)  # (S + 1,) where shards begin in the line
         self.set_length(int(self.edges[-1]))
-        self.blocks = {}  # lane -> [(epoch, first turn, sample numbers)] of its last two blocks
+        self.blocks = {}  # lane -> its last two: (epoch, first turn, sample numbers)
 
     def set_length(self, length):
         """Set the length of an epoch, in samples. Raises ValueError if it is 0."""
@@ -126,26 +120,26 @@ class Order:
     def __call__(self, position):
         """The sample number of a position."""
         epoch, lane = position // self.length, position // 2 % self.lanes
-        # The position is the lane's turn-th of this epoch.
+        # The position is number `turn` of the lane's positions in this epoch.
         turn = self.before(lane + 1, position, epoch) - self.before(lane, position, epoch)
         last = self.blocks.get(lane, [])
         for block_epoch, first, samples in last:
             if block_epoch == epoch and first <= turn < first + len(samples):
                 return int(samples[turn - first])
         self.blocks[lane] = [*last[-1:], (epoch, *self.block(epoch, lane, turn))]
-        return self(position)  # now it is found in the new block
+        return self(position)  # found in the new block
 
     def before(self, lane, position, epoch):
-        """How many of an epoch's positions before `position` belong to lanes before `lane`."""
+        """The number of an epoch's positions before `position` in lanes before `lane`."""
         rounds = (divmod(place, 2 * self.lanes) for place in (epoch * self.length, position))
         start, stop = (whole * 2 * lane + min(rest, 2 * lane) for whole, rest in rounds)
         return stop - start
 
     def block(self, epoch, lane, turn):
-        """The shuffled block of a lane that holds its `turn`: (its first turn, sample numbers)."""
+        """(first turn, sample numbers) of the shuffled block with this turn of a lane."""
         end, edges = (epoch + 1) * self.length, self.edges_of(epoch)
         start, stop = self.before(lane, end, epoch), self.before(lane + 1, end, epoch)
-        # The pieces of shards in the lane's stretch: piece i is cuts[i] .. cuts[i + 1] of the line.
+        # Piece i of the lane's stretch is cuts[i] .. cuts[i + 1] of the line, in one shard.
         shard = np.searchsorted(edges, start, "right") - 1
         last = np.searchsorted(edges, stop, "left")
         cuts = np.clip(edges[shard : last + 1], start, stop)
@@ -167,7 +161,7 @@ class Order:
         return self.edges
 
     def samples_at(self, epoch, places, shards):
-        """The sample numbers at these places of an epoch's line, which lie in these shards."""
+        """The sample numbers at `places` of an epoch's line, which lie in `shards`."""
         return self.first[shards] + places - self.edges[shards]
 
 
@@ -175,42 +169,31 @@ class Order:
 
 
 class Source:
-    """What a source of samples has: Folder, Shards, Subset, and those of support/ and tasks/.
+    """The interface of a source of samples: Folder, Shards, Subset and others.
 
-    sizes     (S,) int64, samples per shard; numbers of samples run through the shards
-    classes   the names of its classes, or None
-    identity  a text that is another one for other data
-    cache     of remote shards, see support/remote.py
-    endless   True if an epoch is a number, and samples never run out: the toy world's
-    """
-
-    cache, endless = None, False
-
-    def read(self, number):
-        """A dict whose functions open what they give only when they are called:
-
+    sizes          (S,) int64, samples per shard; sample numbers run through the shards
+    classes        names of its classes, or None
+    identity       a text that differs for other data
+    cache          of remote shards, see support/remote.py
+    endless        True for the toy world: an epoch is any number of samples
+    name(number)   the name of a sample, for messages
+    where(number)  the shard or picture that holds it; nothing is opened
+    read(number)   a dict of a sample; nothing is opened before its functions are called:
         image      () -> PIL image
         class      int, -1 if unknown
         hashtags   () -> a list of tags, or a text with #tags in it (may be missing)
         captions   () -> a list of texts (may be missing)
         video      instead of image, or beside it: see tasks/video.py
 
-        The functions raise ValueError or OSError where the sample is damaged.
-        """
+    The functions raise ValueError or OSError if the sample is damaged.
+    """
 
-    def name(self, number):
-        """The sample's name, for messages."""
-
-    def where(self, number):
-        """The shard or picture that it is in, known without opening anything."""
+    cache, endless = None, False
 
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-
-
-# {name of a folder, in lower case: the split in it}
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
-SPLITS |= {"test": "test", "testing": "test"}
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLITS |= {"val": "val", "valid": "val", "validation": "val"}  # name of a folder -> split
 
 
 def open_sources(
@@ -225,80 +208,71 @@ def open_sources(
 ):
     """(source to train on, source to measure on or None) behind --data and --val-data.
 
-    data         "toy"; a folder of pictures; or tar shards: a path, a glob, or {00000..00099}
-                 braces; or the same of a web address or a pipe:COMMAND: see support/remote.py
-    size         (height, width) that pictures will have: the toy world is drawn for it
+    data         "toy"; a folder of pictures; or tar shards: a path, a glob, or a pattern
+                 with {00000..00099}, which may be of web addresses or a pipe:COMMAND
+    size         (height, width) for which the toy world is drawn
     labels       a file that lists the pictures of a folder: see support/labels.py
-    cache        (folder or None, size like "500G") for remote shards
-    caption_key  name of the captions in .json files of shards, and in labels
-    videos       of videos instead: see tasks/video.py
+    cache        (folder or None, size as "500G") for remote shards
+    caption_key  name of the captions in labels and in .json files of shards
+    videos       open videos instead: see tasks/video.py
 
-    Without val_data, the toy world has its own, and so has a folder with train/ and val/ in it (or
-    other names in SPLITS; test/ is left out). With labels, the names of folders mean nothing.
-    Raises ValueError, one line that says what to do.
+    Without val_data, the toy world has its own, and so has a folder with train/ and val/
+    in it (see SPLITS). With labels, names of folders mean nothing. Raises ValueError.
     """
     if videos:
         from tasks.video import folder_of_list
 
         data, labels = folder_of_list(data, labels)
         val_data, val_labels = folder_of_list(val_data, val_labels)
-    if labels and not os.path.isdir(data) or val_labels and not os.path.isdir(val_data or data):
-        raise ValueError("--labels and --val-labels want a folder that their paths lie in")
     if val_data and not val_labels and splits_in(val_data):
         raise ValueError(f"{val_data} holds several splits: give one of its folders as --val-data")
-    if data == "toy":
-        val_data = val_data or "toy"
-    elif not labels and (splits := splits_in(data)):
+    own = data if data == "toy" or val_labels else None  # what data has to measure on
+    if not labels and (splits := splits_in(data)):
         from support.labels import choose_splits
 
         data, own = choose_splits(data, splits)
-        val_data = val_data or own
-    elif val_labels:
-        val_data = val_data or data
-    options = {"cache": cache, "caption_key": caption_key, "videos": videos}
-    train = open_source(data, "train", size, labels=labels, **options)
+    val_data = val_data or own
+    options = {"size": size, "cache": cache, "caption_key": caption_key, "videos": videos}
+    train = open_source(data, "train", labels, **options)
     if not val_data:
         return train, None
-    options |= {"labels": val_labels, "classes": train.classes}
-    return train, open_source(val_data, "val", size, **options)
+    val = open_source(val_data, "val", val_labels, train.classes, **options)
+    if train.classes and val.classes not in (None, train.classes):
+        raise ValueError(f"{val_data} has other classes than train (shards: pack it after train's)")
+    return train, val
 
 
-def open_source(data, split, size, labels, classes=None, *, cache, caption_key, videos):
-    """The source behind one --data string: see open_sources.
-
-    split: "train" or "val" of the toy world. classes: the only names that it may have; None: any.
-    """
-    if os.path.isdir(data) and not videos:
-        return Folder(data, classes, labels, caption_key)
+def open_source(data, split, labels, classes=None, *, size, cache, caption_key, videos):
+    """The source behind one --data string: see open_sources. split: "train" or "val", of the toy
+    world. classes: those of train, by which a folder of val numbers its own."""
     if os.path.isdir(data):
-        from tasks.video import VideoFolder
+        if videos:
+            from tasks.video import VideoFolder
 
-        return VideoFolder(data, classes, labels)
+            return VideoFolder(data, classes, labels)
+        return Folder(data, classes, labels, caption_key)
+    if labels:
+        raise ValueError("--labels and --val-labels want a folder that their paths lie in")
     if data == "toy":
         if videos:
             from tasks.video import ToyMotion as World
         else:
             from support.toy import Toy as World
 
-        world = World(split, size)
-        if classes not in (None, world.classes):
-            raise ValueError("the toy world has other classes than train: give other --val-data")
-        return world
-    there = os.path.exists(data)
-    if (
-        there
-        and not data.lower().endswith(".tar")
-        or not re.search(r"[*?\[{:]|\.tar$", data, re.IGNORECASE)
-    ):
-        state = "is not a folder or a .tar" if there else "does not exist"
-        raise ValueError(f"{data} {state}: --data wants toy, a folder of pictures or tar shards")
+        return World(split, size)
+    shards = re.search(r"[*?\[{:]|\.tar$", data, re.IGNORECASE)
+    if not shards or os.path.isfile(data) and not data.lower().endswith(".tar"):
+        raise ValueError(
+            f"{data} does not exist, or is not a folder or a .tar: --data wants toy, a folder of "
+            "pictures or tar shards"
+        )
     from support.shards import open_shards
 
-    return open_shards(data, classes, cache, caption_key, videos)
+    return open_shards(data, cache, caption_key, videos)
 
 
 def splits_in(root):
-    """The folders of splits in root, see find_splits in support/labels.py; {} if there are none."""
+    """The folders of splits in a folder, {} if it has none: see find_splits."""
     if not os.path.isdir(root) or SPLITS.keys().isdisjoint(map(str.lower, os.listdir(root))):
         return {}
     from support.labels import find_splits
@@ -307,14 +281,14 @@ def splits_in(root):
 
 
 class Folder(Source):
-    """Pictures below a folder. If all lie in subfolders, the first level's names are the classes.
+    """Pictures below a folder. If all are in subfolders, the first level names the classes.
 
-    With `labels`, the pictures, classes, hashtags and captions that this file lists: see
-    support/labels.py.
+    labels   a file that lists pictures, classes, hashtags and captions instead: see
+             support/labels.py
+    classes  the only names that classes may have, if given
 
-    They are kept in the order of a hash of their paths: the same on every machine, and neighbours
-    have nothing to do with each other. So any stretch of it is a fair sample: the held-out slice, a
-    lane, a packed shard.
+    Pictures are in the order of a hash of their paths: the same on every machine, and
+    unrelated to their classes. So any stretch is a fair sample: a held-out slice, a lane.
     """
 
     what = "pictures"
@@ -325,34 +299,39 @@ class Folder(Source):
         self.paths = sorted(entries, key=lambda path: (stable_hash(path), path))
         self.sizes = np.ones(len(self.paths), dtype=np.int64)
         names = [entries[path].get("class") for path in self.paths]
-        found, self.classes = set(names) - {None}, None
-        if found and (labels or None not in names) and (classes or labels or len(found) > 1):
-            unknown = sorted(found - set(classes or found))
-            if unknown:
-                raise ValueError(f"{root} has classes that train has not: {', '.join(unknown[:5])}")
-            self.classes = classes or sort_classes(found)
-            if None in names:
-                text = f"{labels}: {self.what} without a class: {names.count(None)}"
-                print(text, file=sys.stderr)
-        elif found:
-            why = f"they would be the folders, two or more, of all {self.what}"
-            print(f"{root}: no classes ({why})")
+        self.classes = self.choose_classes(names, classes, labels)
         numbers = {name: number for number, name in enumerate(self.classes or [])}
         self.labels = np.array([numbers.get(name, -1) for name in names])
-        self.tags, self.captions = (
-            [entries[path].get(key, []) for path in self.paths] for key in ("hashtags", "captions")
-        )
-        # A data set without captions is what it was before there were any.
-        facts = json.dumps([self.paths, self.tags, names, *filter(any, [self.captions])])
-        digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
+        self.tags = [entries[path].get("hashtags", []) for path in self.paths]
+        self.captions = [entries[path].get("captions", []) for path in self.paths]
+        facts = [self.paths, self.tags, names]
+        if any(self.captions):  # else the identity is that of older checkpoints
+            facts.append(self.captions)
+        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         self.identity = f"{len(self.paths)} {self.what}, {digest}"
 
     def entries(self, root, labels, caption_key):
+        """{path: {"class", "hashtags", "captions"}}, as far as they are known."""
         if not labels:
             return pictures_below(root)
         from support.labels import read_labels
 
         return read_labels(labels, caption_key)
+
+    def choose_classes(self, names, classes, labels):
+        """The classes in order, or None. names: a class or None for each sample."""
+        found, unnamed = set(names) - {None}, names.count(None)
+        if not found:
+            return None
+        if not labels and (unnamed or not classes and len(found) == 1):
+            why = f"they would be the folders, two or more, of all {self.what}"
+            print(f"{self.root}: no classes ({why})")
+            return None
+        if unknown := ", ".join(sorted(found - set(classes or found))[:5]):
+            raise ValueError(f"{self.root} has classes that train has not: {unknown}")
+        if unnamed:
+            print(f"{labels}: {self.what} without a class: {unnamed}", file=sys.stderr)
+        return classes or sort_classes(found)
 
     def read(self, number):
         return {
@@ -369,41 +348,41 @@ class Folder(Source):
 
 
 def sort_classes(names):
-    """Names of classes in their order: by value, 2 before 10, if all are numbers, else as texts."""
+    """Names of classes in order: by value if all are numbers (2 before 10), else as texts."""
     names = sorted(names)
     return sorted(names, key=int) if all(map(str.isdecimal, names)) else names
 
 
 def pictures_below(root):
-    """{path of a picture, relative to root: {"class": first folder of the path, if any}}."""
-    files = list(walk(root))
-    warn_of_splits(root, [folder for folder, names in files if any(map(is_picture, names))])
-    paths = [f"{folder}{name}" for folder, names in files for name in names if is_picture(name)]
-    if not paths:
-        shards = any(name.lower().endswith(".tar") for _, names in files for name in names)
+    """{path of a picture, relative to root: see class_of}."""
+    files = [folder + name for folder, names in walk(root) for name in names]
+    pictures = list(filter(is_picture, files))
+    warn_of_splits(root, dict.fromkeys(path[: path.rfind("/") + 1] for path in pictures))
+    if not pictures:
+        shards = any(path.lower().endswith(".tar") for path in files)
         hint = f": of its shards, give {os.path.join(root, '*.tar')}" if shards else ""
         raise ValueError(f"no pictures in {root} (looked for {' '.join(PICTURES)}){hint}")
-    return {path: class_of(path) for path in paths}
+    return {path: class_of(path) for path in pictures}
 
 
 def warn_of_splits(root, folders):
-    """Print a warning if folders with pictures look like splits that find_splits does not know."""
-    looks, found = re.compile("(?<![a-z])(train|test|val)(ing|id|idation)?(?![a-z])"), {}
+    """Print a warning if folders look like splits that are not in SPLITS."""
+    split, found = re.compile("(?<![a-z])(train|test|val)(ing|id|idation)?(?![a-z])"), {}
     for folder in folders:
-        for split in looks.finditer(folder.lower()):
-            found.setdefault(split[1], folder)
+        for match in split.finditer(folder.lower()):
+            found.setdefault(match[1], folder)
     if len(found) > 1 and os.environ.get("RANK", "0") == "0":
         why = "look like splits, but all are read: give them as --data and --val-data"
         print(f"{root}: folders in it ({' '.join(sorted(found.values()))}) {why}", file=sys.stderr)
 
 
 def class_of(path):
-    """The entry of a picture: {"class": its first folder}, or {} if it lies in no folder."""
+    """{"class": the first folder of a path}, or {} if it lies in no folder."""
     return {"class": path.split("/")[0]} if "/" in path else {}
 
 
 def walk(root):
-    """Yield (folder, names of its files) for root, as "", and each folder below, as "a/b/"."""
+    """Yield (folder, names of its files) for root, as "", and folders below, as "a/b/"."""
 
     def fail(error):
         raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}")
@@ -411,18 +390,19 @@ def walk(root):
     seen = {os.path.realpath(root)}
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
         places = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
-        folders[:] = [n for n in folders if not n.startswith(".") and places[n] not in seen]
+        folders[:] = [n for n in folders if n[0] != "." and places[n] not in seen]
         seen.update(map(places.get, folders))  # links may lead in circles
         below = os.path.relpath(folder, root).replace(os.sep, "/")
         yield "" if below == "." else f"{below}/", files
 
 
-def is_picture(name):
-    return name.lower().endswith(PICTURES) and not name.startswith(".")
+def is_picture(path):
+    """True if the name of a file is that of a picture, and not hidden."""
+    return path.lower().endswith(PICTURES) and path.rpartition("/")[2][0] != "."
 
 
 def stable_hash(text):
-    """8 bytes that depend on the text alone: Python's own hash() differs between processes."""
+    """8 bytes that depend on the text alone: Python's hash() differs between processes."""
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
 
 
@@ -452,8 +432,8 @@ HELD_OUT = 512  # pictures to measure on, and never more than 5 % of them
 
 
 def hold_out(train, val, count, share=0.05):
-    """(source to train on, at most `count` samples to measure on): val's first ones or, without
-    val, the last ones of train, at most this share of it."""
+    """(source to train on, at most `count` samples to measure on): the first of val or, without
+    val, the last of train, at most this share of it."""
     if val:
         return train, Subset(val, range(min(count, int(val.sizes.sum()))))
     total = int(train.sizes.sum())
@@ -465,11 +445,13 @@ def hold_out(train, val, count, share=0.05):
 
 
 def random_box(width, height, bits, min_crop, aspect):
-    """RandomResizedCrop's box (left, top, width, height) from the first 22 of the uint64 draws.
+    """RandomResizedCrop's box (left, top, width, height) from the first 22 draws of bits.
 
-    An area of min_crop .. 1 of the picture with a ratio of 3/4 .. 4/3 (times the target's aspect,
-    so that targets that are not square see no other distortion), ten tries, then the centre.
+    Ten tries at an area of min_crop .. 1 of the picture and a ratio of 3/4 .. 4/3, times the
+    target's aspect (so that all targets see the same distortion). Then the centre.
     """
+    if min_crop >= 1:
+        return centre_box(width, height, aspect)
     draws = uniform(bits)
     for area, ratio in draws[:20].reshape(10, 2):
         area = width * height * (min_crop + (1 - min_crop) * area)
@@ -481,10 +463,8 @@ def random_box(width, height, bits, min_crop, aspect):
 
 
 def centre_box(width, height, aspect, share=1.0, along=0.5):
-    """`share` of the largest centred box of width / height = aspect: (left, top, width, height).
-
-    along: where on the longer side, from 0 to 1, if it is not to be the centre.
-    """
+    """(left, top, width, height): `share` of the largest box of width / height = aspect. along:
+    its place on the longer side, from 0 to 1."""
     x, y = (along, 0.5) if width > height * aspect else (0.5, along)
     w, h = min(width, height * aspect), min(height, width / aspect)
     w, h = round(share * w), round(share * h)
@@ -494,80 +474,79 @@ def centre_box(width, height, aspect, share=1.0, along=0.5):
 def crop_and_resize(image, size, channels, bits=None, min_crop=0.2, centre=1.0, along=0.5):
     """A PIL image, not decoded yet -> (C, H, W) uint8 tensor (in channels-last memory).
 
-    bits: 23 uint64 draws for a random crop and flip; None for the centre, not flipped: `centre`
-    times the largest box of the target's shape or, with 0, the whole picture, squashed. along: see
-    centre_box.
-    The fastest exact route measured: Pillow decodes, the box is cut out, and torch resizes uint8 in
-    channels-last memory, bicubic with antialiasing; normalisation waits for the device.
+    bits     23 uint64 draws for a random crop and flip; None: the centre
+    centre   share of the largest box of the target's shape; 0: the whole picture, squashed
+    along    see centre_box
+
+    This is the fastest exact route measured: Pillow decodes, and torch resizes uint8 in
+    channels-last memory, bicubic with antialiasing. normalize runs on the device.
     """
     (height, width), aspect = size, size[1] / size[0]
-    # 5 to 8 swap the sides; Pillow has done so for a TIFF.
+    # 5 to 8 swap the sides; of a TIFF, Pillow has done so.
     turned = orientation_of(image) in (5, 6, 7, 8) and image.format != "TIFF"
     original = image.size[::-1] if turned else image.size
-    if bits is None and not centre:
-        box = 0, 0, *original
-    elif bits is None or min_crop >= 1:
-        box = centre_box(*original, aspect, 1.0 if bits is not None else centre, along)
+    if bits is not None:
+        left, top, w, h = random_box(*original, bits, min_crop, aspect)
+    elif centre:
+        left, top, w, h = centre_box(*original, aspect, centre, along)
     else:
-        box = random_box(*original, bits, min_crop, aspect)
-    # JPEG can decode at 1/2, 1/4 or 1/8 for less work. Only when the crop stays at least twice as
-    # large as the target, so that the antialiased resize still does all the filtering that shows.
-    shrink = min(box[2] // (2 * width), box[3] // (2 * height), 8)
+        left, top, w, h = 0, 0, *original
+    # JPEG decodes at 1/2, 1/4 or 1/8 for less work. The crop stays at least twice as large
+    # as the target: the antialiased resize still does all the filtering that shows.
+    shrink = min(w // (2 * width), h // (2 * height), 8)
     if image.format == "JPEG" and shrink >= 2:
         image.draft(None, (image.width // shrink, image.height // shrink))
-    image = to_8_bits(upright(image))  # the whole picture: all its pixels decide the scale
-    left, top, w, h = box
-    sx, sy = image.width / original[0], image.height / original[1]  # 1, or what draft() gave
+    image = to_8_bits(upright(image))  # the whole picture decides the scale
+    sx, sy = image.width / original[0], image.height / original[1]  # 1, or of draft()
     edges = left * sx, top * sy, (left + w) * sx, (top + h) * sy
     image = image.crop(tuple(map(round, edges)))
-    # (Not has_alpha: it does not find a palette of RGBA, as in TGA.)
     with_alpha = channels == 4 and image.has_transparency_data
     image = to_mode(image, channels)
     if with_alpha and image.getchannel(3).getextrema()[0] < 255:
-        # Colours weigh as much as they show.
+        # Pillow weighs colours by their alpha.
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image).reshape(1, image.height, image.width, channels))
-    pixels = pixels.permute(0, 3, 1, 2)  # (1, C, h, w)
+    pixels = np.array(image).reshape(1, image.height, image.width, channels)
+    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (1, C, h, w)
     if image.size != (width, height):
         pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
-    return pixels[0].flip(2) if bits is not None and bits[22] & np.uint64(1) else pixels[0]
+    flip = bits is not None and bits[22] & np.uint64(1)
+    return pixels[0].flip(2) if flip else pixels[0]
 
 
 def open_picture(file):
     """A PIL image, not decoded yet, of a path or an open file."""
     image = Image.open(file)
-    # Of a file whose name it knows, Pillow (13) maps plain pixels into memory, with the sides that
-    # they have once turned: a TIFF that is to be turned would come out torn.
+    # Pillow (13) maps plain pixels of a file with a name into memory, with sides already
+    # swapped: a TIFF that must be turned would come out torn.
     image.filename = ""
     return image
 
 
 def pixel_limit(text):
-    """An argparse type: the number of pixels that limit_pixels takes."""
-    with suppress(ValueError):
-        if int(text) >= 1 << 16:  # with less, Pillow would not even draw a line of text
-            return int(text)
-    want = "the number of pixels of 256 x 256"
-    raise argparse.ArgumentTypeError(f"{text} is not at least 65536, {want}")
+    """An argparse type: a number for limit_pixels."""
+    if not text.isdecimal() or int(text) < 1 << 16:  # Pillow draws no text with less
+        want = "at least 65536, the number of pixels of 256 x 256"
+        raise argparse.ArgumentTypeError(f"{text} is not {want}")
+    return int(text)
 
 
 def limit_pixels(most):
-    """From now on, pictures of more pixels are unreadable: here, and in a loader's processes."""
+    """Make pictures of more than `most` pixels unreadable, in this process."""
     Image.MAX_IMAGE_PIXELS = most
 
 
 def orientation_of(image):
-    """EXIF's orientation of a PIL image, 1 to 8: 1 is upright."""
+    """EXIF's orientation of a PIL image, 1 (upright) to 8."""
     try:
         return image.getexif().get(0x0112, 1)
-    except Exception:  # noqa: BLE001 (damaged EXIF raises anything; the pixels may be whole)
+    except Exception:  # noqa: BLE001 (damaged EXIF raises anything)
         return 1
 
 
 def upright(image):
     """A PIL image, decoded, and turned as its EXIF says."""
     image.load()  # this turns a TIFF, and may find a transparent colour
-    # exif_transpose copies what it need not turn.
+    # exif_transpose copies an upright picture, too.
     return image if orientation_of(image) == 1 else ImageOps.exif_transpose(image)
 
 
@@ -575,14 +554,11 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
 
 
 def to_mode(image, channels):
-    """Any picture -> 8 bits of grey (1 channel), RGB (3) or RGBA (4).
-
-    Call it with a whole picture, or with a crop of what to_8_bits has made of the whole one.
-    """
+    """A whole picture, or part of to_8_bits', as 8 bits of grey, RGB or RGBA: see MODES."""
     image = to_8_bits(image)
     if image.mode == "LAB":  # from which Pillow does not convert to grey
         image = image.convert("RGB")
-    if channels != 4 and has_alpha(image):
+    if channels != 4 and image.has_transparency_data:
         # On white: under transparent pixels there may be any colour.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -591,20 +567,16 @@ def to_mode(image, channels):
 
 
 def check_channels(channels):
-    """Raise ValueError if pictures cannot be read with so many."""
+    """Raise ValueError if pictures cannot be read with so many channels."""
     if channels not in MODES:
         raise ValueError(f"pictures can be read as 1, 3 or 4 channels, not as {channels}")
 
 
-def has_alpha(image):
-    return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-
-
 def to_8_bits(image):
-    """Grey of 16 or 32 bits -> of 8, with alpha if a value is transparent; other modes as they are.
+    """Grey of 16 or 32 bits -> of 8, with alpha if a value is transparent; others as they are.
 
-    (convert() would clip, not scale.) Call it with a whole picture, not with a crop: 32 bits may
-    hold values of 8 or of 16, which all pixels decide; for others no scale is known.
+    (convert() would clip, not scale.) All pixels of a picture decide whether 32 bits hold
+    values of 8 or of 16 bits. Raises ValueError for values of another range.
     """
     if not image.mode.startswith("I") and image.mode != "F":
         return image
@@ -620,30 +592,27 @@ def to_8_bits(image):
 
 
 def normalize(images):
-    """uint8 (B, C, [T,] H, W) -> float32: ImageNet's mean and deviation of RGB (MAE code).
-
-    Any other number of channels: RGB's values for the first three of four or more, and the average
-    of the three for what is left. Call it on the device: a batch travels as bytes.
-    """
+    """uint8 (B, C, [T,] H, W) -> float32, by ImageNet's mean and deviation (MAE code)."""
     _, channels, *_, width = images.shape
-    # The channels lie within a row of pixels: with factors of a whole row the CPU's loops are long
-    # (three times as fast). On a batch of Batches, rows are a view.
+    # Images of Batches are in channels-last memory: rows are a view. Factors of a whole row
+    # make the CPU's loops long, three times as fast.
     rows = images.movedim(1, -1).flatten(-2)  # (B, [T,] H, W*C)
     factor, offset = row_factors(channels, width, images.device)
     rows = rows.to(torch.float32).mul_(factor).sub_(offset)
     return rows.unflatten(-1, (width, channels)).movedim(-1, 1)
 
 
-@cache  # they stay where they are on the device: no step copies them, and a CUDA graph reads them
+@cache  # no step copies them to the device, and a CUDA graph reads them
 def row_factors(channels, width, device):
-    """(1 / (255 * deviation), mean / deviation) of a row of pixels, (W*C,) each: see normalize."""
-    with torch.inference_mode(False):  # a tensor made in that mode could not be used outside
+    """(1 / (255 * deviation), mean / deviation) of a row of pixels, (W*C,) float32 each."""
+    with torch.inference_mode(False):  # its tensors could not be used outside
         mean, deviation = torch.tensor(channel_statistics(channels)).to(device).repeat(1, width)
         return 1 / (255 * deviation), mean / deviation
 
 
 def channel_statistics(channels):
-    """[mean, deviation] of each channel, of values from 0 to 1: see normalize."""
+    """[mean, deviation] of each channel, of values from 0 to 1. The first of three or more are
+    RGB's; all others have RGB's average."""
     mean, deviation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     known = 3 if channels >= 3 else 0
     return [v[:known] + [sum(v) / 3] * (channels - known) for v in (mean, deviation)]
@@ -654,14 +623,14 @@ def channel_statistics(channels):
 
 @dataclass(eq=False)
 class Batches(torch.utils.data.Dataset):
-    """number -> the number-th micro-batch of this process's part of the batches, a dict.
+    """number -> the number-th micro-batch of this process, a dict of stacked rows.
 
-    make(sample, key) gives the row of a sample, a dict of tensors and numbers; rows are stacked.
-    All random draws for it are keyed by key = (seed, epoch, position). sample is what the source
-    reads or, where there is none, None: then the row is of the same shapes, zeros for a picture.
+    make(sample, key) gives the row of a sample, a dict of tensors and numbers. sample is
+    what the source reads. It is None where a sample cannot be read, and past the last one:
+    then make gives zeros of the same shapes. key = (seed, epoch, position) of the draws.
 
-    Beside the row's own, a batch of b = batch_size / processes / micro_batches samples has:
-    weight     (b,) float32: what the row says, else 1; 0 for a sample that could not be read
+    A batch of b = batch_size / processes / micro_batches samples also has:
+    weight     (b,) float32: the row's, else 1; 0 if make was given None
     positions  (b,) int64 in the global stream
     samples    (b,) int64, their numbers in the source; -1 past the last one
     bad        a list of "name: error" for the samples that could not be read
@@ -694,11 +663,11 @@ class Batches(torch.utils.data.Dataset):
             self.cache.must_hold(self.order.lanes // self.processes * block)
 
     def __len__(self):
-        """Micro-batches in which each sample comes once (the last ones may hold padding)."""
+        """The number of micro-batches that hold each sample once, padding included."""
         return math.ceil(self.total / self.batch_size) * self.micro_batches
 
     def positions(self, number):
-        """(b,) int64 in the global stream: a micro-batch's."""
+        """(b,) int64, the positions of a micro-batch in the global stream."""
         step, micro_batch = divmod(number, self.micro_batches)
         positions = step * self.batch_size + np.arange(self.batch_size)
         positions = positions[positions // 2 % self.processes == self.process]
@@ -715,48 +684,39 @@ class Batches(torch.utils.data.Dataset):
         return batch | {"positions": torch.from_numpy(positions), "bad": bad}
 
     def row(self, position, bad):
-        """The row of a position; its name and error are added to `bad` if it cannot be read."""
+        """The row of a position. Name and error of a sample that fails are added to `bad`."""
         epoch = position // self.order.length if self.order else 0
         number = self.order(position) if self.order else position
-        key, missing = (self.seed, epoch, position), {"weight": 0.0}
+        key, row = (self.seed, epoch, position), None
         if number >= self.total:
-            return self.make(None, key) | missing | {"samples": -1}
-        found = {"samples": number}
-        try:
-            return {"weight": 1.0} | self.make(self.source.read(number), key) | found
-        except Exception as error:  # noqa: BLE001 (decoders raise anything: named, counted)
-            raise_if_unreachable(error)
-            bad.append(f"{self.source.name(number)}: {one_line(error)}")
-            return self.make(None, key) | missing | found
+            number = -1
+        else:
+            try:
+                row = {"weight": 1.0} | self.make(self.source.read(number), key)
+            except Exception as error:  # noqa: BLE001 (decoders raise anything)
+                raise_if_unreachable(error)
+                bad.append(f"{self.source.name(number)}: {one_line(error)}")
+        row = row or self.make(None, key) | {"weight": 0.0}
+        return row | {"samples": number}
 
     def over_max_bad(self, bad, drawn, share):
-        """True if more than this share of the `drawn` first samples are bad (--max-bad).
+        """True if more than this share (--max-bad) of the first `drawn` samples are bad.
 
-        The share is of 1,000 samples at least. A single bad file, however often it comes in the
-        epochs so far, never stops a run; nothing but bad files always does.
+        Shares are of 1,000 samples at least. A single bad file, repeated over epochs, never
+        stops a run; nothing but bad files always does.
         """
         alone = (drawn // self.order.length + 1) * self.order.most
         return bad > max(share * max(1000, drawn), alone) or bad == drawn > 1
 
     def places(self, positions):
-        """The shards or pictures that positions are in, each once. Nothing is opened."""
+        """The shards or pictures that hold the samples at `positions`, each once."""
         numbers = map(self.order, positions.tolist()) if self.order else positions.tolist()
         return list(dict.fromkeys(self.source.where(n) for n in numbers if n < self.total))
 
-    def about(self, number):
-        """What a micro-batch is made of, in words: of what is remote, what has not come yet."""
-        places = self.places(self.positions(number))
-        if self.cache:
-            places = [place for place in places if not self.cache.has(place)] or places
-        some = ", ".join(places[:4]) + ", ..." * (len(places) > 4)
-        return f"process {self.process}, step {number // self.micro_batches + 1}: {some}"
-
 
 def stack(rows):
-    """Stack one entry of all rows: tensors along a new first axis, numbers into a tensor.
-
-    Tensors (n,) of different lengths are padded with -1. All else stays a list.
-    """
+    """One entry of b rows -> a tensor (b, ...) of tensors or numbers, else a list. Tensors (n,)
+    of different lengths are padded with -1."""
     if isinstance(rows[0], int | float):
         return torch.tensor(rows)
     if not isinstance(rows[0], torch.Tensor):
@@ -764,16 +724,14 @@ def stack(rows):
     if rows[0].ndim == 1:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
     if rows[0].ndim > 2:
-        # Pictures are in channels-last memory, and patchify reads them in it.
+        # Pictures stay in channels-last memory, in which patchify reads them.
         return torch.stack([row.movedim(0, -1) for row in rows]).movedim(-1, 1)
     return torch.stack(rows)
 
 
 def make_picture(sample, key, size, channels, min_crop=None, centre=1.0):
-    """(C, H, W) uint8 of a sample: a random crop and flip or, without min_crop, the centre.
-
-    sample None: zeros. For Batches' make; the other arguments are crop_and_resize's.
-    """
+    """(C, H, W) uint8 of a sample: a random crop and flip; without min_crop, the centre. See
+    Batches for sample and key, and crop_and_resize."""
     if sample is None:
         return torch.zeros(*size, channels, dtype=torch.uint8).movedim(-1, 0)
     bits = None if min_crop is None else random_bits(24, *key, VIEW)
@@ -781,15 +739,15 @@ def make_picture(sample, key, size, channels, min_crop=None, centre=1.0):
 
 
 class Unreachable(OSError):
-    """A shard or a batch cannot be had now. This ends a run: else samples were lost silently."""
+    """A shard or a batch cannot be read now. This ends a run, which would lose samples."""
 
     def __init__(self, message):
-        # A DataLoader makes a worker's exception anew, from its traceback: the last line is ours.
+        # A DataLoader adds the worker's traceback: keep the last line.
         super().__init__(message.rpartition("Unreachable: ")[2].strip())
 
 
 def raise_if_unreachable(error):
-    """Of an error in reading a sample: raise Unreachable where it says nothing of the sample."""
+    """Raise Unreachable if an error in reading a sample is not a fault of the sample."""
     if isinstance(error, Unreachable):
         raise error
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
@@ -797,10 +755,10 @@ def raise_if_unreachable(error):
 
 
 def one_line(error):
-    """What a decoder says, on one line, without the path or address that Pillow adds."""
+    """An error as one line, without the path or address that Pillow adds."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    bomb, limit = r"Image size \((\d+ pixels)\) exceeds limit.*", Image.MAX_IMAGE_PIXELS
-    text = re.sub(bomb, rf"\1 are over --max-pixels {limit}", text)
+    bomb = r"Image size \((\d+ pixels)\) exceeds limit.*"
+    text = re.sub(bomb, rf"\1 are over --max-pixels {Image.MAX_IMAGE_PIXELS}", text)
     return re.sub("(cannot identify image file).*", r"\1", text)
 
 

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from data import (
     MAX_PIXELS,
     Folder,
-    has_alpha,
     limit_pixels,
     one_line,
     open_picture,
@@ -144,7 +143,7 @@ def shrink(image, short_side):
     scale = 2 * short_side / min(image.size)
     image.draft(None, tuple(math.ceil(scale * side) for side in image.size))
     image, buffer = upright(image), io.BytesIO()
-    solid = image.mode in ("L", "RGB", "CMYK", "YCbCr") and not has_alpha(image)
+    solid = image.mode in ("L", "RGB", "CMYK", "YCbCr") and not image.has_transparency_data
     scale = short_side / min(image.size)
     size = tuple(max(1, round(scale * side)) for side in image.size)
     image = to_mode(image, 3 if solid else 4).resize(size, Image.Resampling.BICUBIC)

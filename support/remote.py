@@ -26,15 +26,15 @@ import urllib.request
 from contextlib import suppress
 from functools import lru_cache
 
-import numpy as np
-
 from data import Unreachable, one_line, stable_hash
 from support.shards import Shards, braces, shard_index
 
 TIMEOUT = 30  # seconds without a byte after which a request is sent again
 PATIENCE = 300  # seconds without a new byte, over all requests, after which the run ends
-QUIET = 10  # seconds without a byte after which another process downloads the same shard
-STALE = 60  # seconds without a byte after which a temporary file is removed
+QUIET = 20  # seconds without a byte after which a temporary file counts as abandoned
+
+# The name of a shard in an address or a command.
+SHARD = r"[^\s/'\"=]+\.tar(?=[?#'\"\s]|$)"
 
 # What to suggest for addresses that need a program of their own.
 COMMANDS = {"s3": "aws s3 cp {} -", "gs": "gcloud storage cat {}"}
@@ -53,21 +53,18 @@ class RemoteShards(Shards):
     def __init__(self, pattern, folder, size, videos=False):
         scheme = pattern.partition(":")[0]
         if scheme not in ("http", "https", "pipe"):
-            command = COMMANDS.get(scheme, "COMMAND-THAT-PRINTS {}")
-            command = command.replace("{}", pattern)
+            command = COMMANDS.get(scheme, "COMMAND-THAT-PRINTS {}").replace("{}", pattern)
             raise ValueError(f"{scheme}:// needs a command that reads it: 'pipe:{command}'")
         self.paths, listings, facts, faults = braces(pattern), {}, [], {}
         for path in self.paths:
-            head, *name = re.split(r"([^\s/'\"=]+\.tar)(?=[?#'\"\s]|$)", path)
-            if len(name) != 2:
+            if len(names := re.findall(SHARD, path)) != 1:
                 raise ValueError(f"{path}: one word that ends in .tar must name a shard")
-            name, tail = name
-            index = f"{head}index.json{tail}"
+            name, index = names[0], re.sub(SHARD, "index.json", path)
             if index not in listings:
                 listings[index] = read_listing(index)
             _, listed, faulty = listings[index]
             if name not in listed:
-                hint = " (give {000..099}, no * ? [ ])" * bool(re.search(r"[*?\[]", name))
+                hint = " (give {000..099}, no * ? [ ])" if re.search(r"[*?\[]", name) else ""
                 raise ValueError(f"{index} lists {len(listed)} shards, no {name}{hint}")
             facts.append((name, *listed[name]))
             if name in faulty:
@@ -79,20 +76,20 @@ class RemoteShards(Shards):
 
     def block(self, number):
         """The bytes of a sample's stretch of its shard."""
-        shard = int(np.searchsorted(self.edges, number, "right")) - 1
+        shard, row = self.locate(number)
         while True:
             # Another process may remove a file at any time: download it again.
             with suppress(FileNotFoundError):
                 path = self.cache.path_of(self.paths[shard])
-                begin, end = self.index(shard, path)[number - self.edges[shard]].tolist()
-                # A file that stays open keeps its space on the disk after its removal.
+                begin, end = self.rows(shard, path)[row].tolist()
+                # An open file would keep its space on the disk after its removal.
                 with open(path, "rb", buffering=0) as file:
                     file.seek(begin)
                     return file.read(end - begin)
 
     @lru_cache(64)  # noqa: B019 (each loader process keeps its last 64)
-    def index(self, shard, path):
-        """(samples, 2) int64: where each sample of a shard begins and ends, in bytes."""
+    def rows(self, shard, path):
+        """(samples, 2) int64: the bytes where each sample of a shard begins and ends."""
         _, rows = shard_index(path)
         listed = self.sizes[shard]
         if len(rows) != listed:
@@ -126,11 +123,10 @@ class Cache:
     size    most bytes of all files in it, as "500G"
     shards  {address: bytes}
 
-    1. A shard is downloaded to a temporary file of this process, and renamed when whole. Two
-       processes may download the same shard: the second rename does no harm.
+    1. A shard is downloaded to a temporary file of this process, and renamed when whole.
+       If two processes download the same shard, the second rename does no harm.
     2. A temporary file has its full length at once. Then the least recently used shards
-       are removed. So the folder passes its size by at most one shard a process, for a
-       moment, or where only temporary files are left.
+       are removed. So the folder passes its size by a shard a process, for a moment.
     3. A process waits for a shard while the temporary file of another process grows.
     """
 
@@ -139,7 +135,7 @@ class Cache:
         self.folder = folder or os.path.join(tempfile.gettempdir(), f"shards-{user}")
         self.size, self.shards = bytes_of(size), shards
         self.missing = {}  # address -> reason
-        self.active = set()  # (process, address) of the downloads of this process
+        self.active = set()  # (process, address): a fork has the set, but not the thread
         try:
             os.makedirs(self.folder, mode=0o700, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
@@ -151,18 +147,17 @@ class Cache:
             print(f"cache {self.folder}, at most {self.size / 1e9:.4g} GB: {len(shards)} shards")
 
     def must_hold(self, count):
-        """Raise ValueError unless each process of this machine has room for `count` shards,
-        which it reads at once, and for as many that are fetched ahead."""
+        """Raise ValueError unless each process of this machine has room for `count` shards
+        that it reads at once, and for as many that are fetched ahead."""
         count *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        # With the index, of 16 bytes for a sample, which has 512 bytes or more.
+        # With the index: 16 bytes for a sample, which has 512 bytes or more.
         sizes = [size + size // 32 + 1024 for size in self.shards.values()]
         needed = min(2 * count * max(sizes), sum(sizes))
         if needed > self.size:
-            size, count = f"{self.size / 1e6:.6g}M", min(count, len(sizes))
             raise ValueError(
-                f"--cache-size {size} is too small: {count} shards are read at once on this "
-                f"machine, and as many fetched ahead: give --cache-size {math.ceil(needed / 1e6)}M "
-                "or more, or fewer --lanes"
+                f"--cache-size {self.size / 1e6:.6g}M is too small: {min(count, len(sizes))} shards "
+                "are read at once on this machine, and as many fetched ahead: give --cache-size "
+                f"{math.ceil(needed / 1e6)}M or more, or fewer --lanes"
             )
 
     def path(self, address):
@@ -178,7 +173,7 @@ class Cache:
     def path_of(self, address):
         """The path of a shard, which is downloaded if it is not in the cache.
 
-        Raises Missing; Unreachable if it cannot be downloaded now, or not be written; and
+        Raises Missing; Unreachable if it cannot be downloaded or written now; and
         FileNotFoundError if another process has removed a file meanwhile: call it again.
         """
         path = self.path(address)
@@ -194,28 +189,23 @@ class Cache:
         return path
 
     def prefetch(self, addresses):
-        """Download the shards among these that are not here, in order, in a thread.
-
-        A process has one such thread: nothing happens while it is busy.
-        """
+        """Download these shards in a thread, unless that thread is still busy."""
         new = [a for a in addresses if a not in self.missing and not self.has(a)]
-        if new and all(thread.name != "prefetch" for thread in threading.enumerate()):
-            run = threading.Thread(None, self.download_all, "prefetch", [new], daemon=True)
-            run.start()
 
-    def download_all(self, addresses):
-        for address in addresses:
-            with suppress(OSError, ValueError):  # a reader meets it, too, and raises it
-                if not self.has(address) and not self.is_downloading(address):
-                    self.download(address, patience=0)
+        def download_new():
+            for address in new:
+                with suppress(OSError, ValueError):  # a reader will raise it
+                    if not self.has(address) and not self.is_downloading(address):
+                        self.download(address, patience=0)
+
+        if new and all(thread.name != "prefetch" for thread in threading.enumerate()):
+            threading.Thread(target=download_new, name="prefetch", daemon=True).start()
 
     def is_downloading(self, address):
-        """True if a process has written to a temporary file of a shard in the last QUIET
-        seconds, or another thread of this process will do so."""
+        """True if a temporary file of a shard grows, or this process downloads it."""
         parts = states(f"{glob.escape(self.path(address))}.*.part").values()
-        recent = any(time.time() - part.st_mtime < QUIET for part in parts)
-        # A forked process has the set, but not the thread.
-        return recent or (os.getpid(), address) in self.active
+        active = (os.getpid(), address) in self.active
+        return active or any(time.time() - part.st_mtime < QUIET for part in parts)
 
     def download(self, address, patience):
         """Add a shard and its index, or enter in `missing` why there is none."""
@@ -245,14 +235,14 @@ class Cache:
                 os.remove(part)
 
     def make_room(self):
-        """Remove the temporary files of killed processes, and the least recently used shards
-        until all files are within the size."""
+        """Remove abandoned temporary files, and the least recently used shards until all
+        files are within the size."""
         files = states(os.path.join(glob.escape(self.folder), "cached-*.tar*"))
         used = sum(file.st_size for file in files.values())
         for path in sorted(files, key=lambda path: files[path].st_atime_ns):
-            stale = time.time() - files[path].st_mtime > STALE
-            left = stale and path.endswith((".part", ".tmp"))
-            if left or used > self.size and path.endswith(".tar"):
+            quiet = time.time() - files[path].st_mtime > QUIET
+            abandoned = quiet and path.endswith((".part", ".tmp"))
+            if abandoned or used > self.size and path.endswith(".tar"):
                 used -= files[path].st_size
                 for file in (path, f"{path}.index"):
                     with suppress(FileNotFoundError):
@@ -277,11 +267,10 @@ def bytes_of(text):
 
 
 def download(address, size=None, patience=0):
-    """Yield (offset, bytes) of all that is at an address. Later bytes replace earlier ones of
-    the same offset.
+    """Yield (offset, bytes) of what is at an address. Later bytes replace earlier ones.
 
     A failed request is sent again, from the last byte on if the server can do that, until
-    `patience` seconds have brought no new byte. size: the number of bytes, if it is known.
+    `patience` seconds have brought no new byte. size: the number of bytes, if known.
     Raises Missing or Unreachable.
     """
     body = pipe_body if address.startswith("pipe:") else http_body
@@ -315,7 +304,7 @@ def download(address, size=None, patience=0):
 
 
 def http_body(url, start):
-    """Yield (offset, bytes) of a URL from `start` on; from 0 if the server has no ranges."""
+    """Yield (offset, bytes) of a URL from `start` on, or from 0 without ranges."""
     host = re.match(r"\w+://[^/]*", url)[0]
     # Quote spaces and the like, as browsers do. What is quoted already stays as it is.
     url = host + urllib.parse.quote(url.removeprefix(host), safe=string.punctuation)
@@ -338,8 +327,8 @@ def pipe_body(address, *_):
     command = address.removeprefix("pipe:")  # what the user typed, and nothing else
     errors, at = tempfile.TemporaryFile(), 0  # noqa: SIM115
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
-    how = {"shell": True, "start_new_session": True, "bufsize": 0}
-    with errors, subprocess.Popen(command, **how, **streams) as process:
+    options = {"shell": True, "start_new_session": True, "bufsize": 0}
+    with errors, subprocess.Popen(command, **options, **streams) as process:
         try:
             yield 0, b""  # the output of an earlier run does not count
             while chunk := process.stdout.read(1 << 16):

@@ -1,14 +1,13 @@
 """Tar shards on this machine, in the WebDataset layout.
 
-A shard is a tar in which the files of a sample are neighbours and share a key, the path up to the
-base name's first dot: 00012.jpg, 00012.cls, 00012.json. Its index says where each sample begins and
-ends, and what is wrong with it; pack.json beside the shards names the classes, if pack made them.
+In a shard, the files of a sample are neighbours and share a key, the path up to the base
+name's first dot: 00012.jpg, 00012.cls, 00012.json. An index beside it says where samples
+begin and end. pack.json names the classes of shards that pack has written.
 """
 
 import glob
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
@@ -24,12 +23,11 @@ import numpy as np
 from tqdm import tqdm
 
 from data import Source, is_picture, open_picture, running_sum, stable_hash
+from support.hashtags import hashtags_in
 
-# ------------------------------------------------------------------------------------------- shards
 
-
-def open_shards(data, classes, cache, caption_key, videos):
-    """Shards or RemoteShards. classes: the names that they may have, and no others; None: any."""
+def open_shards(data, cache, caption_key, videos):
+    """Shards or RemoteShards: see open_sources."""
     if re.match(r"pipe:|\w+://", data):
         from support.remote import RemoteShards
 
@@ -37,8 +35,6 @@ def open_shards(data, classes, cache, caption_key, videos):
     else:
         shards = Shards(data, videos)
     shards.caption_key = caption_key
-    if (classes and shards.classes or classes) != classes:
-        raise ValueError(f"{data} has other classes than train: pack it after train, beside it")
     return shards
 
 
@@ -54,22 +50,26 @@ class Shards(Source):
         folders = sorted({os.path.dirname(path) for path in self.paths})
         classes = [pack_record(folder)["classes"] for folder in folders]
         with ThreadPoolExecutor() as threads:
+            indexes = threads.map(partial(shard_index, whole=False), self.paths)
             bar = partial(tqdm, total=len(self.paths), desc="opening shards", leave=False)
-            heads = threads.map(partial(shard_index, whole=False), self.paths)
-            heads = [head for head, _ in bar(heads, disable=None)]
+            heads = [head for head, _ in bar(indexes, disable=None)]
         names, sizes = map(os.path.basename, self.paths), map(os.path.getsize, self.paths)
         facts = [(name, size, head[0]) for name, size, head in zip(names, sizes, heads)]
         faults = {path: head[1:] for path, head in zip(self.paths, heads) if any(head[1:])}
         self.describe(pattern, classes, facts, faults, videos)
 
     def describe(self, pattern, classes, facts, faults, videos):
-        """classes: of each folder. facts: (base name, bytes, samples) of each shard; the same ones
-        are the same data. faults: {path: see scan_tar} of shards that have any."""
+        """Set what a Source has.
+
+        classes  of each folder
+        facts    (base name, bytes, samples) of each shard, which identify the data
+        faults   {path: see scan_tar} of the shards that have any
+        """
         self.classes, *others = classes or [None]
         if any(names != self.classes for names in others):
             raise ValueError(f"{pattern}: the folders number their classes differently")
-        self.facts, self.sizes = facts, np.array([n for *_, n in facts], dtype=np.int64)
-        self.faults = faults
+        self.facts, self.faults = facts, faults
+        self.sizes = np.array([samples for *_, samples in facts], dtype=np.int64)
         if os.environ.get("RANK", "0") == "0":
             warn_of_faults(pattern, faults, videos)
         if not self.sizes.any():
@@ -80,41 +80,39 @@ class Shards(Source):
 
     @lru_cache(64)  # noqa: B019 (each loader process keeps its last 64)
     def open(self, shard):
-        """(file, index) of a shard."""
+        """(file, rows) of a shard: see scan_tar."""
         return io.FileIO(self.paths[shard]), shard_index(self.paths[shard])[1]
+
+    def locate(self, number):
+        """(shard, number of the sample in it)."""
+        shard = int(np.searchsorted(self.edges, number, "right")) - 1
+        return shard, number - self.edges[shard]
 
     def block(self, number):
         """The bytes of a sample's stretch of its shard."""
-        shard = int(np.searchsorted(self.edges, number, "right")) - 1
-        file, index = self.open(shard)
-        begin, end = index[number - self.edges[shard]].tolist()
-        if hasattr(os, "pread"):  # forked workers share a file's position, so it is not used
+        shard, row = self.locate(number)
+        file, rows = self.open(shard)
+        begin, end = rows[row].tolist()
+        if hasattr(os, "pread"):  # forked workers share a file's position
             return os.pread(file.fileno(), end - begin, begin)
-        file.seek(begin)  # Windows, which does not fork
+        file.seek(begin)  # on Windows, which does not fork
         return file.read(end - begin)
 
     def read(self, number):
-        content = self.block(number)
+        content, members = self.block(number), {}
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-            files = [(kind, member) for _, kind, member in sample_files(tar)]
-        members = {}
-        for kind, m in files:  # of X.jpg and X.JPG, the first
-            members.setdefault(kind, content[m.offset_data : m.offset_data + m.size])
+            for _, kind, m in sample_files(tar):  # of X.jpg and X.JPG, the first
+                members.setdefault(kind, content[m.offset_data : m.offset_data + m.size])
         kinds = [kind for kind in members if is_picture(f"x.{kind}")]
         plain, numbered = plain_and_numbered(kinds)
+        picture = (plain or numbered or kinds)[0]
         frames = sorted(numbered or plain[:1] or kinds, key=by_number)
-        frames = [io.BytesIO(members[kind]) for kind in frames]
         label = members.get("cls", b"").strip()
 
         def video(short_side=None):
             from tasks.video import video_of_pictures
 
-            return video_of_pictures(frames)
-
-        def hashtags():
-            from support.hashtags import hashtags_in
-
-            return hashtags_in(members)
+            return video_of_pictures([io.BytesIO(members[kind]) for kind in frames])
 
         def captions():
             from tasks.lit import captions_in
@@ -122,10 +120,10 @@ class Shards(Source):
             return captions_in(members, self.caption_key)
 
         return {
-            "image": lambda: open_picture(io.BytesIO(members[(plain or numbered or kinds)[0]])),
+            "image": lambda: open_picture(io.BytesIO(members[picture])),
             "video": video,
             "class": int(label) if label.isdigit() else -1,
-            "hashtags": hashtags,
+            "hashtags": partial(hashtags_in, members),
             "captions": captions,
         }
 
@@ -133,25 +131,27 @@ class Shards(Source):
         try:
             with tarfile.open(fileobj=io.BytesIO(self.block(number)), mode="r:") as tar:
                 return f"{self.where(number)}:{next(sample_files(tar))[0]}"
-        except Exception:  # noqa: BLE001 (a shard that has changed meanwhile fails in many ways)
+        except Exception:  # noqa: BLE001 (a shard that has changed fails in many ways)
             return f"{self.where(number)}: sample {number}"
 
     def where(self, number):
-        return self.paths[int(np.searchsorted(self.edges, number, "right")) - 1]
+        return self.paths[self.locate(number)[0]]
 
 
 def plain_and_numbered(kinds):
-    """Of the extensions of a sample's pictures, those of KEY.jpg, and those of KEY.000.jpg, the
-    frames of a video. Others, as KEY.depth.png, are read only where there is none of these."""
+    """Of the extensions of a sample's pictures, those of KEY.jpg and of KEY.000.jpg (frames).
+
+    Others, such as KEY.depth.png, are read only where there is none of these.
+    """
     stems = [(kind, kind.rpartition(".")[0]) for kind in kinds]
-    return [kind for kind, stem in stems if not stem], [k for k, stem in stems if stem.isdigit()]
+    plain = [kind for kind, stem in stems if not stem]
+    return plain, [kind for kind, stem in stems if stem.isdigit()]
 
 
 def expand(pattern):
     """Shard paths from a path, a glob, or {00000..00099} and {a,b} braces.
 
-    What exists as it is written, a file or the folders that the pattern begins with, is no pattern,
-    whatever its name holds.
+    A file or leading folders that exist as they are written are no pattern.
     """
     if os.path.isfile(pattern):
         return [pattern]
@@ -160,7 +160,7 @@ def expand(pattern):
         folder, name = os.path.split(folder)
         rest = os.path.join(name, rest)
     if (texts := braces(rest)) != [rest]:
-        return list(itertools.chain(*(expand(os.path.join(folder, text)) for text in texts)))
+        return [path for text in texts for path in expand(os.path.join(folder, text))]
     if re.search(r"[*?\[]", rest):
         found = glob.glob(os.path.join(glob.escape(folder), rest))
         return sorted(path for path in found if path.lower().endswith(".tar"))
@@ -168,28 +168,28 @@ def expand(pattern):
 
 
 def braces(pattern):
-    """The texts that a pattern with {00000..00099} and {a,b} in it stands for, in order."""
-    match = re.search(r"\{(\d+\.\.\d+|[^{}]*,[^{}]*)\}", pattern)
+    """The texts behind a pattern with {00000..00099} and {a,b} in it, in order."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if not match:
         return [pattern]
-    low, dots, high = match[1].partition("..")
-    items = match[1].split(",")
-    if dots and "," not in match[1]:
+    low, high, items = match.groups()
+    if low:
         items = [str(i).zfill(len(low)) for i in range(int(low), int(high) + 1)]
+    else:
+        items = items.split(",")
     head, tail = pattern[: match.start()], pattern[match.end() :]
-    return list(itertools.chain(*(braces(head + item + tail) for item in items)))
+    return [text for item in items for text in braces(head + item + tail)]
 
 
 def shard_index(path, whole=True):
-    """(head, rows) of a shard: see scan_tar. Without `whole` rows are None: a start reads only the
-    heads, of 300,000 shards perhaps.
+    """(head, rows) of a shard: see scan_tar. Without `whole`, rows are None.
 
-    Kept beside it as SHARD.tar.index or, where that cannot be written, in the folder for temporary
-    files. Where it is of another size or time of change, or damaged, it is made again.
+    The index is kept beside the shard as SHARD.tar.index or, where that cannot be written,
+    among the temporary files. It is made again if it is damaged, or the shard has changed.
     """
     stamp = [os.path.getsize(path), os.stat(path).st_mtime_ns]
     elsewhere = stable_hash(os.path.abspath(path)).hex()
-    places = f"{path}.index", os.path.join(tempfile.gettempdir(), f"{elsewhere}.tar.index")
+    places = f"{path}.index", f"{tempfile.gettempdir()}/{elsewhere}.tar.index"
     for place in places:
         with suppress(OSError), open(place, "rb") as file:
             if index := read_index(file, stamp, whole):
@@ -198,24 +198,23 @@ def shard_index(path, whole=True):
     for place in places:
         try:
             replace_file(place, index_bytes(stamp, head, rows))
-            break
+            return head, rows
         except OSError as error:
             why = f"cannot write the index of a shard: {error}"
-    else:
-        tqdm.write(why, file=sys.stderr)
+    tqdm.write(why, file=sys.stderr)
     return head, rows
 
 
 def index_bytes(stamp, head, rows):
-    """An index as bytes, of 64-bit words: the shard's stamp (2) and head (4), a checksum of the
-    rows, a checksum of these seven, and the rows."""
+    """An index of 64-bit words: stamp (2), head (4), checksum of the rows, checksum of these
+    seven, rows."""
     content = rows.tobytes()
     start = np.array([*stamp, *head], dtype="<i8").tobytes() + checksum(content)
     return start + checksum(start) + content
 
 
-def read_index(file, stamp, whole=True):
-    """(head, rows) of an index, from where a file stands; None if damaged or of another stamp."""
+def read_index(file, stamp, whole):
+    """(head, rows) of an open index; None if it is damaged or of another stamp."""
     start = file.read(64)
     if checksum(start[:-8]) != start[-8:]:
         return None
@@ -231,20 +230,22 @@ def checksum(content):
 
 
 def scan_tar(path):
-    """(head, rows) of a shard. rows: (samples, 2) int64, where the files of each sample with a
-    picture begin and end, in bytes. head: the number of samples, and what is wrong, or 0: at which
-    byte it is damaged; how many samples have no picture; how many have several.
+    """(head, rows) of a shard.
 
-    A tar that is cut or damaged gives what it has; a last file that is cut off is still given:
-    reading it will fail, and be counted. Raises ValueError if it is no tar at all.
+    rows  (samples, 2) int64: the bytes where each sample with a picture begins and ends
+    head  the number of these samples; the byte at which the tar is damaged, or 0; and how
+          many samples have no picture, and how many have several
+
+    A tar that is cut or damaged gives the samples before. A last file that is cut off
+    counts: reading it will fail. Raises ValueError if it is no tar.
     """
     samples = []  # [key, begin, end, extensions of its pictures]
     with open(path, "rb") as file:
         try:
-            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (it owns nothing to close)
+            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (owns nothing)
         except tarfile.ReadError as error:
-            why = f"{path} is no tar ({error}): leave it out, or write it again"
-            raise ValueError(why) from None
+            again = "leave it out, or write it again"
+            raise ValueError(f"{path} is no tar ({error}): {again}") from None
         try:
             for key, extension, member in sample_files(tar):
                 if not samples or samples[-1][0] != key:
@@ -253,42 +254,46 @@ def scan_tar(path):
                 if is_picture(f"x.{extension}"):
                     samples[-1][3].append(extension)
             file.seek(tar.offset)
-            end = file.read(512)  # zeros, of a whole tar; tarfile does not say what it met
+            end = file.read(512)  # of a whole tar, zeros
             damaged = any(end) or not end
         except tarfile.ReadError:
             damaged = True
     kept = [sample for sample in samples if sample[3]]
-    head = [len(kept), tar.offset * damaged, len(samples) - len(kept), 0]
+    several = 0
     for *_, kinds in kept:
         plain, numbered = plain_and_numbered(kinds)
-        head[3] += len(plain + numbered or kinds) > 1
+        several += len(plain + numbered or kinds) > 1
+    head = [len(kept), tar.offset * damaged, len(samples) - len(kept), several]
     return head, np.array([sample[1:3] for sample in kept], dtype="<i8").reshape(-1, 2)
 
 
 def warn_of_faults(pattern, faults, videos):
-    """Say what is wrong with shards, {path: see scan_tar}. Every start does, not just the first.
-    To `videos`, several pictures of a sample are no fault."""
+    """Print the faults of shards, {path: see scan_tar}, at every start.
+
+    videos: several pictures of a sample are no fault.
+    """
     texts = (
-        "{shards} shards are cut or damaged, the samples before are used: {path} at byte {first}",
-        "{total} samples without a picture are left out, the first in {path}",
-        "{total} samples have several pictures: NAME.000.jpg, NAME.001.jpg ... are the frames of a "
-        + "video; as one picture, NAME.jpg is read, else the first (see {path})",
+        "{count} shards are cut or damaged, the samples before are used: {path} at byte {first}",
+        "{count} samples without a picture are left out, the first in {path}",
+        "{count} samples have several pictures: NAME.000.jpg, NAME.001.jpg ... are the frames "
+        + "of a video; as one picture, NAME.jpg is read, else the first (see {path})",
     )
     for kind, text in enumerate(texts[:2] if videos else texts):
         found = {path: fault[kind] for path, fault in faults.items() if fault[kind]}
         if found:
-            counts = {"shards": len(found), "total": sum(found.values())}
             path, first = next(iter(found.items()))
-            print(f"{pattern}: {text.format(path=path, first=first, **counts)}", file=sys.stderr)
+            count = sum(found.values()) if kind else len(found)
+            text = text.format(count=count, path=path, first=first)
+            print(f"{pattern}: {text}", file=sys.stderr)
 
 
 def sample_files(tar):
-    """(key, extension in lower case, member) of each file in an open tar that is of a sample."""
+    """Yield (key, extension in lower case, member) of the files of samples in a tar."""
     while member := tar.next():
         tar.members.clear()  # it would keep them all
         folder, slash, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
-        # No hidden files, none without a type. A link gives no bytes: it is counted as unreadable.
+        # No hidden files, none without a type. (A link has no bytes: reading it fails.)
         if not member.isdir() and stem and extension:
             yield folder + slash + stem, extension.lower(), member
 
@@ -298,25 +303,24 @@ def by_number(name):
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-# ------------------------------------------------------------------------------------------ batches
-
-
 def pack_record(folder):
-    """What pack says of its shards in folder/pack.json: class names, and options by pattern."""
+    """What pack has written in folder/pack.json: class names, and options by pattern."""
     path = Path(folder, "pack.json")
+    if not path.exists():
+        return {"classes": None, "packed": {}}
     try:
-        record = json.loads(path.read_text()) if path.exists() else {"classes": None, "packed": {}}
+        record = json.loads(path.read_text())
         return {"classes": record["classes"], "packed": dict(record["packed"])}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): remove it, and pack again") from None
 
 
 def replace_file(path, content):
-    """Write a file whole or not at all, whoever else may be writing it."""
+    """Write a file whole or not at all, also if other processes write it."""
     new = f"{path}.{os.urandom(8).hex()}.tmp"
     try:
         Path(new).write_bytes(content)
         os.replace(new, path)
     finally:
-        with suppress(OSError):  # it is there only where that has failed
+        with suppress(OSError):  # it exists only if that has failed
             os.remove(new)

@@ -1,21 +1,20 @@
 """support/loader.py: batches from worker processes, signals, and what stages do without a batch."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import (
     PICTURES,
-    ROOT,
     STEPS,
     TINY,
     encoded,
@@ -55,9 +54,7 @@ def test_the_global_batch_is_the_same_for_any_processes_and_workers(processes, w
             assert torch.equal(joined, whole[name]), name
 
 
-def test_workers_that_are_spawned_get_the_same_batches_and_the_limit_of_pixels(
-    tmp_path, monkeypatch
-):
+def test_spawned_workers_get_the_same_batches_and_the_limit_of_pixels(tmp_path, monkeypatch):
     """macOS (and Python 3.14 on Linux) sends batches to its workers as a pickle, with what the
     training has opened and kept by then."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", data.MAX_PIXELS)
@@ -95,12 +92,7 @@ class Fails(torch.utils.data.Dataset):
         self.at, self.function = at, function
 
     def __getitem__(self, item):
-        if item == self.at:
-            self.function()
-        return torch.tensor([item])
-
-    def about(self, item):
-        return str(item)
+        return torch.tensor([item]) if item != self.at else self.function()
 
 
 def kill():
@@ -109,12 +101,13 @@ def kill():
 
 def few_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+    return torch.tensor([0])
 
 
 @pytest.mark.parametrize(
     ("at", "function", "says"),
     [
-        (0, few_files, r"Too many open files.*more open files \(ulimit -n 65536\), or"),
+        (0, few_files, r"Too many open files.*open files \(ulimit -n 65536\), or fewer --wo"),
         (9, few_files, "--workers"),  # those made before are lost, too
         (0, kill, "exited unexpectedly.*give it more memory.* --workers"),
         (9, kill, "give it more memory.* --workers"),
@@ -138,27 +131,15 @@ def test_a_batch_is_pinned_as_a_dataloader_pins_it(monkeypatch):
     assert pinned["targets"][0]["seed"] == 3 and pinned["targets"][0]["masks"].tolist() == [2]
 
 
-STUCK = f"""
-import os, sys, time
-import torch
-sys.path.insert(0, {str(ROOT)!r})
-from support import loader
-
-class Stuck(torch.utils.data.Dataset):
-    def __getitem__(self, item):
-        print(os.getpid(), flush=True)
-        time.sleep(300)
-
-loader.report_stall = lambda *_: None
-next(iter(loader.loader(Stuck(), range(4), workers=1)))
-"""
-
-
 def test_a_loader_process_does_not_survive_the_training():
-    with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE) as training:
-        worker = int(training.stdout.readline())
-        training.kill()
-    deadline = time.monotonic() + 60
+    fork = multiprocessing.get_context("fork")
+    workers = fork.Queue()
+    stuck = loader(Fails(0, lambda: (workers.put(os.getpid()), time.sleep(300))), range(4), 1)
+    training = fork.Process(target=lambda: next(iter(stuck)))
+    training.start()
+    worker, deadline = workers.get(timeout=60), time.monotonic() + 60
+    training.kill()
+    training.join()
     while is_running(worker) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not is_running(worker)
@@ -207,93 +188,90 @@ program.main(sys.argv[1:])
 """
 
 
-def same_run_of(program, tmp_path, **options):
-    """A function: flags, and code that is run instead -> what a program, at a run of 12 steps with
-    a checkpoint every 4, printed."""
-    run = [*TINY]
-    if program == "weak_pretrain":
-        labels = tmp_path / "labels.jsonl"
-        lines = [{"path": f"{'ab'[i % 2]}/{i}.png", "hashtags": [f"#{i % 3}"]} for i in range(120)]
-        labels.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        hashtags.write_hashtags(data.Folder(str(PICTURES), labels=str(labels)), tmp_path / "tags")
-        run += ["--labels", labels, "--tags", tmp_path / "tags"]
-    if program == "finetune":
-        run += ["--task", "classify", "--val-data", PICTURES]
-    if program != "mae_pretrain":
-        at = run.index("--decoder")
-        del run[at : at + 2]
-    return lambda *more, **others: stage(*run, *more, program=f"{program}.py", **options, **others)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A function: a program, flags, and code that is run instead -> what a run of 12 steps with a
+    checkpoint every 4 printed."""
+    folder = tmp_path_factory.mktemp("tags")
+    lines = [{"path": f"{'ab'[i % 2]}/{i}.png", "hashtags": [f"#{i % 3}"]} for i in range(120)]
+    (folder / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = data.Folder(str(PICTURES), labels=f"{folder}/labels.jsonl")
+    hashtags.write_hashtags(source, folder / "tags")
+    at, pictures = TINY.index("--decoder"), ["--task", "classify", "--val-data", PICTURES]
+    tags = ["--labels", folder / "labels.jsonl", "--tags", folder / "tags"]
+    plain = TINY[:at] + TINY[at + 2 :]
+    flags = {"mae_pretrain": TINY, "weak_pretrain": plain + tags, "finetune": plain + pictures}
+    return lambda name, *more, **how: stage(*flags[name], *more, program=f"{name}.py", **how)
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """A function: a program and flags -> the metrics of a run that nothing has stopped."""
+
+    @cache
+    def metrics(program, *flags, processes):
+        out = tmp_path_factory.mktemp("whole") / "run"
+        assert run(program, *flags, "--out", out, processes=processes).returncode == 0
+        return read_metrics(out)
+
+    return metrics
 
 
 MEASURED = {"held_out_loss", "hit_1", "hit_5", "top1", "top5"}
 
 
-def check_that_the_same_command_goes_on(run, out, flags=(), measured=()):
-    """The run in out/run ends as one in out/whole that nothing has stopped, but for `measured`."""
-    lines = []
-    for name in ("run", "whole"):
-        assert run(*flags, "--out", out / name).returncode == 0
-        metrics = read_metrics(out / name)
-        lines.append([{k: v for k, v in line.items() if k not in measured} for line in metrics])
-    assert lines[0] == lines[1]
-
-
 @pytest.mark.parametrize(
-    ("program", "mishap", "processes", "flags"),
+    "program, mishap, processes, measures, flags",
     [
-        ("mae_pretrain", "files", None, []),
-        ("mae_pretrain", "kill", None, []),
-        ("mae_pretrain", "SIGTERM", None, []),
-        ("mae_pretrain", "SIGINT", None, []),
-        ("mae_pretrain", "SIGTERM", None, ["--workers", "0"]),
-        ("mae_pretrain", "files", 2, []),
-        ("mae_pretrain", "SIGTERM", 2, ["--shard-group", "2"]),
-        ("weak_pretrain", "kill", None, []),
-        ("weak_pretrain", "SIGTERM", None, []),
-        ("finetune", "kill", None, []),
-        ("finetune", "SIGTERM", None, []),
+        ("mae_pretrain", "files", None, False, []),
+        ("mae_pretrain", "kill", None, False, []),
+        ("mae_pretrain", "SIGTERM", None, False, []),
+        ("mae_pretrain", "SIGINT", None, False, []),
+        ("mae_pretrain", "SIGTERM", None, False, ["--workers", "0"]),
+        ("mae_pretrain", "files", 2, False, []),
+        ("mae_pretrain", "SIGTERM", 2, False, ["--shard-group", "2"]),
+        ("weak_pretrain", "kill", None, False, []),
+        ("weak_pretrain", "SIGTERM", None, False, []),
+        ("finetune", "kill", None, False, []),
+        ("finetune", "SIGTERM", None, False, []),
+        ("mae_pretrain", "SIGTERM", None, True, []),
+        ("mae_pretrain", "gone", 2, True, []),  # it measures without workers
+        ("weak_pretrain", "SIGTERM", None, True, []),
+        ("finetune", "kill", None, True, []),
+        ("finetune", "SIGTERM", 2, True, []),
     ],
 )
-def test_a_stage_that_gets_no_batch_saves_and_ends(program, mishap, processes, flags, tmp_path):
-    run = same_run_of(program, tmp_path, processes=processes)
-    code = MISHAP.format(stage=program, mishap=MISHAPS[mishap], trains=True, item=5)
-    ran = run(*flags, "--out", tmp_path / "run", code=code)
-    asked = mishap.startswith("SIG")
+def test_a_stage_that_gets_no_batch_saves_and_ends(
+    program, mishap, processes, measures, flags, run, whole, tmp_path
+):
+    """In training or, at step 4, in measuring: this costs no step, only what would be measured."""
+    command = [program, *flags, "--out", tmp_path / "run"]
+    item, asked = 0 if measures else 5, mishap.startswith("SIG")
+    code = MISHAP.format(stage=program, mishap=MISHAPS[mishap], trains=not measures, item=item)
+    ran = run(*command, code=code, processes=processes)
     assert ran.returncode == (0 if asked else 1), ran.stderr
-    # The mishap comes while item 5 is made, ahead of the training.
-    assert re.search("stopped at step [2-5] of 12, saved: the same command goes on", ran.stdout)
-    # Each process says one thing. (Two may write at once: a line may go on with the other's.)
-    assert ran.stderr.count(f"{program}.py: ") == (0 if asked else processes or 1)
-    assert ran.stderr.count("could not hand over a batch") == (not asked)
-    assert len(ran.stderr.splitlines()) < 5
-    check_that_the_same_command_goes_on(run, tmp_path, flags)
+    step = "4" if measures else "[2-5]"  # item 5 is made ahead of the training
+    assert re.search(f"stopped at step {step} of 12, saved: the same command goes on", ran.stdout)
+    if measures:
+        assert ran.stderr.count("not measured: ") == 1 and "Traceback" not in ran.stderr
+        assert not any(
+            MEASURED & {k for k in line if line[k]} for line in read_metrics(command[-1])
+        )
+    else:
+        # Each process says one thing. (Two may write at once: a line may go on with the other's.)
+        assert ran.stderr.count(f"{program}.py: ") == (0 if asked else processes or 1)
+        assert ran.stderr.count("could not hand over a batch") == (not asked)
+        assert len(ran.stderr.splitlines()) < 5
+    assert run(*command, processes=processes).returncode == 0
+    expected = whole(program, *flags, processes=processes)
+    for line, right in zip(read_metrics(command[-1]), expected, strict=True):
+        for name in right.keys() - (MEASURED if measures else set()):
+            assert line[name] == right[name], name
 
 
-def test_a_signal_amid_micro_batches_lets_the_step_end(tmp_path):
-    code = MISHAP.format(
-        stage="mae_pretrain", mishap="os.kill(parent, signal.SIGTERM)", trains=True, item=13
-    )
-    run = same_run_of("mae_pretrain", tmp_path)
+def test_a_signal_amid_micro_batches_lets_the_step_end(run, tmp_path):
+    mishap = "os.kill(parent, signal.SIGTERM)"
+    code = MISHAP.format(stage="mae_pretrain", mishap=mishap, trains=True, item=13)
     flags = ["--micro-batch", "2", "--workers", "0", "--out", tmp_path / "run"]
-    assert "stopped at step 4 of 12, saved" in run(*flags, code=code).stdout  # 13 is of the fourth
-
-
-@pytest.mark.parametrize(
-    ("program", "mishap", "processes"),
-    [
-        ("mae_pretrain", "SIGTERM", None),
-        ("mae_pretrain", "gone", 2),  # it measures without workers
-        ("weak_pretrain", "SIGTERM", 2),
-        ("finetune", "kill", None),
-        ("finetune", "SIGTERM", 2),
-    ],
-)
-def test_what_goes_wrong_in_measuring_costs_no_step(program, mishap, processes, tmp_path):
-    run = same_run_of(program, tmp_path, processes=processes)
-    code = MISHAP.format(stage=program, mishap=MISHAPS[mishap], trains=False, item=0)
-    ran = run("--out", tmp_path / "run", code=code)
-    assert ran.returncode == (0 if mishap == "SIGTERM" else 1), ran.stderr
-    assert "stopped at step 4 of 12, saved: the same command goes on" in ran.stdout
-    assert ran.stderr.count("not measured: ") == 1 and "Traceback" not in ran.stderr
-    assert not any(line.get(key) for line in read_metrics(tmp_path / "run") for key in MEASURED)
-    check_that_the_same_command_goes_on(run, tmp_path, measured=MEASURED)
+    ran = run("mae_pretrain", *flags, code=code)
+    assert "stopped at step 4 of 12, saved" in ran.stdout  # 13 is of the fourth
