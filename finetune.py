@@ -56,14 +56,12 @@ from support.labels import all_labels, reorder_head, settle_classes
 from support.loader import Stop, loader, loader_workers, map_tensors
 from support.plan import (
     attention_shapes,
-    check_shard_group,
     compiles,
     describe_sharding,
     flops_per_image,
     peak_flops,
     print_plan,
-    settle_micro_batches,
-    settle_sharding,
+    settle_batch,
 )
 from tasks import augment
 from tasks.augment import Recipe
@@ -127,8 +125,6 @@ def add_common_flags(groups):
     add("--data", help="a folder with train/ and val/, tar shards, or toy (toy); see the README")
     add("--val-data", help="pictures to measure on, if --data holds only those to train on")
     add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (that of --init)")
-    pixels = {"type": data.pixel_limit, "default": data.MAX_PIXELS}
-    add("--max-pixels", **pixels, help="of a picture: larger ones are unreadable (89 million)")
     add = groups["model"].add_argument
     add("--init", help="weights to start from: a model.pt or a public checkpoint")
     add("--size", help=f"without --init: {' '.join(models.SIZES)}, or WIDTHxLAYERSxHEADS")
@@ -147,7 +143,6 @@ def prepare(run):
     if run.data == "":  # of a variable that is not set, say
         raise ValueError("--data is empty: leave it out for the toy world")
     kind = launch.place(run)
-    check_shard_group(run)
     kernels.forced()  # a wrong ATTENTION in the environment is found here, not after loading
     run.compile = compiles(kind) if run.compile is None else run.compile
     run.workers = loader_workers(run.workers, run.processes_here)
@@ -347,8 +342,7 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, schedule=cosin
     run = copy.copy(run)  # what is settled here is this training's own
     device, trunk = run.device, getattr(model, "trunk", model)
     order = order(run.train.sizes, run.seed, run.lanes)
-    run.shard_group = settle_sharding(trunk, run)
-    settle_micro_batches(run, trunk)
+    settle_batch(run, trunk)
     share = {"process": run.process, "processes": run.processes}
     drawn = {"order": order, "seed": run.seed, "micro_batches": run.micro_batches}
     dataset = data.Batches(run.train, make, run.batch_size, **share, **drawn)
@@ -404,11 +398,8 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, schedule=cosin
         totals = launch.Totals(device)
         learn(run, parallel, micro_batches(), totals)
 
-        # The one host read of a step, after backward and before the optimizer.
-        gradients = [models.local(p.grad) for p in model.parameters() if p.grad is not None]
-        totals.read(gradients, run.batch_size, stop, run.processes // (run.shard_group or 1))
+        totals.read(run, model, stop)  # the one host read of a step
         if totals.lacking:  # a process has got no batch: this step is not taken
-            progress.lacking = not totals.stopping
             break
         progress.count(totals, unlabelled=totals.unknown - totals.new_bad)
         bad, unlabelled = progress.counts.values()
@@ -417,10 +408,9 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, schedule=cosin
         progress.check(dataset, bad + unlabelled, f"{what}{unlabelled} have no {target}")
         launch.guard(model, run, step, totals, lr)
         if clip:
-            totals.clip(gradients, clip)
+            totals.clip(model, clip)
         optimizer.step()
         optimizer.zero_grad()
-        gradients = None  # as a list it would keep them all through the next step
 
         if progress.stepped():
             facts = {"loss": totals.loss, "lr": lr, "grad_norm": totals.norm}
@@ -525,8 +515,8 @@ def classify(run, finetune):
     run.config["positions"] = "learned"  # as in the public MAE code: from here on they are trained
     model = build_classifier(run, drop_path=run.drop_path)
     if run.plan:
-        run.model, run.shard_group = model, settle_sharding(model, run)
-        settle_micro_batches(run, model)
+        run.model = model
+        settle_batch(run, model)
         # Raises ValueError if the run's batches could not be dealt.
         data.Batches(run.train, None, run.batch_size, run.process, run.processes)
         return print_plan(run)

@@ -1,4 +1,4 @@
-"""Stage 1: a Vision Transformer learns to fill in hidden patches. No labels. (MAE pre-pretraining)
+"""Stage 1: a Vision Transformer learns to fill in hidden patches, without labels.
 
 Laptop       python mae_pretrain.py                                       # toy world, two minutes
              python mae_pretrain.py --data my_photos/ --size S --batch-size 256 --epochs 100
@@ -9,11 +9,11 @@ Many nodes   torchrun --nnodes 16 --nproc-per-node 8 --rdzv-backend c10d --rdzv-
 Beforehand   python mae_pretrain.py --size H --gpus 128 --lanes 384 --plan
 Resume       the same command again: it goes on, exactly, from the last checkpoint in --out
 
-The recipe is He et al.'s (arXiv 2111.06377), which the paper (arXiv 2303.13496) reuses unchanged
-for every size: hide 75 % of the patches, encode the rest, predict the pixels of the hidden ones.
+The recipe of this masked autoencoder (MAE) is He et al.'s (arXiv 2111.06377), which the
+paper (arXiv 2303.13496) reuses unchanged for every size: hide 75 % of the patches, encode
+the rest, predict the pixels of the hidden ones.
 """
 
-import argparse
 import gc
 import math
 import os
@@ -21,8 +21,8 @@ import shlex
 from functools import partial
 from typing import NamedTuple
 
-# On a CPU, OpenMP's idle threads spin: on two cores, one busy loader process then makes two
-# training threads ten times slower than one. Passive ones sleep. Said before torch is loaded.
+# On a CPU, OpenMP's idle threads spin: on two cores, one busy loader process then makes
+# two training threads ten times slower than one. Passive ones sleep. (Before torch!)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -38,15 +38,13 @@ from support.formats import inherit
 from support.loader import Stop, loader, loader_workers
 from support.plan import (
     attention_shapes,
-    check_shard_group,
     compiles,
     describe_run,
     flops_per_image,
     peak_flops,
     planned_batch,
     print_plan,
-    settle_micro_batches,
-    settle_sharding,
+    settle_batch,
 )
 
 
@@ -63,34 +61,31 @@ def recipe(size):
     return Recipe(4096, 1.5e-4, 224, None)  # public MAE code, PRETRAIN.md
 
 
-# ---------------------------------------------------------------------------------------- arguments
+# ---------------------------------------------------------------------------- arguments
 
 
 def parse_arguments(argv):
     parser = flags.make_parser("mae_pretrain.py", "Stage 1.")
     groups = parser.groups
     add = groups["data"].add_argument
-    add("--data", help="a folder of pictures, tar shards (path, glob, {000..099}), or toy (toy)")
-    add("--val-data", help="pictures to measure on (those in DATA/val, else some held out of DATA)")
+    add("--data", help="folder of pictures, tar shards (path, glob, {000..099}), or toy (toy)")
+    add("--val-data", help="pictures to measure on (DATA/val, else some held out of DATA)")
     add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (224; toy size: 48)")
-    add("--channels", type=flags.count, help="to read pictures with: 1 grey, 3 RGB, 4 RGBA (3)")
-    add("--min-crop", type=flags.fraction, default=0.2, help="least area of a crop, 1: none (0.2)")
-    pixels = {"type": data.pixel_limit, "default": data.MAX_PIXELS}
-    add("--max-pixels", **pixels, help="of a picture: larger ones are unreadable (89 million)")
+    add("--channels", type=flags.count, help="of the pictures: 1 grey, 3 RGB, 4 RGBA (3)")
+    add("--min-crop", type=flags.fraction, default=0.2, help="least area of a crop (0.2)")
     add = groups["model"].add_argument
     add("--size", help=f"{' '.join(models.SIZES)}, or WIDTHxLAYERSxHEADS (toy)")
     add("--decoder", type=models.triple, help="WIDTHxLAYERSxHEADS (512x8x16; toy, T: smaller)")
-    add("--mask-ratio", type=flags.fraction, help="share of the patches that is hidden (0.75)")
-    option = argparse.BooleanOptionalAction
-    add("--raw-pixels", action=option, help="predict raw pixels, not normalised patches (no)")
+    add("--mask-ratio", type=flags.fraction, help="share of patches that is hidden (0.75)")
+    target = {"dest": "normalize_targets", "default": None}
+    add("--raw-pixels", action="store_false", **target, help="predict pixels as they are")
+    add("--no-raw-pixels", action="store_true", **target, help="normalised ones (yes)")
     add("--init", help="weights to start from: a model.pt or a public MAE checkpoint")
     add = groups["optimisation"].add_argument
-    add("--lr", type=flags.positive, help="peak (1.5e-4 for 256 images of the batch; toy: 8e-3)")
-    warmup = {"type": flags.fraction, "default": 0.05}
-    add("--warmup", **warmup, help="share of the steps (0.05)")
-    decay = {"type": flags.not_negative, "default": 0.05}
-    add("--weight-decay", **decay, help="not of 1-D parameters (0.05)")
-    add("--cuda-graph", action="store_true", help="one GPU: replay a recording of each micro-batch")
+    add("--lr", type=flags.positive, help="peak (1.5e-4 for 256 of the batch; toy: 8e-3)")
+    add("--warmup", type=flags.fraction, default=0.05, help="share of the steps (0.05)")
+    add("--weight-decay", type=flags.not_negative, default=0.05, help="not of 1-D tensors (0.05)")
+    add("--cuda-graph", action="store_true", help="one GPU: replay a recorded micro-batch")
     flags.add_length_flags(groups, "(1600, but at most 5e9 samples)", "(toy size: 24,000)")
     flags.add_flags(groups, "runs/mae", "4096; toy size: 32", "weights, order, crops and masks")
     flags.add_resume_flags(groups)
@@ -103,27 +98,23 @@ def prepare(run):
 
     Raises ValueError if an argument is unusable. The model has no memory yet.
     """
-    # ------------------------------------------------------------------------------------ runtime
+    # -------------------------------------------------------------------------- runtime
     kind = launch.place(run)
-    check_shard_group(run)
     run.compile = compiles(kind) if run.compile is None else run.compile
-    if run.cuda_graph and (kind != "cuda" or run.processes > 1):
-        raise ValueError("--cuda-graph is for one process on one GPU")
     run.workers = loader_workers(run.workers, run.processes_here)
 
-    # ----------------------------------------------------------------------- the model's config
-    names = "size", "patch_size", "channels", "decoder", "mask_ratio", "image_size"
+    # --------------------------------------------------------------- the model's config
+    names = "size", "patch_size", "image_size", "channels"
+    names += "decoder", "mask_ratio", "normalize_targets"
     given = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
-    if run.raw_pixels is not None:
-        given["normalize_targets"] = not run.raw_pixels
     if not run.init:
         given.setdefault("size", "toy")
         given.setdefault("image_size", recipe(given["size"]).image_size)
-    names += "positions", "norm_eps", "normalize_targets"
+    names += "positions", "norm_eps"
     run.weights, run.config, origin = inherit(run.init, given, names, run.heads, entry=run.entry)
     size, channels = models.pair(run.config["image_size"]), run.config.get("channels", 3)
 
-    # --------------------------------------------------------------------------------------- data
+    # ----------------------------------------------------------------------------- data
     data.check_channels(channels)
     data.limit_pixels(run.max_pixels)
     cache = run.cache_dir, run.cache_size
@@ -133,24 +124,23 @@ def prepare(run):
     planned = math.lcm(48, run.processes) if run.plan and not run.data else None
     order = data.Order(run.source.sizes, run.seed, run.lanes or planned)
 
-    # -------------------------------------------------------------------------- model and batches
+    # ---------------------------------------------------------------- model and batches
     with torch.device("meta"):  # shapes without memory
         run.model = models.MAE(**run.config)
     run.config = run.model.config
     own = recipe(run.config["size"])
     run.batch_size = run.batch_size or planned_batch(own.batch_size, run)
-    run.shard_group = settle_sharding(run.model, run)
-    settle_micro_batches(run, run.model)
+    settle_batch(run, run.model)
     make = partial(make_sample, size=size, channels=channels, num_patches=run.model.num_patches)
-    share = {"process": run.process, "processes": run.processes}
-    drawn = {"order": order, "seed": run.seed, "micro_batches": run.micro_batches}
     crops = partial(make, min_crop=run.min_crop)
-    run.batches = data.Batches(run.source, crops, run.batch_size, **share, **drawn)
-    eval_batch = 2 * run.processes * max(1, run.micro_batch // 2)  # each process takes pairs
-    run.held_out_batches = data.Batches(run.held_out, make, eval_batch, **share)
+    share = run.process, run.processes
+    drawn = {"order": order, "seed": run.seed, "micro_batches": run.micro_batches}
+    run.batches = data.Batches(run.source, crops, run.batch_size, *share, **drawn)
+    eval_batch = 2 * run.processes * max(1, run.micro_batch // 2)  # processes take pairs
+    run.held_out_batches = data.Batches(run.held_out, make, eval_batch, *share)
 
-    # ----------------------------------------------------------------------------- length and lr
-    # The paper trains 1600 epochs on ImageNet-1k, and on 5 billion samples of its own data.
+    # -------------------------------------------------------------------- length and lr
+    # The paper trains 1600 epochs of ImageNet-1k, and 5 billion samples of its own data.
     longest = 5e9 if run.plan and not run.data else min(1600 * order.length, 5e9)
     samples = (run.epochs or 0) * order.length or run.samples or own.samples or longest
     run.steps = run.steps or math.ceil(samples / run.batch_size)
@@ -160,7 +150,7 @@ def prepare(run):
     run.identity = {"stage": "mae_pretrain", "data": run.source.identity, "model": run.config}
     run.identity |= {"held_out": run.held_out.identity, "lanes": order.lanes, "init": origin}
     run.identity |= {name: getattr(run, name) for name in same}
-    usual = run.max_pixels == data.MAX_PIXELS  # checkpoints older than --max-pixels lack the entry
+    usual = run.max_pixels == data.MAX_PIXELS  # checkpoints before --max-pixels have None
     run.identity["max_pixels"] = None if usual else run.max_pixels
     if not run.plan:
         shapes = attention_shapes(run.model)
@@ -169,19 +159,19 @@ def prepare(run):
 
 
 def make_sample(sample, key, size, channels, num_patches, min_crop=None):
-    """A row of a batch: images (C, H, W) uint8, and ids (N,), a random order of the patches."""
+    """A row of a batch: images (C, H, W) uint8; ids (N,), a random order of the patches."""
     ids = torch.from_numpy(data.permutation(num_patches, *key, data.MASK))
     return {"images": data.make_picture(sample, key, size, channels, min_crop), "ids": ids}
 
 
 def train(run):
-    """Train to the end, or until a signal. Returns the weights at the end, in the first process."""
-    # ------------------------------------------------------------------------------------ runtime
+    """Train to the end, or until a signal. Return the weights, in the first process."""
+    # -------------------------------------------------------------------------- runtime
     launch.begin(run)
     stop = Stop()  # signals from here on: the loop saves and ends
     device, say = run.device, run.say
 
-    # -------------------------------------------------------------------------------- parallelize
+    # ---------------------------------------------------------------------- parallelize
     model = run.model
     parallel = models.parallelize(  # what the step calls: the model, or DDP around it
         model,
@@ -196,14 +186,14 @@ def train(run):
         say(models.load_weights(model, *run.weights))
         run.weights = None
 
-    # ---------------------------------------------------------------------------------- optimizer
+    # ------------------------------------------------------------------------ optimizer
     groups = models.parameter_groups(model, run.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type != "mps")
 
-    # ------------------------------------------------------------------------------------- resume
+    # --------------------------------------------------------------------------- resume
     record = launch.resume(run, model, optimizer)
 
-    # ------------------------------------------------------------------------------ what is trained
+    # ------------------------------------------------------------------ what is trained
     flops, (peak, chip) = 3 * flops_per_image(model), peak_flops(device)
     toy = "" if run.data else " (no --data was given)"
     say(f"data     {run.source.identity}{toy}; {run.held_out.sizes.sum()} others to measure on")
@@ -221,7 +211,7 @@ def train(run):
 
         forward_backward = CUDAGraph(forward_backward)
 
-    # --------------------------------------------------------------------------------------- loop
+    # ----------------------------------------------------------------------------- loop
     progress = launch.Progress(run, record, ["bad"], flops, peak)
     numbers = range(progress.done * run.micro_batches, run.steps * run.micro_batches)
     batches = iter(loader(run.batches, numbers, run.workers, pin=device.type == "cuda"))
@@ -238,45 +228,38 @@ def train(run):
                 loss, weight = forward_backward(*inputs)
             totals.add(loss, weight, batch["bad"])
 
-        # The one host read of a step, after backward and before the optimizer.
-        gradients = [models.local(p.grad) for p in model.parameters() if p.grad is not None]
-        totals.read(gradients, run.batch_size, stop, run.processes // (run.shard_group or 1))
+        totals.read(run, model, stop)  # the one host read of a step
         if totals.lacking:  # a process has got no batch: this step is not taken
-            progress.lacking = not totals.stopping  # a stop that was asked for is no failure
             break
         progress.count(totals)
         progress.check(run.batches, progress.counts["bad"])
         launch.guard(model, run, step, totals, lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=not run.cuda_graph)  # a graph has their addresses
-        gradients = None  # else the list keeps their memory through the next step
 
         if progress.stepped():
             facts = {"loss": totals.loss, "lr": lr, "grad_norm": totals.norm}
-            # Measuring never costs more than the training before it (backward counts two).
+            # Measuring costs at most what the training before it did (backward: 2 of 3).
             trained = 3 * progress.done * run.batch_size
             if progress.saving and trained >= run.held_out_batches.total > 0:
-                measured = model, run.held_out_batches, device
-                facts["held_out_loss"] = launch.unless_lacking(
-                    stop, evaluate.masked_loss, *measured
-                )
+                measured = evaluate.masked_loss, model, run.held_out_batches, device
+                facts["held_out_loss"] = launch.unless_lacking(stop, *measured)
             progress.log(facts, {"held_out_loss": "held-out {:.4f}", "bad": "unreadable {}"})
         if progress.saving:
             progress.save(model, optimizer)
         if totals.stopping:
             break
 
-    # --------------------------------------------------------------------------------------- end
-    weights = None
-    if progress.finish(model, optimizer, stop):
-        weights = models.full_state(model)  # every process takes part
+    # ------------------------------------------------------------------------------ end
+    finished = progress.finish(model, optimizer, stop)
+    weights = models.full_state(model) if finished else None  # every process takes part
     launch.end(run)
     run.model = None
     return weights
 
 
 def learning_rate(step, run):
-    """The rate of a step, from 0: linear warm-up that starts above 0, then half a cosine to 0."""
+    """The rate of a step: linear warm-up that starts above 0, then half a cosine to 0."""
     warmup = run.warmup * run.steps
     if step < warmup:
         return run.lr * (step + 1) / (warmup + 1)
@@ -288,12 +271,12 @@ def finish(run, weights):
     models.save_weights(run.out / "model.pt", weights, run.config)
     print(f"wrote {run.out / 'model.pt'}")
     evaluate.show_autoencoder(weights, run)
-    typed = ["--data", run.data or "toy", *(["--val-data", run.val_data] if run.val_data else [])]
     task = "knn" if run.val and run.val.classes and run.source.classes else "attention"
-    typed = ["--task", task, "--checkpoint", str(run.out / "model.pt"), *typed]
+    typed = ["--checkpoint", str(run.out / "model.pt"), "--data", run.data or "toy"]
+    typed += ["--val-data", run.val_data] if run.val_data else []
     if run.max_pixels != data.MAX_PIXELS:
         typed += ["--max-pixels", str(run.max_pixels)]
-    print(f"next: python evaluate.py {shlex.join(typed)}")
+    print(f"next: python evaluate.py --task {task} {shlex.join(typed)}")
 
 
 @errors.record  # torchrun shows the traceback of the process that failed first

@@ -1,4 +1,4 @@
-"""Stage 2: the encoder learns to predict the hashtags of pictures. (weakly supervised pretraining)
+"""Stage 2: the encoder learns to predict hashtags: weakly supervised pretraining.
 
 Laptop       python weak_pretrain.py [--init runs/mae/model.pt]           # toy world, two minutes
 Own data     python data.py hashtags 'shards/*.tar' --out tags/           # vocabulary and weights
@@ -9,8 +9,9 @@ Many nodes   torchrun --nnodes 16 --nproc-per-node 8 --rdzv-backend c10d --rdzv-
 Beforehand   python weak_pretrain.py --size H --gpus 128 --lanes 384 --plan
 Resume       the same command again: it goes on, exactly, from the last checkpoint in --out
 
-The recipe is SWAG's (arXiv 2201.08371), which the paper (arXiv 2303.13496) reuses unchanged, with
-and without stage 1's weights: softmax over all hashtags against 1/K on each of a picture's K.
+The recipe is SWAG's (arXiv 2201.08371), which the paper (arXiv 2303.13496) reuses
+unchanged, with and without stage 1's weights: softmax over all hashtags against 1/K on
+each of a picture's K.
 """
 
 import gc
@@ -20,8 +21,8 @@ import shlex
 from functools import partial
 from typing import NamedTuple
 
-# On a CPU, OpenMP's idle threads spin: on two cores, one busy loader process then makes two
-# training threads ten times slower than one. Passive ones sleep. Said before torch is loaded.
+# On a CPU, OpenMP's idle threads spin: on two cores, one busy loader process then makes
+# two training threads ten times slower than one. Passive ones sleep. (Before torch!)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -38,15 +39,13 @@ from support.hashtags import Vocabulary, WeightedOrder, open_hashtags
 from support.loader import Stop, loader, loader_workers
 from support.plan import (
     attention_shapes,
-    check_shard_group,
     compiles,
     describe_run,
     flops_per_image,
     peak_flops,
     planned_batch,
     print_plan,
-    settle_micro_batches,
-    settle_sharding,
+    settle_batch,
 )
 
 
@@ -69,35 +68,27 @@ def recipe(size):
     return Recipe(8192, 4e-4 / 32, 224, None, 0.08, 0.999, None)
 
 
-# ---------------------------------------------------------------------------------------- arguments
+# ---------------------------------------------------------------------------- arguments
 
 
 def parse_arguments(argv):
     parser = flags.make_parser("weak_pretrain.py", "Stage 2.")
     groups = parser.groups
     add = groups["data"].add_argument
-    add("--data", help="a folder of pictures, tar shards (path, glob, {000..099}), or toy (toy)")
+    add("--data", help="folder of pictures, tar shards (path, glob, {000..099}), or toy (toy)")
     add("--labels", help='JSON lines of {"path", "hashtags"} for the pictures of a folder')
     add("--tags", help="what `python data.py hashtags` wrote for this data (toy has its own)")
     add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (224; toy size: 48)")
-    add("--channels", type=flags.count, help="to read pictures with: 1 grey, 3 RGB, 4 RGBA (3)")
+    add("--channels", type=flags.count, help="of the pictures: 1 grey, 3 RGB, 4 RGBA (3)")
     add("--min-crop", type=flags.fraction, help="least area of a crop, 1: none (0.08; toy: 0.5)")
-    pixels = {"type": data.pixel_limit, "default": data.MAX_PIXELS}
-    add("--max-pixels", **pixels, help="of a picture: larger ones are unreadable (89 million)")
     add = groups["model"].add_argument
     add("--size", help=f"{' '.join(models.SIZES)}, or WIDTHxLAYERSxHEADS (toy)")
-    add("--init", help="weights to start from: stage 1's model.pt, or a public MAE checkpoint")
+    add("--init", help="weights to start from: stage 1's model.pt, or a public MAE's")
     add = groups["optimisation"].add_argument
-    add(
-        "--lr",
-        type=flags.positive,
-        help="peak (4e-4 for a batch of 8192, 2B and up 1e-4; toy: 3e-4)",
-    )
-    warmup = {"type": flags.fraction, "default": 0.05}
-    add("--warmup", **warmup, help="share of the steps (0.05)")
-    decay = {"type": flags.not_negative, "default": 0.1}
-    add("--weight-decay", **decay, help="not of 1-D parameters (0.1)")
-    add("--cuda-graph", action="store_true", help="one GPU: replay a recording of each micro-batch")
+    add("--lr", type=flags.positive, help="peak (4e-4 for a batch of 8192; 2B and up: 1e-4)")
+    add("--warmup", type=flags.fraction, default=0.05, help="share of the steps (0.05)")
+    add("--weight-decay", type=flags.not_negative, default=0.1, help="not of 1-D tensors (0.1)")
+    add("--cuda-graph", action="store_true", help="one GPU: replay a recorded micro-batch")
     flags.add_length_flags(groups, "passes over the data", "(an epoch; toy size: 20,000)")
     flags.add_flags(groups, "runs/weak", "8192; toy size: 64", "weights, order and crops")
     flags.add_resume_flags(groups)
@@ -110,16 +101,13 @@ def prepare(run):
 
     Raises ValueError if an argument is unusable. The model has no memory yet.
     """
-    # ------------------------------------------------------------------------------------ runtime
+    # -------------------------------------------------------------------------- runtime
     kind = launch.place(run)
-    check_shard_group(run)
     run.compile = compiles(kind) if run.compile is None else run.compile
-    if run.cuda_graph and (kind != "cuda" or run.processes > 1):
-        raise ValueError("--cuda-graph is for one process on one GPU")
     run.workers = loader_workers(run.workers, run.processes_here)
 
-    # ----------------------------------------------------------------------- the model's config
-    names = "size", "patch_size", "channels", "image_size"
+    # --------------------------------------------------------------- the model's config
+    names = "size", "patch_size", "image_size", "channels"
     given = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
     if not run.init:
         given.setdefault("size", "toy")
@@ -128,7 +116,7 @@ def prepare(run):
     run.weights, config, origin = inherit(run.init, given, names, run.heads, entry=run.entry)
     size, channels = models.pair(config["image_size"]), config.get("channels", 3)
 
-    # --------------------------------------------------------------------------------------- data
+    # ----------------------------------------------------------------------------- data
     data.check_channels(channels)
     data.limit_pixels(run.max_pixels)
     cache = run.cache_dir, run.cache_size
@@ -140,10 +128,10 @@ def prepare(run):
         run.vocabulary, run.source, run.held_out, weights = open_hashtags(source, run.tags)
     # A plan without data assumes a number of lanes that the processes can share.
     planned = math.lcm(48, run.processes) if run.plan and not run.data else None
-    kind = partial(WeightedOrder, **weights) if weights else data.Order
-    order = kind(run.source.sizes, run.seed, run.lanes or planned)
+    new_order = partial(WeightedOrder, **weights) if weights else data.Order
+    order = new_order(run.source.sizes, run.seed, run.lanes or planned)
 
-    # -------------------------------------------------------------------------- model and batches
+    # ---------------------------------------------------------------- model and batches
     with torch.device("meta"):  # shapes without memory
         run.model = models.Classifier(classes=len(run.vocabulary), **config)
     run.config = run.model.config
@@ -151,18 +139,17 @@ def prepare(run):
     run.beta2, run.clip = own.beta2, own.clip
     run.min_crop = own.min_crop if run.min_crop is None else run.min_crop
     run.batch_size = run.batch_size or planned_batch(own.batch_size, run)
-    run.shard_group = settle_sharding(run.model, run)
-    settle_micro_batches(run, run.model)
+    settle_batch(run, run.model)
     make = partial(make_sample, size=size, channels=channels, vocabulary=run.vocabulary)
-    share = {"process": run.process, "processes": run.processes}
-    drawn = {"order": order, "seed": run.seed, "micro_batches": run.micro_batches}
     crops = partial(make, min_crop=run.min_crop)
-    run.batches = data.Batches(run.source, crops, run.batch_size, **share, **drawn)
-    eval_batch = 2 * run.processes * max(1, run.micro_batch // 2)  # each process takes pairs
-    run.held_out_batches = data.Batches(run.held_out, make, eval_batch, **share)
+    share = run.process, run.processes
+    drawn = {"order": order, "seed": run.seed, "micro_batches": run.micro_batches}
+    run.batches = data.Batches(run.source, crops, run.batch_size, *share, **drawn)
+    eval_batch = 2 * run.processes * max(1, run.micro_batch // 2)  # processes take pairs
+    run.held_out_batches = data.Batches(run.held_out, make, eval_batch, *share)
 
-    # ----------------------------------------------------------------------------- length and lr
-    epoch = 5e9 if run.plan and not run.data else order.length  # the paper's, or the data's own
+    # -------------------------------------------------------------------- length and lr
+    epoch = 5e9 if run.plan and not run.data else order.length  # 5e9: the paper's
     samples = (run.epochs or 0) * order.length or run.samples or own.samples or epoch
     run.steps = run.steps or math.ceil(samples / run.batch_size)
     run.lr = run.lr or own.lr * run.batch_size / 256
@@ -171,7 +158,7 @@ def prepare(run):
     run.identity = {"stage": "weak_pretrain", "data": run.source.identity, "model": run.config}
     run.identity |= {"tags": run.vocabulary.identity, "lanes": order.lanes, "init": origin}
     run.identity |= {name: getattr(run, name) for name in same}
-    usual = run.max_pixels == data.MAX_PIXELS  # checkpoints older than --max-pixels lack the entry
+    usual = run.max_pixels == data.MAX_PIXELS  # checkpoints before --max-pixels have None
     run.identity["max_pixels"] = None if usual else run.max_pixels
     if not run.plan:
         shapes = attention_shapes(run.model)
@@ -180,20 +167,20 @@ def prepare(run):
 
 
 def make_sample(sample, key, size, channels, vocabulary, min_crop=None):
-    """A row of a batch: images (C, H, W) uint8; tags (T,) int64; weight 0 if no tag is known."""
+    """A row of a batch: images (C, H, W) uint8; tags (T,) int64; weight 0 without tags."""
     tags = torch.tensor(vocabulary.ids(sample["hashtags"]()) if sample else [], dtype=torch.int64)
     images = data.make_picture(sample, key, size, channels, min_crop)
     return {"images": images, "tags": tags, "weight": float(len(tags) > 0)}
 
 
 def train(run):
-    """Train to the end, or until a signal. Returns the weights at the end, in the first process."""
-    # ------------------------------------------------------------------------------------ runtime
+    """Train to the end, or until a signal. Return the weights, in the first process."""
+    # -------------------------------------------------------------------------- runtime
     launch.begin(run)
     stop = Stop()  # signals from here on: the loop saves and ends
     device, say = run.device, run.say
 
-    # -------------------------------------------------------------------------------- parallelize
+    # ---------------------------------------------------------------------- parallelize
     model = run.model
     parallel = models.parallelize(  # what the step calls: the model, or DDP around it
         model,
@@ -208,14 +195,14 @@ def train(run):
         say(models.load_weights(model, *run.weights))
         run.weights = None
 
-    # ---------------------------------------------------------------------------------- optimizer
+    # ------------------------------------------------------------------------ optimizer
     groups = models.parameter_groups(model, run.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, run.beta2), fused=device.type != "mps")
 
-    # ------------------------------------------------------------------------------------- resume
+    # --------------------------------------------------------------------------- resume
     record = launch.resume(run, model, optimizer)
 
-    # ------------------------------------------------------------------------------ what is trained
+    # ------------------------------------------------------------------ what is trained
     flops, (peak, chip) = 3 * flops_per_image(model), peak_flops(device)
     toy = "" if run.data else " (no --data was given)"
     say(f"data     {run.source.identity}{toy}; {len(run.vocabulary)} hashtags")
@@ -233,7 +220,7 @@ def train(run):
 
         forward_backward = CUDAGraph(forward_backward)
 
-    # --------------------------------------------------------------------------------------- loop
+    # ----------------------------------------------------------------------------- loop
     progress = launch.Progress(run, record, ["bad", "untagged"], flops, peak)
     numbers = range(progress.done * run.micro_batches, run.steps * run.micro_batches)
     batches = iter(loader(run.batches, numbers, run.workers, pin=device.type == "cuda"))
@@ -250,30 +237,25 @@ def train(run):
                 loss, weight = forward_backward(*inputs)
             totals.add(loss, weight, batch["bad"])
 
-        # The one host read of a step, after backward and before the optimizer.
-        gradients = [models.local(p.grad) for p in model.parameters() if p.grad is not None]
-        totals.read(gradients, run.batch_size, stop, run.processes // (run.shard_group or 1))
+        totals.read(run, model, stop)  # the one host read of a step
         if totals.lacking:  # a process has got no batch: this step is not taken
-            progress.lacking = not totals.stopping  # a stop that was asked for is no failure
             break
         untagged = run.batch_size - round(totals.weight) - totals.new_bad
         progress.count(totals, untagged=untagged)
         progress.check(run.batches, progress.counts["bad"])
         launch.guard(model, run, step, totals, lr)
         if run.clip:
-            totals.clip(gradients, run.clip)
+            totals.clip(model, run.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=not run.cuda_graph)  # a graph has their addresses
-        gradients = None  # else the list keeps their memory through the next step
 
         if progress.stepped():
             facts = {"loss": totals.loss, "lr": lr, "grad_norm": totals.norm}
-            # Measuring never costs more than the training before it (backward counts two).
+            # Measuring costs at most what the training before it did (backward: 2 of 3).
             trained = 3 * progress.done * run.batch_size
             if progress.saving and trained >= run.held_out_batches.total > 0:
-                measured = model, run.held_out_batches, device, "tags"
-                found = launch.unless_lacking(stop, evaluate.hit_rates, *measured)
-                rates, count = found or (None, 0)
+                measured = evaluate.hit_rates, model, run.held_out_batches, device, "tags"
+                rates, count = launch.unless_lacking(stop, *measured) or (None, 0)
                 facts |= dict(zip(("hit_1", "hit_5"), rates[0])) if count else {}
             shown = {"hit_1": "hit-1 {:.1%}", "hit_5": "hit-5 {:.1%}"}
             progress.log(facts, shown | {"bad": "unreadable {}", "untagged": "without tags {}"})
@@ -282,17 +264,16 @@ def train(run):
         if totals.stopping:
             break
 
-    # --------------------------------------------------------------------------------------- end
-    weights = None
-    if progress.finish(model, optimizer, stop):
-        weights = models.full_state(model)  # every process takes part
+    # ------------------------------------------------------------------------------ end
+    finished = progress.finish(model, optimizer, stop)
+    weights = models.full_state(model) if finished else None  # every process takes part
     launch.end(run)
     run.model = None
     return weights
 
 
 def learning_rate(step, run):
-    """The rate of a step, from 0: linear warm-up, not from 0, then a line to 0 (unverified)."""
+    """The rate of a step: linear warm-up that starts above 0, then a line to 0 (unverified)."""
     warmup = run.warmup * run.steps
     if step < warmup:
         return run.lr * (step + 1) / (warmup + 1)
@@ -323,7 +304,7 @@ def main(argv=None):
         if run.plan:
             print_plan(run)
         elif weights := train(run):
-            gc.collect()  # the model and the optimizer go: what is shown needs memory, too
+            gc.collect()  # free the model and the optimizer: finish() needs memory
             finish(run, weights)
 
 

@@ -5,8 +5,8 @@
     find_checkpoint    the checkpoint that a run goes on from, if it is of the same run
     begin_run          the folder of a run: its lock, config.json and metrics.jsonl
 
-No code runs from a checkpoint. It holds plain tensors, and their index, a pickle, is read by an
-unpickler that accepts PyTorch's metadata classes only.
+No code runs from a checkpoint. It holds plain tensors, and their index, a pickle, is
+read by an unpickler that accepts PyTorch's metadata classes only.
 """
 
 import json
@@ -31,15 +31,16 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 def save_checkpoint(
     folder, step, model, optimizer, record, keep_last=2, keep_every=None, background=False
 ):
-    """Write folder/step-NNN (tensors by DCP, `record` in state.json), then point LATEST to it.
+    """Write folder/step-NNN: tensors by DCP, `record` in state.json. Then point LATEST to it.
 
-    All files are written to a temporary directory and synced before it is renamed, and old
-    checkpoints are removed last: a kill at any instant leaves a whole one. The last `keep_last`
-    checkpoints and every `keep_every`-th step are kept. background: copy the tensors to host memory
-    and write them while training goes on.
-    All processes call it. It returns wait(); call that before the next save and at the end of the
-    run. Raises OSError if a file cannot be written (wait() does, too): older checkpoints stay.
-    Raises ValueError if a parameter is not finite.
+    All files are written to a temporary directory and synced before it is renamed, and
+    old checkpoints are removed last: a kill at any instant leaves a whole one. The last
+    `keep_last` checkpoints and every `keep_every`-th step are kept. background: copy
+    the tensors to host memory and write them while training goes on.
+
+    All processes call it. It returns wait(); call that before the next save and at the
+    end of the run. Both raise OSError if a file cannot be written: older checkpoints
+    stay. Raises ValueError if a parameter is not finite.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -50,7 +51,7 @@ def save_checkpoint(
     if not (norm.full_tensor() if sharded else norm).isfinite():
         raise ValueError(f"step {step} made weights that are not finite: nothing of it was saved")
     if not (alone or sharded):
-        # Replicas: each process writes its part. DCP would copy all of them, and let one write.
+        # Replicas: each process writes a part. DCP would copy all, and let one write.
         state = dict([*state.items()][dist.get_rank() :: dist.get_world_size()])
     record = {**record, "step": step}
     final, temporary = Path(folder, f"step-{step:08d}"), Path(folder, ".saving")
@@ -69,9 +70,8 @@ def save_checkpoint(
             if is_lost(error):
                 raise
             shutil.rmtree(temporary, ignore_errors=True)
-            raise OSError(
-                f"cannot save {final}: {last_line(error)}. Checkpoints before it, if any, are whole"
-            ) from error
+            why = f"cannot save {final}: {last_line(error)}"
+            raise OSError(f"{why}. Checkpoints before it, if any, are whole") from error
 
     def wait():
         began = time.monotonic()
@@ -94,21 +94,21 @@ SAVER = ThreadPoolExecutor(1)
 
 @lru_cache(1)
 def saving_group(everyone):
-    """A group of all processes whose collectives do not mix with those of the training."""
+    """A group of all processes, whose collectives do not mix with the training's."""
     return everyone and dist.new_group(backend="gloo", group_desc="checkpoints")
 
 
 def publish(temporary, final, record, keep_last, keep_every):
-    """Rename a directory of synced tensors, point LATEST to it, and remove old checkpoints."""
+    """Rename a directory of synced tensors, point LATEST to it, remove old checkpoints."""
     stored = {entry.relative_path for entry in read_metadata(temporary).storage_data.values()}
     if missing := [name for name in stored if not (temporary / name).exists()]:
         raise OSError(f"no {min(missing)} of another process: do all nodes share the folder?")
     files = {path.name: path.stat().st_size for path in temporary.iterdir()}
     write_file(temporary / "state.json", json.dumps(record | {"files": files}))
-    shutil.rmtree(final, ignore_errors=True)  # left by a run killed before it moved LATEST
+    shutil.rmtree(final, ignore_errors=True)  # of a run killed before it moved LATEST
     os.replace(temporary, final)
     write_file(final.with_name("LATEST"), final.name)  # syncs the folder: both names
-    # Later checkpoints are left from before the run went back: they do not push out this one.
+    # Later checkpoints are left from before the run went back: they do not count.
     older = [path for path in checkpoints_in(final.parent) if path.name < final.name]
     for old in older[: max(0, len(older) - keep_last + 1)]:
         keep = keep_every and int(old.name.removeprefix("step-")) % keep_every == 0
@@ -152,7 +152,7 @@ def load_checkpoint(path, model, optimizer):
         for parameter in group["params"]:
             optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in names}
             if "betas" in group:
-                device = parameter.device if group["fused"] else "cpu"  # as AdamW itself does
+                device = parameter.device if group["fused"] else "cpu"  # as AdamW does
                 step = torch.tensor(float(record["step"]), device=device)
                 optimizer.state[parameter]["step"] = step
     try:
@@ -160,15 +160,14 @@ def load_checkpoint(path, model, optimizer):
         state = training_state(model, optimizer)
         dcp.load(state, storage_reader=Reader(path), no_dist=not dist.is_initialized())
     except (Exception, dcp.api.CheckpointException) as error:
-        # A damaged file fails in many ways. DCP's own exception is not an Exception.
-        raise OSError(
-            f"cannot load {path}: {last_line(error)}; --resume another, or use another --out"
-        ) from error
+        # A damaged file fails in many ways. DCP's exception is not an Exception.
+        why = f"cannot load {path}: {last_line(error)}"
+        raise OSError(f"{why}; --resume another, or use another --out") from error
     return record
 
 
 def read_metadata(path):
-    """DCP's index of a checkpoint. It is a pickle: only METADATA_CLASSES are built from it."""
+    """DCP's index of a checkpoint, a pickle. It may hold METADATA_CLASSES only."""
     with open(Path(path) / ".metadata", "rb") as file:
         return MetadataUnpickler(file).load()
 
@@ -185,7 +184,7 @@ METADATA_CLASSES = {
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Refuses all other classes, also that of an entry of bytes: DCP unpickles those unchecked."""
+    """Refuses other classes, also that of an entry of bytes: DCP unpickles it unchecked."""
 
     def find_class(self, module, name):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -197,96 +196,88 @@ class MetadataUnpickler(pickle.Unpickler):
 def find_checkpoint(out, resume, identity):
     """The checkpoint that a run in `out` goes on from, or None if the run is new.
 
-    resume: None, or the path of a run or of one of its checkpoints. identity: JSON-able dict of all
-    that decides the run's results. Raises ValueError where a rule is broken:
+    resume: None, or the path of a run or of one of its checkpoints. identity: JSON-able
+    dict of all that decides the run's results. ValueError if a rule is broken:
 
-    1. `out` is writable, and its config.json and metrics.jsonl are a run's: no others are lost.
-    2. The checkpoints are those of `resume`, if given, else of `out`. A repeated command with the
-       same `resume` goes on from its own: it has begun there before.
-    3. Without any, the run is new. A model.pt in `out` is of a run that would be overwritten.
-    4. The newest one counts, as LATEST says. A kill cannot damage it, but a disk can: then the one
-       before it is used.
-    5. Its identity is the same. Otherwise the results would be of neither run.
-    6. If it is of another folder, `out` holds no run of its own.
+    1. `out` is writable. Without checkpoints, it has no file that would be overwritten.
+    2. The checkpoints are those of `resume`, if given, else of `out`. A repeated command
+       with the same `resume` goes on from its own: it has begun there before.
+    3. The newest one counts, as LATEST says. A kill cannot damage it, but a disk can:
+       then the one before it is used.
+    4. Its identity is the same. Otherwise the results would be of neither run.
+    5. If it is of another folder, `out` holds no run of its own.
     """
     out = Path(out)
-    check_folder(out)  # 1
-    own, has_model = checkpoints_in(out / "checkpoints"), (out / "model.pt").exists()
-    if own and f'"resume": {json.dumps(resume)}' in read_text(out / "config.json"):
+    own, config = checkpoints_in(out / "checkpoints"), read_text(out / "config.json")
+    check_folder(out, own, begun='"stage"' in config)  # 1
+    if own and f'"resume": {json.dumps(resume)}' in config:
         resume = None  # 2
+    if not (own or resume):
+        return None
     source = Path(resume or out)
     is_checkpoint = (source / "state.json").is_file()
     paths = [source] if is_checkpoint else newest_first(source / "checkpoints")
-    if not paths and resume:  # 3
-        raise ValueError(f"--resume {resume}: there is no checkpoint in it")
-    if not paths and has_model:
-        raise ValueError(f"{out} holds a model.pt, but no checkpoints: use another --out")
     if not paths:
-        return None
-    for path in paths:  # 4
-        if not (why := why_damaged(path)):
-            break
-        if os.environ.get("RANK", "0") == "0":
-            print(f"DAMAGED CHECKPOINT: {path}: {why}", file=sys.stderr)
-    else:
-        raise ValueError(
-            f"{source} holds {len(paths)} checkpoints, and none is whole: "
-            "mend one, or use another --out"
-        )
+        raise ValueError(f"--resume {resume}: there is no checkpoint in it")
+    path = next(filter(is_whole, paths), None)  # 3
+    if path is None:
+        count = f"{source} holds {len(paths)} checkpoints, and none is whole"
+        raise ValueError(f"{count}: mend one, or use another --out")
     before = json.loads((path / "state.json").read_text())["identity"]
-    if changed := changes(before, identity):  # 5
+    if changed := changes(before, identity):  # 4
         raise ValueError(f"{path} is of another run ({'; '.join(changed)}): use another --out")
-    elsewhere = path.parent.resolve() != (out / "checkpoints").resolve()
-    if elsewhere and (own or has_model):  # 6
+    if own and path.parent.resolve() != (out / "checkpoints").resolve():  # 5
         raise ValueError(f"{out} holds a run of its own: use another --out, or leave --resume out")
     return path
 
 
-def check_folder(out):
-    """Raise ValueError if `out` cannot be written to, or has files that a run would overwrite."""
+def check_folder(out, checkpoints, begun):
+    """Raise ValueError if `out` is not writable, or has files that a run would overwrite.
+
+    begun: True if config.json is a run's. Killed before it saved, it simply starts again.
+    """
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"--out {out}: {existing} cannot be written to")
-    if '"stage"' not in read_text(out / "config.json"):  # begin_run writes it: see run.identity
-        for name in ("config.json", "metrics.jsonl"):
-            if (out / name).exists():
-                raise ValueError(f"{out} holds a {name} that is not ours: use another --out")
+    for name in ["model.pt"] if begun else ["model.pt", "config.json", "metrics.jsonl"]:
+        if (out / name).exists() and not checkpoints:
+            raise ValueError(f"{out} holds a {name}, but no checkpoints: use another --out")
 
 
 def checkpoints_in(folder):
-    """Paths of a run's checkpoints, by step. Folders that a user has renamed do not count."""
+    """Paths of a run's checkpoints, by step. Folders that a user renamed do not count."""
     return sorted(folder.glob("step-" + 8 * "[0-9]"))
 
 
 def newest_first(folder):
-    """A run's checkpoints from the one in LATEST, which may be missing, back to the oldest."""
+    """A run's checkpoints from the one in LATEST, which may be missing, to the oldest."""
     paths, last = checkpoints_in(folder), read_text(folder / "LATEST").strip()
     if not paths:
         return []
     if not re.fullmatch("step-[0-9]{8}", last):
-        last = paths[-1].name  # the run was killed between the renames of it and of LATEST
+        last = paths[-1].name  # the run was killed before it moved LATEST
     # Later checkpoints are left from before the run went back to an earlier one.
     return sorted({folder / last, *(path for path in paths if path.name <= last)}, reverse=True)
 
 
-def why_damaged(path):
-    """What is wrong with a checkpoint, as far as the sizes of its files tell, or None."""
+def is_whole(path):
+    """True if a checkpoint's files have the sizes in its state.json. Else print why not."""
     try:
         record = json.loads((path / "state.json").read_text())
-        for name, size in record["files"].items():
-            if (found := (path / name).stat().st_size) != size:
-                return f"{name} has {found} bytes, not {size}"
-        return None if "identity" in record else "its state.json does not say of what run it is"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its state.json cannot be read ({error!r})"
+        files, _ = record["files"], record["identity"]
+        wrong = [name for name in files if (path / name).stat().st_size != files[name]]
+        wrong = [f"{name} is not of the size in state.json" for name in wrong]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        wrong = [f"{type(error).__name__}: {error}"]
+    if wrong and os.environ.get("RANK", "0") == "0":
+        print(f"DAMAGED CHECKPOINT: {path}: {wrong[0]}", file=sys.stderr)
+    return not wrong
 
 
 def changes(before, now):
-    """["lr was 0.1, is 0.2", ...]: how the identity of a run differs from its checkpoint's."""
+    """["lr was 0.1, is 0.2", ...]: how a run's identity differs from its checkpoint's."""
     now = json.loads(json.dumps(now))  # tuples become lists, as they did in the file
-    base = {"model": None, "norm_eps": 1e-6}  # runs from before there was a norm_eps had this one
+    base = {"model": None, "norm_eps": 1e-6}  # that of runs from before it was a setting
     before, now = ({**facts, **base, **facts.get("model", {})} for facts in (before, now))
     return [f"{k} was {before.get(k)}, is {v}" for k, v in now.items() if before.get(k) != v]
 
@@ -294,8 +285,8 @@ def changes(before, now):
 def begin_run(out, config, checkpoint=None, step=0):
     """Make the folder `out` with its lock, config.json, and metrics.jsonl.
 
-    The metrics of the checkpoint's run up to `step` are kept. One process calls it. Raises
-    ValueError if `out` cannot be written to or another process is running in it.
+    The metrics of the checkpoint's run up to `step` are kept. One process calls it.
+    Raises ValueError if `out` cannot be written to or another process is running in it.
     """
     out = Path(out)
     try:
@@ -321,25 +312,21 @@ LOCKS = []  # open files: closing one gives up its lock
 
 
 def lock(folder):
-    """Lock a folder until this process ends, however it ends. Raises ValueError if it is locked.
+    """Lock a folder until this process ends. Raises ValueError if it is locked.
 
-    After a killed torchrun its processes may train on for a while. A run beside them would lose
-    metrics and checkpoints. A POSIX lock is not inherited by loader workers.
+    After a killed torchrun its processes may train on for a while. A run beside them
+    would lose metrics and checkpoints. A POSIX lock is not inherited by loader workers.
     """
-    try:
-        import fcntl
-    except ImportError:  # on Windows
-        return
-
     LOCKS.append(open(folder / ".lock", "w"))  # noqa: SIM115
     try:
+        import fcntl
+
         fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise ValueError(
-            f"another process is running in {folder}: wait for it, stop it, or use another --out"
-        ) from None
-    except OSError as error:  # some network file systems have no locks
-        print(f"{folder} cannot be locked ({error.strerror}): start no other run in it meanwhile")
+        running = f"another process is running in {folder}"
+        raise ValueError(f"{running}: wait for it, stop it, or use another --out") from None
+    except (ImportError, OSError) as error:  # Windows, and some network file systems
+        print(f"{folder} cannot be locked ({error}): start no other run in it meanwhile")
 
 
 def barrier():
@@ -348,12 +335,12 @@ def barrier():
 
 
 def read_text(path):
-    """The text of a file, with U+FFFD for bytes that are not UTF-8, or "" if there is no file."""
+    """The text of a file, with U+FFFD for bytes that are no UTF-8; "" without a file."""
     return path.read_text(errors="replace") if path.is_file() else ""
 
 
 def write_file(path, content):
-    """Replace a file by a text or by tensors. A kill leaves the old file or the new one."""
+    """Replace a file by a text or tensors. A kill leaves the old file or the new one."""
     path, temporary = Path(path), Path(f"{path}.tmp")
     with open(temporary, "wb") as file:
         try:
@@ -366,16 +353,17 @@ def write_file(path, content):
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    if sys.platform != "win32":  # names are stored in the folder: it has to be synced as well
+    if sys.platform != "win32":  # the folder stores the name: it is synced as well
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
 
 
 def last_line(error):
-    """The last line of an error's message, or the name of its class if the message is empty.
+    """The last line of an error's message, or the name of its class if there is none.
 
-    DCP's messages hold a whole traceback. Those of torch's C++ code may end with its own frames.
+    DCP's messages hold a whole traceback. Those of torch's C++ code may end with its
+    own frames.
     """
     said = str(error).partition("\nException raised from ")[0].strip()
     return (said or type(error).__name__).splitlines()[-1]
@@ -383,5 +371,6 @@ def last_line(error):
 
 def is_lost(error):
     """True if an error means that another process has died, or has never joined."""
-    by_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)  # it has no class of its own
+    # gloo's errors have no class of their own.
+    by_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
     return by_gloo or isinstance(error, dist.DistError)

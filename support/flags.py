@@ -9,14 +9,12 @@ import argparse
 import re
 from pathlib import Path
 
+from data import MAX_PIXELS, pixel_limit
 from support.launch import fail
 
 
 def make_parser(program, description):
-    """An ArgumentParser that prints an error as one line, in one process of each machine.
-
-    Its `groups` are {title: a group of flags}.
-    """
+    """An ArgumentParser with `groups`, {title: group}. Its errors are one line."""
     parser = argparse.ArgumentParser(program, allow_abbrev=False, description=description)
 
     def error(message):
@@ -31,14 +29,14 @@ def make_parser(program, description):
 
 
 def number(kind, least, most=2**62, above=False):
-    """An argparse type: a number from `least` to `most`. above: only if it is above `least`."""
+    """An argparse type: a number from `least` to `most`. above: `least` is refused."""
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
-        # (Every comparison with NaN is false.)
+        # (NaN compares as false.)
         if not least <= value <= most or above and value == least:
             wanted = f": it must be from {least} to {most}" if most < 2**62 else ""
             raise argparse.ArgumentTypeError(f"{text} is out of range{wanted}")
@@ -75,45 +73,39 @@ def new_file(text):
 
 
 def add_flags(groups, out, batch_size, seed_of):
-    """Add the flags that every stage has.
-
-    out         default of --out
-    batch_size  default of --batch-size, in words
-    seed_of     what --seed decides, in words
-    """
+    """Add every stage's flags. batch_size: the default, in words. seed_of: what it draws."""
     add = groups["data"].add_argument
-    add("--cache-dir", help="folder for remote shards (one per user, in the temporary folder)")
+    add("--cache-dir", help="for remote shards (a user's own temporary folder)")
     add("--cache-size", default="20G", help="the most that it holds, like 500G (20G)")
-    add("--lanes", type=count, help="sample streams: a multiple of the processes (48, or shards)")
-    add("--workers", type=number(int, 0), help="loader processes per process (the cores left)")
+    add("--lanes", type=count, help="sample streams, a multiple of processes (48, or shards)")
+    add("--workers", type=number(int, 0), help="loader processes for each (the cores left)")
     add("--max-bad", type=fraction, default=0.01, help="unreadable share to stop at (0.01)")
+    limit = "of a picture: larger ones are unreadable (89 million)"
+    add("--max-pixels", type=pixel_limit, default=MAX_PIXELS, help=limit)
     add = groups["model"].add_argument
     add("--patch-size", type=count, help="side of a patch (the size's own)")
     add("--heads", type=count, help="attention heads of an --init of unknown size")
-    add("--entry", help="of an --init with several networks: state_dict_ema, or a prefix of names")
+    add("--entry", help="of an --init with several networks: state_dict_ema, or a prefix")
     add = groups["optimisation"].add_argument
     add("--batch-size", type=count, help=f"global, over all processes ({batch_size})")
     add("--micro-batch", type=count, help="images at once on a process (what should fit)")
     add("--seed", type=number(int, 0), default=0, help=f"of {seed_of} (0)")
     add = groups["run"].add_argument
     add("--out", type=Path, default=out, help=f"where all is written ({out or 'runs/TASK'})")
-    add("--precision", choices=("bf16", "fp32"), help="of the compute (CUDA: bf16, else fp32)")
+    add("--precision", choices=("bf16", "fp32"), help="to compute in (CUDA: bf16, else fp32)")
     option = argparse.BooleanOptionalAction
-    add("--compile", action=option, default=None, help="torch.compile the model (CUDA: yes)")
+    add("--compile", action=option, default=None, help="torch.compile (CUDA: yes)")
     add("--checkpoint-activations", action="store_true", help="less memory, a third more compute")
-    add(
-        "--shard-group", type=count, help="processes per copy of the weights (1 if it fits, or all)"
-    )
+    add("--shard-group", type=count, help="processes that share weights (1 if they fit, or all)")
     add("--log-every", type=count, default=50, help="steps between step lines (50)")
     add("--keep-last", type=count, default=2, help="checkpoints that are kept (2)")
-    add("--keep-every", type=count, help="every so many steps, one is kept for good (none)")
-    add("--memory", type=positive, help="GiB for --micro-batch to fit (the GPU's; planned: 80)")
+    add("--keep-every", type=count, help="steps between checkpoints kept for good (none)")
+    add("--memory", type=positive, help="GiB for a micro-batch (the GPU's; planned: 80)")
 
 
 def add_resume_flags(groups):
-    """Add the flags of a run that goes on from a checkpoint."""
     add = groups["run"].add_argument
-    add("--resume", help="a run, or one of its checkpoints, to go on from (the one in --out)")
+    add("--resume", help="a run, or a checkpoint, to go on from (the one in --out)")
     add("--save-every", type=count, help="steps between saves (a tenth, at most 1000)")
 
 
@@ -121,7 +113,7 @@ def add_plan_flags(groups):
     """Add the flags of a stage that can print its plan: compute, memory and time."""
     add = groups["run"].add_argument
     add("--plan", action="store_true", help="print what the run takes, and exit")
-    add("--gpus", type=count, help="processes to plan for (as many as run now); implies --plan")
+    add("--gpus", type=count, help="processes to plan for (those that run); implies --plan")
     share = number(float, 0, 1, above=True)
     add("--mfu", type=share, default=0.4, help="--plan: share of the peak FLOP/s (0.4)")
 
@@ -132,26 +124,21 @@ def add_label_flags(groups, pool, min_crop, classes=True):
     classes: add --classes as well
     """
     add = groups["data"].add_argument
-    add("--labels", help="of the folder --data: .csv (path,class), .jsonl, or iNaturalist's .json")
-    add("--val-labels", help="the same for val (paths in --val-data or, without it, --data)")
+    add("--labels", help="of --data: .csv (path,class), .jsonl, or iNaturalist's .json")
+    add("--val-labels", help="the same for val (paths in --val-data, else --data)")
     if classes:
-        add("--classes", type=count, help="number of classes, if the data does not name them")
+        add("--classes", type=count, help="number of classes, unless the data names them")
     add("--min-crop", type=fraction, help=f"least area of a crop, 1: none ({min_crop})")
-    add(
-        "--val-crop", type=fraction, help="of val's pictures: share of the centre, 0: all, squashed"
-    )
+    add("--val-crop", type=fraction, help="share of val's centre, 0: all, squashed")
     add = groups["model"].add_argument
     add("--pool", choices=("cls", "mean"), help=f"tokens that the head reads ({pool})")
 
 
 def parse_for_task(parser, tasks, add_flags, argv):
-    """Parse argv with the flags of all tasks and those of the one that --task names.
+    """Parse argv with the flags of `parser`, which all tasks have, and those of --task.
 
-    parser     has the flags of all tasks, and --task
-    tasks      names of the tasks
-    add_flags  function (parser, task): adds the flags that a task has beside these
-
-    parser.error is called for a flag of another task, with the names of the tasks that have it.
+    add_flags(parser, task) adds the flags of a task. A flag of another task is an
+    error, which names the tasks that have it.
     """
     first = argparse.ArgumentParser(parser.prog, add_help=False, allow_abbrev=False)
     first.error = parser.error
@@ -180,6 +167,6 @@ def has_flag(flag, task, add_flags):
 def add_length_flags(groups, epochs, samples):
     """Add --steps, --epochs and --samples, of which one may be given."""
     group = groups["optimisation"].add_mutually_exclusive_group()
-    group.add_argument("--steps", type=count, help="length of the run; or --epochs, or --samples")
+    group.add_argument("--steps", type=count, help="length, or --epochs, or --samples")
     group.add_argument("--epochs", type=positive, help=epochs)
     group.add_argument("--samples", type=positive, help=samples)

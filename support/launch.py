@@ -1,12 +1,10 @@
-"""What the three stages share around their methods: start-up, sums, logging, saving, errors.
+"""What the three stages share around their methods.
 
-    place, begin, resume     device and processes; the process group; the checkpoint to go on from
-    Totals                   a step's sums over micro-batches and processes, read once
-    Progress                 what is timed, counted, logged and saved
-    guard                    no step with a loss or gradient that is not finite
-    report_errors            one line and an exit status for what ends a run
-
-This file needs torch, tqdm and support/checkpoints.py.
+place, begin, resume     device and processes; the process group; the checkpoint to go on from
+Totals                   a step's sums over micro-batches and processes, read once
+Progress                 what is timed, counted, logged and saved
+guard                    no step with a loss or gradient that is not finite
+report_errors            one line and an exit status for what ends a run
 """
 
 import contextlib
@@ -24,30 +22,35 @@ from tqdm import tqdm
 
 from support.checkpoints import begin_run, is_lost, last_line, load_checkpoint, save_checkpoint
 
-# ----------------------------------------------------------------------------------------- start-up
+# ----------------------------------------------------------------------------- start-up
 
 
 def place(run):
-    """Settle where a run computes: process, processes, processes_here, device, precision.
+    """Settle where a run computes: process(es), processes_here, device, precision, say.
 
-    Also run.plan, which --gpus implies, and run.say, which prints in the first process. Returns the
-    type of the device; for a plan with --gpus, "cuda". Raises ValueError.
+    --gpus implies run.plan. Returns the type of the device; for --gpus, "cuda". Raises
+    ValueError for flags that the device or the number of processes does not allow.
     """
-    launched = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}  # by torchrun
-    run.process, run.processes, local, run.processes_here = (
-        int(os.environ.get(name, str(alone))) for name, alone in launched.items()
-    )
-    kind = (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
+    environ = os.environ.get  # torchrun sets these
+    run.process, run.processes = int(environ("RANK", 0)), int(environ("WORLD_SIZE", 1))
+    local, run.processes_here = int(environ("LOCAL_RANK", 0)), int(environ("LOCAL_WORLD_SIZE", 1))
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kind = accelerator.type if accelerator else "cpu"
     if kind == "mps" and run.processes > 1:  # no collectives there
         kind = "cpu"
     run.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    run.plan = run.plan or bool(run.gpus)
-    if run.gpus:  # a plan for GPUs may be made anywhere
-        run.processes, kind = run.gpus, "cuda"
+    if run.gpus:  # a plan for GPUs can be made anywhere
+        run.plan, run.processes, kind = True, run.gpus, "cuda"
     run.precision = run.precision or ("bf16" if kind == "cuda" else "fp32")
+    run.say = tqdm.write if run.process == 0 else lambda _: None
     if run.precision == "bf16" and kind != "cuda":
         raise ValueError("--precision bf16 needs CUDA")
-    run.say = tqdm.write if run.process == 0 else lambda _: None
+    graph, group = vars(run).get("cuda_graph"), vars(run).get("shard_group")  # a stage's flags
+    if graph and (kind != "cuda" or run.processes > 1):
+        raise ValueError("--cuda-graph is for one process on one GPU")
+    if run.processes % (group or 1):
+        divide = f"--shard-group {group} does not divide the {run.processes} processes"
+        raise ValueError(f"{divide}: give a divisor, or start more of them, with torchrun")
     return kind
 
 
@@ -68,26 +71,11 @@ def end(run):
         dist.destroy_process_group()
 
 
-def check_agreement(facts):
-    """Raise ValueError if the facts, a JSON-able dict, differ between two processes."""
-    seen = [facts]
-    if dist.is_initialized():
-        seen = [None] * dist.get_world_size()
-        dist.all_gather_object(seen, facts)
-    for process, found in enumerate(seen):
-        for name, fact in seen[0].items():
-            if found[name] != fact:
-                where = f"process {process} finds {name} {found[name]}, the first one {fact}"
-                raise ValueError(f"{where}: all nodes want the same command, --data and --out")
-
-
 def resume(run, model, optimizer):
-    """Load the run's checkpoint, if there is one, and begin its folder.
-
-    Returns the checkpoint's record, {"step": 0} for a new run.
-    """
+    """Load run.checkpoint, if any, and begin the folder. Returns the checkpoint's record."""
     names = "micro_batch", "shard_group", "save_every", "out", "checkpoint"
-    check_agreement(run.identity | {name: str(getattr(run, name)) for name in names})
+    if run.processes > 1:
+        check_agreement(run.identity | {name: str(getattr(run, name)) for name in names})
     record = {"step": 0}
     if run.checkpoint:
         run.say(f"going on from {run.checkpoint}")
@@ -98,24 +86,36 @@ def resume(run, model, optimizer):
     return record
 
 
-# --------------------------------------------------------------------------------------------- loop
+def check_agreement(facts):
+    """Raise ValueError if the facts, a JSON-able dict, differ between two processes."""
+    seen = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, facts)
+    for process, found in enumerate(seen):
+        for name, fact in seen[0].items():
+            if found[name] != fact:
+                where = f"process {process} finds {name} {found[name]}, the first one {fact}"
+                raise ValueError(f"{where}: all nodes want the same command, --data and --out")
+
+
+# --------------------------------------------------------------------------------- loop
 
 
 def to(device, batch, *names):
-    """These tensors of a batch on a device. The copies do not wait for each other."""
+    """Copy tensors of a batch to a device. The copies do not wait for each other."""
     return [batch[name].to(device, non_blocking=True) for name in names]
 
 
 class Totals:
     """A step's sums over micro-batches and processes. The host reads them once, together.
 
-    loss           the sum over the batch, divided by its size; after read(), by the weight
-    weight         the number of samples that count, or the sum of their weights
-    norm           of the gradient (after read())
-    new_bad        samples of the batch that could not be read; unreadable: this process's names
-    unknown        samples that can be read, but have no label or caption
-    stopping       True if a process was asked to stop after this step
-    lacking        True if a process has got no batch: then this step must not be taken
+    After read(), numbers of all processes:
+
+    loss       mean over the weight of the batch; norm: of the gradient of this loss
+    weight     number of samples that count, or the sum of their weights
+    new_bad    samples that could not be read; unreadable: the names of this process's
+    unknown    samples that can be read, but have no label or caption
+    stopping   True if a process was asked to stop after this step
+    lacking    True if a process has no batch: then this step must not be taken
     """
 
     def __init__(self, device):
@@ -123,18 +123,20 @@ class Totals:
         self.sums, self.unreadable = torch.zeros(7, device=device), []
 
     def add(self, loss, weight, bad=(), unknown=0):
-        """Add a micro-batch. loss, weight, unknown: tensors () or numbers. bad: a list of names."""
+        """Add a micro-batch. loss, weight, unknown: tensors () or numbers. bad: names."""
         self.sums[0] += loss
         self.sums[1] += weight
         self.sums[2] += unknown
         self.unreadable += bad
 
-    def read(self, gradients, batch_size, stop, copies=1):
-        """Sum over the processes, and make loss and gradients means over the weight of the batch.
+    def read(self, run, model, stop):
+        """Sum over the processes. Make loss and gradients means over the batch's weight.
 
-        gradients  of all trained parameters, this process's shards; scaled in place
-        copies     of the model: a sum over all processes holds the squared norm once for each
+        Gradients are scaled in place. Sets stop.asked if any process was asked to stop.
         """
+        gradients = local_gradients(model)
+        # The sum over all processes holds the squared norm once for each copy of the model.
+        copies = run.processes // (run.shard_group or 1)
         self.sums[3], self.sums[4] = len(self.unreadable), stop.asked
         self.sums[5] = stop.no_batch is not None
         self.sums[6] = torch.nn.utils.get_total_norm(gradients).square() / copies
@@ -143,13 +145,21 @@ class Totals:
         self.loss, self.weight, *counts, stopping, lacking, norm = self.sums.tolist()
         self.unknown, self.new_bad = map(int, counts)
         self.stopping, self.lacking = bool(stopping), bool(lacking)
-        scale = batch_size / max(self.weight, 1e-9)
+        if self.stopping:
+            stop.asked = True
+        scale = run.batch_size / max(self.weight, 1e-9)
         self.loss, self.norm = self.loss * scale, norm**0.5 * scale
         scale_gradients(gradients, scale)
 
-    def clip(self, gradients, most):
-        """Scale the gradients so that their norm is at most this."""
-        scale_gradients(gradients, min(1.0, most / max(self.norm, 1e-9)))
+    def clip(self, model, most):
+        """Scale the gradients in place so that their norm is at most this."""
+        scale_gradients(local_gradients(model), min(1.0, most / max(self.norm, 1e-9)))
+
+
+def local_gradients(model):
+    """The gradients of a model's parameters; of sharded ones, this process's shards."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
 
 
 def scale_gradients(gradients, scale):
@@ -165,7 +175,6 @@ class Progress:
     done    steps so far
     counts  {name: samples of no use so far}: "bad", and what else a stage counts
     saving  True if the run saves after this step
-    lacking True if the run ends because a process has got no batch
     flops   of a training step, for an image; peak: FLOP/s of the device, or None
     """
 
@@ -173,12 +182,11 @@ class Progress:
         self.run, self.flops, self.peak = run, flops, peak
         self.done = self.first_step = self.saved_step = self.logged_step = record["step"]
         self.counts = {name: record.get(name, 0) for name in counts}
-        self.saving, self.lacking, self.waited = False, False, 0.0
-        self.wait_for_save = lambda: None
+        self.saving, self.waited, self.wait_for_save = False, 0.0, lambda: None
         self.began = self.logged = time.perf_counter()
         disable = None if run.process == 0 else True  # None: unless there is a terminal
         self.bar = tqdm(total=run.steps, initial=self.done, disable=disable)
-        # Each process would pause for it at another step, and all others wait: log() collects.
+        # Processes would pause for it at different steps, and wait: log() collects.
         gc.disable()
 
     def wait_for(self, batches):
@@ -189,12 +197,11 @@ class Progress:
         return batch
 
     def count(self, totals, **others):
-        """Count a step that was computed but not taken yet, and settle `saving`.
+        """Count a computed step, name its unreadable samples, and settle `saving`.
 
-        The first 20 unreadable samples are named on stderr.
         others: {name of another count: new samples}
         """
-        for name in totals.unreadable[: max(0, 20 - self.counts["bad"])]:
+        for name in totals.unreadable[: max(0, 20 - self.counts["bad"])]:  # the first 20
             tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
         self.done += 1
         for name, new in {"bad": totals.new_bad, **others}.items():
@@ -202,10 +209,7 @@ class Progress:
         self.saving = self.done % self.run.save_every == 0 or self.done == self.run.steps
 
     def check(self, batches, bad, what=None):
-        """Raise Failure if `bad` samples are over --max-bad: see data.Batches.over_max_bad.
-
-        what: the start of its message; default: how many pictures cannot be read
-        """
+        """Raise Failure if `bad` samples are over --max-bad. what: how its message begins."""
         drawn = self.done * self.run.batch_size
         what = what or f"{bad} of {drawn} pictures cannot be read"
         if batches.over_max_bad(bad, drawn, self.run.max_bad):
@@ -219,8 +223,8 @@ class Progress:
     def log(self, facts, shown):
         """Write a line of metrics.jsonl and print the step line.
 
-        facts: {"loss", "lr", "grad_norm", and what else was measured}. shown: {name: format} of
-        what is printed behind the usual ones, if it is there and not 0.
+        facts  {"loss", "lr", "grad_norm", and what else was measured}
+        shown  {name: format} of what the step line adds
         """
         run, now = self.run, time.perf_counter()
         rate = (self.done - self.logged_step) * run.batch_size / (now - self.logged)
@@ -240,24 +244,18 @@ class Progress:
 
     def save(self, model, optimizer):
         """Write a checkpoint; on CUDA in the background."""
-        run = self.run
+        run, record = self.run, {"identity": self.run.identity, **self.counts}
+        options = {"keep_last": run.keep_last, "keep_every": run.keep_every}
+        options["background"] = run.device.type == "cuda"
         self.wait_for_save()  # the one before: never two at once
+        what = self.done, model, optimizer, record
+        self.wait_for_save = save_checkpoint(run.out / "checkpoints", *what, **options)
         self.saved_step = self.done
-        self.wait_for_save = save_checkpoint(
-            run.out / "checkpoints",
-            self.done,
-            model,
-            optimizer,
-            {"identity": run.identity, **self.counts},
-            keep_last=run.keep_last,
-            keep_every=run.keep_every,
-            background=run.device.type == "cuda",
-        )
 
     def finish(self, model, optimizer, stop):
         """Save what is not saved yet. True if the run is at its end.
 
-        Raises Failure where it ended early for want of batches.
+        If it ended early and was not asked to stop, the error of the batch is raised.
         """
         if self.done > self.saved_step:
             self.save(model, optimizer)
@@ -269,10 +267,9 @@ class Progress:
             return True
         kept = "saved: the same command goes on" if self.done else "with nothing to save"
         self.run.say(f"stopped at step {self.done} of {self.run.steps}, {kept}")
-        if self.lacking:
+        if not stop.asked:
             end(self.run)
-            alone = stop.no_batch is not None
-            raise Failure(stop.no_batch or "another process has got no batch", alone)
+            raise stop.no_batch or Failure("another process has got no batch")
         return False
 
 
@@ -283,11 +280,11 @@ def step_line(entry, steps, shown):
         "{images_per_second:.1f} images/s  mfu {mfu:.1%}  data wait {data_wait:.0%}  "
         "memory {memory_gib:.1f} GiB  eta {eta}"
     ).format(steps=steps, eta=tqdm.format_interval(entry["eta_seconds"]), **entry)
-    found = {name: entry.get(name) for name in shown}
-    # A count of 0 is not shown; what was measured, a float, is.
-    found = {name: value for name, value in found.items() if value or isinstance(value, float)}
-    parts = [shown[name].format(value) for name, value in found.items()]
-    return "  ".join([text, *parts])
+    for name, form in shown.items():
+        value = entry.get(name)
+        if value or isinstance(value, float):  # a count of 0 is left out, not a measured 0.0
+            text += "  " + form.format(value)
+    return text
 
 
 def peak_memory(device):
@@ -303,10 +300,7 @@ def peak_memory(device):
 
 
 def guard(model, run, step, totals, lr):
-    """Raise Failure if loss or gradient is not finite: nothing of it is stepped on or saved.
-
-    Every process must call it. step: the number of the step that was computed, from 0.
-    """
+    """Raise Failure if loss or gradient is not finite. All processes call it before a step."""
     if math.isfinite(totals.loss + totals.norm):
         return
     full = lambda found: found.full_tensor() if hasattr(found, "full_tensor") else found  # sharded
@@ -320,11 +314,10 @@ def guard(model, run, step, totals, lr):
 
 
 def unless_lacking(stop, measure, *arguments):
-    """Return measure(*arguments), or None if any process has no batch for it.
+    """Return measure(*arguments), or None if a process has no batch: see Stop.no_batch.
 
-    stop: see Stop in support/loader.py.
-
-    All processes must call it. The reason is printed, and the next training step ends the run.
+    All processes must call it. The reason is printed, and the next training step ends
+    the run.
     """
     found, wrong = None, None
     try:
@@ -341,19 +334,15 @@ def unless_lacking(stop, measure, *arguments):
     return None if lacking else found
 
 
-# ---------------------------------------------------------------------------------------------- end
+# ---------------------------------------------------------------------------------- end
 
 
 class Failure(Exception):
-    """What ends a run: one line. alone: only this process knows of it."""
-
-    def __init__(self, message, alone=False):
-        super().__init__(message)
-        self.alone = alone
+    """What ends a run, known to all its processes: one line."""
 
 
 def fail(program, message, status=2, alone=False):
-    """Print one line and exit. One process of a machine does, unless only this one knows."""
+    """Print one line and exit. One process of a machine prints, or `alone` this one."""
     if alone or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{program}: {message}", file=sys.stderr)
     sys.exit(status)
@@ -361,24 +350,22 @@ def fail(program, message, status=2, alone=False):
 
 @contextlib.contextmanager
 def report_errors(program):
-    """Make one line and an exit status of what ends a run: 2 for what was given, 1 for the rest.
+    """End a run with one line and a status: 2 for wrong input, 1 for the rest.
 
-    An error of ours, such as a KeyError, stays what it is, with its traceback.
+    A mistake in the code, such as a KeyError, keeps its traceback.
     """
     try:
         yield
     except KeyboardInterrupt:  # before the loop, which saves
         fail(program, "stopped", 130)
+    except ValueError as error:
+        fail(program, error)
     except Failure as error:
-        fail(program, error, 1, error.alone)
-    except (ValueError, OSError, RuntimeError) as error:
-        if is_lost(error):
-            fail(
-                program,
-                f"another process is gone, or was never met ({last_line(error):.120}): "
-                "the same command goes on from the last checkpoint",
-                1,
-            )
-        if isinstance(error, RuntimeError) and not isinstance(error, ValueError | OSError):
+        fail(program, error, 1)
+    except OSError as error:  # perhaps of this process alone
+        fail(program, error, 1, alone=True)
+    except RuntimeError as error:
+        if not is_lost(error):
             raise
-        fail(program, error, 2 if isinstance(error, ValueError) else 1, isinstance(error, OSError))
+        gone = f"another process is gone, or was never met ({last_line(error):.120})"
+        fail(program, f"{gone}: the same command goes on from the last checkpoint", 1)

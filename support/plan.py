@@ -1,16 +1,17 @@
-"""What a training run takes, from shapes alone: FLOPs, memory, replicas or shards, micro-batch."""
+"""What a training run takes, from shapes alone: FLOPs, memory, shards, micro-batches."""
 
 import copy
 import math
 import os
 import shutil
+from argparse import Namespace
 
 import torch
 
 from kernels import triton
 from model import MAE
 
-# Dense bf16 peaks in FLOP/s, from the makers' data sheets. The first name that fits counts.
+# Dense bf16 peaks in FLOP/s, from the data sheets. The first name that fits counts.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -28,79 +29,74 @@ PEAK_FLOPS = {
 
 def peak_flops(device):
     """(peak FLOP/s in dense bf16 or None, the chip's name) of a torch.device."""
-    if device.type != "cuda":
-        return None, f"{device.type} (of unknown peak: mfu is shown as 0)"
-    name = torch.cuda.get_device_name(device)
-    for chip, flops in PEAK_FLOPS.items():
-        if chip in name:
-            return flops, name
-    return None, f"{name} (of unknown peak: mfu is shown as 0)"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    peak = next((flops for chip, flops in PEAK_FLOPS.items() if chip in name), None)
+    return peak, name if peak else f"{name} (of unknown peak: mfu is shown as 0)"
 
 
 def block_shapes(model):
-    """(width, tokens, tokens that are queries) of each transformer block on one image."""
-    N = model.num_patches
+    """(width, heads, tokens, queries) of each block on one image. queries: see Block."""
+    N, encoder = model.num_patches, (model.width, model.heads)
     if not isinstance(model, MAE):
-        return [(model.width, 1 + N, 1 + N)] * model.layers
-    K, (width, layers, _) = model.num_visible, model.config["decoder"]
-    encoder = [(model.width, 1 + K, 1 + K)] * model.layers
-    decoder = [(width, 1 + N, 1 + N)] * (layers - 1)
-    return encoder + decoder + [(width, 1 + N, N - K)]
+        return [(*encoder, 1 + N, 1 + N)] * model.layers
+    K, (width, layers, heads) = model.num_visible, model.config["decoder"]
+    decoder = [(width, heads, 1 + N, 1 + N)] * (layers - 1)
+    return [(*encoder, 1 + K, 1 + K)] * model.layers + decoder + [(width, heads, 1 + N, N - K)]
 
 
 def block_flops(width, tokens, queries=None):
-    """Forward FLOPs of one block on one image; a multiply-add counts as two. queries: see Block."""
+    """Forward FLOPs of one block on one image, two for a multiply-add. queries: see Block."""
     queries = tokens if queries is None else queries
     qkv, attention = 6 * width**2 * tokens, 4 * width * tokens * queries
     return qkv + attention + 18 * width**2 * queries  # 18 = projection 2 + feed-forward 2 x 8
 
 
 def flops_per_image(model):
-    """Forward FLOPs of any of the models on one image. A training step is three times that."""
+    """Forward FLOPs of any model on one image. A training step is three times that."""
     D, N = model.width, model.num_patches
     pixels = model.patch_embed["proj"].weight[0].numel()  # of a patch
-    blocks = sum(block_flops(*shape) for shape in block_shapes(model))
+    shapes = block_shapes(model)
+    blocks = sum(block_flops(width, tokens, queries) for width, _, tokens, queries in shapes)
     if not isinstance(model, MAE):
         return 2 * pixels * D * N + blocks + 2 * D * getattr(model, "classes", 0)
     K, width = model.num_visible, model.config["decoder"][0]
     return 2 * pixels * D * K + blocks + 2 * D * width * (1 + K) + 2 * width * pixels * (N - K)
 
 
-def training_memory(model, run, micro_batch, recompute):
+def training_memory(model, run, micro_batch):
     """{item: bytes} of a training step on each process, and its "peak".
 
-    16 bytes a trained parameter and 4 a frozen one, divided by the processes that share weights,
-    and the activations of a micro-batch. recompute: --checkpoint-activations. The peak is right
-    to 20 % where it was measured: see docs/speed.md.
+    16 bytes a trained parameter and 4 a frozen one, divided by the processes that share
+    weights, and the activations of a micro-batch. The peak is right to 20 % where it
+    was measured: see docs/speed.md.
     """
-    sharded, group = run.shard_group is not None, run.shard_group or 1
+    group = run.shard_group or 1
     element = 2 if run.precision == "bf16" else 4  # bytes of a number in the computation
-    shapes, N = block_shapes(model), model.num_patches
-    count = sum(p.numel() for p in model.parameters())
+    counts = [p.numel() for p in model.parameters()]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    copies = count if element == 2 else 0  # in fp32 the weights themselves are used
-    if sharded:  # FSDP2 gathers a block, or a large head, while another block computes
-        copies = 2 * count / len(shapes) + max(p.numel() for p in model.parameters())
-    # Replicas have buckets for all gradients; several micro-batches are added up beside them.
-    replicas = not sharded and run.processes > 1
+    shapes, N = block_shapes(model), model.num_patches
+    copies = sum(counts) if element == 2 else 0  # in fp32 the weights themselves are used
+    if run.shard_group:  # FSDP2 gathers a block, or a large head, while another computes
+        copies = 2 * sum(counts) / len(shapes) + max(counts)
+    # Replicas have buckets for all gradients; micro-batches are added up beside them.
+    replicas = run.shard_group is None and run.processes > 1
     whole = replicas + (micro_batch * run.processes < run.batch_size)
-    gradients = 4 * trained * whole if whole else 4 * trained / group
 
     pixels = model.patch_embed["proj"].weight[0].numel()  # of a patch
     outputs = pixels * N if isinstance(model, MAE) else getattr(model, "classes", 0)
-    inputs = [width * tokens for width, tokens, _ in shapes]  # numbers that enter a block
+    inputs = [width * tokens for width, _, tokens, _ in shapes]  # numbers that enter a block
     square = model.heads * (1 + N) ** 2 if model.config.get("relative_positions") else 0
-    # A block keeps 16 times its input for backward: the input, 2 norms, q, k, v, the attention,
-    # the sum after it, 4 before and 4 after GELU. Backward takes 5 times the input beside them.
+    # A block keeps 16 times its input for backward: the input, 2 norms, q, k, v, the
+    # attention, the sum after it, 4 before and 4 after GELU. Backward takes 5 times more.
     kept, backward = 16 * sum(inputs) + square * len(inputs), 5 * max(inputs) + 2 * square
-    if recompute:  # the input alone is kept, and the other 15 are made again
+    if run.checkpoint_activations:  # the input is kept, the other 15 are made again
         kept, backward = sum(inputs), 20 * max(inputs) + 3 * square
     items = {
-        "weights (fp32)": 4 * count / group,
+        "weights (fp32)": 4 * sum(counts) / group,
         "weights, gathered or cast": element * copies,
         "Adam's two moments (fp32)": 8 * trained / group,
-        "gradients (fp32)": gradients,
-        "activations for backward": element * micro_batch * (kept + pixels * shapes[0][1]),
+        "gradients (fp32)": 4 * trained * (whole or 1 / group),
+        "activations for backward": element * micro_batch * (kept + pixels * shapes[0][2]),
         "one block's backward": element * micro_batch * backward,
         "images, outputs, loss": micro_batch * (5 * pixels * N + 16 * outputs),
     }
@@ -120,20 +116,11 @@ def device_memory(run):
     return 80 * 2**30 if run.gpus else None
 
 
-def host_memory():
-    """Bytes of RAM for each process of this machine."""
-    if not hasattr(os, "sysconf"):  # on Windows
-        return math.inf
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return total / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def memory_budget(model, run):
-    """Bytes that a step may use: 80 % of a GPU's memory; on a CPU, weights, optimizer and 4 GB."""
-    memory = device_memory(run)
-    if memory is None:
-        return 4e9 + training_memory(model, run, 0, False)["peak"]
-    return 0.8 * memory  # the rest for NCCL, cuBLAS and the allocator's holes: a guess
+    """Bytes that a step may use: 80 % of a GPU; on a CPU, weights, optimizer and 4 GB."""
+    if memory := device_memory(run):
+        return 0.8 * memory  # a guess: the rest is for NCCL, cuBLAS and the allocator
+    return 4e9 + training_memory(model, run, 0)["peak"]
 
 
 def as_size(count):
@@ -142,13 +129,11 @@ def as_size(count):
 
 
 def compiles(kind):
-    """True if training is compiled by default: on CUDA, with Triton and a C compiler.
-
-    (On a CPU, compiled training was 0.95 to 1.02 times as fast.)
-    """
+    """True if training is compiled by default: on CUDA, with Triton and a C compiler."""
+    if kind != "cuda":  # on a CPU, compiled training was 0.95 to 1.02 times as fast
+        return False
     compilers = os.environ.get("CC", "gcc"), "gcc", "clang"
-    has_triton = triton.__version__ is not None
-    return kind == "cuda" and has_triton and any(map(shutil.which, compilers))
+    return triton.__version__ is not None and any(map(shutil.which, compilers))
 
 
 def attention_shapes(model):
@@ -158,60 +143,64 @@ def attention_shapes(model):
     """
     if model.config.get("relative_positions"):
         return []
-    tokens, head = 1 + model.num_patches, model.width // model.heads
-    if not isinstance(model, MAE):
-        return [(tokens, head)]
-    width, _, heads = model.config["decoder"]
-    return [(1 + model.num_visible, head), (tokens, width // heads)]
+    shapes = [(tokens, width // heads) for width, heads, tokens, _ in block_shapes(model)]
+    return list(dict.fromkeys(shapes))
 
 
-def check_shard_group(run):
-    """Raise ValueError when --shard-group does not divide the processes."""
-    if run.processes % (run.shard_group or 1):
-        hint = "start more of them, with torchrun"
-        if run.processes > 1:
-            hint = "give a divisor, such as the processes of a node"
-        raise ValueError(
-            f"--shard-group {run.shard_group} does not divide the {run.processes} processes: {hint}"
-        )
+def settle_batch(run, model):
+    """Settle how a step is spread: run.shard_group, micro_batch and micro_batches.
+
+    shard_group    processes that share one copy of the weights; None: each has all
+    micro_batch    images that a process computes at once
+    micro_batches  such micro-batches make a process's part of the batch
+
+    Raises ValueError if --micro-batch does not divide a process's part of the batch.
+    """
+    run.shard_group = settle_sharding(model, run) if run.processes > 1 else None
+    per_process = run.batch_size // run.processes
+    run.micro_batch = run.micro_batch or fitting_batch(model, per_process, run)
+    run.micro_batches = per_process // run.micro_batch
+    if per_process % run.micro_batch:
+        given = f"--micro-batch {run.micro_batch}"
+        raise ValueError(f"{given} does not divide a process's {per_process}")
 
 
 def settle_sharding(model, run):
-    """How many processes share one copy of the weights, or None: each process has all of them.
+    """How many processes share one copy of the weights, or None: each has all of them.
 
-    --shard-group decides if it is given; 1 means None. Otherwise a model is replicated if it fits
-    with its gradients, its optimizer and the smallest micro-batch, else split over all processes.
+    --shard-group decides if it is given; 1 means None. Otherwise a model is replicated
+    if it fits with its gradients, its optimizer and the smallest micro-batch, else
+    split over all processes.
     """
-    if run.shard_group:
-        return run.shard_group if run.shard_group > 1 else None
-    fits = replica_memory(model, run) <= 0.8 * (device_memory(run) or host_memory())
-    return None if run.processes == 1 or fits else run.processes
+    if run.shard_group or run.processes == 1:
+        return None if run.shard_group == 1 else run.shard_group
+    memory = device_memory(run)
+    if memory is None:  # the processes of this machine share its RAM
+        if not hasattr(os, "sysconf"):  # on Windows
+            return None
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return None if replica_memory(model, run) <= 0.8 * memory else run.processes
 
 
 def replica_memory(model, run):
     """Bytes that a replica needs at least: with a micro-batch of 2, if none is given."""
     alone = copy.copy(run)
     alone.shard_group = None
-    return training_memory(model, alone, run.micro_batch or 2, run.checkpoint_activations)["peak"]
+    return training_memory(model, alone, run.micro_batch or 2)["peak"]
 
 
-def describe_sharding(model, run):
-    """One line on how a settled run is spread over its processes, with the memory of each."""
-    each = training_memory(model, run, run.micro_batch, run.checkpoint_activations)["peak"]
-    memory = device_memory(run)
-    size = f"{as_size(each)} of {as_size(memory)}" if memory else as_size(each)
-    size += ": more than there is" if memory and each > memory else ""
-    if run.processes == 1:
-        return f"one process ({size})"
-    if run.shard_group is None:
-        return f"{run.processes} replicas (each {size})"
-    copies = run.processes // run.shard_group
-    line = f"{copies} copies, each " if copies > 1 else ""
-    line += f"sharded over {run.shard_group} processes (each {size}; "
-    line += f"a replica takes at least {as_size(replica_memory(model, run))})"
-    if torch.__version__ < "2.12":
-        line += "; this torch leaks memory in each step of sharded AdamW: 2.12 does not"
-    return line
+def fitting_batch(model, images, run):
+    """The largest micro-batch that divides `images` and fits in memory: see memory_budget.
+
+    It is even when `images` is, so that mixup's pairs stay together, and at least 1 or
+    2.
+    """
+    smallest, budget = 2 - images % 2, memory_budget(model, run)
+    for n in range(images, smallest, -smallest):
+        if images % n == 0 and training_memory(model, run, n)["peak"] <= budget:
+            return n
+    return smallest
 
 
 def planned_batch(batch_size, run):
@@ -230,36 +219,27 @@ def planned_batch(batch_size, run):
     return nearest
 
 
-def fitting_batch(model, images, run, recompute=None):
-    """The largest micro-batch that divides `images` and fits in memory: see memory_budget.
-
-    It is even when `images` is, so that mixup's pairs stay together, and at least 1 or 2.
-    """
-    recompute = run.checkpoint_activations if recompute is None else recompute
-    smallest, budget = 2 - images % 2, memory_budget(model, run)
-    for n in range(images, smallest, -smallest):
-        if images % n == 0 and training_memory(model, run, n, recompute)["peak"] <= budget:
-            return n
-    return smallest
-
-
-def settle_micro_batches(run, model):
-    """Settle run.micro_batch, the images that a process computes at once, and run.micro_batches.
-
-    micro_batches of them make a process's part of a batch. Raises ValueError if they do not fit it.
-    """
-    per_process = run.batch_size // run.processes
-    run.micro_batch = run.micro_batch or fitting_batch(model, per_process, run)
-    run.micro_batches = per_process // run.micro_batch
-    if run.micro_batches * run.micro_batch != per_process:
-        raise ValueError(
-            f"--micro-batch {run.micro_batch} does not divide a process's {per_process}"
-        )
+def describe_sharding(model, run):
+    """One line: how a settled run is spread over processes, with the memory of each."""
+    each, memory = training_memory(model, run, run.micro_batch)["peak"], device_memory(run)
+    size = f"{as_size(each)} of {as_size(memory)}" if memory else as_size(each)
+    size += ": more than there is" if memory and each > memory else ""
+    if run.processes == 1:
+        return f"one process ({size})"
+    if run.shard_group is None:
+        return f"{run.processes} replicas (each {size})"
+    copies = run.processes // run.shard_group
+    line = f"{copies} copies, each " if copies > 1 else ""
+    line += f"sharded over {run.shard_group} processes (each {size}; "
+    line += f"a replica takes at least {as_size(replica_memory(model, run))})"
+    if torch.__version__ < "2.12":
+        line += "; this torch leaks memory in each step of sharded AdamW: 2.12 does not"
+    return line
 
 
 def describe_run(run, model, flops, chip):
     """Print what is trained, and how. flops: of an image; chip: the device's name."""
-    millions = sum(p.numel() for p in model.parameters()) / 1e6  # of a MAE, with the decoder
+    millions = sum(p.numel() for p in model.parameters()) / 1e6  # with a decoder's
     size = f"{model.config['size']}, {millions:.1f} M weights"
     shares = f"{run.processes} processes x {run.micro_batches} x {run.micro_batch}"
     how = run.precision + (", compiled in the first step" if run.compile else "")
@@ -272,39 +252,26 @@ def describe_run(run, model, flops, chip):
 
 
 def print_plan(run):
-    """Print what a training run takes, from shapes alone. run: a stage's settled arguments."""
+    """Print what a training run takes. run: a stage's settled arguments."""
     if run.process:
         return
-    model = run.model
+    model, processes = run.model, run.processes
     parts = {"encoder": 0, "decoder": 0, "head": 0}
     for name, parameter in model.named_parameters():
         part = "decoder" if name.startswith(("decoder", "mask")) else name.split(".")[0]
         parts[part if part in parts else "encoder"] += parameter.numel()
     count, flops = sum(parts.values()), 3 * flops_per_image(model)
     parts = ", ".join(f"{name} {n / 1e6:,.1f} M" for name, n in parts.items() if n)
-    samples, processes, group = run.steps * run.batch_size, run.processes, run.shard_group or 1
-    micro_batches = run.micro_batches
+    samples = run.steps * run.batch_size
     lanes = f"; with --lanes {math.lcm(48, processes)}" if 48 % processes and not run.lanes else ""
+    split = f"{run.micro_batches} micro-batches of {run.micro_batch} images{lanes}"
     print(f"parameters   {count / 1e6:,.1f} M: {parts}")
     print(f"compute      {flops / 1e9:,.2f} GFLOP for an image of a training step")
     print(f"steps        {run.steps:,} of {run.batch_size:,} images: {samples:,} samples")
-    split = f"{processes} processes x {micro_batches} micro-batches of {run.micro_batch} images"
-    print(f"batch        {split}{lanes}")
+    print(f"batch        {processes} processes x {split}")
     print(f"parallel     {describe_sharding(model, run)}")
     print_memory(model, run)
-
-    # FSDP2 gathers the weights for forward and again for backward of each micro-batch, and reduces
-    # gradients once a step, in fp32.
-    copies, others = processes // group, 4 * count * (group - 1) / group / 2**30
-    gathered = others * micro_batches * (1 if run.precision == "bf16" else 2)
-    print("network      GiB that a process sends, and receives, in a step:")
-    if group > 1:
-        print(f"{'':12} {gathered:.2f} weights, {others:.2f} gradients in its group of {group}")
-    else:
-        print("             no weights: it has all of them")
-    if copies > 1:
-        between = 8 * count / group * (1 - 1 / copies) / 2**30
-        print(f"             {between:.2f} gradients between the {copies} copies of the model")
+    print_network(run, count)
     hours = samples * flops / (run.mfu * PEAK_FLOPS["H100"]) / 3600
     days = f"({hours / 24:,.2f} GPU-days), {hours / 24 / processes:,.2f} days on {processes}"
     print(f"GPU-hours    {hours:,.1f} {days},")
@@ -315,13 +282,32 @@ def print_memory(model, run):
     """Print the items of training_memory without and with --checkpoint-activations."""
     print(f"memory       GiB of each process ({run.precision}); not all is there at the peak")
     print(f"{'':32}   without      with --checkpoint-activations")
-    plans = [training_memory(model, run, run.micro_batch, recompute) for recompute in (0, 1)]
+    ways = [Namespace(**vars(run) | {"checkpoint_activations": way}) for way in (False, True)]
+    plans = [training_memory(model, way, run.micro_batch) for way in ways]
     for item in plans[0]:
         print(f"  {item:30}" + "".join(f"{plan[item] / 2**30:10.2f}" for plan in plans))
     budget = memory_budget(model, run)
     row = f"  {f'largest micro-batch, {budget / 2**30:.1f} GiB':30}"
-    for recompute in (0, 1):
-        n = fitting_batch(model, run.batch_size // run.processes, run, recompute)
-        fits = training_memory(model, run, n, recompute)["peak"] <= budget
-        row += f"{n if fits else 'none':>10}"
+    for way in ways:
+        n = fitting_batch(model, run.batch_size // run.processes, way)
+        row += f"{n if training_memory(model, way, n)['peak'] <= budget else 'none':>10}"
     print(row)
+
+
+def print_network(run, count):
+    """Print what a process sends in a step. count: of the parameters.
+
+    FSDP2 gathers the weights for forward and again for backward of each micro-batch,
+    and reduces gradients once a step, in fp32.
+    """
+    group, copies = run.shard_group or 1, run.processes // (run.shard_group or 1)
+    print("network      GiB that a process sends, and receives, in a step:")
+    if group > 1:
+        others = 4 * count * (group - 1) / group / 2**30
+        gathered = others * run.micro_batches * (1 if run.precision == "bf16" else 2)
+        print(f"{'':12} {gathered:.2f} weights, {others:.2f} gradients in its group of {group}")
+    else:
+        print("             no weights: it has all of them")
+    if copies > 1:
+        between = 8 * count / group * (1 - 1 / copies) / 2**30
+        print(f"             {between:.2f} gradients between the {copies} copies of the model")

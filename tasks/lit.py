@@ -672,7 +672,7 @@ def main(run, finetune):
     length, share = run.context + 2, run.batch_size // run.processes
     each = 16 * (2 if run.precision == "bf16" else 4) * len(model.text.blocks) * model.text.width
     room = memory_budget(model, settled)
-    room -= training_memory(model, settled, 0, False)["peak"]
+    room -= training_memory(model, settled, 0)["peak"]
     most = min(fitting_batch(model, share, settled), room / (each * length))
     fitting = (n for n in range(2, share + 1, 2) if share % n == 0 and n <= most)
     run.micro_batch = run.micro_batch or max(fitting, default=2)

@@ -1,4 +1,4 @@
-"""support/plan.py: FLOPs against PyTorch's count; memory against what autograd keeps and was measured; replicas or shards."""
+"""support/plan.py: FLOPs as PyTorch counts; memory as autograd keeps it; replicas or shards."""
 
 import os
 from argparse import Namespace
@@ -22,7 +22,7 @@ from support.plan import (
 def settled(**given):
     """A stage's settled arguments."""
     run = {"processes": 1, "shard_group": None, "gpus": None, "memory": None, "device": CPU}
-    run |= {"precision": "fp32", "checkpoint_activations": False, "micro_batch": None}
+    run |= {"precision": "bf16", "checkpoint_activations": False, "micro_batch": None}
     return Namespace(**run | given)
 
 
@@ -37,16 +37,11 @@ def counted_flops(model, train=False):
     return counter.get_total_flops()
 
 
+WIDE = {"size": "toy", "image_size": (16, 40), "channels": 5}
+
+
 @pytest.mark.parametrize("kind", [ViT, MAE])
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"size": "toy", "image_size": (16, 40), "channels": 5},
-        {**SMALL, "size": "32x1x4"},
-        {"size": "B"},
-        {"size": "H"},
-    ],
-)
+@pytest.mark.parametrize("arguments", [WIDE, SMALL | {"size": "32x1x4"}, {"size": "H"}])
 def test_flops_are_what_pytorch_counts(kind, arguments):
     model = on_meta(kind, **arguments)
     # Both count matrix products only, a multiply-add as two: integers, so exactly.
@@ -81,21 +76,21 @@ def test_planned_activations_are_what_autograd_keeps(kind):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(torch.rand(32, 3, 32, 32), ids)
     saved = sum(size for place, size in storages.items() if place not in own)
-    plan = training_memory(model, settled(batch_size=32), 32, recompute=False)
+    plan = training_memory(model, settled(batch_size=32, precision="fp32"), 32)
     assert saved == pytest.approx(plan["activations for backward"], rel=0.1)
 
 
-@pytest.mark.parametrize(
-    ("size", "batch", "gib"),
-    [("B", 256, 11.7), ("L", 256, 20.4), ("H", 128, 23.1), ("B", 1024, 42.2)],
-)
+MEASURED = [("B", 256, 11.7), ("L", 256, 20.4), ("H", 128, 23.1), ("B", 1024, 42.2)]
+
+
+@pytest.mark.parametrize(("size", "batch", "gib"), MEASURED)
 def test_planned_peaks_are_those_measured_on_an_h200(size, batch, gib):
     """GiB in bf16, compiled: tests/bench/results/NVIDIA-H200-2026-11-27-2.csv."""
-    model = on_meta(MAE, size)
-    run = settled(batch_size=batch, precision="bf16", gpus=1)
-    peak = training_memory(model, run, batch, recompute=False)["peak"]
+    model, run = on_meta(MAE, size), settled(batch_size=batch, gpus=1)
+    peak = training_memory(model, run, batch)["peak"]
     assert peak / 2**30 == pytest.approx(gib, rel=0.05)
-    assert training_memory(model, run, batch, recompute=True)["peak"] < peak
+    run.checkpoint_activations = True
+    assert training_memory(model, run, batch)["peak"] < peak
 
 
 # Processes, of which as many share the weights; micro-batches; bytes of gradients a parameter.
@@ -108,48 +103,49 @@ def test_a_parameter_takes_16_bytes_over_the_processes_that_share_it(
     processes, group, micro_batches, gradients
 ):
     model = on_meta(MAE, "L")
-    count, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad in which)
-                     for which in ((True, False), (False,)))  # fmt: skip
-    run = settled(processes=processes, shard_group=group, precision="bf16")
+    count = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    run = settled(processes=processes, shard_group=group)
     run.batch_size = 32 * micro_batches * processes
-    plan = training_memory(model, run, 32, recompute=False)
+    plan = training_memory(model, run, 32)
     assert plan["weights (fp32)"] == 4 * count / (group or 1)
-    assert plan["Adam's two moments (fp32)"] == 8 * (count - frozen) / (group or 1)
-    assert plan["gradients (fp32)"] == gradients * (count - frozen)
+    assert plan["Adam's two moments (fp32)"] == 8 * trained / (group or 1)
+    assert plan["gradients (fp32)"] == gradients * trained
     assert group or plan["weights, gathered or cast"] == 2 * count
     items = sum(plan.values()) - plan["peak"]
     assert plan["peak"] <= items and (micro_batches == 1 or plan["peak"] > 0.9 * items)
 
 
-def test_the_largest_micro_batch_that_fits_divides_the_images_and_is_even():
-    model = on_meta(MAE, "H")
-    run = settled(batch_size=4096, precision="bf16", memory=80)
-    assert fitting_batch(model, 4096, run) == 256
-    assert fitting_batch(model, 300, run) == 300 and fitting_batch(model, 75, run) == 75
-    assert fitting_batch(model, 4096, run, recompute=True) == 4096
-    run.memory = 14
-    assert fitting_batch(model, 6, run) == 2 and fitting_batch(model, 9, run) == 1
+# Activations kept; GiB; images of a process; the largest micro-batch.
+FITTING = [(True, 80, 4096, 256), (True, 80, 300, 300), (True, 80, 75, 75)]
+FITTING += [(False, 80, 4096, 4096), (True, 14, 6, 2), (True, 14, 9, 1)]
 
 
-@pytest.mark.parametrize(
-    ("size", "processes", "given", "memory", "group"),
-    [
-        ("H", 8, None, 80, None),  # 16 bytes for each of 657 M weights, and 2 for the copies: 12 GB
-        ("H", 8, None, 10, 8),
-        ("6.5B", 128, None, 80, 128),
-        ("6.5B", 128, 8, 80, 8),
-        ("6.5B", 128, 1, 80, None),  # as the user wants it
-        ("6.5B", 1, None, 80, None),
-        ("H", 4, None, None, 4),  # processes of a CPU with 24 GB share its memory
-        ("B", 4, None, None, None),
-    ],
-)
+@pytest.mark.parametrize(("kept", "memory", "images", "largest"), FITTING)
+def test_the_largest_micro_batch_divides_the_images_and_is_even(kept, memory, images, largest):
+    run = settled(batch_size=4096, memory=memory, checkpoint_activations=not kept)
+    assert fitting_batch(on_meta(MAE, "H"), images, run) == largest
+
+
+PLACES = [
+    ("H", 8, None, 80, None),  # 16 bytes for each of 657 M weights, and 2 for the copies: 12 GB
+    ("H", 8, None, 10, 8),
+    ("6.5B", 128, None, 80, 128),
+    ("6.5B", 128, 8, 80, 8),
+    ("6.5B", 128, 1, 80, None),  # as the user wants it
+    ("6.5B", 1, None, 80, None),
+    ("H", 4, None, None, 4),  # processes of a CPU with 24 GB share its memory
+    ("B", 4, None, None, None),
+]
+
+
+@pytest.mark.parametrize(("size", "processes", "given", "memory", "group"), PLACES)
 def test_a_model_that_fits_is_replicated_one_that_does_not_is_sharded(
     size, processes, given, memory, group, monkeypatch
 ):
     model = on_meta(MAE, size)
-    run = settled(processes=processes, shard_group=given, memory=memory, precision="bf16")
-    run.batch_size, sizes = 4096, {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 24 * 10**9 // 4096}
+    run = settled(processes=processes, shard_group=given, memory=memory, batch_size=4096)
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 24 * 10**9 // 4096}
     monkeypatch.setattr(os, "sysconf", sizes.get)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert settle_sharding(model, run) == group

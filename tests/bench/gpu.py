@@ -188,8 +188,8 @@ def build(size):
 
 def planned_memory(model, batch, shard_group=None):
     run = {"processes": 1, "gpus": 0, "batch_size": batch, "device": DEVICE, "memory": None}
-    run |= {"shard_group": shard_group, "precision": "bf16"}
-    return plan.training_memory(model, SimpleNamespace(**run), batch, recompute=False)["peak"]
+    run |= {"shard_group": shard_group, "precision": "bf16", "checkpoint_activations": False}
+    return plan.training_memory(model, SimpleNamespace(**run), batch)["peak"]
 
 
 def adam(model):
