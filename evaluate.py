@@ -5,18 +5,18 @@
     python evaluate.py --task classify    --checkpoint runs/classify/model.pt --data DIR
     python evaluate.py --task video       --checkpoint runs/video/model.pt --data DIR
     python evaluate.py --task features    --checkpoint ... --data DIR --out features.npz
-    python evaluate.py --task reconstruct --checkpoint ... --data DIR    # what MAE sees and paints
-    python evaluate.py --task attention   --checkpoint ... --data DIR    # of the class token
-    python evaluate.py --task zeroshot    --checkpoint runs/lit/model.pt --data DIR # by names
-    python evaluate.py --task retrieval   --checkpoint runs/lit/model.pt --data 'captions/*.tar'
+    python evaluate.py --task reconstruct --checkpoint ... --data DIR   # what MAE paints
+    python evaluate.py --task attention   --checkpoint ... --data DIR   # of the class token
+    python evaluate.py --task zeroshot    --checkpoint runs/lit/model.pt --data DIR
+    python evaluate.py --task retrieval   --checkpoint runs/lit/model.pt --data 'cap/*.tar'
     python evaluate.py --task detect      --checkpoint runs/detect/model.pt --data COCO_DIR
 
-DIR holds train/ and val/, each with a folder for every class. For shards: --data and --val-data.
-`--task NAME --help` lists the flags of a task. Each task prints a small table and, as the last line
-on stdout, one JSON object.
+DIR holds train/ and val/, each with a folder for every class. For shards: --data and
+--val-data. `--task NAME --help` lists the flags of a task. Each task prints a small table
+and, as the last line on stdout, one JSON object.
 
-Results are exact: the same for any batch size and number of processes (torchrun), up to ties in the
-last bits of a feature. All random draws come from seeds that are printed.
+Results are exact: the same for any batch size and number of processes (torchrun), up to
+ties in the last bits of a feature. All random draws come from seeds that are printed.
 """
 
 import argparse
@@ -58,9 +58,9 @@ from model import (
     pool,
     read_weights,
 )
+from support import launch
 from support.flags import fraction, in_folder, make_parser, number, parse_for_task, png
 from support.labels import names_of_list, real_answers, right_answers, say_same_names
-from support.launch import report_errors
 from support.loader import loader, loader_workers
 from support.pictures import draw_attention, draw_confusion, draw_mistakes, draw_reconstructions
 
@@ -72,28 +72,18 @@ NEIGHBOURS = 10
 
 
 @torch.inference_mode()
-def extract(
-    functions,
-    source,
-    config,
-    batch_size=64,
-    workers=0,
-    device="cpu",
-    max_bad=0.01,
-    centre=1.0,
-    make=None,
-):
+def extract(functions, source, config, batch_size=64, workers=0, device="cpu",
+            max_bad=0.01, centre=1.0, make=None):  # fmt: skip
     """Compute features of all samples of a source, by several functions in one pass.
 
     functions   {name: function of normalised images (b, C, H, W) that returns (b, D)}
     config      of a model: its image_size and channels
     centre      fraction of the image to keep, see data.crop_and_resize
-    make        makes the row of a sample, see data.Batches (labelled: an image and its label)
+    make        makes the row of a sample, see data.Batches (default: labelled)
 
-    Returns {name: (n, D) float32}, labels (n,) and numbers (n,) int64 of the n readable samples.
-    Under torchrun each process computes a part, and every process returns the whole. Raises
-    ValueError if more than the fraction max_bad of the samples is unreadable, or all of them; one
-    unreadable sample is always accepted.
+    Returns {name: (n, D) float32}, labels (n,) and numbers (n,) int64 of the n readable
+    samples. Each process computes a part and returns the whole. Raises ValueError if no
+    sample can be read, or too few: see check_unreadable.
     """
     process, processes = distributed()
     size, channels = pair(config["image_size"]), config["channels"]
@@ -103,8 +93,8 @@ def extract(
     batches = Batches(source, make, batch_size, process, processes)
     total, features = int(source.sizes.sum()), {}
     labels, read = torch.zeros(total, dtype=torch.int64), torch.zeros(total)
-    steps = loader(batches, range(len(batches)), workers)
-    for batch in tqdm(steps, desc="features", leave=False, disable=None if process == 0 else True):
+    bar = {"desc": "features", "leave": False, "disable": True if process else None}
+    for batch in tqdm(named_batches(batches, workers), total=len(batches), **bar):
         real = batch["positions"] < total  # the last batch is padded
         rows = batch["positions"][real]
         labels[rows], read[rows] = batch["labels"][real], batch["weight"][real]
@@ -112,12 +102,10 @@ def extract(
         for name, function in functions.items():
             found = function(images).float().cpu()[real]
             if not found.isfinite().all():
-                raise ValueError("the features are not finite: the weights must be damaged")
+                raise ValueError("the features are not finite: the weights are damaged")
             features.setdefault(name, torch.zeros(total, found.shape[1]))[rows] = found
-        name_unreadable(batch)
-    if processes > 1:  # one process filled each row; it is zero on the others
-        for tensor in (labels, read, *features.values()):
-            dist.all_reduce(tensor)
+    for tensor in (labels, read, *features.values()):
+        sum_over_processes(tensor)  # one process filled each row; it is zero on the others
     read = read > 0
     check_unreadable(total - int(read.sum()), total, max_bad)
     if not read.any():
@@ -127,27 +115,29 @@ def extract(
 
 
 def labelled(sample, key, size, channels, min_crop=None, centre=1.0):
-    """The row of a sample: images (C, H, W) uint8, see data.make_picture, and labels () int64, -1
-    if it has no label or the sample is None (padding)."""
+    """The row of a sample: images (C, H, W) uint8, see data.make_picture, and labels ()
+    int64, -1 for a sample without a label and for padding, which is None."""
     images = make_picture(sample, key, size, channels, min_crop, centre)
     # A tensor: a number that is too large is an error of this sample alone.
     return {"images": images, "labels": torch.tensor(sample["class"] if sample else -1)}
 
 
-def name_unreadable(batch):
-    """Print the names of the unreadable samples of a batch."""
-    for name in batch["bad"]:
-        print(f"unreadable, left out: {name}", file=sys.stderr)
+def named_batches(batches, workers=0):
+    """Yield each of a data.Batches once, and print the names of its unreadable samples."""
+    for batch in loader(batches, range(len(batches)), workers):
+        for name in batch["bad"]:
+            print(f"unreadable, left out: {name}", file=sys.stderr)
+        yield batch
 
 
 def check_unreadable(bad, total, max_bad):
-    """Raise ValueError if more than the fraction max_bad, and more than one, is unreadable."""
+    """Raise ValueError if more than the fraction max_bad, and more than one, is bad."""
     if bad > max(1, max_bad * total):
         raise ValueError(f"{bad} of {total} pictures cannot be read, over --max-bad {max_bad}")
 
 
 def usual_crop(size):
-    """Centre-crop fraction for evaluation: 224/256 at 224 pixels (public MAE code), else 1."""
+    """Fraction of a centre crop: 224/256 at 224 pixels (public MAE code), else 1."""
     return 224 / 256 if max(size) == 224 else 1.0
 
 
@@ -156,30 +146,33 @@ def distributed():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def sum_over_processes(tensor):
+    """Sum a tensor over the processes, in place, and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def pooled(model, how):
-    """A function for `extract`: normalised images -> a ViT's tokens pooled by "cls" or "mean"."""
+    """A function for `extract`: images -> a ViT's tokens pooled by "cls" or "mean"."""
     return lambda images: pool(model(images), how)
-
-
-def raw_pixels(images):
-    """The baseline for all features: every fourth value of an image."""
-    return images.flatten(1)[:, ::4]
 
 
 # ---------------------------------------------------------------------------------------- protocols
 
 
 def standardize(train, test):
-    """Subtract the mean of train's columns from both and divide by their deviation, in float64."""
+    """Subtract the mean of train's columns from both; divide by their deviation. float64."""
     train, test = train.double(), test.double()
     mean, deviation = train.mean(dim=0), train.std(dim=0, correction=0).clamp(min=1e-6)
     return (train - mean) / deviation, (test - mean) / deviation
 
 
 def ridge(train, labels, test, classes):
-    """Closed-form linear classifier: train (n, D), labels (n,), test (m, D) -> scores (m, classes).
+    """Closed-form linear classifier: train (n, D), labels (n,), test (m, D) -> scores
+    (m, classes).
 
-    Least squares on one-hot targets with L2 = RIDGE and an intercept that is not penalised.
+    Least squares on one-hot targets, L2 = RIDGE, with an intercept that is not penalised.
     """
     targets = F.one_hot(labels, classes).double()
     centre, intercept = train.mean(dim=0), targets.mean(dim=0)
@@ -190,18 +183,19 @@ def ridge(train, labels, test, classes):
 
 
 def nearest(train, labels, test, classes):
-    """Votes (m, classes) of the NEIGHBOURS most similar training samples, by cosine similarity."""
+    """Votes (m, classes) of the NEIGHBOURS most similar training samples, by cosine."""
     train, test, k = F.normalize(train), F.normalize(test), min(NEIGHBOURS, len(train))
     votes = torch.zeros(len(test), classes, dtype=train.dtype)
     for rows in torch.arange(len(test)).split(1024):  # bounds the memory
         similarity, neighbours = (test[rows] @ train.T).topk(k)
-        # A vote counts 1 plus less than 1 / k for its similarity, which only decides ties.
-        votes[rows] = votes[rows].scatter_add(1, labels[neighbours], 1 + similarity / (4 * k))
+        # A vote is 1, plus less than 1 / k for its similarity, which only decides ties.
+        vote = 1 + similarity / (4 * k)
+        votes[rows] = votes[rows].scatter_add(1, labels[neighbours], vote)
     return votes
 
 
 def accuracy(scores, labels, k):
-    """Fraction of the rows of scores (m, classes) whose label is among the k highest scores."""
+    """Fraction of the rows of scores (m, classes) with the label among the k highest."""
     best = scores.topk(min(k, scores.shape[1]))
     # A class with a score of -inf is never a hit, even if it is among the k highest.
     hits = (best.indices == labels[:, None]) & best.values.isfinite()
@@ -209,10 +203,11 @@ def accuracy(scores, labels, k):
 
 
 def print_probe(weights, config, train, test, pooling, seed, samples=math.inf, **options):
-    """Print ridge top-1 of a trained encoder, of the same encoder untrained, and of raw pixels.
+    """Print ridge top-1 of a trained encoder, of an untrained one, and of raw pixels.
 
-    weights, config: of a stage's model. seed initialises the untrained encoder. At most 4096 labels
-    of train are used. The probe is left out if it costs more than a training on `samples` samples.
+    weights, config: of a stage's model. seed: of the untrained one. options: of extract.
+    At most 4096 samples of train are used. The probe is left out if it costs more than a
+    training on `samples` samples.
     """
     if train.classes != test.classes or not train.classes:
         return print("linear probe: left out, for want of labels")
@@ -223,85 +218,93 @@ def print_probe(weights, config, train, test, pooling, seed, samples=math.inf, *
     load_weights(trained, weights)
     initialize(untrained, seed)
     device = options.get("device", "cpu")
-    functions = {"raw pixels": raw_pixels}
-    functions["untrained"] = pooled(untrained.to(device), pooling)
-    functions["trained"] = pooled(trained.to(device), pooling)
-    x, y, _ = extract(functions, train, config, **options)
-    x_test, y_test, _ = extract(functions, test, config, **options)
-    known, known_test = y >= 0, y_test >= 0
-    if not known.any() or not known_test.any():
-        return print("linear probe: left out, for want of labels")
-    y, y_test = y[known], y_test[known_test]
+    functions = {
+        "raw pixels": lambda images: images.flatten(1)[:, ::4],  # the baseline
+        "untrained": pooled(untrained.to(device), pooling),
+        "trained": pooled(trained.to(device), pooling),
+    }
+    x, y = labelled_features(functions, train, config, partial(extract, **options))
+    x_test, y_test = labelled_features(functions, test, config, partial(extract, **options))
     print(f"linear probe (closed form): {len(y)} labels, {len(y_test)} held-out pictures")
     for name in functions:
-        scaled, scaled_test = standardize(x[name][known], x_test[name][known_test])
+        scaled, scaled_test = standardize(x[name], x_test[name])
         scores = ridge(scaled, y, scaled_test, int(max(y.max(), y_test.max())) + 1)
         print(f"  {name:12} top-1 {accuracy(scores, y_test, 1):.1%}")
 
 
+def labelled_features(functions, source, config, extract):
+    """The results of `extract` for samples with a label: {name: (n, D)}, labels (n,)."""
+    features, labels, _ = extract(functions, source, config)
+    known = labels >= 0
+    check_labels(int(known.sum()), len(known), source, "samples without a label")
+    return {name: found[known] for name, found in features.items()}, labels[known]
+
+
+def check_labels(known, total, source, what):
+    """Print how many of `total` samples are left out, or raise ValueError if all are."""
+    if not known:
+        raise ValueError(f"no labels in {source.identity}: want class folders or .cls files")
+    if known < total:
+        print(f"{total - known} {what} are left out")
+
+
 @torch.no_grad()
 def masked_loss(model, batches, device):
-    """Mean loss of an MAE on a data.Batches whose crops and masks are the same in each call.
+    """Mean loss of an MAE on a data.Batches, whose crops and masks are always the same.
 
     Unreadable samples are named and left out. Returns None if all samples are unreadable.
     """
     model.eval()
     sums = torch.zeros(2, device=device)
-    for batch in loader(batches, range(len(batches)), workers=0):
-        name_unreadable(batch)
-        images, ids, weight = (batch[key].to(device) for key in ("images", "ids", "weight"))
+    for batch in named_batches(batches):
+        images, ids, weight = launch.to(device, batch, "images", "ids", "weight")
         losses = model(normalize(images), ids)  # (b,)
         sums += torch.stack([(losses * weight).sum(), weight.sum()])
     model.train()
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    return (sums[0] / sums[1]).item() if sums[1] else None
+    loss, weight = sum_over_processes(sums)
+    return (loss / weight).item() if weight else None
 
 
 @torch.no_grad()
 def hit_rates(model, batches, device, answers, workers=0, max_bad=1.0):
-    """Hit-1 and hit-5 of a classifier on a data.Batches: how often a right class is the highest
-    logit, or among the five highest.
+    """Hit-1 and hit-5 of a classifier on a data.Batches: how often a right class has the
+    highest logit, or one of the five highest.
 
     model    images (b, C, H, W) -> logits (b, classes) or (b, heads, classes)
     answers  key of the right classes in a batch: "labels" (b,), or "tags" (b, answers)
 
-    Returns [(hit-1, hit-5)] of each head and the number of samples that count. A sample without an
-    answer does not count, and neither does an unreadable one, which is named. Raises ValueError for
-    labels over the last class and for more unreadable samples than max_bad: see extract. All
-    processes must call it.
+    Returns [(hit-1, hit-5)] of each head and the number of samples that count: readable
+    ones with an answer. The unreadable ones are named. Raises ValueError for labels over
+    the last class, and see check_unreadable. All processes must call it.
     """
     model.eval()
     sums = torch.zeros(3, dtype=torch.int64, device=device)  # counted, bad, outside
     hits = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    for batch in loader(batches, range(len(batches)), workers):
-        name_unreadable(batch)
-        images, right, weight = (batch[key].to(device) for key in ("images", answers, "weight"))
+    for batch in named_batches(batches, workers):
+        images, right, weight = launch.to(device, batch, "images", answers, "weight")
         right = right.view(len(images), 1, 1, -1)  # (b, 1, 1, answers), padded with -1
-        counts = (weight > 0) & (right >= 0).any(dim=3)[:, 0, 0]
+        counts = (weight > 0) & (right >= 0).any(dim=3)[:, 0, 0]  # (b,)
         logits = model(normalize(images))
         logits = logits[:, None] if logits.ndim == 2 else logits  # (b, heads, classes)
         best = logits.topk(min(5, logits.shape[2])).indices  # (b, heads, 5)
         found = (best[..., None] == right).any(dim=3) & counts[:, None, None]
-        hits = hits + torch.stack([found[:, :, 0], found.any(dim=2)], dim=2).sum(dim=0)
-        outside = (right >= logits.shape[2]).sum()
-        sums += torch.stack([counts.sum(), outside.new_tensor(len(batch["bad"])), outside])
+        found = torch.stack([found[:, :, 0], found.any(dim=2)], dim=2)  # (b, heads, 2)
+        hits = hits + found.sum(dim=0)  # (heads, 2)
+        sums[0] += counts.sum()
+        sums[1] += len(batch["bad"])
+        sums[2] += (right >= logits.shape[2]).sum()
     model.train()
-    if dist.is_initialized():
-        dist.all_reduce(hits)
-        dist.all_reduce(sums)
-    count, bad, outside = sums.tolist()
+    count, bad, outside = sum_over_processes(sums).tolist()
+    hits = sum_over_processes(hits).tolist()
     check_unreadable(bad, int(batches.source.sizes.sum()), max_bad)
     if outside:
         raise ValueError(f"{outside} labels are over {logits.shape[2] - 1}, the last class")
-    return [(one / max(1, count), five / max(1, count)) for one, five in hits.tolist()], count
+    return [(one / max(1, count), five / max(1, count)) for one, five in hits], count
 
 
 def show_autoencoder(weights, run):
-    """Show the result of stage 1: reconstructions and, if there are labels, the linear probe.
-
-    weights: of an MAE; run: stage 1's arguments. Unreadable data is reported and never fatal.
-    """
+    """Show the result of stage 1: reconstructions and, with labels, the linear probe.
+    Unreadable data is reported, and is not fatal."""
     autoencoder = MAE(**run.config).eval()
     autoencoder.load_state_dict(weights)
     options = {"workers": run.workers, "max_bad": run.max_bad, "device": run.device}
@@ -315,23 +318,24 @@ def show_autoencoder(weights, run):
 
 
 # -------------------------------------------------------------------------------------------- tasks
-# Each: (model, sources: train and val or the only one, arguments, extract) -> results.
+# Each: (model, sources: [train, val] or the only one, arguments, extract) -> {metric: value}.
 
 
 def knn(model, sources, run, extract):
-    x, x_test, y, y_test, classes = labelled_features(model, sources, run, extract)
+    x, x_test, y, y_test, classes = train_and_val(model, sources, run, extract)
     votes = nearest(x, y, x_test, classes)
     votes = votes.masked_fill(votes == 0, -torch.inf)
     top1, top5 = (accuracy(votes, y_test, k) for k in (1, 5))
-    print(f"knn (k = {NEIGHBOURS}, cosine), {run.pool} pooling: top-1 {top1:.2%}, top-5 {top5:.2%}")
+    title = f"knn (k = {NEIGHBOURS}, cosine), {run.pool} pooling"
+    print(f"{title}: top-1 {top1:.2%}, top-5 {top5:.2%}")
     return {"top1": top1, "top5": top5}
 
 
 def fewshot(model, sources, run, extract):
     from tasks.lowshot import few_shot_split
 
-    x, x_test, y, y_test, classes = labelled_features(model, sources, run, extract)
-    result = {"top1": {}, "top1_std": {}, "top5": {}}
+    x, x_test, y, y_test, classes = train_and_val(model, sources, run, extract)
+    result = {"top1": {}, "top1_std": {}, "top5": {}}  # each {shots: fraction}
     print(f"ridge (L2 = {RIDGE:g}), {run.pool} pooling; shots are drawn with seeds 0 to 4")
     print("shots     top-1 (std)        top-5")
     for shots in run.shots:
@@ -340,39 +344,28 @@ def fewshot(model, sources, run, extract):
             chosen = slice(None) if shots == "all" else few_shot_split(y, int(shots), seed)
             scores = ridge(x[chosen], y[chosen], x_test, classes)
             tops.append([accuracy(scores, y_test, k) for k in (1, 5)])
-        (top1, top5), std = np.mean(tops, axis=0).tolist(), float(np.std(tops, axis=0)[0])
-        result["top1"][shots], result["top1_std"][shots], result["top5"][shots] = top1, std, top5
+        top1, top5 = np.mean(tops, axis=0).tolist()
+        std = np.std(tops, axis=0).tolist()[0]
+        for name, value in zip(result, (top1, std, top5)):
+            result[name][shots] = value
         print(f"{shots:>5}   {top1:7.2%} ({std:.2%})   {top5:7.2%}")
     return result
 
 
-def labelled_features(model, sources, run, extract):
+def train_and_val(model, sources, run, extract):
     """Standardised features of train and of val, their labels, and the number of classes."""
     if len(sources) == 1:
         raise ValueError(f"{run.data} has no train/ and val/: give the latter as --val-data")
     if (sources[0].classes is None) != (sources[1].classes is None):
-        why = "only one of --data and --val-data names its classes"
-        raise ValueError(f"{why}: they cannot be matched")
-    features, labels = [], []
-    for source in sources:
-        x, y, _ = extract({"": pooled(model, run.pool)}, source, model.config)
-        known = y >= 0
-        check_labels(int(known.sum()), len(known), source, "samples without a label")
-        features.append(x[""][known])
-        labels.append(y[known])
-    classes = int(max(y.max() for y in labels)) + 1
+        raise ValueError("--data or --val-data names no classes: they cannot be matched")
+    functions = {"": pooled(model, run.pool)}
+    features = partial(labelled_features, functions, config=model.config, extract=extract)
+    (x, y), (x_test, y_test) = map(features, sources)
+    classes = int(max(y.max(), y_test.max())) + 1
     if classes > 1_000_000:
         raise ValueError(f"there is a label {classes - 1}: classes are numbered from 0")
-    print(f"{len(labels[0])} train and {len(labels[1])} val samples, {classes} classes")
-    return *standardize(*features), *labels, classes
-
-
-def check_labels(known, total, source, what):
-    """Print how many of `total` samples are left out, or raise ValueError if none is known."""
-    if not known:
-        raise ValueError(f"no labels in {source.identity}: want class folders or .cls files")
-    if known < total:
-        print(f"{total - known} {what} are left out")
+    print(f"{len(y)} train and {len(y_test)} val samples, {classes} classes")
+    return *standardize(x[""], x_test[""]), y, y_test, classes
 
 
 def classify(model, sources, run, extract, scores=None, what="pictures"):
@@ -390,20 +383,22 @@ def classify(model, sources, run, extract, scores=None, what="pictures"):
     if not (names and source.classes or run.label_map or run.real_labels):
         names = names_of_list(model.classes, source.classes)
         if not names:
-            why = f"the model has {model.classes} classes and no names for them"
-            raise ValueError(f"{why}, the data has {len(source.classes)}: give --label-map")
+            raise ValueError(
+                f"the model has {model.classes} classes and no names for them, the data has "
+                f"{len(source.classes)}: give --label-map"
+            )
     say_same_names(run.checkpoint, [[name] for name in names or ()])
-    function = lambda images: best_five((scores or model)(images))
-    found, labels, numbers = extract({"": function}, source, model.config, centre=run.val_crop)
-    found = found[""]  # (n, 6): five classes, the probability of the first
+    functions = {"": lambda images: best_five((scores or model)(images))}
+    found, labels, numbers = extract(functions, source, model.config, centre=run.val_crop)
+    best, confidence = found[""][:, :-1].long().tolist(), found[""][:, -1].tolist()
     if run.real_labels:
         files = [source.name(number) for number in numbers.tolist()]
         answers = real_answers(run.real_labels, files, model.classes)
     else:
-        answers = right_answers(names, model.classes, source, labels.tolist(), run.label_map)
+        labels = labels.tolist()
+        answers = right_answers(names, model.classes, source, labels, run.label_map)
     counted = [i for i, right in enumerate(answers) if right]
     check_labels(len(counted), len(answers), source, f"{what} without a right answer")
-    best = found[:, :-1].long().tolist()
     wrong = [i for i in counted if best[i][0] not in answers[i]]
     top1 = (len(counted) - len(wrong)) / len(counted)
     top5 = sum(not answers[i].isdisjoint(best[i]) for i in counted) / len(counted)
@@ -416,11 +411,12 @@ def classify(model, sources, run, extract, scores=None, what="pictures"):
             table[truth, best[i][0]] += 1
         draw_confusion(table, names, run.confusion)
     if run.mistakes and distributed()[0] == 0:
-        wrong = sorted(wrong, key=lambda i: -found[i, -1])[: run.count]
-        lines = [
-            f"{names[best[i][0]]} ({found[i, -1]:.0%}), is {names[min(answers[i])]}" for i in wrong
-        ]
+        wrong = sorted(wrong, key=lambda i: -confidence[i])[: run.count]
         mistakes = Subset(source, numbers[wrong].tolist())
+        lines = []
+        for i in wrong:
+            answer, truth = names[best[i][0]], names[min(answers[i])]
+            lines.append(f"{answer} ({confidence[i]:.0%}), is {truth}")
         draw_mistakes(mistakes, lines, model.config, run.mistakes)
     return {"top1": top1, "top5": top5, what: len(counted)}
 
@@ -433,13 +429,12 @@ def video(model, sources, run, extract):
     make = partial(make_clips, clips=Clips(model.config["frames"], *views))
     batch_size = max(1, run.batch_size // (run.clips * run.crops))
     extract = partial(extract, make=make, batch_size=batch_size)
-    run.border = run.real_labels = run.mistakes = None  # flags of --task classify
     return classify(model, sources, run, extract, over_views(model), "videos")
 
 
 def best_five(logits):
-    """(b, classes) -> (b, 6): the five best classes (or as many as there are) and the probability
-    of the first. Class numbers are exact in float32 up to 2^24."""
+    """(b, classes) -> (b, 6): the five best classes (or as many as there are) and the
+    probability of the first. Class numbers are exact in float32 up to 2^24."""
     best = logits.float().softmax(dim=1).topk(min(5, logits.shape[1]))
     return torch.cat([best.indices.float(), best.values[:, :1]], dim=1)
 
@@ -462,13 +457,14 @@ def features(model, sources, run, extract):
         raise ValueError(f"{out} exists: choose another --out")
     if run.split == "val" and len(sources) == 1:
         raise ValueError(f"{run.data} has no val/: say --split train")
-    source, function = sources[run.split == "val"], {"": pooled(model, run.pool)}
-    x, labels, numbers = extract(function, source, model.config)
-    x, keys = x[""].numpy(), [source.name(number) for number in numbers.tolist()]
+    source = sources[run.split == "val"]
+    x, labels, numbers = extract({"": pooled(model, run.pool)}, source, model.config)
+    x, labels = x[""].numpy(), labels.numpy()
+    keys = [source.name(number) for number in numbers.tolist()]
+    classes = np.array(sources[0].classes or [], dtype=str)
     if distributed()[0] == 0:
         with open(f"{out}.tmp", "wb") as file:
-            classes = np.array(sources[0].classes or [], dtype=str)
-            np.savez(file, features=x, keys=keys, labels=labels.numpy(), classes=classes)
+            np.savez(file, features=x, keys=keys, labels=labels, classes=classes)
         os.replace(f"{out}.tmp", out)
     print(f"wrote {out}: features {x.shape}, keys, labels, classes")
     return {"samples": len(keys), "width": x.shape[1], "out": str(out)}
@@ -487,23 +483,26 @@ def attention(model, sources, run, extract):
     return {"out": str(path)}
 
 
-OWN_TASKS = {"classify": classify, "video": video, "knn": knn, "fewshot": fewshot}
-OWN_TASKS |= {"features": features, "reconstruct": reconstruct, "attention": attention}
+OWN_TASKS = (classify, video, knn, fewshot, features, reconstruct, attention)
+OWN_TASKS = {task.__name__: task for task in OWN_TASKS}
 TASKS = [*OWN_TASKS, "zeroshot", "retrieval", "detect"]
 
 
 def measure(model, sources, run):
-    """The results of a task, {name: value}. Tasks with a file of their own are imported here."""
+    """The results of a task, {metric: value}. Tasks with a file are imported here."""
+    options = {"batch_size": run.batch_size, "workers": run.workers}
+    options |= {"device": run.device, "max_bad": run.max_bad}
+    bound = partial(extract, **options)
+    if run.task in OWN_TASKS:
+        return OWN_TASKS[run.task](model, sources, run, bound)
     if run.task == "detect":
         from tasks.detect import task_detect
 
-        # Biases of attention grow with the square of the image's area, so that fewer fit.
+        # Biases of attention grow with the square of the image's area: fewer images fit.
         area = math.prod(pair(model.config["image_size"])) if model else 1
-        run.options["batch_size"] = math.ceil(run.batch_size * min(1, 224**2 / area))
+        fitting = math.ceil(run.batch_size * min(1, 224**2 / area))
+        run.options = options | {"batch_size": fitting}
         return task_detect(model, sources, run)
-    bound = partial(extract, **run.options)
-    if run.task in OWN_TASKS:
-        return OWN_TASKS[run.task](model, sources, run, bound)
     from tasks.lit import recall_table, retrieval, tokenizer_for, zeroshot
 
     tokenizer = tokenizer_for(run.tokenizer, model.config["text"])
@@ -518,14 +517,12 @@ def measure(model, sources, run):
 # ------------------------------------------------------------------------------------------- models
 
 
-def load_model(
-    path, task, device, heads=None, image_size=None, entry=None, mask_ratio=None, raw_pixels=None
-):
+def load_model(path, task, device, heads=None, image_size=None, entry=None, **of_mae):
     """Load a checkpoint for a task: (model in inference mode, a line on its weights).
 
     heads, image_size, entry: see read_weights; positions are resampled to the image_size.
-    mask_ratio, raw_pixels: of an MAE, instead of the checkpoint's. The model of detections in a
-    .json is None.
+    of_mae: arguments of an MAE, instead of the checkpoint's. The model of a .json file of
+    detections is None.
     """
     if task == "detect":
         from tasks.detect import Detector, read_detector
@@ -543,19 +540,14 @@ def load_model(
         from tasks.lit import build_towers
 
         model = build_towers(path, state, config)
-    elif task == "video":
-        from tasks.video import VideoClassifier
-
-        model = build_classifier(path, state, config, task, VideoClassifier)
-    elif task == "classify":
-        model = build_classifier(path, state, config, task, Classifier)
+    elif task in ("classify", "video"):
+        model = build_classifier(path, state, config, task)
     elif task == "reconstruct":
         if "decoder" not in config:
             raise ValueError(f"{path} has no decoder: --task reconstruct needs stage 1's model.pt")
-        config |= {} if mask_ratio is None else {"mask_ratio": mask_ratio}
-        config |= {} if raw_pixels is None else {"normalize_targets": not raw_pixels}
+        config |= of_mae
         if "normalize_targets" not in config:
-            print("what was predicted is taken for normalised patches: if it was not, --raw-pixels")
+            print("targets are taken for normalised patches: if they were not, --raw-pixels")
         model = MAE(**config)
     else:
         model = ViT(**encoder_config(config))
@@ -563,18 +555,24 @@ def load_model(
     return model.to(device).eval(), line
 
 
-def build_classifier(path, state, config, task, kind):
-    """A Classifier or VideoClassifier for these weights. ValueError if they are not of its kind."""
+def build_classifier(path, state, config, task):
+    """A Classifier or VideoClassifier for these weights. ValueError if they are of another."""
     if "head.weight" not in state:
         raise ValueError(f"{path} has no head: --task {task} needs one, finetune.py makes it")
     if (task == "video") != ("frames" in config):
         wanted = "video" if "frames" in config else "classify"
         raise ValueError(f"{path} has a head for --task {wanted}, not {task}")
+    kind = Classifier
+    if task == "video":
+        from tasks.video import VideoClassifier
+
+        kind = VideoClassifier
     names = ("class_names", "frames", "relative_positions")
-    arguments = encoder_config(config) | {name: config[name] for name in names if name in config}
+    arguments = {name: config[name] for name in names if name in config}
     arguments["pool"] = config.get("pool", "mean" if "fc_norm.weight" in state else "cls")
-    model = kind(classes=len(state["head.weight"]), **arguments)
-    model.config |= {"val_crop": config["val_crop"]} if "val_crop" in config else {}
+    model = kind(classes=len(state["head.weight"]), **encoder_config(config), **arguments)
+    if "val_crop" in config:
+        model.config["val_crop"] = config["val_crop"]
     return model
 
 
@@ -591,7 +589,7 @@ def add_flags(parser, task):
         add("--labels", help="of --data: .csv (path,class), .jsonl, iNaturalist's .json")
         add("--val-labels", help="of val (paths in --val-data or, without it, --data)")
     if task in ("knn", "fewshot", "features"):
-        add("--pool", choices=("cls", "mean"), default="mean", help="of the tokens (mean)")
+        add("--pool", choices=("cls", "mean"), default="mean", help="the tokens (mean)")
     if task in ("classify", "video", "zeroshot", "retrieval"):
         crop = None if task == "classify" else 1.0
         add("--val-crop", type=fraction, default=crop, help="centre; 0: all, squashed")
@@ -600,7 +598,7 @@ def add_flags(parser, task):
 
         add("--shots", type=shot_list, default="1,5,10,all", help="per class")
     if task == "features":
-        add("--split", choices=("train", "val"), default="val", help="whose features (val)")
+        add("--split", choices=("train", "val"), default="val", help="to read (val)")
     if task in ("features", "reconstruct", "attention"):
         add("--out", type=in_folder, help="features.npz, or a PNG beside the checkpoint")
     if task in ("reconstruct", "attention", "classify", "detect"):
@@ -621,6 +619,7 @@ def add_flags(parser, task):
         from tasks.video import add_view_flags
 
         add_view_flags(parser)
+        parser.set_defaults(border=0, real_labels=None, mistakes=None)  # as classify
     if task == "detect":
         from tasks.detect import add_result_flags
 
@@ -636,36 +635,21 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("--task", required=True, choices=TASKS)
     add("--checkpoint", required=True, help="model.pt of any stage, or a public checkpoint")
-    add("--data", default="toy", help="folder with train/ and val/, tar shards, or toy (toy)")
+    add("--data", default="toy", help="folder with train/ and val/, shards, or toy (toy)")
     add("--val-data", help="val images, if --data has train only")
-    add("--cache-dir", help="folder for remote shards (of yours, among the temporary files)")
+    add("--cache-dir", help="folder for remote shards (among the temporary files)")
     add("--cache-size", default="20G", help="the most that it holds, like 500G (20G)")
     add("--batch-size", type=number(int, 1, 2**20), default=64, help="at once (64)")
     add("--workers", type=int, help="loader processes (the cores left)")
     add("--max-bad", type=fraction, default=0.01, help="unreadable fraction (0.01)")
     add("--max-pixels", type=pixel_limit, default=MAX_PIXELS, help="of an image (89 million)")
+    parser.set_defaults(plan=False, gpus=None, precision=None, caption_key="caption")
     run = parse_for_task(parser, TASKS, add_flags, argv)
     if run.task == "video" and run.crops > 1 and run.val_crop == 0:
         parser.error("--val-crop 0 is the whole picture: give --crops 1, too")
     if run.task == "classify" and run.real_labels and run.label_map:
         parser.error("--real-labels says which classes are right: leave --label-map out")
     return run
-
-
-def start(run):
-    """Join the processes that torchrun started; set run.device and run.options, see extract."""
-    launched = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    rank, processes, local, here = (int(os.environ.get(n, launched[n])) for n in launched)
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (only the first process prints)
-    kind = (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
-    run.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    if processes > 1:
-        if run.task in ("reconstruct", "attention"):
-            raise ValueError(f"--task {run.task} draws on one process: leave torchrun out")
-        dist.init_process_group("gloo")  # only features on the CPU are exchanged
-    run.options = {"batch_size": run.batch_size, "workers": loader_workers(run.workers, here)}
-    run.options |= {"device": run.device, "max_bad": run.max_bad}
 
 
 def open_data(run, size):
@@ -675,29 +659,33 @@ def open_data(run, size):
 
         return [scenes_to_measure(run.val_data or run.data, size[0])]
     options = {"cache": (run.cache_dir, run.cache_size), "videos": run.task == "video"}
-    options["caption_key"] = vars(run).get("caption_key", "caption")
+    options["caption_key"] = run.caption_key
     labels = run.labels, run.val_labels
     train, val = open_sources(run.data, run.val_data, size, *labels, **options)
     return [train, val] if val else [train]
 
 
-OF_MODEL = ("heads", "image_size", "entry", "mask_ratio", "raw_pixels")
-
-
 def main(argv=None):
     run = parse_arguments(argv)
-    with report_errors("evaluate.py"):
-        start(run)
-        given = {name: value for name, value in vars(run).items() if name in OF_MODEL}
+    with launch.report_errors("evaluate.py"):
+        launch.place(run)
+        if run.process:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (only the first process prints)
+        run.workers = loader_workers(run.workers, run.processes_here)
+        if run.processes > 1 and run.task in ("reconstruct", "attention"):
+            raise ValueError(f"--task {run.task} draws on one process: leave torchrun out")
+        launch.begin(run)
+        if vars(run).get("raw_pixels") is not None:
+            run.normalize_targets = not run.raw_pixels
+        names = ("heads", "image_size", "entry", "mask_ratio", "normalize_targets")
+        given = {name: vars(run)[name] for name in names if vars(run).get(name) is not None}
         model, line = load_model(run.checkpoint, run.task, run.device, **given)
         print(line)
         limit_pixels(run.max_pixels)
         sources = open_data(run, pair(model.config["image_size"] if model else 128))
         result = measure(model, sources, run)
-    print(json.dumps({"task": run.task, **result}))
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+        print(json.dumps({"task": run.task, **result}))
+        launch.end(run)
 
 
 if __name__ == "__main__":

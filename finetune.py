@@ -1,27 +1,28 @@
-"""Stage 3: transfer. The pretrained encoder learns a task with labels, and is measured on it.
+"""Stage 3: transfer. The pretrained encoder learns a task with labels and is measured.
 
-Laptop       python finetune.py --task classify --init runs/weak/model.pt        # toy world
+Laptop       python finetune.py --task classify --init runs/weak/model.pt    # toy world
              python finetune.py --task linear   --init runs/weak/model.pt --data DIR
-             python finetune.py --task lowshot  --init runs/weak/model.pt --data DIR --shots 1,5,10
-             python finetune.py --task lit      --init runs/weak/model.pt        # toy captions
+             python finetune.py --task lowshot  --init runs/weak/model.pt --data DIR
+             python finetune.py --task lit      --init runs/weak/model.pt    # toy captions
              python finetune.py --task detect   --init runs/mae/model.pt --data COCO_DIR
-             python finetune.py --task video    --init runs/weak/model.pt        # toy motion
-One node     torchrun --nproc-per-node 8 finetune.py --task classify --init maws.pt --data DIR
-Many nodes   torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500
-                 finetune.py --task classify --init maws.pt --data 'train/*.tar' --val-data ...
+             python finetune.py --task video    --init runs/weak/model.pt    # toy motion
+One node     torchrun --nproc-per-node 8 finetune.py --task classify --data DIR ...
+Many nodes   torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d
+                 --rdzv-endpoint HOST:29500 finetune.py --task classify
+                 --init maws.pt --data 'train/*.tar' --val-data 'val/*.tar'
 Resume       the same command again continues, exactly, from the last checkpoint in --out
 
-classify  trains every weight, by the public MAE code's recipe (FINETUNE.md there)
-linear    trains linear heads on the frozen encoder, one for each learning rate, in one pass
-lowshot   K pictures of each class, five draws: prompts in the frozen encoder (VPT, arXiv
-          2203.12119), and logistic regression on its features
-detect    boxes and masks: ViTDet's Cascade Mask R-CNN on the same encoder
-lit       trains a text tower beside the frozen encoder on pairs of picture and caption (LiT, arXiv
-          2111.07991). evaluate.py --task zeroshot then recognises classes by their names
-video     as classify, on clips: two frames share a token, and positions are relative as well
+classify  trains every weight by the public MAE code's recipe (FINETUNE.md there)
+linear    trains linear heads on the frozen encoder, one per learning rate, in one pass
+lowshot   fits K pictures of each class, in five draws: prompts in the frozen encoder
+          (VPT, arXiv 2203.12119), and logistic regression on its features
+detect    finds boxes and masks: ViTDet's Cascade Mask R-CNN on the same encoder
+lit       trains a text tower beside the frozen encoder on pictures and captions (LiT,
+          arXiv 2111.07991); evaluate.py --task zeroshot then names classes
+video     classifies clips: two frames share a token, and positions are also relative
 
-classify and linear are below, the others in tasks/: load_task says how to add one. Whatever is
-chosen (a learning rate, a penalty) is chosen on a slice of the training data, never on val.
+classify and linear are below, the others in tasks/. load_task says how to add one. Every
+choice (a learning rate, a penalty) is made on a slice of the training data, never on val.
 """
 
 import copy
@@ -31,16 +32,14 @@ import math
 import os
 import shlex
 import sys
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
-# On a CPU, OpenMP's idle threads spin: on two cores, one busy loader process then makes two
-# training threads ten times slower than one. Passive ones sleep. Said before torch is loaded.
+# Before torch is loaded: see mae_pretrain.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.elastic.multiprocessing import errors
@@ -49,6 +48,7 @@ import data
 import evaluate
 import kernels
 import model as models
+from evaluate import sum_over_processes
 from support import flags, launch
 from support.checkpoints import find_checkpoint
 from support.formats import inherit
@@ -66,8 +66,8 @@ from support.plan import (
 from tasks import augment
 from tasks.augment import Recipe
 
-# B, L and H: the public MAE code's FINETUNE.md. The paper does not tell those of 2B and 6.5B. They
-# get H's: our choice, as toy's are.
+# B, L and H: the public MAE code's FINETUNE.md. 2B and 6.5B get H's (the paper does not
+# tell theirs): our choice, as toy's is.
 RECIPES = {
     "B": Recipe(1024, 5e-4, 100, 0.65, 0.1),
     "L": Recipe(1024, 1e-3, 50, 0.75, 0.2),
@@ -75,33 +75,36 @@ RECIPES = {
     "toy": Recipe(64, 4e-3, 100, 0.75, 0.0),
 }
 RECIPES |= {"2B": RECIPES["H"], "6.5B": RECIPES["H"]}
-# Learning rates of linear's heads, for a batch of 256 (our choice; SWAG's lies among them).
+# Learning rates of linear's heads, for a batch of 256 (our choice, around SWAG's).
 LINEAR_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+ACCURACY = {"top1": "top-1 {:.1%}", "top5": "top-5 {:.1%}"}  # in the step line
 
 
 # ------------------------------------------------------------------------------------- the dispatch
 
 TASKS = ("classify", "linear", "lowshot", "lit", "video", "detect")
+Task = namedtuple("Task", ("add_flags", "prepare", "main"))
 
 
 def load_task(name):
-    """The three functions of a task: those of tasks/NAME.py, or a namespace below.
+    """The functions of a task: a Task, or the module tasks/NAME.py.
 
-    add_flags(groups)       adds the task's flags to {title: group of flags}: see flags.make_parser
-                            The functions below read those of flags.add_label_flags, and train
-                            those of flags.add_resume_flags: call both
-    prepare(run, finetune)  opens weights and data (read_init and open_pictures or open_labelled do)
-                            and checks the flags. Sets run.classes, if open_labelled has not, and
-                            makes a run.val where there is none: see data.hold_out. Returns the
-                            recipe: all settings that decide the results, {name: value if it is not
-                            given}, with batch_size, epochs and warmup
-    main(run, finetune)     builds a model, calls train, measures, and calls finish. A metric is
-                            shown in the step line if it is in SHOWN
+    add_flags(groups)       Add the task's flags to {title: group of flags}. open_pictures
+                            reads those of flags.add_label_flags, train those of
+                            flags.add_resume_flags.
+    prepare(run, finetune)  Check the flags; open weights and data: see read_init, open_*.
+                            Set run.classes and run.val. Return the recipe, {name: default}
+                            of the settings that decide the results, with batch_size,
+                            epochs and warmup.
+    main(run, finetune)     Build a model, call train, measure, and call finish.
 
-    run has the flags as attributes, and what the functions add. finetune is this module: tasks/
-    cannot import it. To add a task, write the file and add its name to TASKS.
+    run has the flags as attributes. finetune is this module: tasks/ cannot import it. To
+    add a task, write its file and add its name to TASKS.
     """
-    own = {"classify": CLASSIFY, "linear": LINEAR}
+    own = {
+        "classify": Task(add_classify_flags, prepare_classify, classify),
+        "linear": Task(add_linear_flags, prepare_linear, linear),
+    }
     return own.get(name) or importlib.import_module(f"tasks.{name}")
 
 
@@ -110,20 +113,11 @@ def load_task(name):
 
 def parse_arguments(argv):
     parser = flags.make_parser("finetune.py", "Stage 3.")
+    groups = parser.groups
     parser.add_argument("--task", required=True, choices=TASKS)
-    parser.set_defaults(plan=False, gpus=None, cuda_graph=False)
-    add_common_flags(parser.groups)
-    add_flags = lambda parser, task: load_task(task).add_flags(parser.groups)
-    run = flags.parse_for_task(parser, TASKS, add_flags, argv)
-    run.out = run.out or Path("runs", run.task)
-    return run
-
-
-def add_common_flags(groups):
-    """Add the flags that every task has."""
     add = groups["data"].add_argument
-    add("--data", help="a folder with train/ and val/, tar shards, or toy (toy); see the README")
-    add("--val-data", help="pictures to measure on, if --data holds only those to train on")
+    add("--data", help="a folder with train/ and val/, tar shards, or toy (toy)")
+    add("--val-data", help="pictures to measure on, if --data is for training only")
     add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (that of --init)")
     add = groups["model"].add_argument
     add("--init", help="weights to start from: a model.pt or a public checkpoint")
@@ -132,94 +126,94 @@ def add_common_flags(groups):
     add("--warmup", type=flags.fraction, help="share of the steps (the recipe's)")
     flags.add_length_flags(groups, "(the recipe's; toy: fewer)", "instead of --epochs")
     flags.add_flags(groups, None, "the recipe's", "weights, order and augmentation")
+    parser.set_defaults(plan=False, gpus=None)  # for tasks without these flags
+    add_flags = lambda parser, task: load_task(task).add_flags(parser.groups)
+    run = flags.parse_for_task(parser, TASKS, add_flags, argv)
+    run.out = run.out or Path("runs", run.task)
+    return run
 
 
 # -------------------------------------------------------------------------------------- preparation
 
 
 def prepare(run):
-    """Settle what the arguments leave open, and open the data. ValueError says what is unusable."""
-    # ------------------------------------------------------------------------------------ runtime
-    if run.data == "":  # of a variable that is not set, say
+    """Settle what the arguments leave open, in `run` itself, and open the data.
+
+    Raises ValueError if an argument is unusable.
+    """
+    if run.data == "":  # a variable of the shell that is not set
         raise ValueError("--data is empty: leave it out for the toy world")
     kind = launch.place(run)
-    kernels.forced()  # a wrong ATTENTION in the environment is found here, not after loading
+    kernels.forced()  # a wrong ATTENTION in the environment is refused before loading
     run.compile = compiles(kind) if run.compile is None else run.compile
     run.workers = loader_workers(run.workers, run.processes_here)
     data.limit_pixels(run.max_pixels)
-    run.identity = {"stage": "finetune"}
 
-    # ---------------------------------------------------------------- weights, data and the recipe
+    run.identity = {"stage": "finetune", "task": run.task}
     recipe = load_task(run.task).prepare(run, THIS)
-    recipe.setdefault("pool", "cls")
-    recipe.setdefault("val_crop", evaluate.usual_crop(run.image_size))
+    recipe = {"pool": "cls", "val_crop": evaluate.usual_crop(run.image_size), **recipe}
     samples = int(run.train.sizes.sum())
     if run.samples:
         run.epochs = run.samples / samples
-    for name, value in recipe.items():
+    for name, default in recipe.items():
         if vars(run).get(name) is None:
-            setattr(run, name, value)
+            setattr(run, name, default)
     if run.batch_size % 2 or (run.micro_batch or 2) % 2:
         raise ValueError(
-            f"--batch-size {run.batch_size}, --micro-batch {run.micro_batch}: want even numbers "
-            "(mixup needs pairs)"
+            f"--batch-size {run.batch_size}, --micro-batch {run.micro_batch}: want even "
+            "numbers (mixup needs pairs)"
         )
     run.steps = run.steps or math.ceil(run.epochs * samples / run.batch_size)
 
-    # ------------------------------------------------------------------------- what is the same run
+    # What must not change when the run goes on.
+    settings = ("seed", "precision", "classes", *recipe)
+    run.identity |= {name: getattr(run, name) for name in settings}
     run.identity |= {"data": run.train.identity, "val": run.val.identity}
-    run.identity |= {"model": run.config, "init": run.origin}
-    same = ("task", "seed", "precision", "classes", *recipe)
-    run.identity |= {name: getattr(run, name) for name in same}
-    usual = run.max_pixels == data.MAX_PIXELS  # as in runs from before there was this flag: None
-    run.identity["max_pixels"] = None if usual else run.max_pixels
-    run.identity = json.loads(json.dumps(run.identity))  # as it will be read again
+    run.identity |= {"model": run.config, "init": run.fingerprint}
+    usual = run.max_pixels == data.MAX_PIXELS
+    run.identity["max_pixels"] = None if usual else run.max_pixels  # as before the flag
+    run.identity = json.loads(json.dumps(run.identity))  # as it is read again
 
 
 def read_init(run, config=(), read=models.read_weights):
-    """Read the weights in --init: run.weights, config, origin, classes_of_head and pool_of_init.
+    """Read --init: run.weights and their fingerprint, config, image_size, and of a head
+    in it classes_of_head and pool_of_init. Without --init, the weights are None.
 
     config: names of entries that the task's model has beside a ViT's. read: see inherit
     """
-    names = ("size", "patch_size", "image_size")
-    given = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
+    given = {"size": run.size, "patch_size": run.patch_size, "image_size": run.image_size}
+    given = {name: value for name, value in given.items() if value is not None}
     if not run.init:
         side = 48 if run.size in (None, "toy") else 224
-        given = {"size": "toy", "image_size": side, "channels": 3, **given}
-    names += ("channels", "positions", "norm_eps", "class_names", "pool", *config)
+        given = {"size": "toy", "image_size": side, "channels": 3} | given
+    names = ("size", "patch_size", "image_size", "channels", "positions", "norm_eps")
+    names += ("class_names", "pool", *config)
     inherited = inherit(run.init, given, names, run.heads, read, run.entry)
-    run.weights, run.config, run.origin = inherited
+    run.weights, run.config, run.fingerprint = inherited
     run.classes_of_head = run.config.pop("class_names", None)
     run.pool_of_init = run.config.pop("pool", None)
     run.image_size = models.pair(run.config["image_size"])
     data.check_channels(run.config["channels"])
 
 
-def open_pictures(run, caption_key="caption", videos=False):
-    """Open the sources run.train and run.val: see data.open_sources. run.val may be None.
+def open_pictures(run, **options):
+    """Open run.train and run.val, which may be None. options: of data.open_sources.
 
-    run.toy: True if the toy recipes hold, those of the toy size on the toy world.
+    run.toy: True for the toy size on the toy world, which has recipes of its own.
     """
-    run.train, run.val = data.open_sources(
-        run.data or "toy",
-        run.val_data,
-        run.image_size,
-        run.labels,
-        run.val_labels,
-        cache=(run.cache_dir, run.cache_size),
-        caption_key=caption_key,
-        videos=videos,
-    )
+    where = run.data or "toy", run.val_data, run.image_size, run.labels, run.val_labels
+    cache = run.cache_dir, run.cache_size
+    run.train, run.val = data.open_sources(*where, cache=cache, **options)
     run.toy = run.train.endless and run.config["size"] == "toy"
 
 
-def open_labelled(run, hold_out=False, videos=False):
-    """Open the sources of a task that learns labels: run.train, run.val and run.classes.
+def open_labelled(run, hold_out=False, **options):
+    """Open the data of a task that learns labels: run.train, run.val and run.classes.
 
-    hold_out: keep a slice of train, run.slice, to choose a learning rate on. run.make(sample, key)
-    gives a row of labelled pictures, and run.eval_batch of them are measured at once on a process.
+    hold_out: keep a slice of train, run.slice, to choose a learning rate on.
+    run.make(sample, key) gives a row; run.eval_batch rows are measured at once.
     """
-    open_pictures(run, videos=videos)
+    open_pictures(run, **options)
     settle_classes(run)
     if run.val.endless:
         run.val = data.Subset(run.val, range(1024))
@@ -228,7 +222,7 @@ def open_labelled(run, hold_out=False, videos=False):
         run.train, run.slice = data.hold_out(run.train, None, 10_000)
         if not run.slice.sizes.any():
             raise ValueError("train is too small: a twentieth of it is needed to choose on")
-    if not run.plan:  # else it would be found after a tenth of the training
+    if not run.plan:  # before the training, not when it is measured
         labels = all_labels(run.val)
         if not (labels >= 0).any():
             raise ValueError(f"no labels in {run.val.identity}")
@@ -242,15 +236,15 @@ def open_labelled(run, hold_out=False, videos=False):
 # -------------------------------------------------------------------------------- models, optimizer
 
 
-def build_classifier(run, kind=models.Classifier, head_std=2e-5, drop_path=0.0):
+def build_classifier(run, kind=models.Classifier, **options):
     """A classifier of run.classes on the meta device: shapes without memory."""
-    facts = {"classes": run.classes, "class_names": run.train.classes, "pool": run.pool}
+    options = {"head_std": 2e-5, "pool": run.pool, "classes": run.classes, **options}
     with torch.device("meta"):
-        return kind(head_std=head_std, drop_path=drop_path, **facts, **run.config)
+        return kind(class_names=run.train.classes, **options, **run.config)
 
 
 def load_init(run, model, keep_head=False):
-    """Move a model from the meta device to the CPU: initialised, and with the weights of --init."""
+    """Move a model from the meta device to the CPU, with weights of --init or new ones."""
     model = model.to_empty(device="cpu")
     models.initialize(model, run.seed)
     if run.weights:
@@ -259,23 +253,24 @@ def load_init(run, model, keep_head=False):
 
 
 def layer_groups(model, weight_decay, layer_decay, floor=0.0, all_decayed=False):
-    """Parameter groups with lr_scale = layer_decay ^ (layers + 1 - layer), at least `floor`.
+    """Parameter groups with lr_scale = layer_decay ^ (last - layer), at least `floor`.
 
-    As in the public MAE code, layer 0 is the patch embedding, the class token and the positions,
-    block i is layer i + 1, the last norm and the head are layers + 1. 1-D parameters, tokens and
-    positions (also relative ones, as in MViT's code) have no weight decay, unless all_decayed.
+    As in the public MAE code, layer 0 is the patch embedding, the class token and the
+    positions, block i is layer i + 1, and the last layer is the last norm and the head.
+    1-D parameters, tokens and positions (also relative ones, as in MViT's code) have no
+    weight decay, unless all_decayed.
     """
-    groups, first = {}, ("cls_token", "pos_embed", "time_embed")
+    groups, last, first = {}, model.layers + 1, ("cls_token", "pos_embed", "time_embed")
     for name, parameter in model.named_parameters():
-        layer, name = model.layers + 1, name.removeprefix("trunk.")
+        layer, name = last, name.removeprefix("trunk.")
         if name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
         elif name in first or name.startswith("patch_embed."):
             layer = 0
         decayed = parameter.ndim > 1 and name not in first and ".rel_pos_" not in name
         decay = weight_decay if decayed or all_decayed else 0
-        group = {"params": [], "weight_decay": decay}
-        group["lr_scale"] = max(floor, layer_decay ** (model.layers + 1 - layer))
+        lr_scale = max(floor, layer_decay ** (last - layer))
+        group = {"params": [], "weight_decay": decay, "lr_scale": lr_scale}
         if parameter.requires_grad:
             groups.setdefault((layer, decay), group)["params"].append(parameter)
     return list(groups.values())
@@ -291,7 +286,11 @@ def adamw(groups, run):
 
 
 def learn_labels(run, model, micro_batches, totals):
-    """Forward and backward of a step on labelled pictures or clips: see train."""
+    """Forward and backward of a step on labelled pictures or clips.
+
+    Each batch adds to totals (a launch.Totals) the sum of its losses, over run.batch_size,
+    and the number of its samples that count.
+    """
     for batch in micro_batches:
         images, readable = data.normalize(batch["images"]), batch["weight"]
         labels = batch["labels"]
@@ -310,43 +309,43 @@ def learn_labels(run, model, micro_batches, totals):
 
 
 def cosine(step, steps, warmup):
-    """Linear warm-up, whose first step is not 0, then half a cosine to 0, step by step: a share."""
+    """The fraction of the peak lr: linear warm-up from above 0, then half a cosine."""
     if step < warmup * steps:
         return (step + 1) / (warmup * steps + 1)
     return 0.5 * (1 + math.cos(math.pi * (step / steps - warmup) / (1 - warmup)))
 
 
-def train(run, model, optimizer, make, flops, learn=learn_labels, schedule=cosine, least_lr=0.0,
-          clip=None, order=data.Order, measure=None, methods=(), target=None):  # fmt: skip
-    """Train a model on run.train. Returns True at the end, False if a signal stopped the training.
+def train(run, model, optimizer, make, flops, learn=learn_labels, schedule=cosine,
+          least_lr=0.0, clip=None, order=data.Order, measure=None, shown=(),
+          methods=(), target=None):  # fmt: skip
+    """Train a model on run.train. Return True at the end, False if a signal stopped it.
 
-    It writes checkpoints and metrics.jsonl to run.out, and continues from them if it is repeated.
+    Checkpoints and metrics.jsonl go to run.out; the same call continues from them.
 
     model      an encoder (a models.ViT), or a module with one as its `trunk`
-    optimizer  function of the model. Its groups have an initial_lr, and may have an lr_scale
+    optimizer  function of the model. Groups have an initial_lr, and may have an lr_scale
     make       make(sample, key) gives a row of a batch: see data.Batches
-    flops      of a training step, for an image
-    learn      learn(run, model, micro_batches, totals): forward and backward of a step. The
-               batches come one by one, on the device. Of each, the sum of the losses over
-               run.batch_size goes into totals (a launch.Totals), with the number of samples that
-               count; its backward is of run.processes times as much: see learn_labels
-    schedule   schedule(step, steps, warmup) gives the share of the peak lr
+    flops      of a training step, per image
+    learn      learn(run, model, micro_batches, totals): see learn_labels. The batches come
+               one after the other, on the device
+    schedule   schedule(step, steps, warmup) gives the lr as a fraction of its peak
     least_lr   the lr at the end of the schedule, before lr_scale
-    clip       the largest norm of the gradient; None: any
+    clip       the largest norm of the gradient, or None
     order      function of (sizes, seed, lanes): data.Order, or one with weights
-    measure    function of the model: a dict that is logged with every save
-    methods    names of the model's methods that are called from outside: see models.parallelize
+    measure    function of the model: a dict of metrics, logged with every save
+    shown      {metric: its format in the step line}
+    methods    of the model that are called from outside: see models.parallelize
     target     what a sample must have to count, in words; None: a label of run.classes
     """
     # --------------------------------------------------------------------------------------- data
-    run = copy.copy(run)  # what is settled here is this training's own
+    run = copy.copy(run)  # what is settled here holds for this training alone
     device, trunk = run.device, getattr(model, "trunk", model)
     order = order(run.train.sizes, run.seed, run.lanes)
     settle_batch(run, trunk)
-    share = {"process": run.process, "processes": run.processes}
-    drawn = {"order": order, "seed": run.seed, "micro_batches": run.micro_batches}
-    dataset = data.Batches(run.train, make, run.batch_size, **share, **drawn)
     run.save_every = run.save_every or min(1000, math.ceil(run.steps / 10))
+    stream = {"order": order, "seed": run.seed, "micro_batches": run.micro_batches}
+    processes = run.process, run.processes
+    dataset = data.Batches(run.train, make, run.batch_size, *processes, **stream)
 
     # -------------------------------------------------------------------------------- parallelize
     model = model.to(device)
@@ -359,17 +358,13 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, schedule=cosin
         checkpoint_activations=run.checkpoint_activations,
         methods=methods,
     )
-
-    # ---------------------------------------------------------------------------------- optimizer
     optimizer = optimizer(model)
 
     # ------------------------------------------------------------------------------------- resume
-    run.identity = run.identity | {"lanes": order.lanes, "samples": run.train.identity}
-    run.identity["steps"] = run.steps
+    run.identity = run.identity | {"lanes": order.lanes, "steps": run.steps}
+    run.identity["samples"] = run.train.identity
     run.checkpoint = find_checkpoint(run.out, run.resume, run.identity)
     record = launch.resume(run, model, optimizer)
-
-    # ------------------------------------------------------------------------------ what is trained
     peak, chip = peak_flops(device)
     describe(run, model, flops, chip)
 
@@ -379,19 +374,22 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, schedule=cosin
     numbers = range(progress.done * run.micro_batches, run.steps * run.micro_batches)
     batches = iter(loader(dataset, numbers, run.workers, pin=device.type == "cuda"))
     to_device = partial(torch.Tensor.to, device=device, non_blocking=True)
+    target = target or f"label from 0 to {run.classes - 1}"
+    shown = {"bad": "bad {}", "unlabelled": "unlabelled {}"} | dict(shown)
 
     def micro_batches():
         for micro_batch in range(run.micro_batches):
             batch = progress.wait_for(batches)
-            with models.sync_gradients(parallel, last=micro_batch == run.micro_batches - 1):
+            last = micro_batch == run.micro_batches - 1
+            with models.sync_gradients(parallel, last):
                 yield map_tensors(to_device, batch)
 
     model.train()
     for step in range(progress.done, run.steps):
-        factor = schedule(step, run.steps, run.warmup)
+        fraction = schedule(step, run.steps, run.warmup)
         least = least_lr if step >= run.warmup * run.steps else 0.0
         for group in optimizer.param_groups:
-            lr = least + factor * (group["initial_lr"] - least)
+            lr = least + fraction * (group["initial_lr"] - least)
             group["lr"] = lr * group.get("lr_scale", 1.0)
         lr = optimizer.param_groups[-1]["lr"]
 
@@ -403,9 +401,9 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, schedule=cosin
             break
         progress.count(totals, unlabelled=totals.unknown - totals.new_bad)
         bad, unlabelled = progress.counts.values()
-        target = target or f"label from 0 to {run.classes - 1}"
-        what = f"of {progress.done * run.batch_size} pictures {bad} cannot be read and "
-        progress.check(dataset, bad + unlabelled, f"{what}{unlabelled} have no {target}")
+        useless = f"{bad} cannot be read and {unlabelled} have no {target}"
+        drawn = progress.done * run.batch_size
+        progress.check(dataset, bad + unlabelled, f"of {drawn} pictures {useless}")
         launch.guard(model, run, step, totals, lr)
         if clip:
             totals.clip(model, clip)
@@ -416,7 +414,7 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, schedule=cosin
             facts = {"loss": totals.loss, "lr": lr, "grad_norm": totals.norm}
             if progress.saving and measure:
                 facts |= launch.unless_lacking(stop, measure, model) or {}
-            progress.log(facts, SHOWN)
+            progress.log(facts, shown)
         if progress.saving:
             progress.save(model, optimizer)
         if totals.stopping:
@@ -424,36 +422,28 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, schedule=cosin
     return progress.finish(model, optimizer, stop)
 
 
-# {name of a metric: how the step line shows it}
-SHOWN = {"bad": "bad {}", "unlabelled": "unlabelled {}"}
-SHOWN |= {"top1": "top-1 {:.1%}", "top5": "top-5 {:.1%}"}
-SHOWN |= {"bbox_AP": "box AP {:.1%}", "bbox_AP50": "box AP50 {:.1%}"}
-SHOWN |= {"segm_AP50": "mask AP50 {:.1%}", "text_recall_at_1": "text recall@1 {:.1%}"}
-SHOWN |= {"image_recall_at_1": "picture recall@1 {:.1%}"}
-
-
 def describe(run, model, flops, chip):
     """Print what is trained, and how. flops: of an image; chip: the device's name."""
-    trunk, trained = getattr(model, "trunk", model), [p.requires_grad for p in model.parameters()]
-    millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    size = f"{run.config['size']}, {millions:.2f} M weights to train"
+    trunk = getattr(model, "trunk", model)
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    millions = f"{sum(trained) / 1e6:.2f} M weights to train"
     spread = describe_sharding(trunk, run)
-    if trunk is not model or not all(trained):  # the memory in it is that of training all weights
-        spread = spread.split(" (")[0]
+    if trunk is not model or len(trained) < len(list(model.parameters())):
+        spread = spread.split(" (")[0]  # its memory is that of training all weights
+    plain = all(type(block.attn) is models.Attention for block in trunk.blocks)
+    shapes = attention_shapes(trunk) if plain else []
     how = run.precision + (", compiled in the first step" if run.compile else "")
     run.say(f"data     {run.train.identity}")
-    run.say(f"model    {size}, {flops / 1e9:.2f} GFLOP an image")
-    shares = f"{run.processes} processes x {run.micro_batches} x {run.micro_batch}"
-    run.say(f"batch    {run.batch_size}: {shares}")
+    run.say(f"model    {run.config['size']}, {millions}, {flops / 1e9:.2f} GFLOP an image")
+    parts = f"{run.processes} processes x {run.micro_batches} x {run.micro_batch}"
+    run.say(f"batch    {run.batch_size}: {parts}")
     run.say(f"parallel {spread}")
-    if run.task not in ("lowshot", "detect"):  # prompts are more tokens, and detect has biases
-        shapes = attention_shapes(trunk)
-        run.say(f"attention {kernels.describe(shapes, run.device, run.precision)}")
+    run.say(f"attention {kernels.describe(shapes, run.device, run.precision)}")
     run.say(f"run      {run.steps} steps, {how} on {chip}")
 
 
 def measured(run, model, source):
-    """([(top-1, top-5)] of each head of a model, pictures that count) on all of a source."""
+    """([(top-1, top-5)] of each head, number of samples that count) on a whole source."""
     make = partial(run.make, centre=run.val_crop)
     eval_batch = run.processes * run.eval_batch
     batches = data.Batches(source, make, eval_batch, run.process, run.processes)
@@ -465,25 +455,26 @@ def measured(run, model, source):
 
 
 def finish(run, weights, config, result, task, flags=None):
-    """Write model.pt, and print the command that evaluates it, and the result as JSON.
+    """Write model.pt; print the command that evaluates it, and the result as JSON.
 
-    result  {name: number}
-    task    of evaluate.py
-    flags   {name: value} of evaluate.py that this task adds; None: the flag is not given
+    result: {metric: number}. task: of evaluate.py. flags: {name: value} of that task; None
+    is not given.
     """
     if run.process:
         return
-    models.save_weights(run.out / "model.pt", weights, config)
-    print(f"wrote {run.out / 'model.pt'}")
-    same = {name: vars(run).get(name) for name in ("val_data", "labels", "val_labels")}
+    path = run.out / "model.pt"
+    models.save_weights(path, weights, config)
+    print(f"wrote {path}")
+    typed = {"task": task, "checkpoint": path, "data": run.data or "toy"}
+    typed |= {name: vars(run).get(name) for name in ("val_data", "labels", "val_labels")}
     usual_crop = run.val_crop == evaluate.usual_crop(run.image_size)
-    same["val_crop"] = None if usual_crop else run.val_crop
-    same["max_pixels"] = None if run.max_pixels == data.MAX_PIXELS else run.max_pixels
-    typed = ["--checkpoint", str(run.out / "model.pt"), "--data", run.data or "toy"]
-    for name, value in (same | (flags or {})).items():
+    typed["val_crop"] = None if usual_crop else run.val_crop
+    typed |= {"max_pixels": run.identity["max_pixels"], **(flags or {})}
+    command = ["python", "evaluate.py"]
+    for name, value in typed.items():
         if value is not None:
-            typed += [f"--{name.replace('_', '-')}", str(value)]
-    print(f"next: python evaluate.py --task {task} {shlex.join(typed)}")
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    print(f"next: {shlex.join(command)}")
     print(json.dumps({"task": run.task, **result}))
 
 
@@ -512,7 +503,7 @@ def prepare_classify(run, finetune):
 
 
 def classify(run, finetune):
-    run.config["positions"] = "learned"  # as in the public MAE code: from here on they are trained
+    run.config["positions"] = "learned"  # trained from here on, as in the public MAE code
     model = build_classifier(run, drop_path=run.drop_path)
     if run.plan:
         run.model = model
@@ -524,24 +515,24 @@ def classify(run, finetune):
 
 
 def train_classifier(run, model, operations=2, what="pictures", flags=None):
-    """Train every weight of a classifier of pictures or clips, measure it, and call finish.
+    """Train every weight of a classifier, measure it on val, and call finish.
 
-    operations: of RandAugment. what: is measured, in words. flags: see finish
+    operations: of RandAugment. what: is measured, in words. flags: see finish. evaluate.py
+    has a task of the same name.
     """
-    config = model.config  # what compiles or shards a model may wrap it
-    flops, make = 3 * flops_per_image(model), augment.maker(run, model.layers, operations)
-    optimizer = lambda model: adamw(layer_groups(model, run.weight_decay, run.layer_decay), run)
-    measure = lambda model: dict(zip(("top1", "top5"), measured(run, model, run.val)[0][0]))
-    # 1e-6: the public MAE code's.
-    if not train(run, model, optimizer, make, flops, least_lr=1e-6, measure=measure):
+    config = model.config  # the model may be wrapped later
+    make = augment.maker(run, model.layers, operations)
+    flops = 3 * flops_per_image(model)
+    groups = partial(layer_groups, weight_decay=run.weight_decay, layer_decay=run.layer_decay)
+    optimizer = lambda model: adamw(groups(model), run)
+    measure = lambda model: dict(zip(ACCURACY, measured(run, model, run.val)[0][0]))
+    options = {"least_lr": 1e-6, "measure": measure, "shown": ACCURACY}  # 1e-6: public MAE code
+    if not train(run, model, optimizer, make, flops, **options):
         return
     ((top1, top5), *_), count = measured(run, model, run.val)
     run.say(f"top-1 {top1:.2%}, top-5 {top5:.2%} on {count} {what}")
     weights = models.full_state(model)  # every process takes part
     finish(run, weights, config, {"top1": top1, "top5": top5}, run.task, flags)
-
-
-CLASSIFY = SimpleNamespace(add_flags=add_classify_flags, prepare=prepare_classify, main=classify)
 
 
 # ------------------------------------------------------------------------------------------- linear
@@ -557,20 +548,21 @@ def add_linear_flags(groups):
 def prepare_linear(run, finetune):
     read_init(run)
     open_labelled(run, hold_out=True)
-    batch_size = RECIPES.get(run.config["size"], RECIPES["B"]).batch_size
-    # SWAG's linear head (torchvision's pull request 5793): 28 epochs, warm-up not known. Toy: of
-    # 15,564 pictures.
-    epochs, warmup = (2, 0.05) if run.toy else (28, 0.0)
+    # SWAG's linear head (torchvision's pull request 5793): 28 epochs, its warm-up unknown.
+    # Toy: of 15,564 pictures.
+    recipe = {"epochs": 28, "warmup": 0.0, "min_crop": 0.08, "batch_norm": False}
+    if run.toy:
+        recipe |= {"epochs": 2, "warmup": 0.05, "min_crop": 0.5}
+    recipe["batch_size"] = RECIPES.get(run.config["size"], RECIPES["B"]).batch_size
     if run.batch_norm:
-        whole = (run.batch_size or batch_size) // run.processes
+        whole = (run.batch_size or recipe["batch_size"]) // run.processes
         run.micro_batch = run.micro_batch or whole
         if run.micro_batch != whole:
             raise ValueError(
-                f"--micro-batch {run.micro_batch} of a process's {whole}: want all of it with "
-                "--batch-norm, as the statistics are those of the batch"
+                f"--micro-batch {run.micro_batch} of a process's {whole}: want all of it "
+                "with --batch-norm, as the statistics are those of the batch"
             )
-    recipe = {"batch_size": batch_size, "epochs": epochs, "warmup": warmup, "batch_norm": False}
-    return recipe | {"min_crop": 0.5 if run.toy else 0.08}
+    return recipe
 
 
 def linear(run, finetune):
@@ -578,53 +570,48 @@ def linear(run, finetune):
     config, rates = trunk.config, [rate * run.batch_size / 256 for rate in LINEAR_RATES]
     model = Probes(trunk, len(rates), run.batch_norm, run.seed)
     if run.batch_norm:
-        run.say("batch norm: over the whole batch, with unreadable pictures as zeros in it")
+        run.say("batch norm: over the whole batch, unreadable pictures are zeros in it")
 
     def optimizer(model):
-        groups = [
-            {"params": [*head.parameters()], "initial_lr": rate}
-            for head, rate in zip(model.heads, rates)
-        ]
+        heads = zip(model.heads, rates)
+        groups = [{"params": [*head.parameters()], "initial_lr": rate} for head, rate in heads]
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
 
+    make = partial(run.make, min_crop=run.min_crop)
     flops = flops_per_image(trunk)  # no backward through it
-    if not train(run, model, optimizer, partial(run.make, min_crop=run.min_crop), flops):
+    if not train(run, model, optimizer, make, flops):
         return
-    chosen_by, some = measured(run, model, run.slice)
+    on_slice, some = measured(run, model, run.slice)
     on_val, count = measured(run, model, run.val)
-    best = max(range(len(rates)), key=lambda head: chosen_by[head])
+    best = max(range(len(rates)), key=lambda head: on_slice[head])
     run.say(f"lr per 256   top-1 on {some} of train   on val")
     for head, rate in enumerate(LINEAR_RATES):
         mark = "  <- chosen on train" if head == best else ""
-        run.say(f"{rate:10g}   {chosen_by[head][0]:18.2%}   {on_val[head][0]:6.2%}{mark}")
-    (top1, top5), weights = on_val[best], models.full_state(model)  # every process takes part
+        run.say(f"{rate:10g}   {on_slice[head][0]:18.2%}   {on_val[head][0]:6.2%}{mark}")
+    top1, top5 = on_val[best]
     run.say(f"top-1 {top1:.2%}, top-5 {top5:.2%} on {count} pictures")
+    weights = models.full_state(model)  # every process takes part
     if run.process == 0:
         weights = model.classifier_state(weights, best)
     result = {"top1": top1, "top5": top5, "lr_per_256": LINEAR_RATES[best]}
     finish(run, weights, config, result, "classify")
 
 
-LINEAR = SimpleNamespace(add_flags=add_linear_flags, prepare=prepare_linear, main=linear)
-
-
 class Probes(nn.Module):
-    """Linear heads side by side on the frozen features of a models.Classifier, one for each lr.
+    """Linear heads side by side on the frozen features of a models.Classifier.
 
-    batch_norm: features are first normalised over the batch of all processes, without scale and
-    bias (MAE's linear probe, eps 1e-6); in inference by running averages (momentum 0.1).
+    batch_norm: normalise the features over the batch of all processes, without scale and
+    bias (MAE's linear probe, eps 1e-6); in inference, by running averages (momentum 0.1).
     """
 
     def __init__(self, trunk, heads, batch_norm, seed):
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        weight = 0.01 * torch.randn(trunk.classes, trunk.width, generator=generator)
-        self.heads = nn.ModuleList(nn.Linear(trunk.width, trunk.classes) for _ in range(heads))
-        with torch.no_grad():
-            for head in self.heads:
-                head.weight.copy_(weight)
-                head.bias.zero_()
         self.trunk, self.batch_norm = trunk.requires_grad_(False), batch_norm
+        self.heads = nn.ModuleList(nn.Linear(trunk.width, trunk.classes) for _ in range(heads))
+        for head in self.heads:  # all start from the same weights
+            generator = torch.Generator().manual_seed(seed)
+            nn.init.normal_(head.weight, std=0.01, generator=generator)
+            nn.init.zeros_(head.bias)
         self.register_buffer("mean", torch.zeros(trunk.width))
         self.register_buffer("variance", torch.ones(trunk.width))
 
@@ -635,8 +622,8 @@ class Probes(nn.Module):
             mean, variance = self.mean, self.variance
             if self.batch_norm and self.training:
                 count = len(x) * evaluate.distributed()[1]
-                mean = over_processes(x.sum(dim=0)) / count
-                variance = over_processes((x - mean).square().sum(dim=0)) / count
+                mean = sum_over_processes(x.sum(dim=0)) / count
+                variance = sum_over_processes((x - mean).square().sum(dim=0)) / count
                 self.mean.lerp_(mean, 0.1)
                 self.variance.lerp_(variance * count / (count - 1), 0.1)
             x = (x - mean) / (variance + 1e-6).sqrt() if self.batch_norm else x
@@ -644,19 +631,13 @@ class Probes(nn.Module):
         return torch.stack(logits, dim=1)
 
     def classifier_state(self, state, head):
-        """The state of a models.Classifier that computes the same as one of the heads."""
+        """The state of a models.Classifier that computes the same as head number `head`."""
         weight, bias = state[f"heads.{head}.weight"], state[f"heads.{head}.bias"]
         if self.batch_norm:
             weight = weight / (state["variance"] + 1e-6).sqrt()
             bias = bias - weight @ state["mean"]
-        trunk = {n.removeprefix("trunk."): t for n, t in state.items() if n.startswith("trunk.")}
+        trunk = {name: state[f"trunk.{name}"] for name in self.trunk.state_dict()}
         return trunk | {"head.weight": weight, "head.bias": bias}
-
-
-def over_processes(sums):
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    return sums
 
 
 # ---------------------------------------------------------------------------------------------- end

@@ -1,4 +1,4 @@
-"""PNG files that show what a model does: reconstructions, attention, confusion, mistakes."""
+"""PNGs that show what a model does: reconstructions, attention, confusion, mistakes."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from model import pair, patch_statistics, patchify, take
 
 
 def denormalize(images):
-    """The inverse of data.normalize: float (B, C, H, W) -> uint8, clipped to 0 ... 255."""
+    """The inverse of data.normalize: (B, C, H, W) float -> uint8, cut to 0 ... 255."""
     statistics = torch.tensor(channel_statistics(images.shape[1]), device=images.device)
     mean, deviation = statistics.view(2, 1, -1, 1, 1)
     return ((images * deviation + mean) * 255).round().clamp(0, 255).to(torch.uint8)
@@ -23,29 +23,26 @@ def denormalize(images):
 
 @torch.inference_mode()
 def draw_reconstructions(model, source, path, count=8, seed=0):
-    """Write a PNG with a row for each image: itself, its visible patches, the reconstruction.
-
-    model: an MAE; source: its first `count` images are drawn; seed: of their masks.
-    """
+    """Write a PNG of a source's first `count` images, a row for each: itself, its visible
+    patches, and an MAE's reconstruction. seed: of the masks."""
     images = some_pictures(source, model.config, count)
-    N, device = model.num_patches, model.cls_token.device
+    N, P, device = model.num_patches, model.patch_size, model.cls_token.device
     ids = [permutation(N, seed, 0, i, MASK) for i in range(len(images))]
     ids = torch.from_numpy(np.stack(ids)).to(device)  # (B, N)
-    reconstructed = denormalize(reconstruct(model, normalize(images.to(device)), ids)).cpu()
-    P, visible = model.patch_size, ids[:, : model.num_visible, None].cpu()  # (B, K, 1)
-    hidden = torch.ones(len(images), N, 1).scatter(1, visible, 0).expand(-1, -1, P**2)
-    hidden = unpatchify(hidden, P, model.grid)  # (B, 1, H, W)
+    reconstructed = reconstruct(model, normalize(images.to(device)), ids)
+    hidden = torch.ones_like(ids).scatter(1, ids[:, : model.num_visible], 0).cpu()  # (B, N)
+    hidden = unpatchify(hidden[..., None].expand(-1, -1, P**2), P, model.grid)
     seen = torch.where(hidden > 0, torch.full_like(images, 128), images)  # (B, C, H, W)
     titles = ["picture", f"seen ({model.num_visible / N:.0%})", "reconstructed"]
-    draw_grid([images, seen, reconstructed], titles, path)
+    draw_grid([images, seen, denormalize(reconstructed).cpu()], titles, path)
 
 
 @torch.no_grad()
 def reconstruct(model, images, ids):
-    """The images with the hidden patches as an MAE predicts them, (B, C, H, W), normalised.
+    """Images with the hidden patches as an MAE predicts them, (B, C, H, W), normalised.
 
-    images, ids: see MAE.forward. Visible patches are copied. A normalised prediction is scaled back
-    with the true mean and deviation of its patch: the network does not predict these two numbers.
+    images, ids: see MAE.forward. Visible patches are copied. A normalised prediction is
+    scaled with the true mean and deviation of its patch, which are not predicted.
     """
     model.check(images)
     patches = patchify(images, model.patch_size)  # (B, N, P*P*C)
@@ -55,12 +52,13 @@ def reconstruct(model, images, ids):
     if model.normalize_targets:
         mean, deviation = patch_statistics(take(patches, hidden))
         predictions = predictions * deviation + mean
-    hidden = hidden[..., None].expand(-1, -1, patches.shape[2])
-    return unpatchify(patches.scatter(1, hidden, predictions), model.patch_size, model.grid)
+    hidden = hidden[..., None].expand_as(predictions)
+    patches = patches.scatter(1, hidden, predictions)
+    return unpatchify(patches, model.patch_size, model.grid)
 
 
 def unpatchify(patches, patch_size, grid):
-    """The inverse of patchify: (B, N, P*P*C) -> (B, C, H, W), with grid = (H // P, W // P)."""
+    """The inverse of patchify: (B, N, P*P*C) -> (B, C, H, W). grid: (H // P, W // P)."""
     B, P, (rows, columns) = patches.shape[0], patch_size, grid
     patches = patches.reshape(B, rows, columns, P, P, -1).permute(0, 5, 1, 3, 2, 4)
     return patches.reshape(B, -1, rows * P, columns * P)
@@ -68,11 +66,8 @@ def unpatchify(patches, patch_size, grid):
 
 @torch.inference_mode()
 def draw_attention(model, source, path, count=8):
-    """Write a PNG with a row for each image: itself, and the attention of the class token in the
-    last block, as the mean over the heads and of the first four heads.
-
-    model: a ViT; source: its first `count` images are drawn.
-    """
+    """Write a PNG of a source's first `count` images, a row for each: itself, and the
+    class token's attention in a ViT's last block, of all heads and of the first four."""
     images = some_pictures(source, model.config, count)
     normal = normalize(images.to(model.cls_token.device))
     attention = class_attention(model, normal).cpu()  # (B, heads, N)
@@ -81,13 +76,14 @@ def draw_attention(model, source, path, count=8):
     maps = maps / maps.amax(dim=(2, 3), keepdim=True)
     maps = F.interpolate(maps, images.shape[2:], mode="nearest")  # (B, maps, H, W)
     # Attention scales the brightness of the image; where it is 0, 15 % remain.
-    scaled = [(images * (0.15 + 0.85 * m[:, None])).to(torch.uint8) for m in maps.unbind(dim=1)]
-    titles = ["picture", "all heads", *(f"head {i + 1}" for i in range(len(scaled) - 1))]
+    maps = (0.15 + 0.85 * maps)[:, :, None]  # (B, maps, 1, H, W)
+    scaled = (images[:, None] * maps).to(torch.uint8).unbind(dim=1)
+    titles = ["picture", "all heads", *(f"head {i}" for i in range(1, len(scaled)))]
     draw_grid([images, *scaled], titles, path)
 
 
 def class_attention(model, images):
-    """A ViT's attention from the class token to the patches in the last block, (B, heads, N)."""
+    """Attention from the class token to the patches in a ViT's last block, (B, heads, N)."""
     x = model.tokens(images)
     for block in model.blocks[:-1]:
         x = block(x)
@@ -100,7 +96,7 @@ def class_attention(model, images):
 def some_pictures(source, config, count):
     """The readable images among the first `count` of a source, (B, C, H, W) uint8.
 
-    config: of the model, which has image_size and channels. Raises ValueError if none is readable.
+    config: a model's. Raises ValueError if none is readable.
     """
     size, channels = pair(config["image_size"]), config["channels"]
     make = lambda sample, key: {"images": make_picture(sample, key, size, channels)}
@@ -115,53 +111,52 @@ def some_pictures(source, config, count):
 def draw_confusion(table, names, path):
     """Write a PNG of a confusion matrix.
 
-    table: (classes, classes) int64 counts, a row for each true class; names: of the classes. A cell
-    is darker for a larger fraction of its row, and blue for a mistake.
+    table: (classes, classes) int64 counts, a row for each true class. names: of the
+    classes. A cell is darker for a larger fraction of its row, and blue for a mistake.
     """
     side, left = max(4, min(36, 1200 // len(names))), 150 if len(names) <= 60 else 6
-    image = Image.new("RGB", (left + side * len(names) + 6, left + side * len(names) + 6), "white")
+    extent = left + side * len(names) + 6
+    image = Image.new("RGB", (extent, extent), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(min(13, side * 2 // 3))
+    draw.text((6, 6), "rows: truth\ncolumns: answer", "black", ImageFont.load_default(13))
     shares = table / table.sum(dim=1, keepdim=True).clamp(min=1)
+    grey = (255 * (1 - shares)).to(torch.uint8)  # (classes, classes)
+    blue = grey.where(torch.eye(len(names), dtype=torch.bool), 255)
+    cells = Image.fromarray(torch.stack([grey, grey, blue], dim=2).numpy())
+    image.paste(cells.resize((side * len(names),) * 2, Image.Resampling.NEAREST), (left, left))
     for row, name in enumerate(names if left > 6 else ()):
         y = left + row * side + side // 6
         draw.text((left - 6, y), name[:20], "black", font, anchor="ra")
         label = Image.new("RGB", (left, side), "white")
         ImageDraw.Draw(label).text((6, side // 6), name[:20], "black", font)
         image.paste(label.rotate(90, expand=True), (left + row * side, 0))
-    draw.text((6, 6), "rows: truth\ncolumns: answer", "black", ImageFont.load_default(13))
-    for (row, column), share in np.ndenumerate(shares.numpy()):
-        x, y, grey = left + column * side, left + row * side, int(255 * (1 - share))
-        colour = grey, grey, 255 if row != column else grey
-        draw.rectangle((x, y, x + side - 1, y + side - 1), colour)
-        if side > 24 and table[row, column]:
-            centre, colour = (x + side // 2, y + side // 2), "white" if share > 0.5 else "black"
-            draw.text(centre, str(int(table[row, column])), colour, font, "mm")
-    image.save(path)
-    print(f"wrote {path}")
+    for row, column in table.nonzero().tolist() if side > 24 else ():
+        centre = left + column * side + side // 2, left + row * side + side // 2
+        colour = "white" if shares[row, column] > 0.5 else "black"
+        draw.text(centre, str(int(table[row, column])), colour, font, "mm")
+    save(image, path)
 
 
 def draw_mistakes(source, lines, config, path):
-    """Write a PNG of a source's first images, each with a line of text below. config: a model's."""
+    """Write a PNG of a source's first images, each above a line of text. config: a model's."""
     if not lines:
         return print(f"there are no mistakes: {path} is not written")
     images = some_pictures(source, config, len(lines)).permute(0, 2, 3, 1).numpy()
-    side, columns = 224, min(4, len(lines))
-    rows = -(-len(lines) // columns)
-    canvas = Image.new("RGB", (columns * (side + 6) + 6, rows * (side + 28) + 6), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    for i, (pixels, line) in enumerate(zip(images, lines)):
-        x, y = 6 + i % columns * (side + 6), 6 + i // columns * (side + 28)
+    side, cells = 224, []
+    for pixels, line in zip(images, lines):
         picture = Image.fromarray(pixels.squeeze()).convert("RGB")
-        canvas.paste(ImageOps.pad(picture, (side, side), color="white"), (x, y))
-        draw.text((x, y + side + 4), line[:36], "black", font)
-    canvas.save(path)
-    print(f"wrote {path}")
+        cell = Image.new("RGB", (side, side + 22), "white")
+        cell.paste(ImageOps.pad(picture, (side, side), color="white"))
+        ImageDraw.Draw(cell).text((0, side + 4), line[:36], "black", ImageFont.load_default(13))
+        cells.append(torch.from_numpy(np.array(cell)).permute(2, 0, 1))
+    columns = [torch.stack(cells[i::4]) for i in range(min(4, len(cells)))]
+    draw_grid(columns, ["mistakes", "", "", ""], path)
 
 
 def draw_grid(columns, titles, path):
-    """Write a PNG of columns of images: a (B, C, H, W) uint8 tensor and a title for each column.
+    """Write a PNG of columns of images (B, C, H, W) uint8, of which the first is the longest.
 
-    C is 1 (grey), 3 or 4. Small images are enlarged by a whole number.
+    titles: of the columns. C is 1, 3 or 4. Small images are enlarged by a whole number.
     """
     B, C, H, W = columns[0].shape
     scale, gap, top = max(1, 160 // min(H, W)), 6, 22
@@ -174,6 +169,10 @@ def draw_grid(columns, titles, path):
             picture = Image.fromarray(pixels[:, :, 0] if C == 1 else pixels).convert("RGB")
             picture = picture.resize((W * scale, H * scale), Image.Resampling.NEAREST)
             canvas.paste(picture, (gap + x * width, top + y * height))
+    save(canvas, path)
+
+
+def save(image, path):
     replaced = " (replaced)" if os.path.exists(path) else ""
-    canvas.save(path)
+    image.save(path)
     print(f"wrote {path}{replaced}")

@@ -889,6 +889,8 @@ def main(run, finetune):
     last, run.save_every = [], run.save_every or min(5000, math.ceil(run.steps / 3))
     make = scene_maker(run.train, {**run.config, "image_size": run.image_size}, run.jitter)
     more = {"measure": measure, "methods": ("detect",), "schedule": vitdet_schedule}
+    more["shown"] = {"bbox_AP": "box AP {:.1%}", "bbox_AP50": "box AP50 {:.1%}"}
+    more["shown"] |= {"segm_AP50": "mask AP50 {:.1%}"}
     flops = 3 * detector_flops(model)
     if not finetune.train(run, model, optimizer, make, flops, learn_scenes, order=order, **more):
         return

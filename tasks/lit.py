@@ -605,7 +605,7 @@ def prepare(run, finetune):
     run.text_weights = None
     if run.text_init:
         run.text_weights, known = read_text_weights(run.text_init)
-        run.origin += f", text {fingerprint(run.text_weights)}"
+        run.fingerprint += f", text {fingerprint(run.text_weights)}"
     if known and run.text_size not in (None, known["size"]):
         raise ValueError(f"--text-size {run.text_size}: the weights are of size {known['size']}")
     run.tokenizer_file = run.tokenizer
@@ -686,6 +686,8 @@ def main(run, finetune):
     make = partial(make_pair, tokenizer=tokenizer, context=run.context)
     make = partial(make, **({} if run.cache_features else shown))
     more = {"measure": measure, "methods": ("features",), "clip": LIT[4], "target": "caption"}
+    more["shown"] = {"text_recall_at_1": "text recall@1 {:.1%}"}
+    more["shown"] |= {"image_recall_at_1": "picture recall@1 {:.1%}"}
     if not finetune.train(run, model, optimizer, make, flops, learn_pairs, **more):
         return
     result, weights = measure(model), models.full_state(model)  # every process takes part
@@ -700,7 +702,7 @@ def main(run, finetune):
 def cached_features(run, model, extract):
     """(n, D) features of the centres of train's pictures, nan where unreadable: a file in --out."""
     encoder = models.encoder_config(run.config)  # --heads change it, and no tensor
-    facts = run.train.identity, run.origin, encoder, run.val_crop, run.pool
+    facts = run.train.identity, run.fingerprint, encoder, run.val_crop, run.pool
     facts += (run.max_pixels,) if run.max_pixels != data.MAX_PIXELS else ()
     path = run.out / f"features-{data.stable_hash(str(facts)).hex()}.npy"
     found = path.exists()

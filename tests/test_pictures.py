@@ -13,7 +13,13 @@ from PIL import Image
 
 import data
 from model import MAE
-from support.pictures import class_attention, denormalize, reconstruct
+from support.pictures import (
+    class_attention,
+    denormalize,
+    draw_confusion,
+    draw_mistakes,
+    reconstruct,
+)
 
 MASKED = {"decoder": (16, 1, 2), "mask_ratio": 0.5}
 
@@ -52,12 +58,8 @@ def cells(path, columns, rows):
 
 def patches_of(pictures):
     """(..., 16, 24, 3) -> (..., 6, 192): the 2 x 3 patches of 8 x 8, row by row."""
-    split = [
-        pictures[..., 8 * row : 8 * row + 8, 8 * column : 8 * column + 8, :]
-        for row in range(2)
-        for column in range(3)
-    ]
-    return np.stack([patch.reshape(*patch.shape[:-3], -1) for patch in split], axis=-2)
+    patches = pictures.reshape(*pictures.shape[:-3], 2, 8, 3, 8, 3).swapaxes(-4, -3)
+    return patches.reshape(*pictures.shape[:-3], 6, 192)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 10])
@@ -72,11 +74,15 @@ def test_denormalize_goes_back_exactly_and_clips(channels):
 def test_reconstructions_show_the_picture_the_visible_patches_and_the_painted_rest(
     autoencoder, gallery, tmp_path
 ):
-    out = tmp_path / "picture.png"
-    flags = ("--out", out, "--count", 3, "--seed", 5)
-    result, printed = evaluated("reconstruct", autoencoder.path, gallery.root, *flags)
-    assert result == {"out": str(out)} and "seed 5" in printed
-    picture, seen, painted = cells(out, columns=3, rows=3)
+    def drawn(name, seed):
+        torch.manual_seed(6)
+        flags = ("--out", tmp_path / name, "--count", 3, "--seed", seed)
+        result, printed = evaluated("reconstruct", autoencoder.path, gallery.root, *flags)
+        assert result == {"out": str(tmp_path / name)} and f"seed {seed}" in printed
+        return (tmp_path / name).read_bytes()
+
+    first = drawn("a.png", 5)
+    picture, seen, painted = cells(tmp_path / "a.png", columns=3, rows=3)
     images = torch.cat([picture_tensor(path) for path in gallery.paths[:3]])
     assert (picture == images.permute(0, 2, 3, 1).numpy()).all()
     visible = (patches_of(seen) == patches_of(picture)).all(axis=-1)  # (3, 6)
@@ -91,11 +97,7 @@ def test_reconstructions_show_the_picture_the_visible_patches_and_the_painted_re
     assert np.abs(painted - expected).max() <= 1
     assert (patches_of(painted)[~visible] != patches_of(picture)[~visible]).mean() > 0.5
     assert len({tuple(row) for row in visible.tolist()}) > 1  # each picture has its own mask
-    for seed, same in ((5, True), (6, False)):
-        again, again_flags = tmp_path / "again.png", ("--count", 3, "--seed", seed)
-        torch.manual_seed(seed)
-        evaluated("reconstruct", autoencoder.path, gallery.root, "--out", again, *again_flags)
-        assert (again.read_bytes() == out.read_bytes()) == same
+    assert drawn("b.png", 5) == first != drawn("c.png", 6)
 
 
 RAW, HALF = {"normalize_targets": False}, {"mask_ratio": 0.5}
@@ -126,40 +128,33 @@ def test_a_public_mae_s_pictures_are_what_it_predicted(said, flags, drawn, galle
         pictures.append(out.read_bytes())
     assert pictures[0] == pictures[1]
     unsaid = "norm_pix_loss" not in said and not flags
-    assert ("taken for normalised patches: if it was not, --raw-pixels" in printed) == unsaid
+    assert ("taken for normalised patches: if they were not, --raw-pixels" in printed) == unsaid
 
 
 def test_brightness_is_the_attention_of_the_class_token(autoencoder, gallery, tmp_path):
-    out = tmp_path / "attention.png"
-    flags = ("--out", out, "--count", 4)
-    assert evaluated("attention", autoencoder.path, gallery.root, *flags)[0] == {"out": str(out)}
-    picture, *lit = cells(out, columns=4, rows=4)  # the picture, all heads, and each of the two
+    flags = ("--out", tmp_path / "attention.png", "--count", 4)
+    result, _ = evaluated("attention", autoencoder.path, gallery.root, *flags)
+    picture, *lit = cells(result["out"], columns=4, rows=4)  # all heads, and each of the two
     images = torch.cat([picture_tensor(path) for path in gallery.paths])
     assert (picture == images.permute(0, 2, 3, 1).numpy()).all()
     attention = class_attention(autoencoder.model, data.normalize(images)).detach().numpy()
     for column, wanted in zip(lit, (attention.mean(axis=1), attention[:, 0], attention[:, 1])):
-        original, shown = patches_of(picture).astype(float), patches_of(column).astype(float)
-        brightness = shown.sum(axis=-1) / original.sum(axis=-1)  # (4, 6)
+        brightness = patches_of(column).sum(axis=-1) / patches_of(picture).sum(axis=-1)  # (4, 6)
         for found, expected in zip(brightness, wanted):
             assert expected.max() > 1.2 * expected.min()  # there is something to see
-            # A straight line through attention, 1 at its highest. Cutting to 8 bits takes half a
-            # level of about 128 from each pixel on average, so 0.01 is twice what it can cost.
+            # A line through attention, 1 at its highest. Cutting to 8 bits takes half a level
+            # of about 128 from each pixel on average, so 0.01 is twice what it can cost.
             assert found[expected.argmax()] > 0.99
             line = np.polyfit(expected, found, 1)
             assert line[0] > 0 and np.abs(np.polyval(line, expected) - found).max() < 0.01
     assert np.abs(lit[1].astype(int) - lit[2]).max() > 20  # heads differ
 
 
-@pytest.mark.parametrize("channels, mode", [(1, "L"), (4, "RGBA")])
-def test_grey_and_transparent_checkpoints_draw_too(channels, mode, gallery, tmp_path):
-    arguments = {**MASKED, "channels": channels}
-    save_model(tmp_path / "model.pt", MAE, **arguments)
-    pictures = [
-        Image.fromarray(picture_tensor(path, channels)[0].permute(1, 2, 0).numpy().squeeze(), mode)
-        for path in gallery.paths[:2]
-    ]
-    expected = np.stack([np.asarray(picture)[..., None] for picture in pictures])
-    expected = expected.reshape(2, 16, 24, channels)[..., :3]  # grey is the same thrice
+@pytest.mark.parametrize("channels", [1, 4])
+def test_grey_and_transparent_checkpoints_draw_too(channels, gallery, tmp_path):
+    save_model(tmp_path / "model.pt", MAE, **MASKED, channels=channels)
+    images = torch.cat([picture_tensor(path, channels) for path in gallery.paths[:2]])
+    expected = images[:, :3].permute(0, 2, 3, 1).numpy()  # grey is the same thrice
     for task, columns in (("reconstruct", 3), ("attention", 4)):
         result, _ = evaluated(task, tmp_path / "model.pt", gallery.root, "--count", 2)
         picture, *others = cells(result["out"], columns, rows=2)
@@ -180,3 +175,31 @@ def test_pictures_are_of_val_and_lie_beside_the_checkpoint(autoencoder, gallery,
         assert (cells(result["out"], columns, rows=4)[0, 0] == expected).all()
         # Done again, it says that it replaces what was there.
         assert "replaced" in evaluated(task, checkpoint, folder)[1]
+
+
+def test_a_confusion_matrix_is_dark_where_answers_are_right_and_blue_where_not(tmp_path):
+    table = torch.tensor([[3, 1, 0], [0, 0, 0], [0, 0, 2]])  # a class may have no picture
+    draw_confusion(table, ["ant", "bee", "cat"], tmp_path / "table.png")
+    with Image.open(tmp_path / "table.png") as image:
+        corners = [image.getpixel((151 + 36 * x, 151 + 36 * y)) for y in range(3) for x in range(3)]
+    quarter, white = int(255 * 0.25), (255, 255, 255)
+    first = [(quarter, quarter, quarter), (int(255 * 0.75), int(255 * 0.75), 255), white]
+    assert corners == [*first, white, white, white, white, white, (0, 0, 0)]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_mistakes_stand_four_in_a_row_above_their_lines(channels, tmp_path, capsys):
+    folder, path = tmp_path / "pictures", tmp_path / "mistakes.png"
+    folder.mkdir()
+    for light in (40, 80, 120, 160, 200):
+        Image.new("RGB", (24, 24), (light,) * 3).save(folder / f"{light}.png")
+    source, config = data.Folder(str(folder)), {"image_size": 16}
+    lights = [int(Path(source.name(i)).stem) for i in range(5)]
+    draw_mistakes(source, ["a line"] * 5, config | {"channels": channels}, path)
+    with Image.open(path) as image:
+        assert image.size == (4 * 230 + 6, 22 + 2 * 252)
+        places = [(100 + 230 * (i % 4), 100 + 252 * (i // 4)) for i in range(5)]
+        assert [image.getpixel(place) for place in places] == [(light,) * 3 for light in lights]
+    draw_mistakes(source, [], config, tmp_path / "none.png")
+    assert "there are no mistakes" in capsys.readouterr().out
+    assert not (tmp_path / "none.png").exists()
