@@ -655,9 +655,9 @@ def parse_arguments(argv):
 def open_data(run, size):
     """[train, val], or [the only one], of --data and --val-data."""
     if run.task == "detect":
-        from tasks.scenes import scenes_to_measure
+        from tasks.scenes import open_split
 
-        return [scenes_to_measure(run.val_data or run.data, size[0])]
+        return [open_split(run.val_data or run.data, "val", size[0])]
     options = {"cache": (run.cache_dir, run.cache_size), "videos": run.task == "video"}
     options["caption_key"] = run.caption_key
     labels = run.labels, run.val_labels

@@ -12,22 +12,20 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from data import (
     HELD_OUT,
     OFFSET,
+    Batches,
     Order,
     Subset,
     hold_out,
     one_line,
-    raise_if_unreachable,
     random_bits,
     running_sum,
 )
@@ -42,13 +40,14 @@ MOST_TAGS = 4_000_000
 def hashtags_in(members):
     """The hashtags of a shard's sample, {extension: bytes}: a list of tags or a text.
 
-    They are those of its .json (a list, a text, or either under "hashtags") or, if that has
-    none, those of its .txt. Raises ValueError if the file is damaged.
+    They are those of its .json (a list, a text, or either under "hashtags") or, if that
+    has none, those of its .txt. Raises ValueError if the file is damaged.
     """
     try:
         content = json.loads(members.get("json", b"[]"))
         tags = content.get("hashtags") if isinstance(content, dict) else content
-        if tags is None or not canonical(tags, {}):  # img2dataset's .json describes the picture
+        if tags is None or not canonical(tags, {}):
+            # img2dataset's .json describes the picture, its .txt has the tags.
             tags = members.get("txt", b"").decode()
         return tags
     except ValueError as error:
@@ -59,19 +58,21 @@ WEIGHT = 1 << 16  # a sampling weight of 1.0: weights are whole numbers, so that
 
 
 class WeightedOrder(Order):
-    """An Order in which a sample comes as often in an epoch as its weight says.
+    """An Order in which a sample comes as often in an epoch as its weight says, rounded up
+    or down.
 
-    Sample i owns a stretch of length weights[i] of a line of length sum(weights). The draws are the
-    points on it that lie WEIGHT apart, from a random offset on that is new in each epoch. (This is
-    systematic sampling.) So a sample comes as often as its weight says, rounded up or down.
+    Sample i owns a stretch of length weights[i] of a line of length sum(weights). The draws
+    are the points on it that lie WEIGHT apart, from a random offset on that is new in each
+    epoch. (This is systematic sampling.)
 
-    Example: weights 0.5, 1 and 2 (times WEIGHT). Their stretches are 0 - 0.5, 0.5 - 1.5, 1.5 - 3.5.
-    The sum is 3.5, so an epoch has 3 draws, and the gap between two points is 3.5 / 3: what is left
-    of the sum is shared out among the first gaps. With an offset of 0.2 the points are 0.2, 1.37
-    and 2.53: samples 0, 1 and 2. With 0.7: 0.7, 1.87 and 3.03, samples 1, 2 and 2.
+    Example: weights 0.5, 1 and 2 (times WEIGHT). Their stretches are 0 - 0.5, 0.5 - 1.5,
+    1.5 - 3.5. The sum is 3.5, so an epoch has 3 draws, and the gap between two points is
+    3.5 / 3: what is left of the sum is shared out among the first gaps. With an offset of
+    0.2 the points are 0.2, 1.37 and 2.53: samples 0, 1 and 2. With 0.7: 0.7, 1.87 and 3.03,
+    samples 1, 2 and 2.
 
     totals   (S,) int64, the sum of each shard's weights in units of 1 / WEIGHT
-    weights  (first, stop) -> int64 weights of these samples in the same units, read with a shard
+    weights  (first, stop) -> int64 weights of these samples in the same units
     largest  of the weights
     """
 
@@ -130,8 +131,8 @@ class Vocabulary:
 def canonical(hashtags, synonyms):
     """The set of canonical tags in a list of tags, or in a text with #tags in it.
 
-    Unicode's NFKC, case-folded, without # and punctuation ("#Blue-Square" -> "bluesquare"),
-    then the synonyms. Raises ValueError if it is neither a list of texts nor a text.
+    Unicode's NFKC, case-folded, without # and punctuation ("#Blue-Square" becomes
+    "bluesquare"), then the synonyms. Raises ValueError for anything else.
     """
     if isinstance(hashtags, str):
         text = unicodedata.normalize("NFKC", hashtags)
@@ -144,31 +145,9 @@ def canonical(hashtags, synonyms):
     return {synonyms.get(tag, tag) for tag in plain - {""}}
 
 
-@dataclass(eq=False)
-class TagChunks(torch.utils.data.Dataset):
-    """chunk -> ([set of canonical tags] of TAG_CHUNK samples, errors)."""
-
-    source: object
-    synonyms: dict
-
-    def __len__(self):
-        return math.ceil(int(self.source.sizes.sum()) / TAG_CHUNK)
-
-    def __getitem__(self, chunk):
-        found, errors = [], []
-        end = min((chunk + 1) * TAG_CHUNK, int(self.source.sizes.sum()))
-        for number in range(chunk * TAG_CHUNK, end):
-            found.append(set())
-            try:
-                hashtags = self.source.read(number)["hashtags"]()
-                found[-1] = canonical(hashtags, self.synonyms)
-            except Exception as error:  # noqa: BLE001 (named and counted, whatever it is)
-                raise_if_unreachable(error)
-                errors.append(f"{self.source.name(number)}: {one_line(error)}")
-        return found, errors
-
-    def about(self, chunk):
-        return f"chunk {chunk}, from {self.source.where(chunk * TAG_CHUNK)} on"
+def tags_of(sample, key, synonyms):
+    """A row of data.Batches: {"tags": set of canonical tags}."""
+    return {"tags": canonical(sample["hashtags"](), synonyms) if sample else set()}
 
 
 def read_tags(source, synonyms, workers, title, named=20):
@@ -176,13 +155,13 @@ def read_tags(source, synonyms, workers, title, named=20):
 
     Damaged ones are counted, and the first `named` of them are named.
     """
-    chunks, bad = TagChunks(source, synonyms), 0
-    made = loader(chunks, range(len(chunks)), workers)
-    for found, errors in tqdm(made, desc=title, unit=" chunks", disable=None):
-        for text in errors[: max(0, named - bad)]:
+    batches, bad = Batches(source, partial(tags_of, synonyms=synonyms), TAG_CHUNK), 0
+    made = loader(batches, range(len(batches)), workers)
+    for batch in tqdm(made, desc=title, unit=" batches", disable=None):
+        for text in batch["bad"][: max(0, named - bad)]:
             tqdm.write(f"unreadable hashtags: {text}", file=sys.stderr)
-        bad += len(errors)
-        yield from found
+        bad += len(batch["bad"])
+        yield from itertools.compress(batch["tags"], batch["samples"] >= 0)  # without padding
     if bad and named:
         print(f"samples with unreadable hashtags: {bad}")
 
@@ -209,25 +188,23 @@ def write_hashtags(source, out, tail_below=None, workers=0, **counting):
     """Index the hashtags of a source, but for the slice that is held out, in a folder.
 
     rarest.npy       (samples,) int32, the id of the rarest tag of each, -1 if it has none
-    totals.npy       (shards,) int64, the sum of the sampling weights of each: see WeightedOrder
+    totals.npy       (shards,) int64, the sum of the sampling weights of each
     vocabulary.json  the tags, their counts, and the sampling weight that each gives
 
-    tail_below: see weights_of_tags. counting: see count_hashtags. An epoch has as many samples
-    as there are pictures with a known tag. The others are never drawn.
+    tail_below: see weights_of_tags. counting: see count_hashtags. An epoch has as many
+    samples as there are pictures with a known tag. The others are never drawn.
     """
     train, held_out = hold_out(source, None, HELD_OUT)
     vocabulary = count_hashtags(train, workers=workers, **counting)
     os.makedirs(out, exist_ok=True)
-    total, counts = int(train.sizes.sum()), np.array(list(vocabulary.counts.values()))
+    ids, counts = vocabulary.numbers, np.array(list(vocabulary.counts.values()))
+    total, index = int(train.sizes.sum()), Path(out, "vocabulary.json")
     # A new file: a run that reads an earlier index goes on with that.
     rarest = np.lib.format.open_memmap(f"{out}/rarest.new.npy", "w+", np.int32, (total,))
-    drawn = np.zeros(
-        len(counts) + 1, dtype=np.int64
-    )  # pictures with this rarest tag; the last: none
+    drawn = np.zeros(len(counts) + 1, dtype=np.int64)  # by rarest tag; the last: without tags
     samples = read_tags(train, vocabulary.synonyms, workers, "weighing", named=0)
     for number, tags in enumerate(samples):
-        # The rarest tag has the largest id.
-        rarest[number] = max((vocabulary.numbers.get(tag, -1) for tag in tags), default=-1)
+        rarest[number] = max((ids[tag] for tag in tags & ids.keys()), default=-1)
         drawn[rarest[number]] += 1
     rarest.flush()
     drawn = drawn[:-1]
@@ -235,18 +212,19 @@ def write_hashtags(source, out, tail_below=None, workers=0, **counting):
     weights = weights_of_tags(counts, drawn, tail_below)
     edges = itertools.pairwise(running_sum(train.sizes))
     totals = [int(weights[rarest[start:stop]].sum()) for start, stop in edges]
-    if Path(out, "vocabulary.json").exists():
+    if index.exists():
         print(f"{out} held an index already: it is replaced")
     # vocabulary.json is removed first and written last: without it, there is no index.
-    Path(out, "vocabulary.json").unlink(missing_ok=True)
+    index.unlink(missing_ok=True)
     os.replace(f"{out}/rarest.new.npy", f"{out}/rarest.npy")
     np.save(f"{out}/totals.npy", np.array(totals, dtype=np.int64))
-    rows = enumerate(zip(vocabulary.counts.items(), weights.tolist()))
-    tags = [{"tag": t, "id": i, "count": n, "weight": w} for i, ((t, n), w) in rows]
+    tags = [
+        {"tag": tag, "id": i, "count": int(counts[i]), "weight": int(weights[i])}
+        for tag, i in ids.items()
+    ]
     content = {"data": train.identity, "tail_below": tail_below, "tags": tags}
     content["synonyms"] = vocabulary.synonyms
-    text = json.dumps(content, ensure_ascii=False, indent=0)
-    Path(out, "vocabulary.json").write_text(text, encoding="utf-8")
+    index.write_text(json.dumps(content, ensure_ascii=False, indent=0), encoding="utf-8")
     in_tail = drawn[counts < tail_below].sum()
     numbers = f"{drawn.sum()} of {total} pictures are drawn, {in_tail} of them tail"
     print(f"{len(vocabulary)} hashtags; {numbers}; {held_out.sizes.sum()} are held out")
@@ -258,22 +236,22 @@ def weights_of_tags(counts, drawn, tail_below):
     counts  (tags,) pictures that carry each tag
     drawn   (tags,) pictures of which it is the rarest tag
 
-    SWAG's sampler (paper: arXiv 2201.08371). The tail is the pictures with a tag that fewer than
-    `tail_below` pictures carry, the head is the others. 70 % of an epoch is drawn from the head,
-    30 % from the tail. Within each, the importance of a picture is the maximum over its tags of
-    1 / sqrt(pictures with that tag) (unverified): its rarest tag decides. The last weight is 0,
-    of pictures without a tag.
+    SWAG's sampler (paper: arXiv 2201.08371). The tail is the pictures with a tag that fewer
+    than `tail_below` pictures carry, the head is the others. 70 % of an epoch is drawn from
+    the head, 30 % from the tail. Within each, the importance of a picture is the maximum
+    over its tags of 1 / sqrt(pictures with that tag) (unverified): its rarest tag decides.
+    The last weight is 0, of pictures without a tag.
     """
     tail, importance = counts < tail_below, counts**-0.5
-    shares = {True: 0.3, False: 0.7}
-    if not drawn[tail].any() or not drawn[~tail].any():
-        part = "tail" if drawn[tail].any() else "head"
-        print(f"all pictures are in the {part}: it has all draws")
-        shares = {True: 1.0, False: 1.0}
+    parts = [("head", ~tail, 0.7), ("tail", tail, 0.3)]
+    parts = [part for part in parts if drawn[part[1]].any()]
     weights = np.zeros(len(counts) + 1, dtype=np.int64)
-    for part, share in shares.items():
-        which = np.flatnonzero((tail == part) & (drawn > 0))
-        scale = share * drawn.sum() / max(1e-9, (drawn * importance)[which].sum())
+    for name, mask, share in parts:
+        if len(parts) == 1:
+            print(f"all pictures are in the {name}: it has all draws")
+            share = 1.0
+        which = np.flatnonzero(mask & (drawn > 0))
+        scale = share * drawn.sum() / (drawn * importance)[which].sum()
         weights[which] = np.maximum(1, np.rint(scale * importance[which] * WEIGHT))
     return weights
 
@@ -281,43 +259,40 @@ def weights_of_tags(counts, drawn, tail_below):
 def open_hashtags(source, folder):
     """(Vocabulary, source to train on, slice to measure on, WeightedOrder's arguments).
 
-    They come from a folder that write_hashtags wrote for this source.
-
-    The toy world needs no folder: its first pictures give the vocabulary, and it has no weights.
-    Raises ValueError if the folder is missing, damaged or of other data.
+    They come from a folder that write_hashtags wrote for this source. The toy world needs
+    no folder: its first pictures give the vocabulary, and it has no weights. Raises
+    ValueError if the folder is missing, damaged or of other data.
     """
     if not folder and source.endless:
         vocabulary = count_hashtags(Subset(source, range(TAG_CHUNK)))
         return vocabulary, source, Subset(Toy("val", source.sides), range(HELD_OUT)), {}
     train, held_out = hold_out(source, None, HELD_OUT)
-    hint = "write it with: python data.py hashtags DATA --out TAGS, and give --tags TAGS"
-    hint += " (and both the same --labels, if any)"
     try:
         text = Path(folder or "", "vocabulary.json").read_text(encoding="utf-8")
         content, totals = json.loads(text), np.load(f"{folder}/totals.npy")
         counts = {entry["tag"]: entry["count"] for entry in content["tags"]}
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         vocabulary = Vocabulary(counts, content["synonyms"], digest)
-        table = np.array([entry["weight"] for entry in content["tags"]] + [0], dtype=np.int64)
-        made_for, rarest = content["data"], open_array(f"{folder}/rarest.npy")
+        weights = [entry["weight"] for entry in content["tags"]]
+        table = np.array([*weights, 0], dtype=np.int64)
+        rarest = open_array(f"{folder}/rarest.npy")
+        if content["data"] != train.identity or len(rarest) != train.sizes.sum():
+            raise ValueError(f"it is of other data: {content['data']}")
+        if len(totals) != len(train.sizes) or rarest.max() >= len(counts):
+            raise ValueError("its files do not fit each other")
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         where = f"in {folder} ({one_line(error)})" if folder else "are given"
-        raise ValueError(f"no hashtags {where}: {hint}") from None
-    if made_for != train.identity or len(rarest) != train.sizes.sum():
-        raise ValueError(f"{folder} is of other data ({made_for}): {hint}")
-    if len(totals) != len(train.sizes) or rarest.max() >= len(counts):
-        raise ValueError(f"{folder} is damaged (its files do not fit each other): {hint}")
-    weights = partial(weights_of, f"{folder}/rarest.npy", table)
-    return (
-        vocabulary,
-        train,
-        held_out,
-        {"totals": totals, "weights": weights, "largest": table.max()},
-    )
+        raise ValueError(
+            f"no hashtags {where}: write them with python data.py hashtags DATA --out TAGS, and "
+            "give --tags TAGS (and both the same --labels, if any)"
+        ) from None
+    draws = partial(weights_of, f"{folder}/rarest.npy", table)
+    options = {"totals": totals, "weights": draws, "largest": table.max()}
+    return vocabulary, train, held_out, options
 
 
 def weights_of(rarest, table, start, stop):
-    """(stop - start,) int64 sampling weights of these samples: see Order."""
+    """(stop - start,) int64 sampling weights of these samples: see WeightedOrder."""
     return table[open_array(rarest)[start:stop]]
 
 
@@ -329,19 +304,18 @@ def open_array(path):
 def read_synonyms(path):
     """{canonical tag: canonical tag} of lines of two columns with a tab between them.
 
-    Raises ValueError if a line is something else, if a tag has two meanings, or if it counts as
-    a tag that counts as another one.
+    Raises ValueError if a line is something else, if a tag has two meanings, or if it
+    counts as a tag that counts as another one.
     """
-    pairs = {}
     try:
-        for line in filter(str.strip, Path(path).read_text(encoding="utf-8").split("\n")):
-            # Two cells, with one tag in each.
-            (tag,), (other,) = (canonical([cell], {}) for cell in line.split("\t"))
-            if pairs.setdefault(tag, other) != other:
-                raise ValueError(f"{tag} counts as {pairs[tag]} and as {other}")
-        for tag, other in pairs.items():
-            if pairs.get(other, other) != other:
-                raise ValueError(f"{tag} counts as {other}, which counts as {pairs[other]}")
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        rows = [line.split("\t") for line in lines if line.strip()]
+        rows = [[canonical([cell], {}) for cell in row] for row in rows]
+        rows = [(tag, other) for (tag,), (other,) in rows]  # two cells, one tag in each
+        pairs = dict(rows)
+        for tag, other in rows:
+            if pairs[tag] != other or pairs.get(other, other) != other:
+                raise ValueError(f"{tag} counts as {other}, which another line contradicts")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no list of synonyms (two columns, a tab): {error}") from None
     return pairs

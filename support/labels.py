@@ -1,6 +1,7 @@
 """Folders of splits, files of labels, and names of classes."""
 
 import csv
+import gzip
 import itertools
 import json
 import os
@@ -13,20 +14,33 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import (
-    PICTURES,
-    SPLITS,
-    is_picture,
-    one_line,
-    raise_if_unreachable,
-    sort_classes,
-    walk,
-)
+from data import PICTURES, SPLITS, is_picture, one_line, raise_if_unreachable, sort_classes, walk
 
-VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
-VIDEOS += (".3gp", ".ogv")
+VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
+VIDEOS += (".ts", ".3gp", ".ogv")
 
 # ------------------------------------------------------------------------------------------- splits
+
+
+def find_splits(root):
+    """{"train", "val", "test", "other": paths of folders in `root`}; {} if it has no splits.
+
+    "other" are the other folders with pictures or videos. A train/ alone is no split: all
+    pictures are trained on. A train/ with pictures directly in it, beside others, is a class.
+    """
+    with os.scandir(root) as entries:  # isdir would look at each picture
+        folders = sorted(entry.path for entry in entries if entry.is_dir())
+    found = {"train": [], "val": [], "test": [], "other": []}
+    for path in folders:
+        name = os.path.basename(path)
+        split = SPLITS.get(name.lower(), "other")
+        if split != "other" or name[0] != "." and holds_media(path):
+            found[split].append(path)
+    train, val, test, other = found.values()
+    if len(train) == 1 and not val + test:
+        is_class = any(map(is_media, os.listdir(train[0])))
+        return found if other and not is_class else {}
+    return found if train + val + test else {}
 
 
 def is_media(name):
@@ -34,34 +48,7 @@ def is_media(name):
     return name.lower().endswith(PICTURES + VIDEOS) and not name.startswith(".")
 
 
-def find_splits(root):
-    """{"train", "val", "test" or "other": names of folders in `root`}; {} if it has no splits.
-
-    "other" are folders with pictures or videos whose names are not in data.SPLITS. A train/
-    alone is no split: all pictures are trained on. Nor is a train/ with pictures directly in it
-    beside other folders: it is a class.
-    """
-    if not os.path.isdir(root):
-        return {}
-    with os.scandir(root) as entries:  # isdir would look at each picture
-        folders = sorted(entry.name for entry in entries if entry.is_dir())
-    folders = [name for name in folders if name[0] != "."]
-    found = {}
-    for name in folders:
-        if name.lower() in SPLITS:
-            found.setdefault(SPLITS[name.lower()], []).append(name)
-    if not found:
-        return {}
-    others = [name for name in folders if name.lower() not in SPLITS]
-    others = [name for name in others if holds_pictures(os.path.join(root, name))]
-    if list(found) == ["train"] and len(found["train"]) == 1:
-        train = os.path.join(root, found["train"][0])
-        if not others or any(map(is_media, os.listdir(train))):
-            return {}
-    return found | ({"other": others} if others else {})
-
-
-def holds_pictures(folder):
+def holds_media(folder):
     """True if there are pictures or videos anywhere below a folder."""
     try:
         return any(is_media(name) for _, names in walk(folder) for name in names)
@@ -70,27 +57,24 @@ def holds_pictures(folder):
 
 
 def choose_splits(root, found):
-    """(folder to train on, folder to measure on or None) of what find_splits found in `root`.
+    """(folder to train on, folder to measure on or None) of what find_splits found.
 
-    Prints that test is left out. Raises ValueError with the flags to type if a split has two
+    Prints what is left out. Raises ValueError with the flags to type if a split has two
     folders, if there is nothing to train on, or if other folders may be classes.
     """
-    train, val, test = (
-        [os.path.join(root, name) for name in found.get(split, [])]
-        for split in ("train", "val", "test")
-    )
+    train, val, test, other = found.values()
     files = sorted(filter(is_media, os.listdir(root)))
-    other = found.get("other") or ([] if train else files)
+    other = list(map(os.path.basename, other)) or ([] if train else files)
     if len(train) != 1 or len(val) > 1 or other:
-        typed = ["--data", train[0]] if train else []
+        flags = ["--data", train[0]] if train else []
         if val or not train:
-            typed += ["--val-data", (val or test)[0]]
-        want = shlex.join(typed) + ("" if train else " beside a --data to train on")
-        splits = ", ".join(map(os.path.basename, train + val + test))
+            flags += ["--val-data", (val or test)[0]]
+        flags = shlex.join(flags) + ("" if train else " beside a --data to train on")
+        names = ", ".join(map(os.path.basename, train + val + test))
         if other:
-            splits += f" beside {', '.join(other[:3])}"
-            want += ", or move the splits elsewhere (if they are classes: --labels)"
-        raise ValueError(f"{root} holds the splits {splits}: type {want}")
+            names += f" beside {', '.join(other[:3])}"
+            flags += ", or move the splits elsewhere (if they are classes: --labels)"
+        raise ValueError(f"{root} holds the splits {names}: type {flags}")
     if os.environ.get("RANK", "0") == "0":
         for path in test:
             print(f"{path}: left out (to measure on it, give it as --val-data)")
@@ -110,23 +94,27 @@ def read_labels(path, caption_key="caption"):
     .csv    lines of path,class; or of the columns of a head line that names "path", and
             "class" or the caption key. Spaces around a path or class do not count.
     .jsonl  lines of {"path", "class", "hashtags", caption key: a text or a list of texts}
-    .json   iNaturalist's {"images": [{"id", "file_name"}], "categories": [{"id", "name"}],
-            "annotations": [{"image_id", "category_id"}]}
+    .json   iNaturalist's {"images": [{"id", "file_name"}],
+            "categories": [{"id", "name"}], "annotations": [{"image_id", "category_id"}]}
 
-    A picture's captions may be in several entries. An empty class is none. Entries that are
-    damaged, name no picture or contradict an earlier one are counted and left out. Raises
-    ValueError if the file is none of these or lists no pictures.
+    A picture's captions may be in several entries. An empty class is none. Entries that
+    are damaged, name no picture or contradict an earlier one are counted and left out.
+    Raises ValueError if the file is none of these or lists no pictures.
     """
-    readers = {"csv": csv_entries, "jsonl": jsonl_entries, "json": inaturalist_entries}
+    readers = {"csv": read_csv, "json": read_inaturalist}
+    readers["jsonl"] = lambda file, _: (file, json.loads, None)
     kind = path.rpartition(".")[2].lower()
     if kind not in readers:
         raise ValueError(f"{path} is no file of labels: want .jsonl, .csv or .json")
-    found, bad, notes = {}, 0, {"want": "see read_labels in support/labels.py"}
+    found, bad = {}, 0
     try:
         with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            for facts in readers[kind](file, caption_key, notes):
+            first = file.readline(80).strip()
+            file.seek(0)
+            rows, entry_of, note = readers[kind](file, caption_key)
+            for row in rows:
                 try:
-                    add_entry(found, facts, caption_key)
+                    add_entry(found, entry_of(row), caption_key)
                 except (ValueError, KeyError, TypeError):
                     bad += 1
     except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
@@ -135,82 +123,68 @@ def read_labels(path, caption_key="caption"):
         why = "damaged, naming no picture, or against an earlier one"
         print(f"{path}: entries that are left out ({why}): {bad}", file=sys.stderr)
     if not found:
-        raise ValueError(f"{path} lists no pictures: {notes['want']}")
-    if "say" in notes:
-        print(f"{path}: {notes['say']}", file=sys.stderr)
+        columns = f"a head line that names path, and class or {caption_key}"
+        want = f"path,class in each line of a .csv, or {columns}"
+        raise ValueError(f"{path} lists no pictures: want {want}; the first line is {first!r}")
+    if note:
+        print(f"{path}: {note}", file=sys.stderr)
     return found
 
 
-def add_entry(found, facts, caption_key):
+def add_entry(found, entry, caption_key):
     """Add one entry, {"path", "class", ...}. Raises an error if it is damaged."""
-    name, captions = facts["path"], texts_in(facts.get(caption_key))
-    if not is_picture(os.path.basename(name)):
-        raise ValueError(name)
-    if "\ufffd" in str(facts):  # a byte was not UTF-8
-        raise ValueError(name)
-    entry = {"hashtags": facts["hashtags"]} if "hashtags" in facts else {}
-    label = facts.get("class")
-    label = "" if label is None else str(label).strip()
+    path, captions = entry["path"], texts_in(entry.get(caption_key))
+    facts = {"hashtags": entry["hashtags"]} if "hashtags" in entry else {}
+    label = "" if entry.get("class") is None else str(entry["class"]).strip()
     if label:
-        entry["class"] = label
-    known = found.setdefault(os.path.normpath(name), {**entry, "captions": []})
-    if known != {**entry, "captions": known["captions"]}:
-        raise ValueError(name)
+        facts["class"] = label
+    not_utf8 = "\ufffd" in str(entry)
+    if not_utf8 or not is_picture(os.path.basename(path)):
+        raise ValueError(path)
+    known = found.setdefault(os.path.normpath(path), {**facts, "captions": []})
+    if known != {**facts, "captions": known["captions"]}:
+        raise ValueError(path)
     known["captions"] += captions
 
 
-# A reader yields the entries of an open file, and None for a damaged one. It sets notes["say"], a
-# message to print, and notes["want"], what to write in a file that lists no pictures.
+# A reader of an open file returns its rows, a function that makes an entry of a row (or raises an
+# error if it is damaged), and a note to print, or None.
 
 
-def csv_entries(file, caption_key, notes):
-    rows = filter(None, csv.reader(file, strict=True, skipinitialspace=True))
-    first = [cell.strip() for cell in next(rows, [])]
-    line = f"{','.join(first)!r:.80}"
-    notes["want"] = (
-        "want lines of path,class (with commas), perhaps under a head line, or a head line"
-        f" that names path, and class or {caption_key}; the first line is {line}"
-    )
-    head, rows = ["path", "class"], [first]
-    if not any(map(is_picture, first)):
-        rows = []
-        if caption_key in first or {"path", "class"} <= set(first):
-            head = first
-        else:
-            why = "is taken as a header; its columns are read as path and class"
-            notes["say"] = f"{line} {why}"
-    # Captions keep their spaces: they are part of what a data set is identified by.
-    keep = caption_key in head
-    others = csv.reader(file, strict=True, skipinitialspace=not keep)
-    for row in filter(None, itertools.chain(rows, others)):
-        if len(row) != len(head):
-            yield None
-            continue
-        facts = dict(zip(head, row))
-        yield facts | {name: facts[name].strip() for name in head if name != caption_key}
+def read_csv(file, caption_key):
+    first = next(filter(None, csv.reader(file, strict=True, skipinitialspace=True)), [])
+    first = [cell.strip() for cell in first]
+    columns, rows, note = ["path", "class"], [], None
+    if any(map(is_picture, first)):
+        rows = [first]
+    elif caption_key in first or {"path", "class"} <= set(first):
+        columns = first
+    else:
+        why = "is taken as a header; its columns are read as path and class"
+        note = f"{','.join(first)!r:.80} {why}"
+    # Captions keep their spaces: the identity of the data depends on them.
+    others = csv.reader(file, strict=True, skipinitialspace=caption_key not in columns)
+
+    def entry_of(row):
+        entry = dict(zip(columns, row, strict=True))
+        return entry | {"path": entry["path"].strip()}
+
+    return filter(None, itertools.chain(rows, others)), entry_of, note
 
 
-def jsonl_entries(file, caption_key, notes):
-    for line in file:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            yield None
-
-
-def inaturalist_entries(file, caption_key, notes):
-    content = json.load(file)
+def read_inaturalist(file, caption_key):
+    content, note = json.load(file), None
     files = {image["id"]: image["file_name"] for image in content["images"]}
     names = {category["id"]: category["name"] for category in content["categories"]}
     counts = Counter(map(str, names.values()))
     if again := [name for name, count in counts.items() if count > 1]:
         why = f"categories of the same name, each of which is one class ({len(again)})"
-        notes["say"] = f"{why}: {', '.join(again[:5])}"
-    for row in content["annotations"]:
-        try:
-            yield {"path": files[row["image_id"]], "class": names[row["category_id"]]}
-        except (KeyError, TypeError):
-            yield None
+        note = f"{why}: {', '.join(again[:5])}"
+
+    def entry_of(row):
+        return {"path": files[row["image_id"]], "class": names[row["category_id"]]}
+
+    return content["annotations"], entry_of, note
 
 
 def texts_in(content):
@@ -225,10 +199,7 @@ def texts_in(content):
 
 
 def say_same_names(where, names):
-    """Print the names that several classes share: these classes cannot be told apart.
-
-    names: a list for each class. Returned as it is.
-    """
+    """Print the names that several classes share. names, a list for each class, is returned."""
     counts = Counter(", ".join(sorted(set(some))) for some in names)
     if again := [text for text, count in counts.items() if count > 1]:
         print(f"{where}: classes that share their names ({len(again)}): {'; '.join(again[:5])}")
@@ -240,31 +211,26 @@ NOT_IN_FALL_2011 = "n03931044", "n09859684"
 
 
 def names_of_list(count, classes):
-    """Names for the `count` classes of a head or a list that has none, so that the data's classes
-    can be found among them. None if they cannot be known.
+    """Names for `count` classes that have none, so that the data's classes can be found
+    among them; None if they cannot be known.
 
     classes: the data's names, or None where it only numbers its classes
 
-    1. If all of the data's names are numbers below `count`, they are the numbers of the classes.
-    2. If they are ImageNet's names of folders (wnids), and support/ has a list of `count` of
-       these, the classes are that list. The data may have some of them only.
+    1. If all of the data's names are numbers below `count`, they number the classes.
+    2. If they are ImageNet's names of folders (wnids), and support/ has a list of `count`
+       of these, the classes are that list. The data may have some of them only.
     3. If the data has `count` classes, they are the same, in the same order.
     """
-    numbers = all(map(str.isdecimal, classes or ()))
-    places = {int(name): name for name in classes or ()} if numbers else {}
-    if numbers and max(places, default=-1) < count:
-        if len(places) not in (0, count):
+    classes = classes or []
+    if all(map(str.isdecimal, classes)) and max(map(int, classes), default=-1) < count:
+        if len(classes) not in (0, count):
             print(f"{count} classes without names: the data's class N is number N of them, from 0")
+        places = {int(name): name for name in classes}
         return [places.get(number, str(number)) for number in range(count)]
     size = 21843 if count == 21841 else count  # the latter's classes but two
-    path, wnids = Path(__file__).with_name(f"imagenet_{size}.txt.xz"), []
+    path, wnids = Path(__file__).with_name(f"imagenet_{size}.txt.gz"), []
     if path.exists():
-        try:
-            import lzma  # not in every build of Python
-        except ImportError as error:
-            why = f"{path} cannot be read ({error})"
-            raise ValueError(f"{why}: use a Python that was built with lzma") from None
-        wnids = lzma.decompress(path.read_bytes()).decode().split()
+        wnids = gzip.decompress(path.read_bytes()).decode().split()
         wnids = [wnid for wnid in wnids if count == size or wnid not in NOT_IN_FALL_2011]
     known = set(wnids).intersection(classes)
     if known and (len(known) == len(classes) or len(classes) != count):
@@ -277,59 +243,52 @@ def names_of_list(count, classes):
 
 
 def read_lines(path, what):
-    """The lines of a text file of `what`. Raises ValueError if it is empty or a line is blank."""
+    """The lines of a text file of `what`. Raises ValueError if one is blank, or there are none."""
     try:
-        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
+        text = Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {what} from {path}: {error}") from None
+    lines = [line.strip() for line in text.splitlines()] or [""]
     if "" in lines:
         raise ValueError(f"{path}: line {lines.index('') + 1} is blank: want {what}, one a line")
-    if not lines:
-        raise ValueError(f"{path} is empty: want {what}, one a line")
     return lines
 
 
 def read_class_names(path, classes):
     """The names of each class of the data: a list of lists.
 
-    path     a file with a line for each class, in their order: names separated by commas. Or each
-             line begins with the data's name of the class and a tab, in any order. None: the names
-             are the data's
+    path     a file with a line for each class, in their order: names separated by commas.
+             Or each line begins with the data's name of the class and a tab, in any order.
+             None: the names are the data's
     classes  the data's names of its classes, or None if it only numbers them
 
-    A list without tabs may have more lines than the data has classes: see names_of_list. Classes
-    of the same names cannot be told apart: they are reported.
+    A list without tabs may have more lines than the data has classes: see names_of_list.
     """
     if not path:
         if not classes:
             raise ValueError("the data does not name its classes: give --classnames")
-        lines = [name.replace("_", " ").replace("-", " ") for name in classes]
-        return say_same_names("the data", [[line] for line in lines])
+        names = [[name.replace("_", " ").replace("-", " ")] for name in classes]
+        return say_same_names("the data", names)
     lines = read_lines(path, "class names")
     classes = classes or [str(number) for number in range(len(lines))]
-    tabs = ["\t" in line for line in lines]
-    if all(tabs):
-        order, lines = zip(*(line.split("\t", 1) for line in lines))
-        if again := [name for name, count in Counter(order).items() if count > 1]:
-            raise ValueError(f"{path} names {again[0]} twice")
-    elif any(tabs):
-        raise ValueError(f"{path}: line {tabs.index(False) + 1} has no tab, others have one")
-    elif len(lines) != len(classes):
+    if any("\t" in line for line in lines):
+        order, lines = zip(*(line.partition("\t")[::2] for line in lines))
+        if len(set(order)) < len(order):
+            raise ValueError(f"{path} names {max(order, key=order.count)} twice")
+    elif len(lines) == len(classes):
+        # Shards that were packed when numbers were sorted as texts have 10 before 2.
+        order = sort_classes(classes) if all(map(str.isdecimal, classes)) else classes
+    else:
         order = names_of_list(len(lines), classes)
         if not order:
             why = f"{path} has {len(lines)} lines, the data {len(classes)} classes"
             raise ValueError(f"{why}: begin each line with the class's name in the data, and a tab")
-    else:
-        # Shards that were packed when numbers were sorted as texts have 10 before 2.
-        order = sort_classes(classes) if all(map(str.isdecimal, classes)) else classes
-    keyed = dict(zip(order, lines))
-    if missing := [name for name in classes if name not in keyed]:
+    names = {}
+    for key, line in zip(order, lines):
+        names[key] = [name.strip() for name in line.split(",") if name.strip()]
+    if missing := [name for name in classes if not names.get(name)]:
         raise ValueError(f"{path} has no names for {', '.join(missing[:3])} ({len(missing)})")
-    lines = [keyed[name] for name in classes]
-    names = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]
-    if [] in names:
-        raise ValueError(f"{path}: line {names.index([]) + 1} holds no name")
-    return say_same_names(path, names)
+    return say_same_names(path, [names[name] for name in classes])
 
 
 # ---------------------------------------------------------------------------------- right answers
@@ -342,32 +301,27 @@ def right_answers(names, classes, source, labels, label_map=None):
     labels     class numbers of the source, -1 if unknown
     label_map  file of {class of the data: class of the model, or a list of them}
     """
-    found = {label for label in labels if label >= 0}
-    of_data = dict(enumerate(source.classes or [])) or {n: str(n) for n in found}  # label: name
+    of_data = dict(enumerate(source.classes or ()))  # label: name
+    of_data |= {label: str(label) for label in sorted(set(labels) - {-1, *of_data})}
     meanings = {}  # name: numbers of the model's classes; several may have the same name
     for number, name in enumerate(names or ()):
         meanings.setdefault(name, set()).add(number)
     if label_map:
         meanings = read_label_map(label_map, meanings, classes, of_data.values())
-    else:
-        unknown = [name for name in of_data.values() if name not in meanings]
-        unknown += [str(label) for label in sorted(found - of_data.keys())]
-        if unknown:
-            why = f"the model knows no {', '.join(unknown[:3])}"
-            raise ValueError(f"{why} ({len(unknown)} of the data's classes): give --label-map")
-    by_label = {label: meanings.get(name, set()) for label, name in of_data.items()}
-    return [by_label.get(label, set()) for label in labels]
+    elif unknown := [name for name in of_data.values() if name not in meanings]:
+        some = f"{', '.join(unknown[:3])} ({len(unknown)} of the data's classes)"
+        raise ValueError(f"the model knows no {some}: give --label-map")
+    return [meanings.get(of_data.get(label), set()) for label in labels]
 
 
 def read_label_map(path, of_model, classes, of_data):
-    """{class of the data: set of the model's class numbers} from a file, see right_answers.
+    """{class of the data: set of the model's class numbers} from a file: see right_answers.
 
-    of_model: {name: set of class numbers} of the model; of_data: names of the data's classes.
+    of_model: the same for the model's own names; of_data: names of the data's classes.
     """
+    meanings = {}
     try:
-        content = json.loads(Path(path).read_text("utf-8"))
-        meanings = {}
-        for name, some in content.items():
+        for name, some in json.loads(Path(path).read_text("utf-8")).items():
             some = some if isinstance(some, list) else [some]
             sets = (of_model[one] if isinstance(one, str) else {one} for one in some)
             meanings[name] = set().union(*sets)
@@ -380,8 +334,10 @@ def read_label_map(path, of_model, classes, of_data):
 
 
 def real_answers(path, files, classes):
-    """For each file of ImageNet's validation set the set of classes in ImageNet-ReaL's real.json,
-    which has a list for each of the 50,000; empty if no class is right."""
+    """The set of right classes, perhaps empty, of each file of ImageNet's validation set.
+
+    path: ImageNet-ReaL's real.json, which has a list for each of the 50,000.
+    """
     try:
         real = json.loads(Path(path).read_text("utf-8"))
         names = [re.split("[/:]", file)[-1] for file in files]
@@ -407,12 +363,12 @@ def all_labels(source):
 
 
 def read_all(source, name, value_of, unknown):
-    """value_of(sample) for each sample of a source; what cannot be read is named, and unknown."""
+    """Yield value_of(sample) of each sample; `unknown` if it cannot be read, which is printed."""
     numbers = range(int(source.sizes.sum()))
     for number in tqdm(numbers, desc=f"{name}s", leave=False, disable=None):
         try:
             value = value_of(source.read(number))
-        except Exception as error:  # noqa: BLE001 (tar members fail in many ways: named, left out)
+        except Exception as error:  # noqa: BLE001 (tar members fail in many ways)
             raise_if_unreachable(error)
             tqdm.write(f"unreadable {name}: {source.name(number)}: {error}", file=sys.stderr)
             value = unknown
@@ -423,27 +379,23 @@ def read_all(source, name, value_of, unknown):
 
 
 def settle_classes(run):
-    """Set run.classes, the number of classes that a run of stage 3 learns. Raises ValueError."""
+    """Set run.classes, the number of classes to learn. Raises ValueError."""
     named = len(run.train.classes or ())
     if named and run.classes not in (None, named):
         raise ValueError(f"--classes {run.classes}: {run.data} names {named}")
     run.classes = named or run.classes
     if not run.classes:
-        raise ValueError(
-            f"{run.data} names no classes (two folders or more): give --classes, how many, "
-            "or --labels"
-        )
+        hint = "give --classes, how many, or --labels"
+        raise ValueError(f"{run.data} names no classes (two folders or more): {hint}")
     if run.classes < 2:
         raise ValueError(f"{run.data} has one class only: there is nothing to tell apart")
     if run.val is None:
-        lacks = f"{run.data} has no train/ and val/"
-        lacks = "--labels lists no val pictures" if run.labels else lacks
+        labelled = "--labels lists no val pictures"
+        lacks = labelled if run.labels else f"{run.data} has no train/ and val/"
         raise ValueError(f"{lacks}: give --val-data or --val-labels")
     if (run.train.classes is None) != (run.val.classes is None):
-        raise ValueError(
-            "one of train and val names its classes, the other does not: "
-            f"{run.train.identity}; {run.val.identity}"
-        )
+        names = "one of train and val names its classes, the other does not"
+        raise ValueError(f"{names}: {run.train.identity}; {run.val.identity}")
     # A head that was learned when numbers were sorted as texts must not go on with other labels.
     # (Other classes may be in any order: the toy world's are.)
     classes = run.train.classes or []
@@ -452,26 +404,25 @@ def settle_classes(run):
 
 
 def reorder_head(run):
-    """The weights in --init with a head for the data's classes, in order, and the head's pool.
+    """(weights in --init, with a head for the data's classes in order; the head's pool).
 
-    Returns (state, grid) and "cls" or "mean". Raises ValueError if the head is of other classes.
+    The weights are (state, grid), the pool is "cls" or "mean". Raises ValueError if the
+    head is for other classes.
     """
     if not run.weights or "head.weight" not in run.weights[0]:
         raise ValueError("--keep-head: there is no head in --init")
     state, grid = run.weights
-    count, wanted = len(state["head.weight"]), run.train.classes
-    wanted = wanted or list(map(str, range(run.classes)))
+    count = len(state["head.weight"])
+    wanted = run.train.classes or list(map(str, range(run.classes)))
     names = run.classes_of_head or names_of_list(count, wanted) or []
     if names != wanted:  # the data has some of the head's classes, or another order
-        for name in wanted:
-            if names.count(name) != 1:
-                raise ValueError(
-                    "--keep-head: the head in --init is for other classes than the data's "
-                    f"({names.count(name)} of its {count} classes are called {name}, and one is "
-                    "needed): leave --keep-head out"
-                )
-        places = dict(zip(names, range(count)))
-        rows = [places[name] for name in wanted]
+        if wrong := [name for name in wanted if names.count(name) != 1]:
+            raise ValueError(
+                "--keep-head: the head in --init is for other classes than the data's "
+                f"({names.count(wrong[0])} of its {count} classes are called {wrong[0]}, "
+                "and one is needed): leave --keep-head out"
+            )
+        rows = [names.index(name) for name in wanted]
         head = {name: state[name][rows] for name in ("head.weight", "head.bias")}
         state = state | head
         run.say(f"--keep-head: the data has {len(rows)} of the head's {count} classes")

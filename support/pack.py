@@ -29,32 +29,33 @@ from data import (
     open_picture,
     open_sources,
     pixel_limit,
+    splits_in,
     to_mode,
     upright,
 )
+from support.flags import count
 from support.hashtags import read_synonyms, write_hashtags
-from support.labels import find_splits
 from support.loader import loader_workers
 from support.shards import Shards, pack_record, replace_file
-
-NUMBER = r"%\d*d"  # of a shard, in a pattern
 
 
 def pack(folder, pattern, short_side=None, shard_size=None, max_pixels=MAX_PIXELS):
     """Write the pictures of a folder into tar shards, and their classes if it has any.
 
     pattern     OUT-%05d.tar
-    short_side  scale larger pictures down to this, and encode them again. None: copy all bytes
-    shard_size  pictures in a shard. None: 10,000, or fewer to have 48 shards
+    short_side  scale larger pictures down to this, and encode them again; None: copy bytes
+    shard_size  pictures in a shard; None: 10,000, or fewer to have 48 shards
 
     An interrupted run goes on. pack.json, beside the shards, has the options and classes.
     Raises ValueError if shards of other pictures or options are there.
     """
     limit_pixels(max_pixels)
     out, name = os.path.split(pattern)
-    if not re.fullmatch(rf"[^%{{}}]*{NUMBER}[^%{{}}]*\.tar", name):
+    parts = re.fullmatch(r"([^%{}]*)(%\d*d)([^%{}]*\.tar)", name)
+    if not parts:
         want = "one number, and no braces, in the file's name, as in OUT-%05d.tar"
         raise ValueError(f"{pattern} must hold {want}")
+    head, digits, tail = parts.groups()
     record = pack_record(out)
     source = open_folder(folder, record["classes"], out)
     total = len(source.paths)
@@ -63,9 +64,8 @@ def pack(folder, pattern, short_side=None, shard_size=None, max_pixels=MAX_PIXEL
     options = {"pictures": source.identity, "short_side": short_side, "shard_size": shard_size}
     if max_pixels != MAX_PIXELS:
         options["max_pixels"] = max_pixels
-    any_number = re.sub(NUMBER, "[0-9]*", glob.escape(name))
-    existing = glob.glob(os.path.join(glob.escape(out), any_number))
-    if existing and record["packed"].get(name) != options:
+    first, last = (glob.escape(part) for part in (os.path.join(out, head), tail))
+    if glob.glob(f"{first}[0-9]*{last}") and record["packed"].get(name) != options:
         raise ValueError(f"{pattern} is not of these pictures and options: move it away")
     os.makedirs(out or ".", exist_ok=True)
     record["packed"][name] = options
@@ -79,23 +79,17 @@ def pack(folder, pattern, short_side=None, shard_size=None, max_pixels=MAX_PIXEL
                 numbers = range(start, min(start + shard_size, total))
                 write_shard(f"{path}.tmp", source, numbers, short_side, threads)
                 os.replace(f"{path}.tmp", path)
-    digits = re.search(NUMBER, name)[0]
-    shards = f"{{{digits % 0}..{digits % (len(starts) - 1)}}}"
-    written = os.path.join(out, re.sub(NUMBER, shards, name))
+    braces = f"{{{digits % 0}..{digits % (len(starts) - 1)}}}"
+    written = os.path.join(out, f"{head}{braces}{tail}")
     print(f"{total} pictures in {len(starts)} shards: --data {shlex.quote(written)}")
     write_listing(Shards(written))  # Shards writes their indexes
 
 
 def open_folder(folder, classes, out):
-    """The Folder to pack.
-
-    classes: of the shards that were packed into `out` before, or None. They number the classes:
-    train is packed first, then val.
-    """
-    if splits := find_splits(folder):
-        names = [name for split in ("train", "val", "test") for name in splits.get(split, [])]
-        parts = ", ".join(os.path.join(folder, name) for name in names)
-        raise ValueError(f"{folder} holds splits: pack {parts} one after the other")
+    """The Folder to pack, with the classes of the shards that were packed into `out` before."""
+    if splits := splits_in(folder):
+        paths = ", ".join(splits["train"] + splits["val"] + splits["test"])
+        raise ValueError(f"{folder} holds splits: pack {paths} one after the other")
     try:
         return Folder(folder, classes)
     except ValueError as error:
@@ -138,8 +132,7 @@ def encode(path, short_side):
 
 def shrink(image, short_side):
     """("jpg" or "png", bytes) of an open picture, scaled down to a short side."""
-    # A JPEG is decoded at 1/2, 1/4 or 1/8, which needs less memory, but at no less than twice
-    # the size.
+    # A JPEG is decoded at 1/2, 1/4 or 1/8, which needs less memory, at twice the size or more.
     scale = 2 * short_side / min(image.size)
     image.draft(None, tuple(math.ceil(scale * side) for side in image.size))
     image, buffer = upright(image), io.BytesIO()
@@ -157,58 +150,49 @@ def write_listing(shards):
     {"classes": names or None, "shards": {base name: [bytes, samples]},
      "faults": {base name: see scan_tar}}
 
-    Shards that it lists already are kept if they exist. It has no offsets, which would be 48 GB
-    for 3 billion samples.
+    Shards that it lists already are kept if they exist.
     """
     for folder in sorted({os.path.dirname(path) for path in shards.paths}):
-        path = Path(folder, "index.json")
+        path, facts, faults = Path(folder, "index.json"), {}, {}
         try:
-            listing = json.loads(path.read_text()) if path.exists() else {"shards": {}}
-            listed, faults = dict(listing["shards"]), dict(listing.get("faults", {}))
+            if path.exists():
+                listing = json.loads(path.read_text())
+                facts, faults = dict(listing["shards"]), dict(listing.get("faults", {}))
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is no list that data.py wrote: move it away") from None
         for place, (name, *fact) in zip(shards.paths, shards.facts):
             if os.path.dirname(place) == folder:
-                listed[name], faults[name] = fact, shards.faults.get(place)
-        listed = {name: fact for name, fact in listed.items() if Path(folder, name).exists()}
-        faults = {name: fault for name, fault in faults.items() if name in listed and fault}
-        content = {"classes": pack_record(folder)["classes"], "shards": listed, "faults": faults}
+                facts[name], faults[name] = fact, shards.faults.get(place)
+        names = [name for name in facts if Path(folder, name).exists()]
+        content = {"classes": pack_record(folder)["classes"]}
+        content["shards"] = {name: facts[name] for name in names}
+        content["faults"] = {name: faults[name] for name in names if faults.get(name)}
         replace_file(path, json.dumps(content).encode())
-
-
-def positive(text):
-    """For argparse: a whole number of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Prepare shards.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    add = commands.add_parser("pack", help="pictures of a folder -> tar shards").add_argument
+    add = commands.add_parser("pack", help="pictures of a folder -> shards").add_argument
     add("folder")
     add("pattern", help="OUT-%%05d.tar")
-    add("--short-side", type=positive, help="scale larger pictures down to this")
-    add("--shard-size", type=positive, help="pictures in a shard")
+    add("--short-side", type=count, help="scale larger pictures down to this")
+    add("--shard-size", type=count, help="pictures in a shard")
     most = "most pixels of a picture that is read (89 million)"
     add("--max-pixels", type=pixel_limit, default=MAX_PIXELS, help=most)
 
-    add = commands.add_parser(
-        "index", help="write the index of tar shards beside them"
-    ).add_argument
+    add = commands.add_parser("index", help="write the index of tar shards").add_argument
     add("shards", help="a path, a glob or {00000..00099} braces")
 
-    text = "vocabulary and sampling weights of a data set"
-    add = commands.add_parser("hashtags", help=text).add_argument
+    add = commands.add_parser("hashtags", help="vocabulary and weights").add_argument
     add("data", help="as --data: shards with .json or .txt, or a folder")
     add("--out", required=True, help="the folder that --tags will name")
     add("--labels", help='JSON lines of {"path", "hashtags"} for a folder')
     add("--synonyms", help="two columns: a tag, and the tag that it counts as")
-    add("--vocabulary", type=positive, default=28_000, help="most tags (28,000)")
-    add("--min-count", type=positive, default=5, help="pictures of a tag (5)")
-    add("--tail-below", type=positive, help="pictures (5,000 or 1 %% of them)")
+    add("--vocabulary", type=count, default=28_000, help="most tags (28,000)")
+    add("--min-count", type=count, default=5, help="pictures of a tag (5)")
+    add("--tail-below", type=count, help="pictures (5,000 or 1 %% of them)")
     add("--workers", type=int, help="processes (the cores left)")
     return parser.parse_args()
 

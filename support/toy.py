@@ -1,8 +1,8 @@
-"""The toy world behind --data toy: an endless set of pictures that are drawn when they are read.
+"""The toy world behind --data toy: an endless set of pictures, drawn when they are read.
 
-A sample is a pure function of its number: a scene of 1 to 4 coloured, textured shapes on a
-background. The class is the shape of the largest object. Position, size, tilt, colour, texture
-and background vary, so that no single pixel depends on the class.
+A sample is a pure function of its number: a scene of 1 to 4 coloured, textured shapes.
+The class is the shape of the largest object. Position, size, tilt, colour, texture and
+background vary, so that no single pixel depends on the class.
 """
 
 import itertools
@@ -15,15 +15,15 @@ from data import TOY, Source, random_bits, uniform
 
 TOY_EPOCH = 65_536  # pictures in an epoch
 TOY_VAL = 2**31  # the first number of val: smaller ones are train
-TOY_DRAWS = 100  # uniform draws for a scene: background and count 12, an object at most 22
+TOY_DRAWS = 100  # uniform draws for a scene: background 12, an object at most 22
 
 
 def _fold(t, n):
-    """The angle between t and the nearest of n equal spokes. The first one points up (-y)."""
+    """The angle between t and the nearest of n equal spokes; one points up (-y)."""
     return (t + math.pi / 2 + math.pi / n) % (2 * math.pi / n) - math.pi / n
 
 
-# A shape: the distance between its centre and its edge, at most 1, in a direction t (radians).
+# A shape: the distance from its centre to its edge, at most 1, in direction t (radians).
 TOY_SHAPES = {
     "circle": lambda t: 0.8 + 0 * t,
     "square": lambda t: 0.7 / np.cos(_fold(t, 4)),
@@ -44,9 +44,9 @@ TOY_COLOURS = {
     "purple": (124, 44, 160), "pink": (246, 140, 186),
 }  # fmt: skip
 
-# A pattern, other than "plain": the share of the second colour, cut at 0 and 1. It depends on two
-# waves a and b (-1 .. 1) at a right angle, and on the distance along the first in wavelengths.
-# The factors make edges a few pixels wide: hard edges would shimmer in smaller pictures.
+# A pattern, other than "plain": the share of the second colour, cut at 0 and 1, by two waves
+# a and b (-1 .. 1) at a right angle, and the distance along the first. The factors make edges
+# a few pixels wide: hard edges would shimmer in smaller pictures.
 TOY_PATTERNS = {
     "striped": lambda a, b, along: 0.5 + 2.5 * a,
     "dotted": lambda a, b, along: 2.5 * (a + b - 0.75),
@@ -58,22 +58,23 @@ TOY_PATTERNS = {
 TOY_TEXTURES = ("plain", "plain", "plain", "striped", "dotted", "checked")
 TOY_BACKGROUNDS = (*TOY_TEXTURES[1:], "shaded", "shaded", "shaded")
 
-# No train scene has one of these objects, small or large. Val scenes have them as often as any
-# others. So a model that knows them has composed them, not remembered them.
+# No train scene has one of these objects. Val scenes have them as often as any others: a
+# model that knows them has composed them, not remembered them.
 TOY_HELD_OUT = frozenset({
     ("red", "star"), ("yellow", "flower"), ("green", "circle"),
     ("blue", "cross"), ("purple", "leaf"), ("pink", "square"),
 })  # fmt: skip
 
-TOY_SPAM = ("#love", "#nofilter", "#art", "#follow", "#instagood", "#monday", "#design", "#wow")
+TOY_SPAM = ("#love", "#nofilter", "#art", "#follow")
+TOY_SPAM += ("#instagood", "#monday", "#design", "#wow")
 
 
 def toy_scene(number):
     """The scene of a sample as values for JSON. Lengths are fractions of the picture's side.
 
-    {"background": paint, "objects": [paint, with "shape", "radius", "centre" (x, y) and "angle"
-    in radians]}. The largest object is the first. Objects are drawn in order, so that small ones
-    lie in front. An object moves, with its texture, when its "centre" changes.
+    {"background": paint, "objects": [paint, with "shape", "radius", "centre" (x, y) and
+    "angle" in radians]}. The largest object is the first. Objects are drawn in order, so
+    that small ones lie in front. An object's texture moves with its "centre".
 
     A paint is {"pattern", "colour": name, "one", "two": RGB, "turn": angle of the pattern,
     "wave": its length, "shift": of its two waves}.
@@ -101,44 +102,48 @@ def toy_scene(number):
     for _ in range(pick((1, 1, 1, 2, 3, 4))):
         shape = pick(TOY_CLASSES)
         allowed = [c for c in colours if number >= TOY_VAL or (c, shape) not in TOY_HELD_OUT]
-        # The first one fills some 60 % of the picture's side, others at most half of that.
+        # The first fills some 60 % of the picture's side, others at most half of that.
         radius = between(0.3, 0.36) if not objects else between(0.3, 0.5) * objects[0]["radius"]
-        thing = {"shape": shape, "radius": radius, **paint(TOY_TEXTURES, allowed, 0.6 * radius)}
+        thing = {"shape": shape, "radius": radius}
+        thing |= paint(TOY_TEXTURES, allowed, 0.6 * radius)
         thing["angle"] = between(-0.2, 0.2)
         # Of four places, the farthest from all objects that are there.
         places = [[between(radius, 1 - radius) for _ in "xy"] for _ in range(4)]
-        gaps = [
-            min((math.dist(p, o["centre"]) - radius - o["radius"] for o in objects), default=0)
-            for p in places
-        ]
-        gap, thing["centre"] = max(zip(gaps, places))
+        gap, thing["centre"] = max((free_space(place, radius, objects), place) for place in places)
         if gap > -0.4 * radius:  # else it would hide another object
             objects.append(thing)
     return {"background": background, "objects": objects}
 
 
-def toy_render(scene, size=64, masks=False):
-    """Draw a scene: (RGB image of size x size, boxes, masks or None).
+def free_space(place, radius, objects):
+    """The gap between an object at a place and its nearest neighbour; 0 without one."""
+    gaps = (math.dist(place, o["centre"]) - radius - o["radius"] for o in objects)
+    return min(gaps, default=0)
 
-    boxes  (objects, 4) float32, x1 y1 x2 y2 in pixels: the extent of an object, with the parts
-           that another one hides, cut at the edge of the picture
+
+def toy_render(scene, size=64):
+    """Draw a scene: (RGB image of size x size, boxes, masks).
+
+    boxes  (objects, 4) float32, x1 y1 x2 y2 in pixels: the extent of an object, with the
+           parts that another one hides, cut at the edge of the picture
     masks  (objects, size, size) bool, the visible pixels
     """
     y, x = (np.mgrid[:size, :size].astype(np.float32) + 0.5) / size  # centres of pixels
 
     def painted(paint, x, y):  # (h, w) each, relative to the object's centre -> (h, w, 3)
+        one, two = np.float32(paint["one"]), np.float32(paint["two"])
+        if paint["pattern"] == "plain":
+            return np.broadcast_to(one, (*x.shape, 3))
         turn, wave = paint["turn"], paint["wave"]
         cos, sin = math.cos(turn) / wave, math.sin(turn) / wave
-        if paint["pattern"] == "plain":
-            return np.broadcast_to(np.float32(paint["one"]), (*x.shape, 3))
-        along, across = x * cos + y * sin, y * cos - x * sin
-        a, b = (np.sin(2 * math.pi * (w + s)) for w, s in zip((along, across), paint["shift"]))
-        mix = TOY_PATTERNS[paint["pattern"]](a, b, along).clip(0, 1)[..., None]
-        one, two = np.float32(paint["one"]), np.float32(paint["two"])
+        waves = x * cos + y * sin, y * cos - x * sin
+        a, b = (np.sin(2 * math.pi * (w + s)) for w, s in zip(waves, paint["shift"]))
+        mix = TOY_PATTERNS[paint["pattern"]](a, b, waves[0]).clip(0, 1)[..., None]
         return one + mix * (two - one)
 
-    picture, boxes, visible = painted(scene["background"], x - 0.5, y - 0.5).copy(), [], []
-    for thing in scene["objects"]:
+    picture = painted(scene["background"], x - 0.5, y - 0.5).copy()
+    boxes, masks = [], np.zeros((len(scene["objects"]), size, size), dtype=bool)
+    for number, thing in enumerate(scene["objects"]):
         outline, radius, centre = TOY_SHAPES[thing["shape"]], thing["radius"], thing["centre"]
         t = np.linspace(0, 2 * math.pi, 96, endpoint=False)
         edge = np.stack([np.cos(t), np.sin(t)]) * outline(t - thing["angle"]) * radius
@@ -151,28 +156,27 @@ def toy_render(scene, size=64, masks=False):
         reach = outline(np.arctan2(v, u) - thing["angle"]) * radius - np.hypot(u, v)
         inside = (reach * size + 0.5).clip(0, 1)  # the edge is one pixel wide
         picture[window] += inside[..., None] * (painted(thing, u, v) - picture[window])
-        if masks:
-            shape = np.zeros((size, size), dtype=bool)
-            shape[window] = inside > 0.5
-            visible = [earlier & ~shape for earlier in visible] + [shape]
+        for mask in masks[:number]:
+            mask[window] &= inside <= 0.5
+        masks[number][window] = inside > 0.5
     image = Image.fromarray(picture.round().astype(np.uint8))
-    return image, np.array(boxes, dtype=np.float32), np.stack(visible) if masks else None
+    return image, np.array(boxes, dtype=np.float32), masks
 
 
 def toy_phrases(scene):
     """A phrase for each object, "large red striped star", and "plain green ground"."""
-    phrases = []
+    phrases, sizes = [], ("small", "medium", "large")
     for thing in scene["objects"]:
-        size = ("small", "medium", "large")[(thing["radius"] > 0.13) + (thing["radius"] > 0.18)]
+        size = sizes[(thing["radius"] > 0.13) + (thing["radius"] > 0.18)]
         phrases.append(f"{size} {thing['colour']} {thing['pattern']} {thing['shape']}")
-    return [*phrases, f"{scene['background']['pattern']} {scene['background']['colour']} ground"]
+    ground = scene["background"]
+    return [*phrases, f"{ground['pattern']} {ground['colour']} ground"]
 
 
 def toy_hashtags(scene, number):
     """Noisy tags, as people write them: some true ones are missing, one is about nothing.
 
-    True ones are the words of the phrases (#star), pairs of words (#redstar) and the number of
-    objects.
+    True ones are words of the phrases (#star), pairs of words (#redstar) and #setof3.
     """
     chance = uniform(random_bits(64, 0, 1, number, TOY))  # epoch 1: the scene's draws have 0
     phrases = [phrase.split() for phrase in toy_phrases(scene)]
@@ -184,15 +188,15 @@ def toy_hashtags(scene, number):
 
 
 def toy_sample(number, size=64):
-    """A sample as a source gives it, with "boxes" and "masks" (functions, see toy_render) and
-    "labels", the class of each object. Object 0 is the largest: its class is the picture's."""
+    """A sample as a source gives it, with functions for "boxes" and "masks" (see toy_render)
+    and "labels", the class of each object. The picture's class is object 0's, the largest."""
     scene = toy_scene(number)
     *things, ground = toy_phrases(scene)
     labels = [TOY_CLASSES.index(thing["shape"]) for thing in scene["objects"]]
     return {
         "image": lambda: toy_render(scene, size)[0],
         "boxes": lambda: toy_render(scene, size)[1],
-        "masks": lambda: toy_render(scene, size, masks=True)[2],
+        "masks": lambda: toy_render(scene, size)[2],
         "class": labels[0],
         "labels": labels,
         "hashtags": lambda: toy_hashtags(scene, number),

@@ -1,5 +1,11 @@
-"""COCO's and LVIS's masks as run lengths, pixel for pixel as the reference makes them, and their
-average precision."""
+"""Masks as run lengths (RLE), pixel for pixel as COCO's reference makes them, and COCO's and
+LVIS's average precision.
+
+RLE is {"size": [height, width], "counts": (m,) int64}: the lengths of runs of zeros and ones in
+turn, down the columns, beginning with zeros.
+"""
+
+import math
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,7 +24,7 @@ def encode_mask(mask):
 
 
 def rle_of_cuts(cuts, height, width):
-    """RLE of the sorted places where zeros turn into ones and ones into zeros."""
+    """RLE of the sorted places at which a run begins."""
     counts = np.diff(np.concatenate([[0], cuts, [height * width]]).astype(np.int64))
     return {"size": [height, width], "counts": counts}
 
@@ -32,8 +38,8 @@ def decode_mask(rle):
 def polygon_to_rle(points, height, width):
     """(n, 2) x y -> RLE, by the reference's rule (rleFrPoly in COCO's maskApi.c).
 
-    The outline is walked in steps of a fifth of a pixel, the corners rounded to such steps. Where
-    it crosses a column's centre line, the mask begins or ends with the pixel below.
+    The outline is walked in steps of a fifth of a pixel, the corners rounded to such steps.
+    Where it crosses a column's centre line, the mask begins or ends with the pixel below.
     """
     corners = (5 * points + 0.5).astype(np.int64)  # C's conversion: towards zero
     start, end = corners, np.roll(corners, -1, axis=0)
@@ -41,7 +47,8 @@ def polygon_to_rle(points, height, width):
     steep = reach[:, 0] < reach[:, 1]
     along = steep.astype(np.int64)  # the axis with the most steps: 0 is x
     edge = np.arange(len(corners))
-    flip = start[edge, along] > end[edge, along]  # edges are walked upwards, and listed backwards
+    # Edges are walked upwards, and listed backwards.
+    flip = start[edge, along] > end[edge, along]
     low, high = (np.where(flip[:, None], *pair) for pair in ((end, start), (start, end)))
     steps = reach[edge, along]
     slope = (high - low)[edge, 1 - along] / np.maximum(steps, 1)
@@ -55,13 +62,15 @@ def polygon_to_rle(points, height, width):
     column = np.minimum(x[1:], x[:-1])
     crossed = (x[1:] != x[:-1]) & (column % 5 == 2) & (column >= 0) & (column < 5 * width)
     row = np.ceil((np.minimum(y[1:], y[:-1])[crossed] + 0.5) / 5 - 0.5).clip(0, height)
-    places, times = np.unique(column[crossed] // 5 * height + row.astype(np.int64), return_counts=1)
+    places = column[crossed] // 5 * height + row.astype(np.int64)
+    places, times = np.unique(places, return_counts=True)
     return rle_of_cuts(places[(times % 2 == 1) & (places < height * width)], height, width)
 
 
 def polygons_of(segment):
-    """COCO's polygons, lists of x1 y1 x2 y2 ..., -> (n, 2) arrays; fewer than 3 points are none."""
-    return [np.array(p[: len(p) // 2 * 2], float).reshape(-1, 2) for p in segment if len(p) > 5]
+    """COCO's polygons, lists of x1 y1 x2 y2 ..., -> (n, 2) arrays, if they have 3 points."""
+    whole = (polygon[: len(polygon) // 2 * 2] for polygon in segment if len(polygon) > 5)
+    return [np.array(polygon, dtype=float).reshape(-1, 2) for polygon in whole]
 
 
 def has_mask(segment):
@@ -78,11 +87,9 @@ def merge_rles(rles, height, width):
     cuts = [np.cumsum(rle["counts"])[:-1] for rle in rles]
     places = np.concatenate([*cuts, [0]]).astype(np.int64)
     change = np.concatenate([*(1 - 2 * (np.arange(len(c)) % 2) for c in cuts), [0]])
-    order = np.argsort(places, kind="stable")
-    places, inside = places[order], np.cumsum(change[order]) > 0
-    last = np.append(places[1:] != places[:-1], True)  # of several changes at a place
-    places, inside = places[last], inside[last]
-    turns = inside != np.concatenate([[False], inside[:-1]])
+    places, inverse = np.unique(places, return_inverse=True)
+    inside = np.cumsum(np.bincount(inverse, weights=change)) > 0
+    turns = np.diff(inside, prepend=False)
     return rle_of_cuts(places[turns & (places < height * width)], height, width)
 
 
@@ -106,8 +113,10 @@ def as_rle(segment, height, width):
 
 
 def text_of_counts(counts):
-    """COCO's compressed run lengths: 5 bits in a character from "0" on, the lowest first, with a
-    sixth that says that more follow. From the fourth on, a count is less the one before the last.
+    """COCO's compressed run lengths.
+
+    5 bits in a character from "0" on, the lowest first, with a sixth bit if more follow. From
+    the fourth count on, the one before the last is subtracted.
     """
     values = counts.astype(np.int64, copy=True)
     values[3:] -= counts[1:-2]
@@ -152,10 +161,11 @@ def rle_box(rle):
 
 
 def box_iou(found, truth, crowd):
-    """(D, 4), (G, 4) x1 y1 x2 y2, (G,) bool -> (D, G) IoU; of a crowd, intersection / detection."""
+    """(D, 4), (G, 4) x1 y1 x2 y2, (G,) bool -> (D, G) IoU; of a crowd, shared / detection."""
     low = np.maximum(found[:, None, :2], truth[None, :, :2])
-    sides = (np.minimum(found[:, None, 2:], truth[None, :, 2:]) - low).clip(0)
-    shared, areas = sides.prod(axis=2), [(b[:, 2:] - b[:, :2]).prod(axis=1) for b in (found, truth)]
+    high = np.minimum(found[:, None, 2:], truth[None, :, 2:])
+    shared = (high - low).clip(0).prod(axis=2)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(axis=1) for boxes in (found, truth)]
     union = areas[0][:, None] + np.where(crowd, 0, areas[1] - shared)
     return shared / np.where(shared > 0, union, 1)
 
@@ -163,8 +173,9 @@ def box_iou(found, truth, crowd):
 def mask_iou(found, truth, crowd, pairs):
     """IoUs of RLEs, (D, G), where `pairs` (D, G) bool is True; elsewhere 0. See box_iou.
 
-    The running count of an object's ones is a broken line, straight between its cuts. Its value at
-    the end of a detection's run, minus that at the start, is the number of ones that both have.
+    The running count of an object's ones is a broken line, straight between its cuts. Its
+    value at the end of a detection's run, minus that at the start, is the number of ones that
+    both have.
     """
     iou = np.zeros(pairs.shape)
     ends = [np.cumsum(rle["counts"]) for rle in found]
@@ -188,26 +199,29 @@ def mask_iou(found, truth, crowd, pairs):
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of the IoU, COCO's
 RECALLS = np.linspace(0, 1, 101)
+NOTHING = {"boxes": [], "scores": [], "labels": [], "masks": []}  # found in a picture
 AREAS = {"": (0, 1e10), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}
 
 
 def average_precision(scenes, detections, kind="bbox"):
-    """{"AP", "AP50", "AP75", "APs", "APm", "APl", and recalls "AR1" ...}, -1 where nothing counts.
+    """{"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", ...}, -1 where nothing counts.
 
-    kind: "bbox" or "segm". As pycocotools or, for scenes with frequencies, lvis (with "APr", "APc",
-    "APf"), to rounding: a detection is matched with the free object of its class and picture that
-    it overlaps most, in the order of the scores (equal ones as they come); crowds and objects
-    outside the range of areas are matched last, and for nothing. The best 100 of a picture and
-    class count or, with LVIS, 300 of a picture, and only of classes known to be in it or not. The
-    area of a detection is its mask's if kind is "segm" (the references': its box's, if given).
+    detections  {image id: {"boxes", "scores", "labels", "masks"}}, a row for each detection
+    kind        "bbox" or "segm"
 
-    Objects without a mask, for which the references have no rule, are ignored like those outside
-    the range of areas if kind is "segm"; their boxes are matched, with those of detections' masks.
+    As pycocotools or, for scenes with frequencies, lvis (with "APr", "APc", "APf"), to
+    rounding. A detection is matched with the free object of its class and picture that it
+    overlaps most, in the order of the scores (equal ones as they come). Crowds and objects
+    outside the range of areas are matched last, and for nothing; objects without a mask, too,
+    by their boxes, if kind is "segm" (the references have no rule for them). The best 100 of
+    a picture and class count or, with LVIS, 300 of a picture, and only of classes known to be
+    in it or not. The area of a detection is its mask's if kind is "segm" (the references':
+    its box's, if given).
     """
     federated, classes = scenes.frequencies is not None, len(scenes.classes)
     limit = 300 if federated else 100
     truth, found, (of, to, iou) = pairs_of(scenes, detections, kind, limit)
-    ranks = earlier_equals(found["group"])  # among those of a class in a picture, best first
+    ranks = earlier_equals(found["group"])  # of a class in a picture, best first
     labels = found["group"] % classes
     order = np.lexsort((-found["score"], labels))  # equal scores stay in order
     by_class = np.split(order, np.searchsorted(labels[order], np.arange(1, classes)))
@@ -230,7 +244,8 @@ def average_precision(scenes, detections, kind="bbox"):
                 values[a, k] = hits[ranks[mine] < most].sum(axis=0) / counts[k]
             hits, misses = np.cumsum(hits, axis=0), np.cumsum(misses, axis=0)
             best = hits / (hits + misses + np.spacing(1))
-            best = np.maximum.accumulate(best[::-1], axis=0)[::-1]  # at this recall or a higher one
+            # At this recall or a higher one.
+            best = np.maximum.accumulate(best[::-1], axis=0)[::-1]
             best = np.concatenate([best, np.zeros((1, len(THRESHOLDS)))])
             for t, reached in enumerate(hits.T / counts[k]):
                 precision[a, k, t] = best[np.searchsorted(reached, RECALLS), t]
@@ -239,7 +254,7 @@ def average_precision(scenes, detections, kind="bbox"):
         return float(values[values > -1].mean()) if (values > -1).any() else -1.0
 
     result = {"AP": mean(precision[0])}
-    result |= {f"AP{round(100 * THRESHOLDS[t])}": mean(precision[0, :, t]) for t in (0, 5)}
+    result |= {"AP50": mean(precision[0, :, 0]), "AP75": mean(precision[0, :, 5])}
     result |= {f"AP{name}": mean(precision[a]) for a, name in enumerate(AREAS) if name}
     if federated:
         rare = np.array(scenes.frequencies)
@@ -259,8 +274,11 @@ def earlier_equals(values):
 
 
 def pairs_of(scenes, detections, kind, limit):
-    """All objects and all detections, best first in each picture, as dicts of arrays, and the pairs
-    of a class and picture that overlap by half: (detections' numbers, objects' numbers, IoU)."""
+    """All objects, all detections (best first in each picture), and their pairs.
+
+    Objects and detections are dicts of arrays. The pairs, of a class and picture, overlap by
+    half: (detections' numbers, objects' numbers, IoU).
+    """
     federated, classes = scenes.frequencies is not None, len(scenes.classes)
     if kind == "segm" and not scenes.has_masks:
         raise ValueError(f"{scenes.identity}: there are no masks to measure with")
@@ -270,18 +288,20 @@ def pairs_of(scenes, detections, kind, limit):
         sample = scenes.read(number)
         boxes, labels, crowd = sample["boxes"], sample["labels"], sample["crowd"]
         ignored = crowd = crowd & (not federated)  # LVIS has none
-        found = detections.get(sample["image_id"], {"boxes": [], "scores": [], "labels": []})
-        scores, names = (np.asarray(found[key]).reshape(-1) for key in ("scores", "labels"))
-        order = np.argsort(-scores.astype(np.float64), kind="stable")
+        found = detections.get(sample["image_id"], NOTHING)
+        scores = np.asarray(found["scores"], dtype=np.float64)
+        names = np.asarray(found["labels"], dtype=np.int64)
+        order = np.argsort(-scores, kind="stable")
         free = np.zeros(len(order), dtype=bool)
         if federated:
             order = order[:limit]
             known = np.isin(names, [*sample["negative"], *labels])
             order = order[known[order]]
             free = np.isin(names[order], sample["not_exhaustive"])
-        names, scores = names[order].astype(np.int64), scores[order].astype(np.float64)
+        names, scores = names[order], scores[order]
         corners = np.asarray(found["boxes"], dtype=np.float64).reshape(-1, 4)[order]
-        areas, same = (corners[:, 2:] - corners[:, :2]).prod(axis=1), names[:, None] == labels
+        areas = (corners[:, 2:] - corners[:, :2]).prod(axis=1)
+        same = names[:, None] == labels
         if kind == "segm":
             size = sample["size"]
             masks = [as_rle(found["masks"][i], *size) for i in order]
@@ -293,31 +313,30 @@ def pairs_of(scenes, detections, kind, limit):
             boxes, ignored = np.where(maskless[:, None], boxes, tight), crowd | maskless
         iou = box_iou(corners, boxes, crowd)
         if kind == "segm":
-            pairs_of_masks = (iou > 0) & same & ~maskless
-            iou = np.where(maskless, iou, mask_iou(masks, truth, crowd, pairs_of_masks))
+            both = (iou > 0) & same & ~maskless
+            iou = np.where(maskless, iou, mask_iou(masks, truth, crowd, both))
         of, to = np.nonzero((iou >= THRESHOLDS[0]) & same)
         pairs.append((of + sums[0], to + sums[1], iou[of, to]))
         sums = [sums[0] + len(names), sums[1] + len(labels)]
         objects.append((labels, sample["areas"], crowd, ignored))
         founds.append((number * classes + names, areas, scores, free))
-    names = "label", "area", "crowd", "ignored"
-    truth = dict(zip(names, map(np.concatenate, zip(*objects))))
-    found = dict(zip(("group", "area", "score", "free"), map(np.concatenate, zip(*founds))))
-    return truth, found, tuple(map(np.concatenate, zip(*pairs)))
+    truth, found, pairs = (map(np.concatenate, zip(*rows)) for rows in (objects, founds, pairs))
+    truth = dict(zip(("label", "area", "crowd", "ignored"), truth))
+    return truth, dict(zip(("group", "area", "score", "free"), found)), tuple(pairs)
 
 
 def match_in_turn(ranks, of, to, iou, ignored, crowd):
     """(N, thresholds) int64: the object that each detection is matched with, or -1.
 
-    All pictures and classes at once: first the best detection of each, then the second best, etc.
+    All pictures and classes at once: first the best detection of each, then the second best.
     """
     matched = np.full((len(ranks), len(THRESHOLDS)), -1)
     taken = np.zeros((len(ignored), len(THRESHOLDS)), dtype=bool)
-    # By rank and detection; last comes what is wanted most: not ignored, the largest IoU, the last.
+    # By rank and detection. The last is wanted most: not ignored, the largest IoU, the last.
     order = np.lexsort((to, iou, ~ignored[to], of, ranks[of]))
     of, to, iou = of[order], to[order], iou[order]
     for one in np.split(np.arange(len(of)), np.flatnonzero(np.diff(ranks[of])) + 1):
-        if len(one) == 0:  # there are no pairs at all
+        if len(one) == 0:  # there are no pairs
             break
         free = (iou[one, None] >= THRESHOLDS) & ~(taken[to[one]] & ~crowd[to[one], None])
         starts = np.flatnonzero(np.diff(of[one], prepend=-1))
@@ -331,23 +350,23 @@ def match_in_turn(ranks, of, to, iou, ignored, crowd):
 
 def detection_numbers(scenes, found):
     """{"bbox_AP": ..., "segm_AP": ...} of detections: see average_precision."""
+    with_masks = all(one["masks"] is not None for one in found.values())
     numbers = {}
-    for kind in ("bbox", "segm") if scenes.has_masks else ("bbox",):
-        if kind == "bbox" or all(one["masks"] is not None for one in found.values()):
-            results = average_precision(scenes, found, kind)
-            numbers |= {f"{kind}_{name}": value for name, value in results.items()}
+    for kind in ["bbox"] + ["segm"] * (scenes.has_masks and with_masks):
+        results = average_precision(scenes, found, kind)
+        numbers |= {f"{kind}_{name}": value for name, value in results.items()}
     return numbers
 
 
 def print_detection(scenes, found, path, count=8):
-    """Print detection_numbers as a table; draw the first pictures with what was found, a PNG."""
+    """Print detection_numbers as a table, and draw the first pictures and detections."""
     print_table(detection_numbers(scenes, found))
     draw_detections(path, scenes, found, count)
     print(f"wrote {path}")
 
 
 def print_table(numbers):
-    """Print {"bbox_AP": ..., "segm_AP": ...} as a table: a row for each kind, in percent."""
+    """Print {"bbox_AP": ..., "segm_AP": ...}: a row for each kind, in percent."""
     rows = {}
     for name, value in numbers.items():
         kind, _, metric = name.partition("_")
@@ -360,17 +379,19 @@ def print_table(numbers):
 # ----------------------------------------------------------------------------------------- pictures
 
 
-COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#42d4f4", "#f032e6", "#bfef45")
+COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8")
+COLOURS += ("#f58231", "#42d4f4", "#f032e6", "#bfef45")
 
 
-def draw_detections(path, scenes, detections, count=8, most=10, least=0.3, side=480):
+def draw_detections(path, scenes, detections, count=8, side=480):
     """Write a PNG of the first pictures, four in a row, with the best detections of each.
 
-    These are up to `most` with a score of at least `least`, and always the first. A class has one
+    These are up to 10 with a score of at least 0.3, and always the first. A class has one
     colour. A picture that cannot be read is grey.
     """
-    tiles = []
-    for number in range(min(count, len(scenes.sizes))):
+    count = min(count, len(scenes.sizes))
+    grid = Image.new("RGB", (side * min(4, count), side * math.ceil(count / 4)), "white")
+    for number in range(count):
         sample = scenes.read(number)
         try:
             image = to_mode(sample["image"](), 3)
@@ -378,34 +399,26 @@ def draw_detections(path, scenes, detections, count=8, most=10, least=0.3, side=
         except Exception:  # noqa: BLE001 (decoders raise anything)
             image = Image.new("RGB", sample["size"][::-1], "grey")
         scale = side / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * s)) for s in image.size], Image.Resampling.BICUBIC
-        )
-        found = detections.get(sample["image_id"], {"boxes": [], "scores": [], "labels": []})
-        scores = np.asarray(found["scores"], dtype=np.float64)
-        best = np.argsort(-scores, kind="stable")[: max(1, min(most, (scores >= least).sum()))]
+        size = [max(1, round(scale * s)) for s in image.size]
         tile = Image.new("RGB", (side, side), "white")
-        tile.paste(image)
-        for i in best[::-1]:  # the best on top
-            mask = found["masks"][i] if found.get("masks") is not None else None
-            if mask is not None:
-                mask = decode_mask(as_rle(mask, *sample["size"]))
-                mask = Image.fromarray(np.uint8(110 * mask)).resize(image.size)
+        tile.paste(image.resize(size, Image.Resampling.BICUBIC))
+        found = detections.get(sample["image_id"], NOTHING)
+        scores = np.asarray(found["scores"], dtype=np.float64)
+        shown = max(1, min(10, (scores >= 0.3).sum()))
+        for i in np.argsort(-scores, kind="stable")[:shown][::-1]:  # the best on top
             label, box = int(found["labels"][i]), np.asarray(found["boxes"][i]) * scale
-            text = f"{scenes.classes[label]} {scores[i]:.2f}"
-            draw_object(tile, COLOURS[label % len(COLOURS)], text, box, mask)
-        tiles.append(tile)
-    grid = Image.new("RGB", (side * min(4, len(tiles)), side * -(-len(tiles) // 4)), "white")
-    for i, tile in enumerate(tiles):
-        grid.paste(tile, (i % 4 * side, i // 4 * side))
+            colour, mask = COLOURS[label % len(COLOURS)], found.get("masks")
+            if mask is not None:
+                mask = decode_mask(as_rle(mask[i], *sample["size"]))
+                tile.paste(colour, (0, 0), Image.fromarray(np.uint8(110 * mask)).resize(size))
+            draw_box(tile, colour, f"{scenes.classes[label]} {scores[i]:.2f}", box)
+        grid.paste(tile, (number % 4 * side, number // 4 * side))
     grid.save(path)
 
 
-def draw_object(tile, colour, text, box, mask):
-    """Draw a box (4,) with a text, and a translucent mask (an "L" image, or None), into a tile."""
-    if mask is not None:
-        tile.paste(colour, (0, 0), mask)
-    box[2:] = np.maximum(box[:2], box[2:])  # a results file may hold any box
+def draw_box(tile, colour, text, box):
+    """Draw a box (4,), which may have any corners, and its text into a tile."""
+    box[2:] = np.maximum(box[:2], box[2:])
     left, top, *_ = box = box.tolist()
     pen, font = ImageDraw.Draw(tile), ImageFont.load_default(13)
     pen.rectangle(box, outline=colour, width=2)

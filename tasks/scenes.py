@@ -1,4 +1,4 @@
-"""Scenes: pictures with boxes and masks, of COCO's or LVIS's layout, or of the toy world."""
+"""Scenes: pictures with boxes and masks, of COCO, LVIS or the toy world."""
 
 import glob
 import hashlib
@@ -10,6 +10,7 @@ import re
 import sys
 from collections import namedtuple
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from PIL import Image, ImageOps
 
 from data import (
     DEVICE,
+    MODES,
     VIEW,
     Source,
     channel_statistics,
@@ -52,71 +54,64 @@ from tasks.coco import (
 def open_scenes(where, val=None, size=128):
     """(scenes to train on, scenes to measure on) behind --data and --val-data.
 
-    where, val  "toy"; a .json; or a folder with annotations/{instances,lvis_v1}_{train,val}*.json
+    where, val  "toy"; a .json; or a folder that holds the file
+                annotations/{instances,lvis_v1}_{train,val}*.json
     size        side of the toy world's pictures
 
     Raises ValueError, one line, when there are none, or the two differ in their classes.
     """
-    if where == "toy" and val not in (None, "toy"):
-        raise ValueError("the toy world has other classes: leave --val-data out")
-    measured = scenes_to_measure(val or where, size)
-    if where == "toy":
-        train = ToyScenes("train", size)
-    else:
-        train = Scenes(find_annotations(where, "train"), train=True)
+    train, measured = open_split(where, "train", size), open_split(val or where, "val", size)
     if (train.category_ids, train.classes) != (measured.category_ids, measured.classes):
-        raise ValueError(f"{val or where} has other categories to measure on than {where} to learn")
+        why = f"{val or where} has other categories than {where}"
+        raise ValueError(f"{why}: give other --val-data, or leave --val-data out")
     return train, measured
 
 
-def scenes_to_measure(where, size=128):
-    """The second of these alone: see open_scenes."""
-    return ToyScenes("val", size) if where == "toy" else Scenes(find_annotations(where, "val"))
-
-
-def find_annotations(where, split):
-    """The path of a split's .json below a folder; a .json is itself."""
-    if where.endswith(".json"):
-        return where
-    name = re.compile(rf"(instances|lvis_v1)_{split}\w*\.json")
-    paths = glob.glob(f"{glob.escape(where)}/annotations/*")
-    found = [path for path in paths if name.fullmatch(os.path.basename(path))]
-    if len(found) != 1:
-        wanted = f"{where}/annotations/instances_{split}*.json or lvis_v1_{split}*.json"
-        raise ValueError(f"there must be one {wanted}, not {len(found)}: or name a .json")
-    return found[0]
+def open_split(where, split, size=128):
+    """The scenes to train on, split "train", or to measure on, "val": see open_scenes."""
+    if where == "toy":
+        return ToyScenes(split, size)
+    path = where
+    if not where.endswith(".json"):
+        name = re.compile(rf"(instances|lvis_v1)_{split}\w*\.json")
+        paths = glob.glob(f"{glob.escape(where)}/annotations/*")
+        found = [path for path in paths if name.fullmatch(os.path.basename(path))]
+        if len(found) != 1:
+            wanted = f"{where}/annotations/instances_{split}*.json or lvis_v1_{split}*.json"
+            raise ValueError(f"there must be one {wanted}, not {len(found)}: or name a .json")
+        (path,) = found
+    return Scenes(path, train=split == "train")
 
 
 # What reading a json may raise that is not what it should be.
-DAMAGED = OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)
+DAMAGED += (OverflowError, RecursionError)
 
-
-FARTHEST = 100_000  # pixels: outlines are walked in steps of a fifth of one, see polygon_to_rle
+FARTHEST = 100_000  # pixels: polygon_to_rle walks outlines in steps of a fifth of one
 
 
 class Scenes(Source):
-    """Pictures with COCO's or LVIS's annotations, in the order of their ids. The layouts known:
+    """Pictures with COCO's or LVIS's annotations, in the order of their ids.
 
-    DIR/annotations/NAME_SPLIT.json with pictures at DIR/SPLIT/file_name or DIR/file_name. Without
-    file_name (LVIS), it is the last two parts of coco_url. `pictures`: the folder to look in.
+    path      DIR/annotations/NAME_SPLIT.json
+    pictures  the folder of the pictures. None: DIR/SPLIT or DIR. Their names are file_name
+              or, without it (LVIS), the last two parts of coco_url
+    train     leave out what teaches nothing: boxes of no area, objects without a mask where
+              others have one, and, as detectron2, pictures with nothing in them but crowds
 
-    train: leave out what teaches nothing: boxes of no area, objects without a mask where others
-    have one, and, as detectron2, pictures with nothing in them but crowds.
-
-    Annotations that are damaged, or of an image or a category that is not listed, are left out and
-    counted. Without `train`, objects without a mask where others have one are counted, too: they
-    are measured by their boxes alone, see average_precision.
+    Annotations that are damaged, or of an image or a category that is not listed, are
+    counted and left out. Without `train`, objects without a mask where others have one are
+    counted: they are measured by their boxes alone, see average_precision.
     """
 
     def __init__(self, path, pictures=None, train=False):
         self.path = path
         try:
-            with open(path, "rb") as file:
-                text = file.read()
+            text = Path(path).read_bytes()
             content = json.loads(text)
             images, categories = (
-                sorted_by_id(content["images"]),
-                sorted_by_id(content["categories"]),
+                sorted(content[key], key=lambda entry: entry["id"])
+                for key in ("images", "categories")
             )
             self.category_ids = [category["id"] for category in categories]
             self.classes = [category["name"] for category in categories]
@@ -124,75 +119,68 @@ class Scenes(Source):
             self.frequencies = frequencies if all(frequencies) and frequencies else None
             sides = {image["id"]: (int(image["height"]), int(image["width"])) for image in images}
             if not all(0 < side < FARTHEST for side in itertools.chain(*sides.values())):
-                raise ValueError(f"there is a height or width that is not from 1 to {FARTHEST}")
+                raise ValueError(f"a height or width is not from 1 to {FARTHEST}")
             labels = {category: label for label, category in enumerate(self.category_ids)}
+            if len(sides) < len(images) or len(labels) < len(categories):
+                raise ValueError("two pictures, or two categories, have the same id")
             objects = self.read_objects(content["annotations"], sides, labels, train)
             if train:
-                images = [image for image in images if not all_crowds(objects[image["id"]])]
+                crowds = {i for i, rows in objects.items() if all(row[1] for row in rows)}
+                images = [image for image in images if image["id"] not in crowds]
             self.ids = [image["id"] for image in images]
             self.sides = [sides[image] for image in self.ids]
             self.files = [
                 str(image.get("file_name") or "/".join(image["coco_url"].split("/")[-2:]))
                 for image in images
             ]
-            groups = {"negative": "neg_category_ids"}
-            groups |= {"not_exhaustive": "not_exhaustive_category_ids"}
             self.federated = [
-                {name: [labels[i] for i in image[key]] for name, key in groups.items()}
-                for image in images
-                if self.frequencies
+                federated_lists(image, labels) if self.frequencies else {} for image in images
             ]
         except DAMAGED as error:
-            raise ValueError(
-                f"cannot read annotations from {path} (want COCO's or LVIS's json): "
-                f"{one_line(error)}"
-            ) from None
+            why = f"want COCO's or LVIS's json: {one_line(error)}"
+            raise ValueError(f"cannot read annotations from {path}: {why}") from None
         if not images or not self.classes:
             raise ValueError(f"{path} lists no pictures with objects to learn or no categories")
         self.edges = running_sum([len(objects[image]) for image in self.ids])  # of their objects
-        rows = [row for image in self.ids for row in objects[image]]
-        table = np.array([row[:7] for row in rows], dtype=np.float64).reshape(-1, 7)
+        rows = [row[:7] for image in self.ids for row in objects[image]]
+        table = np.array(rows, dtype=np.float64).reshape(-1, 7)
         self.labels, self.crowd = table[:, 0].astype(np.int64), table[:, 1] > 0
         self.areas, self.boxes = table[:, 2], table[:, 3:]
-        # One array of bytes: millions of Python objects would be copied into each worker process.
-        self.ends = running_sum([len(row[7]) for row in rows])
-        self.segments = np.frombuffer(b"".join([row[7] for row in rows]), dtype=np.uint8)
+        # One array of bytes: millions of Python objects would be copied into each worker.
+        segments = [json.dumps([row[7] for row in objects[image]]).encode() for image in self.ids]
+        self.ends = running_sum([len(text) for text in segments])
+        self.segments = np.frombuffer(b"".join(segments), dtype=np.uint8)
         self.root = pictures or self.find_pictures()
         self.sizes = np.ones(len(images), dtype=np.int64)
         digest = hashlib.sha256(text + repr(train).encode()).hexdigest()[:16]
         self.identity = f"{len(images)} pictures, {len(rows)} objects, {digest}"
 
     def read_objects(self, annotations, sides, labels, train):
-        """{image id: [(label, crowd, area, x1, y1, x2, y2, segment as JSON)]}, all images included.
+        """{image id: [(label, crowd, area, x1, y1, x2, y2, segment)]} of all images.
 
-        sides: {image id: (height, width)}, labels: {category id: label}. Print what is left out.
+        sides: {image id: (height, width)}, labels: {category id: label}.
         """
-        with_masks = (isinstance(one, dict) and one.get("segmentation") for one in annotations)
-        self.has_masks = any(with_masks)
+        segments = (one.get("segmentation") for one in annotations if isinstance(one, dict))
+        self.has_masks = any(segments)
         objects, notes = {image: [] for image in sides}, {}
         for one in annotations:
-            note, kept = None, False
+            note, kept = None, True
             try:
-                image, category = one["image_id"], one["category_id"]
-                if image not in sides:
-                    note = "annotations of an image that is not listed, left out"
-                elif category not in labels:
-                    note = "annotations of a category that is not listed, left out"
-                else:
-                    crowd, area, box, segment = read_annotation(one, sides[image])
-                    kept = not train
-                    if train and not (box[2] > box[0] and box[3] > box[1]):
-                        note = "annotations with a box of no area, left out"
-                    elif self.has_masks and not (has_mask(segment) or crowd):
-                        note = "objects without a mask, left out" + (" of mask AP" if kept else "")
+                image, label = one["image_id"], labels[one["category_id"]]
+                crowd, area, box, segment = read_annotation(one, sides[image])
+                if train and not (box[2] > box[0] and box[3] > box[1]):
+                    note, kept = "annotations with a box of no area, left out", False
+                elif self.has_masks and not (has_mask(segment) or crowd):
+                    note, kept = "objects without a mask, left out", not train
             except DAMAGED:
-                note = "annotations that are damaged, left out"
+                note = "annotations that are damaged, or of no listed image or category, left out"
+                kept = False
+            if kept:
+                objects[image].append((label, crowd, area, *box, segment))
             if note:
-                first = one.get("id") if isinstance(one, dict) else None
-                notes.setdefault(note, []).append(first)
-            if kept or not note:
-                text = json.dumps(segment).encode()
-                objects[image].append((labels[category], crowd, area, *box, text))
+                note += " of mask AP" * kept
+                number = one.get("id") if isinstance(one, dict) else None
+                notes.setdefault(note, []).append(number)
         for note, ids in notes.items():
             print(f"{self.path}: {note}: {len(ids)} (the first has id {ids[0]})", file=sys.stderr)
         return objects
@@ -200,17 +188,18 @@ class Scenes(Source):
     def find_pictures(self):
         """The folder that holds the first hundred pictures, or some of them."""
         folder, name = os.path.split(os.path.abspath(self.path))
-        root = os.path.dirname(folder) if os.path.basename(folder) == "annotations" else folder
+        if os.path.basename(folder) == "annotations":
+            folder = os.path.dirname(folder)
         split = os.path.splitext(name)[0].split("_")[-1]
-        for place in (os.path.join(root, split), root):
+        for place in (os.path.join(folder, split), folder):
             if any(os.path.exists(os.path.join(place, file)) for file in self.files[:100]):
                 return place
-        raise ValueError(f"the pictures of {self.path} are not at {root}/{split}/{self.files[0]}")
+        path = os.path.join(folder, split, self.files[0])
+        raise ValueError(f"the pictures of {self.path} are not at {path}")
 
     def read(self, number):
-        first, stop = self.edges[number : number + 2].tolist()
-        mine, ends = slice(first, stop), self.ends[first : stop + 1].tolist()
-        segments = [json.loads(self.segments[a:b].tobytes()) for a, b in itertools.pairwise(ends)]
+        mine = slice(*self.edges[number : number + 2])
+        segments = self.segments[slice(*self.ends[number : number + 2])]
         return {
             "image": partial(open_upright, self.name(number), self.sides[number]),
             "image_id": self.ids[number],
@@ -219,8 +208,8 @@ class Scenes(Source):
             "labels": self.labels[mine],
             "crowd": self.crowd[mine],
             "areas": self.areas[mine],
-            "segments": segments,
-            **(self.federated[number] if self.frequencies else {}),
+            "segments": json.loads(segments.tobytes()),
+            **self.federated[number],
         }
 
     def name(self, number):
@@ -229,23 +218,17 @@ class Scenes(Source):
     where = name
 
 
-def sorted_by_id(entries):
-    """The pictures or categories of a file by their ids. ValueError if two have the same."""
-    entries = sorted(entries, key=lambda entry: entry["id"])
-    if len({entry["id"] for entry in entries}) < len(entries):
-        raise ValueError("two pictures, or two categories, have the same id")
-    return entries
-
-
-def all_crowds(rows):
-    return all(crowd for _, crowd, *_ in rows)
+def federated_lists(image, labels):
+    """LVIS's labels that are not in a picture, and those whose objects are not all annotated."""
+    keys = {"negative": "neg_category_ids", "not_exhaustive": "not_exhaustive_category_ids"}
+    return {name: [labels[number] for number in image[key]] for name, key in keys.items()}
 
 
 def read_annotation(one, size):
-    """(True if a crowd, area, [x1, y1, x2, y2], segment or None) of an annotation of a picture.
+    """(True if a crowd, area, [x1, y1, x2, y2], segment or None) of an annotation.
 
-    size: the picture's (height, width). A missing box or area is the segment's, and without a
-    segment a missing area is the box's. Raises one of DAMAGED if it cannot be used.
+    size: the picture's (height, width). A missing box or area is the segment's, and without
+    a segment a missing area is the box's. Raises one of DAMAGED if it cannot be used.
     """
     segment, box, area = one.get("segmentation") or None, one.get("bbox"), one.get("area")
     crowd = bool(int(one.get("iscrowd") or 0))
@@ -271,8 +254,8 @@ def read_annotation(one, size):
 def open_upright(path, size):
     """A picture of the size (height, width) that its annotations were made for.
 
-    Turned as its EXIF says, like detectron2's; as it is stored, if only that fits. Raises
-    ValueError if neither does.
+    It is turned as its EXIF says, as by detectron2, or stays as it is stored if only that
+    fits. Raises ValueError if neither does.
     """
     image = open_picture(path)
     try:
@@ -287,7 +270,7 @@ def open_upright(path, size):
 
 
 class ToyScenes(Toy):
-    """The toy world's objects: boxes and masks of what is to be seen of them, labels by shape."""
+    """The toy world's objects: boxes and masks of their visible pixels, labels by shape."""
 
     has_masks, frequencies = True, None
 
@@ -304,11 +287,12 @@ class ToyScenes(Toy):
         masks = sample["masks"]()
         seen = masks.any(axis=(1, 2))
         masks, labels = masks[seen], np.array(sample["labels"], dtype=np.int64)[seen]
+        boxes = np.array([tight_box(mask) for mask in masks], dtype=np.float64)
         return {
             "image": sample["image"],
             "image_id": self.first + number,
             "size": (self.size, self.size),
-            "boxes": np.array([tight_box(m) for m in masks], dtype=np.float64).reshape(-1, 4),
+            "boxes": boxes.reshape(-1, 4),
             "labels": labels,
             "crowd": np.zeros(len(labels), dtype=bool),
             "areas": masks.sum(axis=(1, 2)).astype(np.float64),
@@ -317,7 +301,7 @@ class ToyScenes(Toy):
 
 
 def tight_box(mask):
-    """x1 y1 x2 y2 around the pixels of a (height, width) bool mask; zeros if there are none."""
+    """x1 y1 x2 y2 around a (height, width) bool mask; zeros if it is empty."""
     if not mask.any():
         return 0, 0, 0, 0
     rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
@@ -327,19 +311,16 @@ def tight_box(mask):
 def repeat_factors(scenes, threshold=0.001):
     """WeightedOrder's arguments for LVIS's repeat-factor sampling.
 
-    A picture comes max(1, sqrt(threshold / f)) times in an epoch, where f is the share of pictures
-    with its rarest category in them: the LVIS paper's (arXiv 1908.03195, appendix B), whose
-    threshold is 0.001.
+    A picture comes max(1, sqrt(threshold / f)) times in an epoch, where f is the share of
+    pictures with its rarest category in them: the LVIS paper's (arXiv 1908.03195, appendix
+    B), whose threshold is 0.001.
     """
     present, counts = classes_present(scenes)
     factors = np.sqrt(threshold * len(present) / counts.clip(1)).clip(1)
     weights = [factors[labels].max(initial=1) for labels in present]
     weights = np.rint(np.array(weights) * WEIGHT).astype(np.int64)
-    return {
-        "totals": weights,
-        "weights": partial(weights_between, weights),
-        "largest": weights.max(),
-    }
+    between = partial(weights_between, weights)
+    return {"totals": weights, "weights": between, "largest": weights.max()}
 
 
 def classes_present(scenes):
@@ -355,21 +336,19 @@ def weights_between(weights, first, stop):
 # -------------------------------------------------------------------------------- scenes to tensors
 
 
-# Picture -> square: points times scale (x, y), mirrored at `width` if flip, less corner (x, y), cut
-# to (width, height). What is right of it and below is padding.
+# Picture -> square: points times scale (x, y), mirrored at `width` if flip, less corner (x, y),
+# cut to (width, height). What is right of it and below is padding.
 View = namedtuple("View", "scale flip width corner cut")
 
 
-def random_view(size, side, draws=None, jitter=(0.1, 2.0)):
+def random_view(size, side, draws=(0, 0, 0, 1), jitter=(1, 1)):
     """The View of a picture of size (height, width) in a square.
 
-    draws: four uniform numbers for large-scale jitter: the picture's longest side becomes that of
-    the square times jitter, and a random square of it is cut out. None: all of it, its longest side
-    that of the square.
+    With the defaults, the whole picture, its longest side that of the square. draws: four
+    uniform numbers for large-scale jitter: the longest side becomes that of the square times
+    jitter, and a random square of it is cut out.
     """
-    height, width = size
-    low, high = jitter if draws is not None else (1, 1)
-    change, x, y, flip = draws if draws is not None else (0, 0, 0, 1)
+    (height, width), (low, high), (change, x, y, flip) = size, jitter, draws
     scale = (low + (high - low) * change) * side / max(height, width)
     new = max(1, round(width * scale)), max(1, round(height * scale))
     corner = tuple(round(place * max(0, n - side)) for place, n in zip((x, y), new))
@@ -392,8 +371,8 @@ def view_boxes(boxes, view):
 
 
 def view_pixels(image, view, side, channels):
-    """A PIL image -> (C, S, S) uint8 tensor; bilinear and padded with what normalises to 0, as
-    detectron2 (to rounding)."""
+    """A PIL image -> (C, S, S) uint8 tensor; bilinear and padded with what normalises to 0,
+    as detectron2 (to rounding)."""
     image = to_mode(image, channels)
     image = ImageOps.mirror(image) if view.flip else image
     (x, y), (w, h), (sx, sy) = view.corner, view.cut, view.scale
@@ -408,19 +387,20 @@ def view_pixels(image, view, side, channels):
 def view_mask(segment, size, view, side):
     """A segment of a picture of size (height, width) -> (S, S) bool.
 
-    Polygons are drawn where they land, not drawn and scaled; pixels are taken at their centres.
+    Polygons are drawn in the square; pixels are taken at their centres.
     """
     mask, (w, h) = np.zeros((side, side), dtype=bool), view.cut
     if isinstance(segment, list):
         moved = [view_points(points, view) for points in polygons_of(segment)]
-        mask[:h, :w] = decode_mask(merge_rles([polygon_to_rle(p, h, w) for p in moved], h, w))
+        rles = [polygon_to_rle(points, h, w) for points in moved]
+        mask[:h, :w] = decode_mask(merge_rles(rles, h, w))
         return mask
-    whole = segment if isinstance(segment, np.ndarray) else decode_mask(as_rle(segment, *size))
-    (x, y), (sx, sy) = view.corner, view.scale
-    rows = ((np.arange(h) + y + 0.5) / sy).astype(int).clip(max=size[0] - 1)
-    columns = ((np.arange(w) + x + 0.5) / sx).astype(int).clip(max=size[1] - 1)
-    if view.flip:
-        columns = ((view.width - (np.arange(w) + x + 0.5)) / sx).astype(int).clip(max=size[1] - 1)
+    pixels = isinstance(segment, np.ndarray)
+    whole = segment if pixels else decode_mask(as_rle(segment, *size))
+    x, y = (np.arange(n) + c + 0.5 for n, c in zip(view.cut, view.corner))
+    x = view.width - x if view.flip else x
+    columns = (x / view.scale[0]).astype(int).clip(max=size[1] - 1)
+    rows = (y / view.scale[1]).astype(int).clip(max=size[0] - 1)
     mask[:h, :w] = whole[rows][:, columns]
     return mask
 
@@ -428,24 +408,25 @@ def view_mask(segment, size, view, side):
 def view_target(sample, view, side, with_masks):
     """What there is to find in the square: see make_scene. Objects cut away are left out.
 
-    The box of an object that is cut, or known by its pixels, is that of the pixels to be seen, as
-    detectron2's ViTDet (recompute_boxes); of other polygons it is the annotation's own, finer one.
+    The box of an object that is cut, or known by its pixels, is that of its visible pixels,
+    as detectron2's ViTDet (recompute_boxes). Other polygons keep their annotated, finer box.
     """
     whole, crowd = view_boxes(sample["boxes"], view), sample["crowd"]
     boxes = whole.clip(0, view.cut * 2)
     seen = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     kept, masks = np.flatnonzero(seen & ~crowd), None
     if with_masks:
-        segments = [sample["segments"][i] for i in kept]
         masks = np.zeros((len(kept), side, side), dtype=bool)
-        for mask, segment in zip(masks, segments):
-            mask[:] = view_mask(segment, sample["size"], view, side)
+        for mask, i in zip(masks, kept):
+            mask[:] = view_mask(sample["segments"][i], sample["size"], view, side)
         some = masks.any(axis=(1, 2))
         kept, masks = kept[some], masks[some]
         for i, mask in zip(kept, masks):
-            if (boxes[i] != whole[i]).any() or not isinstance(sample["segments"][i], list):
+            polygons = isinstance(sample["segments"][i], list)
+            if (boxes[i] != whole[i]).any() or not polygons:
                 tight = np.array(tight_box(mask))
-                low, high = np.maximum(boxes[i], tight)[:2], np.minimum(boxes[i], tight)[2:]
+                low = np.maximum(boxes[i], tight)[:2]
+                high = np.minimum(boxes[i], tight)[2:]
                 # A box may be annotated where its mask is not.
                 boxes[i] = [*low, *high] if (high > low).all() else tight
         masks = torch.from_numpy(masks)
@@ -458,34 +439,44 @@ def view_target(sample, view, side, with_masks):
 
 
 def make_scene(sample, key, side, channels, has_masks, jitter=None):
-    """A row of a batch of scenes:
+    """A row of a batch of scenes. sample None: a black picture without objects.
 
     images   (C, S, S) uint8, S = side; of the mean colour where padded
-    targets  a dict: "boxes" (n, 4) float32 x1 y1 x2 y2 in the square; "labels" (n,) int64; "masks"
-             (n, S, S) bool or None; "size", (height, width) that the picture has there; "seed", an
-             int for what is drawn on the device. Crowds are left out
+    targets  a dict of what there is to find, without crowds:
+             boxes   (n, 4) float32, x1 y1 x2 y2 in the square
+             labels  (n,) int64
+             masks   (n, S, S) bool, or None
+             size    (height, width) of the picture in the square
+             seed    an int for what is drawn on the device
     sizes    (2,) int64, the picture's height and width
-    scales   (2,) float64, x and y: boxes of the square / scales = boxes of the picture (without
-             jitter: with it, the picture was cut and flipped as well)
+    scales   (2,) float64, x and y: boxes of the square / scales = boxes of the picture
+             (without jitter, which cuts and flips the picture)
 
-    jitter   (least, largest) scale: training, with random scales, flips and squares. None: see
-             random_view
+    jitter   (least, largest) scale: training, with random scales, flips and squares. None:
+             the whole picture
     """
+    options = {}
+    if jitter and sample:
+        options = {"draws": uniform(random_bits(4, *key, VIEW)).tolist(), "jitter": jitter}
+    sample = sample or empty_scene(side, channels)
+    view = random_view(sample["size"], side, **options)
     seed = int(random_bits(1, *key, DEVICE)[0] >> np.uint64(1))
-    if sample is None:
-        return {
-            "images": torch.zeros(side, side, channels, dtype=torch.uint8).movedim(-1, 0),
-            "targets": empty_target(side, has_masks) | {"seed": seed},
-            "sizes": torch.tensor((side, side)),
-            "scales": torch.ones(2, dtype=torch.float64),
-        }
-    draws = uniform(random_bits(4, *key, VIEW)).tolist() if jitter else None
-    view = random_view(sample["size"], side, draws, jitter)
     return {
         "images": view_pixels(sample["image"](), view, side, channels),
         "targets": view_target(sample, view, side, has_masks) | {"seed": seed},
         "sizes": torch.tensor(sample["size"]),
         "scales": torch.tensor(view.scale, dtype=torch.float64),
+    }
+
+
+def empty_scene(side, channels):
+    """A source's sample: a black picture without objects."""
+    return {
+        "image": partial(Image.new, MODES[channels], (side, side)),
+        "size": (side, side),
+        "boxes": np.zeros((0, 4)),
+        "labels": np.zeros(0, dtype=np.int64),
+        "crowd": np.zeros(0, dtype=bool),
     }
 
 
@@ -497,20 +488,12 @@ def scene_maker(scenes, config, jitter=None):
     return partial(make_scene, **options, jitter=jitter)
 
 
-def empty_target(side, with_masks):
-    masks = torch.zeros(0, side, side, dtype=torch.bool) if with_masks else None
-    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    return nothing | {"masks": masks, "size": (side, side)}
-
-
 # --------------------------------------------------------------------------- detections to pictures
 
 
 def detections_in_picture(answer, size, scale):
-    """A square's detections for its picture of (height, width), on the CPU; masks as run lengths.
-
-    scale: (2,) x and y, see make_scene.
-    """
+    """A square's detections for its picture of (height, width), on the CPU; masks as RLE.
+    scale: (2,) x and y, see make_scene."""
     boxes, masks = answer["boxes"] / scale.repeat(2).to(answer["boxes"]), None
     if answer["masks"] is not None:
         pixels = paste_masks(answer["masks"], boxes, size).cpu().numpy()
@@ -520,18 +503,20 @@ def detections_in_picture(answer, size, scale):
 
 
 def paste_masks(masks, boxes, size):
-    """Probabilities in boxes, (k, m, m), -> masks of an image of (height, width), (k, H, W) bool.
+    """Probabilities in boxes, (k, m, m), -> masks of an image of (height, width), (k, H, W).
 
-    Bilinear between the centres of cells, 0 outside; an object is where it is at least one half.
+    Bilinear between the centres of cells, 0 outside; True where it is at least one half.
     """
     height, width = size
     out = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
     x = torch.arange(width, device=masks.device) + 0.5
     y = torch.arange(height, device=masks.device) + 0.5
     for i, (left, top, right, bottom) in enumerate(boxes):  # one at a time: there may be 300
-        column, row = (x - left) / (right - left) * 2 - 1, (y - top) / (bottom - top) * 2 - 1
+        column = (x - left) / (right - left) * 2 - 1
+        row = (y - top) / (bottom - top) * 2 - 1
         at = torch.stack(torch.meshgrid(column, row, indexing="xy"), dim=2)  # (H, W, 2)
-        out[i] = F.grid_sample(masks[i, None, None], at[None], align_corners=False)[0, 0] >= 0.5
+        pasted = F.grid_sample(masks[i, None, None], at[None], align_corners=False)
+        out[i] = pasted[0, 0] >= 0.5
     return out
 
 
@@ -539,13 +524,14 @@ def paste_masks(masks, boxes, size):
 
 
 def write_results(path, scenes, detections):
-    """COCO's results: [{"image_id", "category_id", "bbox": [x, y, width, height], "score", and if
-    there are masks "segmentation"}]."""
+    """Write COCO's results: a list of {"image_id", "category_id", "score", "bbox": [x, y,
+    width, height], and if there are masks "segmentation"}."""
     results = []
     for image, found in detections.items():
         columns = (np.asarray(found[key]).tolist() for key in ("boxes", "scores", "labels"))
         for i, ((x, y, right, bottom), score, label) in enumerate(zip(*columns)):
-            entry = {"image_id": image, "category_id": scenes.category_ids[label], "score": score}
+            category = scenes.category_ids[label]
+            entry = {"image_id": image, "category_id": category, "score": score}
             entry["bbox"] = [x, y, right - x, bottom - y]
             if found.get("masks") is not None:
                 mask = as_rle(found["masks"][i], *found["masks"][i]["size"])
@@ -555,34 +541,30 @@ def write_results(path, scenes, detections):
 
 
 def read_results(path, scenes):
-    """write_results' file, or another in COCO's format -> detections; boxes may be left out where
-    there are masks. Raises ValueError, one line, if it is none of scenes."""
+    """The detections in a file: see write_results. Boxes may be left out where there are
+    masks. Raises ValueError if the file is damaged or of other scenes."""
     label = {category: number for number, category in enumerate(scenes.category_ids)}
-    sizes, found, entry = dict(zip(scenes.ids, scenes.sides)), {}, None
+    sizes, detections, entry = dict(zip(scenes.ids, scenes.sides)), {}, None
     try:
         with open(path, encoding="utf-8") as file:
             for entry in json.load(file):
-                if entry["image_id"] not in sizes or entry["category_id"] not in label:
+                image = entry["image_id"]
+                if image not in sizes or entry["category_id"] not in label:
                     raise ValueError("there is no such picture or category")
-                mine = found.setdefault(entry["image_id"], [])
                 # Nothing uses a result's area: with one given, none is computed of the mask.
-                one = entry | {"area": 0.0}
-                _, _, box, mask = read_annotation(one, sizes[entry["image_id"]])
+                _, _, box, mask = read_annotation(entry | {"area": 0.0}, sizes[image])
                 score = float(entry["score"])
                 if not math.isfinite(score):
                     raise ValueError("a score that is no number")
-                mine.append((box, score, label[entry["category_id"]], mask))
+                row = {"boxes": box, "scores": score, "masks": mask}
+                row["labels"] = label[entry["category_id"]]
+                found = detections.setdefault(image, {key: [] for key in row})
+                for key, value in row.items():
+                    found[key].append(value)
     except DAMAGED as error:
         where = f" at {entry!r:.100}" if entry else ""
-        why = one_line(error)
-        raise ValueError(f"cannot read results from {path}{where}: {why}") from None
-    detections = {}
-    for image, entries in found.items():
-        boxes, scores, labels, masks = zip(*entries)
-        detections[image] = {
-            "boxes": np.array(boxes, dtype=np.float64),
-            "scores": np.array(scores, dtype=np.float64),
-            "labels": np.array(labels, dtype=np.int64),
-            "masks": None if None in masks else list(masks),
-        }
+        raise ValueError(f"cannot read results from {path}{where}: {one_line(error)}") from None
+    for found in detections.values():
+        if None in found["masks"]:
+            found["masks"] = None
     return detections

@@ -117,8 +117,8 @@ def test_objects_without_a_mask_are_left_out_of_mask_ap(tmp_path, capsys, nothin
     """By hand: one of two has a mask, and it alone is to be found; what lies over the box of the
     other is neither right nor wrong, but once only, as with other objects that are ignored."""
     here, there, nowhere = [10, 10, 20, 20], [60, 60, 20, 20], [10, 60, 20, 20]
-    masks = [{"segmentation": [[10, 10, 30, 10, 30, 30, 10, 30]]}, {"segmentation": nothing}]
-    masks[1] = {} if nothing == "missing" else masks[1]
+    masks = [{"segmentation": [[10, 10, 30, 10, 30, 30, 10, 30]]}]
+    masks += [{} if nothing == "missing" else {"segmentation": nothing}]
     scenes = one_scene(tmp_path, [here, there], masks=masks)
     said = "objects without a mask, left out of mask AP: 1 (the first has id 2)"
     assert capsys.readouterr().err == f"{scenes.path}: {said}\n"
@@ -128,16 +128,18 @@ def test_objects_without_a_mask_are_left_out_of_mask_ap(tmp_path, capsys, nothin
         found[1]["masks"] = [np.zeros((100, 100), dtype=bool) for _ in boxes]
         for pixels, (x, y, w, h) in zip(found[1]["masks"], boxes):
             pixels[y : y + h, x : x + w] = True
-        return coco.average_precision(scenes, found, kind)
+        return coco.average_precision(scenes, found, kind)["AP"]
 
-    perfect = measured(here, there)
-    assert perfect["AP"] == pytest.approx(1) and perfect["AR100"] == 1
-    assert measured(here)["AP"] == measured(there, here)["AP"] == pytest.approx(1)
-    assert measured(there)["AP"] == 0
-    for wrong in ([nowhere, here], [there, there, here]):
-        assert measured(*wrong)["AP"] == pytest.approx(1 / 2)
-    # Boxes count as ever: one of two is found.
-    assert measured(here, kind="bbox")["AP"] == pytest.approx(51 / 101)
+    for boxes, precision in (
+        ([here, there], 1),
+        ([here], 1),
+        ([there, here], 1),
+        ([there], 0),
+        ([nowhere, here], 1 / 2),
+        ([there, there, here], 1 / 2),
+    ):
+        assert measured(*boxes) == pytest.approx(precision)
+    assert measured(here, kind="bbox") == pytest.approx(51 / 101)  # boxes count as ever
     # To learn from, there is one object, not one with an empty mask.
     train = one_scene(tmp_path, [here, there], masks=masks, train=True)
     assert "objects without a mask, left out: 1 (the first has id 2)" in capsys.readouterr().err
@@ -201,21 +203,23 @@ def test_detections_are_drawn(tmp_path):
     (tmp_path / scenes.files[1]).unlink()  # a grey tile
     whole = (tmp_path / scenes.files[2]).read_bytes()
     (tmp_path / scenes.files[2]).write_bytes(whole[: len(whole) // 2])  # one more
-    detections = make_detections(scenes)
-    coco.draw_detections(path, scenes, {}, 6, side=200)
-    plain = np.array(Image.open(path))
-    coco.draw_detections(path, scenes, detections, 6, side=200)
-    drawn = np.array(Image.open(path))
-    assert drawn.shape == (400, 800, 3) and (drawn != plain).any()
-    odd = {scenes.ids[0]: {"boxes": [[9, 9, 1, 1.0]], "scores": [1.0], "labels": [0]}}
-    coco.draw_detections(path, scenes, odd, 6, side=200)  # of results, perhaps
-    boxes, drawn = [[5, 5, 30, 30.0], [20, 20, 35, 35.0], [1, 1, 9, 9.0]], []
-    for scores in [0.2], [0.2, 0.1, 0.1], [0.4, 0.31]:  # the best, or all of 0.3
-        found = {"boxes": boxes[: len(scores)], "scores": scores, "labels": [0] * len(scores)}
-        coco.draw_detections(path, scenes, {scenes.ids[0]: found}, 6, side=200)
-        drawn.append(np.array(Image.open(path)))
-    assert (drawn[0] != plain).any() and (drawn[0] == drawn[1]).all()
-    assert (drawn[2] != drawn[0]).any()
+
+    def drawn(detections):
+        coco.draw_detections(path, scenes, detections, 6, side=200)
+        return np.array(Image.open(path))
+
+    def first(boxes, scores):
+        labels = [0] * len(scores)
+        return drawn({scenes.ids[0]: {"boxes": boxes, "scores": scores, "labels": labels}})
+
+    plain, full = drawn({}), drawn(make_detections(scenes))
+    assert full.shape == (400, 800, 3) and (full != plain).any()
+    assert (plain[100, [300, 500]] == 128).all() and (plain[100, 100] != 128).any()
+    first([[9, 9, 1, 1.0]], [1.0])  # of results, perhaps
+    boxes = [[5, 5, 30, 30.0], [20, 20, 35, 35.0], [1, 1, 9, 9.0]]
+    one, same, two = (first(boxes, s) for s in ([0.2], [0.2, 0.1, 0.1], [0.4, 0.31]))
+    assert (one != plain).any() and (one == same).all()  # the best, or all of 0.3
+    assert (two != one).any()
 
 
 def test_the_table(capsys):

@@ -723,7 +723,7 @@ def test_too_few_open_files_are_not_unreadable_pictures(monkeypatch):
     monkeypatch.setattr(source, "read", Mock(side_effect=error))
     for read in (
         lambda: picture_batches(source, (8, 8), 3, 4)[0],
-        lambda: hashtags.TagChunks(source, {})[0],
+        lambda: list(hashtags.read_tags(source, {}, 0, "reading")),
         lambda: labels.all_labels(source),
     ):
         with pytest.raises(data.Unreachable, match="Too many open files: '0.png': .*ulimit -n 65"):

@@ -18,51 +18,35 @@ from conftest import (
     picture_batches,
     run_main,
     stream,
-    tile,
-    write_tar,
 )
 
 import data
 from support import hashtags
-from support import pack as pack_module
-from support import shards as shards_module
+from support.pack import write_listing
+from support.shards import Shards
 from weak_pretrain import make_sample
 
 MARKS = "\u0928\u092e\u0938\u094d\u0924\u0947"  # letters with combining marks
 
 
-@pytest.mark.parametrize(
-    "tags, canonical",
-    [
-        (["#Blue-Square"], {"bluesquare"}),
-        (["#\uff23\uff21\uff34"], {"cat"}),  # full-width letters
-        (["#Stra\u00dfe"], {"strasse"}),
-        (["#!?"], set()),
-        ([f"#{MARKS}"], {MARKS}),
-        (["#kitten"], {"cat"}),  # by the synonyms
-        (["#a #b", "#c#d"], {"a", "b", "c", "d"}),
-        (
-            f"My #Cat, and the #DOG! no tag, a#b (#{MARKS}) #blue-square",
-            {"cat", "dog", "b", "bluesquare", MARKS},
-        ),
-    ],
-)
-def test_canonical_tags_by_hand(tags, canonical):
-    assert hashtags.canonical(tags, {"kitten": "cat"}) == canonical
+CANONICAL = [
+    (["#Blue-Square"], {"bluesquare"}),
+    (["#\uff23\uff21\uff34"], {"cat"}),  # full-width letters
+    (["#Stra\u00dfe"], {"strasse"}),
+    (["#!?"], set()),
+    ([f"#{MARKS}"], {MARKS}),
+    (["#kitten"], {"cat"}),  # by the synonyms
+    (["#a #b", "#c#d"], {"a", "b", "c", "d"}),
+    ("My #Cat, and the #DOG! no tag, a#b (#blue-square)", {"cat", "dog", "b", "bluesquare"}),
+]
 
 
-@pytest.mark.parametrize("wrong", [{"a": 1}, ["#a", 3], None, 7])
-def test_what_is_no_list_of_tags_is_refused(wrong):
-    with pytest.raises(ValueError, match="list of texts"):
-        hashtags.canonical(wrong, {})
-
-
-def tagged_members(tags_of_samples):
-    for number, tags in enumerate(tags_of_samples):
-        yield f"{number:05}.png", tile(number % 256)
-        if tags is not None:
-            content = tags if isinstance(tags, bytes) else json.dumps(tags).encode()
-            yield f"{number:05}.json", content
+def test_canonical_tags_by_hand():
+    for tags, canonical in CANONICAL:
+        assert hashtags.canonical(tags, {"kitten": "cat"}) == canonical
+    for wrong in ({"a": 1}, ["#a", 3], None, 7):
+        with pytest.raises(ValueError, match="list of texts"):
+            hashtags.canonical(wrong, {})
 
 
 # Of 60 samples: "all" on 57, "half" on 29, "few" on 6; 3 without a tag.
@@ -72,11 +56,15 @@ LONG_TAIL = [
 ]
 
 
+def tagged_shard(path, tags_of_samples):
+    return captioned(path, [{"json": json.dumps(tags).encode()} for tags in tags_of_samples])
+
+
 @pytest.fixture
 def tagged(tmp_path):
     """Four shards of 15 samples with the tags of LONG_TAIL: their pattern."""
     for shard in range(4):
-        write_tar(tmp_path / f"t-{shard}.tar", tagged_members(LONG_TAIL[15 * shard :][:15]))
+        tagged_shard(tmp_path / f"t-{shard}.tar", LONG_TAIL[15 * shard :][:15])
     return f"{tmp_path}/t-*.tar"
 
 
@@ -94,30 +82,27 @@ HASHTAGS_OF = [  # ({extension: bytes}, tags, None if damaged)
     ({"txt": b"a #cat", "json": IMG2DATASET}, {"cat"}),  # whichever comes first in the tar
     ({"json": b'{"hashtags": ["#a"]}', "txt": b"#b"}, {"a"}),
     ({"json": b'{"hashtags": "we like #a"}', "txt": b"#b"}, {"a"}),
-    ({"json": b'{"hashtags": []}', "txt": b"#b"}, {"b"}),
-    ({"json": b'{"hashtags": ["#", ""]}', "txt": b"#b"}, {"b"}),
-    ({"json": b'{"hashtags": ""}', "txt": b"#b"}, {"b"}),
-    ({"json": b'{"hashtags": "none"}', "txt": b"#b"}, {"b"}),
-    ({"json": b'{"hashtags": null}', "txt": b"#b"}, {"b"}),
-    ({"json": b"[]", "txt": b"#b"}, {"b"}),
-    ({"json": b"null", "txt": b"#b"}, {"b"}),
-    ({"json": b'"no tag"', "txt": b"#b"}, {"b"}),
     ({"json": b'["#a"]', "txt": b"#b"}, {"a"}),
+    *(
+        ({"json": empty, "txt": b"#b"}, {"b"})
+        for empty in (b'{"hashtags": []}', b'{"hashtags": ["#", ""]}', b'{"hashtags": ""}',
+                      b'{"hashtags": "none"}', b'{"hashtags": null}', b"[]", b"null", b'"no tag"')
+    ),
     ({"json": b'{"hashtags": []}'}, set()),
     ({"json": IMG2DATASET}, set()),
     ({"json": IMG2DATASET, "txt": b"none"}, set()),
     ({}, set()),
-    ({"json": b'{"hashtags": [3]}', "txt": b"#b"}, None),  # damaged is not "none"
-    ({"json": b'{"hashtags": 5}', "txt": b"#b"}, None),
-    ({"json": b'{"hashtags": false}', "txt": b"#b"}, None),
-    ({"json": b"{broken", "txt": b"#b"}, None),
+    *(
+        ({"json": damaged, "txt": b"#b"}, None)  # damaged is not "none"
+        for damaged in (b'{"hashtags": [3]}', b'{"hashtags": 5}', b'{"hashtags": false}', b"{cut")
+    ),
     ({"json": IMG2DATASET, "txt": b"caf\xe9 #b"}, None),
-]
+]  # fmt: skip
 
 
 def test_hashtags_are_those_of_the_first_file_that_has_any(tmp_path, capsys):
     path = captioned(tmp_path / "a.tar", [files for files, _ in HASHTAGS_OF])
-    pack_module.write_listing(shards_module.Shards(path))
+    write_listing(Shards(path))
     expected = Counter(tag for _, tags in HASHTAGS_OF for tag in tags or ())
     names = [f"{number:05}" for number, (_, tags) in enumerate(HASHTAGS_OF) if tags is None]
     for where in (path, f"pipe:cat {path}"):
@@ -156,8 +141,8 @@ def test_a_vocabulary_counts_pictures_and_is_cut_at_both_ends(tagged):
     vocabulary = hashtags.count_hashtags(source, min_count=1)
     assert vocabulary.counts == {"all": 57, "half": 29, "few": 6}  # most frequent first
     assert vocabulary.ids(["#few", "#nothing", "ALL", "all"]) == [0, 2]
-    assert list(hashtags.count_hashtags(source, size=2, min_count=1).counts) == ["all", "half"]
-    assert list(hashtags.count_hashtags(source, min_count=7).counts) == ["all", "half"]
+    for options in ({"size": 2, "min_count": 1}, {"min_count": 7}):
+        assert list(hashtags.count_hashtags(source, **options).counts) == ["all", "half"]
     merged = hashtags.count_hashtags(source, min_count=1, synonyms={"few": "half"})
     assert merged.counts == {"all": 57, "half": 29} and merged.ids(["#FEW"]) == [1]
     with pytest.raises(ValueError, match="0 hashtags on 100 pictures") as error:
@@ -183,33 +168,19 @@ def test_sampling_weights_by_hand(tagged, tmp_path):
     vocabulary, train, held_out, draws = hashtags.open_hashtags(source, tmp_path / "tags")
     assert held_out.sizes.sum() == 3 and train.sizes.tolist() == [15, 15, 15, 12]  # 5 % of 60
     assert vocabulary.counts == {"all": 54, "half": 28, "few": 6}
-    tags = LONG_TAIL[:57]
-    drawn = [i for i, names in enumerate(tags) if names]
-    importance = {
-        i: (6 if "#FEW" in tags[i] else 28 if "#half" in tags[i] else 54) ** -0.5 for i in drawn
-    }
-    tail = {i for i in drawn if "#FEW" in tags[i]}
-    sums = {part: sum(v for i, v in importance.items() if (i in tail) == part) for part in (0, 1)}
+    few = np.array(["#FEW" in tags for tags in LONG_TAIL[:57]])
+    half = np.array(["#half" in tags for tags in LONG_TAIL[:57]])
+    importance = np.where(few, 6, np.where(half, 28, 54)) ** -0.5
+    importance[[not tags for tags in LONG_TAIL[:57]]] = 0
+    drawn, wanted = (importance > 0).sum(), np.zeros(57)
+    for part, share in ((~few, 0.7), (few, 0.3)):
+        wanted[part] = share * drawn * importance[part] / importance[part].sum()
     weights = draws["weights"](0, 57) / hashtags.WEIGHT
-    for i in range(57):
-        part = i in tail
-        wanted = len(drawn) * (0.7, 0.3)[part] * importance.get(i, 0) / sums[part]
-        assert weights[i] == pytest.approx(wanted, abs=1e-5)
+    assert weights == pytest.approx(wanted, abs=1e-5)
     shards = [draws["weights"](first, min(first + 15, 57)) for first in (0, 15, 30, 45)]
     assert draws["totals"].tolist() == [units.sum() for units in shards]
-    assert weights.sum() == pytest.approx(len(drawn), abs=1e-3)
-    # And the order draws each sample as often: rounded in each epoch, exactly on average.
-    order = hashtags.WeightedOrder(train.sizes, 0, 2, **draws)
-    epochs, total = 500, Counter()
-    for epoch in range(epochs):
-        counts = epoch_counts(order, epoch)
-        missing = [math.floor(weights[i]) - counts[i] for i in range(57)]
-        assert sum(n for n in missing if n > 0) <= 1  # the sum of the weights is not whole
-        assert all(counts[i] <= math.ceil(weights[i]) for i in range(57))
-        total += counts
-    for i in range(57):
-        wanted = weights[i] * order.length / weights.sum()
-        assert abs(total[i] / epochs - wanted) <= 5 * math.sqrt(0.25 / epochs) * (weights[i] > 0)
+    # And the order draws each sample as often.
+    check_draws(hashtags.WeightedOrder(train.sizes, 0, 2, **draws), weights, epochs=500)
 
 
 def test_where_all_is_head_or_tail_it_has_all_draws(tagged, tmp_path, capsys):
@@ -245,15 +216,17 @@ def test_an_index_of_hashtags_is_replaced_whole_or_not_at_all(
 def test_an_unfinished_damaged_or_foreign_index_of_hashtags_is_refused(tagged, tmp_path):
     source, out = opened(tagged), tmp_path / "tags"
     hashtags.write_hashtags(source, out)
-    other = opened(write_tar(tmp_path / "other.tar", tagged_members(LONG_TAIL)))
+    other = opened(tagged_shard(tmp_path / "other.tar", LONG_TAIL))
     far = npy(np.load(out / "rarest.npy") + 1000)
     for used, name, content, why in (
         (other, "rarest.npy", None, "of other data"),
         (source, "rarest.npy", far, "do not fit"),
+        (source, "rarest.npy", npy(np.zeros(3, np.int32)), "of other data"),
         (source, "rarest.npy", b"", "no hashtags in"),
         (source, "totals.npy", b"", "no hashtags in"),
         (source, "totals.npy", npy(np.zeros(9, np.int64)), "do not fit"),
         (source, "vocabulary.json", b"{", "no hashtags in"),
+        (source, "vocabulary.json", b"", "no hashtags in"),  # as a kill leaves it
     ):
         whole = (out / name).read_bytes()
         (out / name).write_bytes(whole if content is None else content)
@@ -262,9 +235,6 @@ def test_an_unfinished_damaged_or_foreign_index_of_hashtags_is_refused(tagged, t
             hashtags.open_hashtags(used, out)
         assert "python data.py hashtags" in one_line(error)
         (out / name).write_bytes(whole)
-    (out / "vocabulary.json").unlink()  # as a kill leaves it
-    with pytest.raises(ValueError, match="no hashtags in"):
-        hashtags.open_hashtags(source, out)
 
 
 def test_hashtags_on_the_command_line(tagged, tmp_path, monkeypatch, capsys):
@@ -278,16 +248,11 @@ def test_hashtags_on_the_command_line(tagged, tmp_path, monkeypatch, capsys):
         {"tag": "all", "id": 0, "count": 54, "weight": content["tags"][0]["weight"]},
         {"tag": "half", "id": 1, "count": 28, "weight": content["tags"][1]["weight"]},
     ]
-    tables = {
-        "bad.tsv": "one column\n",
-        "two.tsv": "a#b\tc\n",  # two tags in a cell
-        "both.tsv": "a\tb\na\tc\n",
-        "chain.tsv": "#Few\tfewer\nFEWER\thalf\n",
-        "circle.tsv": "a\tb\nb\ta\n",
-    }
-    wrong = [("--synonyms", tmp_path / name) for name in tables]
-    for name, text in tables.items():
-        (tmp_path / name).write_text(text)
+    tables = ["one column\n", "a#b\tc\n", "a\tb\na\tc\n"]  # a#b: two tags in a cell
+    tables += ["#Few\tfewer\nFEWER\thalf\n", "a\tb\nb\ta\n"]
+    wrong = [("--synonyms", tmp_path / f"{number}.tsv") for number in range(len(tables))]
+    for (_, path), text in zip(wrong, tables):
+        path.write_text(text)
     for flags in (*wrong, ("--min-count", 99), ("--labels", "no")):
         assert run_main(monkeypatch, "hashtags", tagged, "--out", tmp_path / "new", *flags) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
@@ -310,13 +275,24 @@ class Weights:
 
     def order(self, **options):
         sizes, totals = [len(w) for w in self.shards], [w.sum() for w in self.shards]
-        return hashtags.WeightedOrder(
-            sizes, totals=totals, weights=self, **{"largest": hashtags.WEIGHT} | options
-        )
+        options = {"largest": hashtags.WEIGHT} | options
+        return hashtags.WeightedOrder(sizes, totals=totals, weights=self, **options)
 
-    def items(self):
-        """(sample, weight as a number) of every sample."""
-        return enumerate((self.weights / hashtags.WEIGHT).tolist())
+
+def check_draws(order, weights, epochs):
+    """A weight is rounded down or up, by a coin: 5 standard deviations of its mean. An epoch has
+    the sum rounded down. What that leaves over is missing anywhere, one draw in all at most."""
+    total, left_over = np.zeros(len(weights)), weights.sum() % 1
+    assert order.length == int(weights.sum())
+    for epoch in range(epochs):
+        counts = epoch_counts(order, epoch)
+        counts = np.array([counts[sample] for sample in range(len(weights))])
+        assert (np.floor(weights) - counts).clip(0).sum() <= math.ceil(left_over)
+        assert (counts <= np.ceil(weights)).all()
+        total += counts
+    share = np.full(len(weights), 0.5) if left_over else weights % 1
+    limit = 5 * np.sqrt(share * (1 - share) / epochs) * (weights > 0)
+    assert (abs(total / epochs - weights * order.length / weights.sum()) <= limit).all()
 
 
 WEIGHTS = {
@@ -328,26 +304,12 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 5, 48])
+@pytest.mark.parametrize("lanes", [1, 5, 48])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_sample_is_drawn_as_often_as_its_weight_says(name, lanes):
-    """A weight is rounded down or up, by a coin: 5 standard deviations of its mean. An epoch has
-    the sum rounded down. What that leaves over is missing anywhere, one draw in all at most."""
-    weights, total = Weights(WEIGHTS[name]), Counter()
-    order, sum_of_weights = weights.order(seed=5, lanes=lanes), sum(w for _, w in weights.items())
-    left_over = sum_of_weights % 1
-    assert order.length == math.floor(sum_of_weights)
-    epochs = 16_000 // order.length
-    for epoch in range(epochs):
-        counts = epoch_counts(order, epoch)
-        short = [max(0, math.floor(weight) - counts[s]) for s, weight in weights.items()]
-        assert sum(short) <= math.ceil(left_over)
-        assert all(counts[sample] <= math.ceil(weight) for sample, weight in weights.items())
-        total += counts
-    for sample, weight in weights.items():
-        fraction = 0.5 if left_over else weight % 1
-        limit = 5 * math.sqrt(fraction * (1 - fraction) / epochs)
-        assert abs(total[sample] / epochs - weight * order.length / sum_of_weights) <= limit
+    weights = Weights(WEIGHTS[name])
+    order = weights.order(seed=5, lanes=lanes)
+    check_draws(order, weights.weights / hashtags.WEIGHT, 8_000 // order.length)
 
 
 def test_a_weight_of_zero_is_never_drawn_even_where_a_point_falls_on_its_edge():
@@ -365,6 +327,8 @@ def test_a_weighted_stream_is_a_pure_function_of_the_position():
     random = np.random.default_rng(0)
     weights = Weights([random.uniform(0, 2, size).tolist() for size in (17, 0, 40, 151, 3, 96, 8)])
     whole = weights.order(seed=4, lanes=12)
+    with pytest.raises(ValueError, match="no samples"):
+        Weights([[0, 0], [0.5]]).order()
     count = 2 * whole.length + 31  # over two epoch borders
     expected = stream(whole, 0, count)
     for processes in (2, 3, 4):
@@ -372,11 +336,6 @@ def test_a_weighted_stream_is_a_pure_function_of_the_position():
             order = weights.order(seed=4, lanes=12)
             mine = [p for p in reversed(range(count)) if p // 2 % processes == process]
             assert [order(position) for position in mine] == [expected[p] for p in mine]
-
-
-def test_no_weight_is_an_error():
-    with pytest.raises(ValueError, match="no samples"):
-        Weights([[0, 0], [0.5]]).order()
 
 
 @pytest.mark.parametrize("processes", [2, 4, 6])

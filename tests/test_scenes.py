@@ -52,46 +52,47 @@ def annotation(number, image, category, polygons, crowd=0):
     }  # fmt: skip
 
 
+def write_scenes(folder, images, annotations, categories=(1,), **options):
+    """Write scenes.json in the folder, and open it."""
+    images = [{"file_name": f"{image['id']}.png"} | image for image in images]
+    categories = [{"id": number, "name": f"thing {number}"} for number in categories]
+    write(folder / "scenes.json", images, annotations, categories)
+    return Scenes(str(folder / "scenes.json"), str(folder), **options)
+
+
+def write(path, images, annotations, categories):
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
 def make_scenes(folder, pictures=24, seed=0, lvis=False, categories=(2, 3, 7, 11, 90), **options):
     """Write a COCO folder (categories with gaps, crowds, empty pictures) and open it."""
-    random, number = np.random.RandomState(seed), 0
-    content = {"images": [], "annotations": [], "categories": []}
-    for place, category in enumerate(categories):
-        entry = {"id": category, "name": f"thing {category}"}
-        content["categories"].append(entry | ({"frequency": "rcf"[place % 3]} if lvis else {}))
+    random, images, annotations = np.random.RandomState(seed), [], []
     for image in random.permutation(pictures).tolist():
         # from small to large, so that all ranges of areas have objects
         height, width = (int(side) for side in random.randint(30, 400, 2))
         image = {"id": 5 + 3 * image, "height": height, "width": width}
         image |= {"file_name": f"{image['id']}.jpg"}
-        present = random.choice(categories, random.randint(1, 4)).tolist()
+        present, there = random.choice(categories, random.randint(1, 4)).tolist(), set()
         for _ in range(random.choice([0, 1, 4, 9])):
-            number += 1
             polygons = [blob(random, height, width) for _ in range(random.choice([1, 1, 2]))]
             crowd = int(not lvis and random.rand() < 0.15)
             category = random.choice(present).item()
-            content["annotations"].append(annotation(number, image, category, polygons, crowd))
+            there.add(category)
+            number = len(annotations) + 1
+            annotations.append(annotation(number, image, category, polygons, crowd))
         if lvis:
-            mine = [a for a in content["annotations"] if a["image_id"] == image["id"]]
-            there = {one["category_id"] for one in mine}
             absent = [category for category in categories if category not in there]
             image["neg_category_ids"] = absent[: random.randint(0, 3)]
             image["not_exhaustive_category_ids"] = [c for c in sorted(there) if random.rand() < 0.4]
-        content["images"].append(image)
+        images.append(image)
+    entries = [{"id": category, "name": f"thing {category}"} for category in categories]
+    for place, entry in enumerate(entries):
+        entry |= {"frequency": "rcf"[place % 3]} if lvis else {}
     path = folder / "annotations" / ("lvis_v1_val.json" if lvis else "instances_val.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    write(path, images, annotations, entries)
     return Scenes(str(path), str(folder), **options)
-
-
-def write_scenes(folder, images, annotations, categories=(1,), **options):
-    """Write scenes.json in the folder, and open it."""
-    images = [{"file_name": f"{image['id']}.png"} | image for image in images]
-    categories = [{"id": number, "name": f"thing {number}"} for number in categories]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    folder.mkdir(exist_ok=True)
-    (folder / "scenes.json").write_text(json.dumps(content))
-    return Scenes(str(folder / "scenes.json"), str(folder), **options)
 
 
 def make_detections(scenes, seed=0, least=0, most=12, jitter=0.15, levels=20):
@@ -162,14 +163,11 @@ def test_annotations_that_cannot_be_used_are_counted_and_left_out(tmp_path, caps
     outside = {"bbox": [70, 70, 20, 20], "segmentation": [[70, 70, 90, 70, 90, 90]]}
     unlisted = [{"image_id": 12345, "id": 501}, {"category_id": 5, "id": 502}]  # 5: in a gap
     useless = [{"bbox": [3, 3, 0, 9], "id": 503}, {"segmentation": None, "id": 504}]
-    added = [GOOD | one for one in (*unlisted, *useless, {}, outside)]
-    content["annotations"] += DAMAGED + added
+    content["annotations"] += [GOOD | one for one in (*unlisted, *useless, {}, outside)] + DAMAGED
     path.write_text(json.dumps(content))
     scenes = Scenes(str(path), str(tmp_path))
-    printed = capsys.readouterr().err
-    assert f"that are damaged, left out: {len(DAMAGED)} (the first has id 500)" in printed
-    assert "image that is not listed, left out: 1 (the first has id 501)" in printed
-    assert "category that is not listed, left out: 1 (the first has id 502)" in printed
+    said = f"no listed image or category, left out: {len(DAMAGED) + 2} (the first has id 501)"
+    assert said in capsys.readouterr().err
     # To measure on, all pictures stay, and boxes of no area, as the reference has it.
     assert len(scenes.sizes) == 25 and len(scenes.labels) == count + 4
     assert scenes.ids == sorted(scenes.ids) and scenes.read(24)["image_id"] == 999
@@ -194,7 +192,8 @@ def test_annotations_that_cannot_be_used_are_counted_and_left_out(tmp_path, caps
     ("[" * 100_000, "Recursion"), (None, "No such file"), ({"images": []}, "lists no pictures"),
     *(({"images": [{"id": 1, "height": side, "width": 9}]}, "a height or width")
       for side in (0, -1, 10**9)),
-    *(({key: [{"id": 1}, {"id": 1}]}, "the same id") for key in ("images", "categories")),
+    ({"images": [{"id": 1, "height": 9, "width": 9}] * 2}, "the same id"),
+    ({"categories": [{"id": 1, "name": "thing"}] * 2}, "the same id"),
 ])  # fmt: skip
 def test_files_that_are_not_cocos_are_refused_in_one_line(tmp_path, change, why):
     path = tmp_path / "x.json"
@@ -235,12 +234,13 @@ def test_boxes_and_areas_that_are_not_given_are_the_masks(tmp_path, capsys):
     sample, boxes = scenes.read(0), [box for *_, box, _ in GIVEN]
     assert sample["boxes"].tolist() == boxes
     assert sample["areas"].tolist() == [area for *_, area in GIVEN]
-    assert "damaged, left out: 2 (the first has id 77)" in capsys.readouterr().err
+    assert "category, left out: 2 (the first has id 77)" in capsys.readouterr().err
     train = write_scenes(tmp_path, images, listed, train=True).read(0)
     assert train["boxes"].tolist() == [box for segment, _, box, _ in GIVEN if segment]
     path = tmp_path / "results.json"
     path.write_text(json.dumps(listed))
-    assert read_results(str(path), scenes)[1]["boxes"].tolist() == boxes
+    found = read_results(str(path), scenes)[1]
+    assert found["boxes"] == boxes and found["masks"] is None  # not all have one
     path.write_text(json.dumps(neither[:1]))
     with pytest.raises(ValueError, match="neither a bbox nor a segmentation") as error:
         read_results(str(path), scenes)
@@ -280,16 +280,15 @@ def test_folders_of_coco_and_lvis(tmp_path):
 @pytest.mark.parametrize("name, match", ODD_NAMES.items())
 def test_folders_whose_names_look_like_patterns(tmp_path, name, match):
     folder = tmp_path / name
-    scenes = make_scenes(folder)
+    scenes, annotations = make_scenes(folder, pictures=4), folder / "annotations"
     shutil.copytree(folder, tmp_path / match)  # what the name would match as a pattern
-    annotations = folder / "annotations"
     shutil.copy(annotations / "instances_val.json", annotations / "instances_train.json")
     pictures_for(scenes, folder)
     for where in (str(folder), str(annotations / "instances_val.json")):
         train, val = open_scenes(str(folder), where)
-        assert train.root == val.root == str(folder) and len(val.sizes) == 24
+        assert train.root == val.root == str(folder) and len(val.sizes) == 4
         assert val.read(0)["image"]().size == val.sides[0][::-1]
-    write_results(folder / f"{name}.json", val, make_detections(val))
+    write_results(folder / f"{name}.json", val, make_detections(val, least=1))
     assert read_results(str(folder / f"{name}.json"), val)
     coco.draw_detections(folder / f"{name}.png", val, {}, 2)
     with pytest.raises(ValueError, match="there must be one"):
@@ -358,7 +357,7 @@ def test_pixels_polygons_and_whole_masks_move_alike(tmp_path):
         height, width = random.randint(40, 200, 2).tolist()
         polygon = [blob(random, height, width, reach=0.8)]
         mask = coco.decode_mask(coco.as_rle(polygon, height, width))
-        draws = random.rand(4) if number else None
+        draws = random.rand(4) if number else (0.4, 0, 0, 1)
         view = random_view((height, width), 64, draws, (0.5, 2.0))
         image = Image.fromarray(np.uint8(255 * mask))
         white = view_pixels(image, view, 64, 1)[0].numpy() > 127
@@ -372,7 +371,7 @@ def test_pixels_polygons_and_whole_masks_move_alike(tmp_path):
 def test_views_differ_in_place_and_size_and_boxes_end_with_the_picture():
     """Also without masks; and in the next epoch a picture comes in another view."""
     draws = [data.uniform(data.random_bits(4, 0, 0, number, data.VIEW)) for number in range(300)]
-    views = [random_view((60, 80), 64, numbers.tolist()) for numbers in draws]
+    views = [random_view((60, 80), 64, numbers, (0.1, 2.0)) for numbers in draws]
     sides = np.array([view.scale[0] * 80 / 64 for view in views])
     assert 0.1 <= sides.min() < 0.2 and 1.9 < sides.max() <= 2
     places = np.array([view.corner for view in views if view.scale[0] * 60 > 80])  # both have room
@@ -382,19 +381,17 @@ def test_views_differ_in_place_and_size_and_boxes_end_with_the_picture():
     for view in views:
         boxes = view_target(sample, view, 64, False)["boxes"]
         assert (boxes[:, 2:] <= torch.tensor(view.cut)).all()
+    # A box that is cut, elsewhere than its mask, is the mask's.
+    sample |= {"boxes": np.array([[60.0, 60, 130, 90]]), "size": (100, 100)}
+    sample |= {"segments": [[[2, 2, 12, 2, 12, 12, 2, 12]]]}
+    target = view_target(sample, random_view((100, 100), 100), 100, True)
+    assert target["boxes"].tolist() == [[2, 2, 12, 12]]
     scenes, found, seeds = ToyScenes("train", 32, 4), set(), set()
     made = batches(scenes, 32, order=data.Order(scenes.sizes), batch_size=4)
     for batch in (made[step] for step in range(6)):
         found |= {image.numpy().tobytes() for image in batch["images"]}
         seeds |= {target["seed"] for target in batch["targets"]}
     assert len(found) == len(seeds) == 4 * 6
-
-
-def test_a_box_elsewhere_than_its_mask_is_the_masks_where_it_is_cut():
-    sample = {"boxes": np.array([[60.0, 60, 130, 90]]), "labels": np.array([1]), "size": (100, 100)}
-    sample |= {"crowd": np.array([False]), "segments": [[[2, 2, 12, 2, 12, 12, 2, 12]]]}
-    target = view_target(sample, random_view((100, 100), 100), 100, True)
-    assert target["boxes"].tolist() == [[2, 2, 12, 12]]
 
 
 def test_to_measure_pictures_are_whole_and_boxes_go_back(tmp_path):
@@ -445,7 +442,9 @@ def test_pictures_that_are_turned_grey_damaged_or_missing(tmp_path):
         name = {"id": number, "file_name": f"{number}.jpg"}
         images.append(name | {"height": height, "width": width})
         objects.append({"id": number, "image_id": number, "category_id": 1, "bbox": [0, 0, 10, 10]})
-    batch = batches(write_scenes(tmp_path, images, objects), 60, batch_size=6)[0]
+    scenes = write_scenes(tmp_path, images, objects)
+    batch, alpha = (batches(scenes, 60, channels, batch_size=6)[0] for channels in (3, 4))
+    assert not alpha["images"][5].any() and batch["sizes"][5].tolist() == [60, 60]
     assert batch["weight"].tolist() == [1, 1, 1, 1, 0, 0] and len(batch["bad"]) == 2
     assert "40 pixels, annotated as 61 x 40" in batch["bad"][0] and "5.jpg" in batch["bad"][1]
     assert batch["targets"][0]["masks"] is None and not batch["images"][4:].any()
