@@ -1,4 +1,4 @@
-"""Augmentation of the public MAE code's finetuning: RandAugment, random erasing, mixup, CutMix."""
+"""Augmentation as in the public MAE code: RandAugment, random erasing, mixup and CutMix."""
 
 import math
 from functools import partial
@@ -15,10 +15,10 @@ from support.plan import planned_batch
 
 
 class Recipe(NamedTuple):
-    """What depends on the size of an encoder whose weights are all trained."""
+    """Settings that depend on the size of an encoder whose weights are all trained."""
 
     batch_size: int
-    lr: float  # peak, for 256 samples of the batch
+    lr: float  # peak, for a batch of 256
     epochs: int
     layer_decay: float
     drop_path: float
@@ -30,37 +30,31 @@ TOY = dict.fromkeys(USUAL, 0.0) | {"min_crop": 0.5}
 
 
 def add_flags(groups, recipes, magnitude=9):
-    """Add the flags of a task that trains every weight.
-
-    recipes: {size: Recipe}. magnitude: RandAugment's, for the help
-    """
+    """Add the flags of a task that trains every weight. magnitude: RandAugment's default."""
 
     def by_size(name):
         sizes = "B", "L", "H", "toy"
         return ", ".join(f"{size} {getattr(recipes[size], name):g}" for size in sizes)
 
     below_1 = flags.number(float, 0, 0.999)  # 1 would drop all of the last block
-    magnitudes = flags.number(float, 0, 10)
     add = groups["model"].add_argument
-    drop_path = f"of the last block, rising from 0 ({by_size('drop_path')})"
-    add("--drop-path", type=below_1, help=drop_path)
+    add("--drop-path", type=below_1, help=f"of the last block ({by_size('drop_path')})")
     add = groups["optimisation"].add_argument
     add("--lr", type=flags.positive, help=f"peak (for 256 of the batch: {by_size('lr')})")
     layer_decay = f"of the lr, from block to block ({by_size('layer_decay')})"
     add("--layer-decay", type=flags.fraction, help=layer_decay)
+    magnitudes = flags.number(float, 0, 10)
     add("--weight-decay", type=flags.not_negative, help="not of 1-D parameters (0.05)")
     add("--smoothing", type=flags.fraction, help="of labels (0.1)")
     add("--mixup", type=flags.fraction, help="alpha, 0: none (0.8; toy: 0)")
     add("--cutmix", type=flags.fraction, help="alpha, 0: none (1.0; toy: 0)")
     add("--rand-augment", type=magnitudes, help=f"magnitude, 0: none ({magnitude}; toy: 0)")
-    add("--erase", type=flags.fraction, help="probability of random erasing (0.25; toy: 0)")
+    add("--erase", type=flags.fraction, help="probability of erasing (0.25; toy: 0)")
 
 
 def recipe(run, recipes, **others):
-    """The recipe of a task that trains every weight: see load_task in finetune.py.
-
-    recipes: {size: Recipe}. others: the task's own values of the augmentation
-    """
+    """The recipe of a task that trains every weight: see load_task in finetune.py. others:
+    the task's own values."""
     own = recipes.get(run.config["size"], recipes["B"])
     batch_size = run.batch_size or planned_batch(own.batch_size, run)
     settings = own._asdict() | {"batch_size": batch_size, "lr": own.lr * batch_size / 256}
@@ -68,66 +62,67 @@ def recipe(run, recipes, **others):
     settings |= (TOY if run.toy else USUAL) | others
     magnitude = settings["rand_augment"] if run.rand_augment is None else run.rand_augment
     if magnitude and run.config["channels"] == 4:
-        raise ValueError("RandAugment is for grey and RGB pictures: give --rand-augment 0")
+        raise ValueError("RandAugment wants grey or RGB pictures: give --rand-augment 0")
     return settings
 
 
 def maker(run, layers, operations=2):
-    """make for data.Batches: a run's augmented pictures or clips, and numbers for mix() and drop
-    path. layers: of the model. operations: of RandAugment."""
-    made = partial(run.make, min_crop=run.min_crop)
-    if run.rand_augment or run.erase:
-        options = {"magnitude": run.rand_augment, "erasing": run.erase, "operations": operations}
-        made = partial(augmented, made=made, change=partial(augment, **options))
-    return partial(with_numbers, made=made, count=MIX_DRAWS + 2 * layers)
+    """make for data.Batches: augmented pictures or clips, with numbers for mix() and for drop
+    path in so many layers. operations: of RandAugment."""
+    options = {"magnitude": run.rand_augment, "erasing": run.erase}
+    change = partial(augment, operations=operations, **options)
+    make = partial(run.make, min_crop=run.min_crop)
+    return partial(augmented, make=make, change=change, count=MIX_DRAWS + 2 * layers)
 
 
-def augmented(sample, key, made, change):
-    """A row whose picture, or each frame of its clip alike, is changed by change(pixels, key)."""
-    row = made(sample, key)
-    if sample is None:
-        return row
-    images = row["images"]  # (C, H, W) or (C, T, H, W)
-    if images.ndim == 4:
-        frames = [change(frame, key) for frame in images.unbind(dim=1)]
-        return row | {"images": torch.stack(frames, dim=1)}
-    return row | {"images": change(images, key)}
-
-
-def with_numbers(sample, key, made, count):
-    """A row with numbers (count,) uniform in [0, 1), for what is drawn on the device."""
+def augmented(sample, key, make, change, count=0):
+    """The row of make(sample, key), its picture or each frame of its clip changed alike by
+    change(pixels, key), with numbers (count,) uniform in [0, 1) to draw from on the device."""
+    row = make(sample, key)
     numbers = data.uniform(data.random_bits(count, *key, data.DEVICE))
-    return made(sample, key) | {"numbers": torch.from_numpy(numbers).float()}
+    row["numbers"] = torch.from_numpy(numbers).float()
+    images = row["images"]  # (C, H, W) or (C, T, H, W)
+    if sample and images.ndim == 4:
+        frames = [change(frame, key) for frame in images.unbind(dim=1)]
+        row["images"] = torch.stack(frames, dim=1)
+    elif sample:
+        row["images"] = change(images, key)
+    return row
+
+
+def filling(image):
+    """Options of PIL to move pixels: bicubic, with the mean colour for what lies outside."""
+    mean, _ = data.channel_statistics(len(image.getbands()))
+    colour = tuple(round(255 * m) for m in mean)
+    colour = colour if len(colour) > 1 else colour[0]
+    return {"fillcolor": colour, "resample": Image.Resampling.BICUBIC}
 
 
 def warp(image, *matrix):
-    """(x, y) of the result is taken from (ax + by + c, dx + ey + f); the mean colour fills up."""
-    mean = tuple(round(255 * m) for m in data.channel_statistics(len(image.getbands()))[0])
-    how = {"fillcolor": mean if len(mean) > 1 else mean[0], "resample": Image.Resampling.BICUBIC}
-    if len(matrix) == 1:
-        return image.rotate(*matrix, **how)
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, **how)
+    """The pixel at (x, y) of the result is taken from (ax + by + c, dx + ey + f)."""
+    affine = Image.Transform.AFFINE
+    return image.transform(image.size, affine, matrix, **filling(image))
 
 
-def enhance(kind, image, amount):
-    """amount 0: unchanged, -1: none of it, 1: twice as much; at least a tenth is kept."""
-    return kind(image).enhance(max(0.1, 1 + amount))
+def enhance(kind):
+    """s 0: unchanged, 1: almost twice as much, -1: a tenth."""
+    return lambda image, level, s: kind(image).enhance(max(0.1, 1 + 0.9 * s))
 
 
-# RandAugment's operations in the "increasing" ranges of timm's rand-m9-mstd0.5-inc1. A level is in
+# RandAugment's operations in the "increasing" ranges of timm's rand-m9-mstd0.5-inc1. level is in
 # 0 .. 1; where the operation has a direction, s is the level or its negative.
 OPERATIONS = {
     "auto contrast": lambda image, level, s: ImageOps.autocontrast(image),
     "equalize": lambda image, level, s: ImageOps.equalize(image),
     "invert": lambda image, level, s: ImageOps.invert(image),
-    "rotate": lambda image, level, s: warp(image, 30 * s),  # degrees
+    "rotate": lambda image, level, s: image.rotate(30 * s, **filling(image)),  # degrees
     "posterize": lambda image, level, s: image.point(lambda v: v & 0xFF00 >> 4 - int(4 * level)),
     "solarize": lambda image, level, s: ImageOps.solarize(image, 256 - int(256 * level)),
     "solarize add": lambda image, level, s: image.point(lambda v: v + (v < 128) * int(110 * level)),
-    "color": lambda image, level, s: enhance(ImageEnhance.Color, image, 0.9 * s),
-    "contrast": lambda image, level, s: enhance(ImageEnhance.Contrast, image, 0.9 * s),
-    "brightness": lambda image, level, s: enhance(ImageEnhance.Brightness, image, 0.9 * s),
-    "sharpness": lambda image, level, s: enhance(ImageEnhance.Sharpness, image, 0.9 * s),
+    "color": enhance(ImageEnhance.Color),
+    "contrast": enhance(ImageEnhance.Contrast),
+    "brightness": enhance(ImageEnhance.Brightness),
+    "sharpness": enhance(ImageEnhance.Sharpness),
     "shear x": lambda image, level, s: warp(image, 1, 0.3 * s, 0, 0, 1, 0),
     "shear y": lambda image, level, s: warp(image, 1, 0, 0, 0.3 * s, 1, 0),
     "translate x": lambda image, level, s: warp(image, 1, 0, 0.45 * s * image.width, 0, 1, 0),
@@ -143,24 +138,28 @@ def normal(draws):
 def augment(pixels, key, magnitude, erasing, operations=2):
     """RandAugment and random erasing of (C, H, W) uint8. key: (seed, epoch, position).
 
-    RandAugment: so many operations, the same perhaps twice, each done with probability 0.5, at a
-    level of a tenth of N(magnitude, 0.5). Erasing, with this probability: a box of 2 % to a third
-    of the picture, with sides of 0.3 to 1 / 0.3, is filled with noise N(0, 1) in normalised units
-    (cut to what a byte holds: values beyond some 2.1 deviations).
+    RandAugment: so many operations, the same perhaps twice, each done with probability 0.5,
+    at a level of a tenth of N(magnitude, 0.5). Erasing, with this probability: fill a box of
+    2 % to a third of the area, with sides of 0.3 to 1 / 0.3, with noise N(0, 1) in normalised
+    units (a byte cuts it at some 2.1 deviations).
     """
     count = 5 * operations + 24
     draws = data.uniform(data.random_bits(count, *key, data.AUGMENT))
-    chosen, draws = draws[: 5 * operations].reshape(operations, 5), draws[5 * operations :]
+    chosen, draws = draws[:-24], draws[-24:]
     if magnitude:
         image = Image.fromarray(pixels.permute(1, 2, 0).numpy().squeeze())
-        for which, done, *noise, direction in chosen:
+        for which, done, *noise, direction in chosen.reshape(operations, 5):
             if done < 0.5:
-                level = float(np.clip((magnitude + 0.5 * normal(np.array(noise))) / 10, 0, 1))
+                level = magnitude + 0.5 * normal(np.array(noise))
+                level = float(np.clip(level / 10, 0, 1))
                 operation = list(OPERATIONS.values())[int(which * len(OPERATIONS))]
                 image = operation(image, level, level if direction < 0.5 else -level)
-        pixels = torch.from_numpy(np.array(image)).reshape(*image.size[::-1], -1).permute(2, 0, 1)
+        pixels = np.array(image).reshape(*image.size[::-1], -1)  # (H, W, C)
+        pixels = torch.from_numpy(pixels).permute(2, 0, 1)
+    if draws[0] >= erasing:
+        return pixels
     C, H, W = pixels.shape
-    for area, ratio in draws[1:21].reshape(10, 2) if draws[0] < erasing else ():
+    for area, ratio in draws[1:21].reshape(10, 2):  # the first of ten boxes that fits
         area, ratio = H * W * (0.02 + (1 / 3 - 0.02) * area), 0.3 ** (1 - 2 * ratio)
         h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if h < H and w < W:
@@ -178,57 +177,57 @@ MIX_DRAWS = 4  # numbers of a sample for mix(); drop path's come after them
 
 
 def mix(images, weight, numbers, mixup, cutmix):
-    """Mixup (arXiv 1710.09412) or CutMix (1905.04899), half and half, of positions 2i and 2i + 1.
+    """Mixup (arXiv 1710.09412) or CutMix (1905.04899), half and half, of pairs 2i and 2i + 1.
 
-    images (B, C, [T,] H, W), all T alike; weight (B,), 0 for an unreadable one, which is not mixed
-    in; numbers (B, MIX_DRAWS) uniform, of which the pair's first are used; mixup, cutmix: alphas of
-    Beta(alpha, alpha), at most 1, 0 for none. Returns the images and (B,) the share of each one's
-    own label; its neighbour's has the rest. (timm draws one share for a batch; here a pair has its
-    own, so that nothing depends on how a batch is dealt.)
+    images (B, C, [T,] H, W), all T alike; weight (B,), 0 for an unreadable one, which is not
+    mixed in; numbers (B, MIX_DRAWS) uniform, of which the pair's first are used; mixup,
+    cutmix: alphas of Beta(alpha, alpha), at most 1, 0 for none. Returns the images and (B,)
+    the share of each one's own label; its neighbour's has the rest. (timm draws one share for
+    a batch. Here nothing may depend on how a batch is dealt.)
     """
     if not mixup and not cutmix:
         return images, torch.ones_like(weight)
     frames, images = images.shape[1:-2], images.flatten(1, -3)  # of clips: (B, C*T, H, W)
     H, W = images.shape[2:]
-    numbers = numbers[::2].repeat_interleave(2, dim=0)  # (B, MIX_DRAWS), the same for both
+    numbers = numbers[::2].repeat_interleave(2, dim=0)  # (B, MIX_DRAWS), alike for both
     which, u, *centre = numbers.unbind(dim=1)  # (B,) each
     cut = (which < 0.5) if mixup and cutmix else torch.full_like(weight > 0, cutmix > 0)
     share = torch.where(cut, beta(u, cutmix or 1.0), beta(u, mixup or 1.0))
     # CutMix's box has 1 - share of the area, is centred anywhere, and cut at the edges.
-    rows, columns = torch.arange(H, device=images.device), torch.arange(W, device=images.device)
+    rows, columns = (torch.arange(side, device=images.device) for side in (H, W))
     half = (1 - share).sqrt()[:, None] / 2
     inside_y = ((rows + 0.5) / H - centre[0][:, None]).abs() < half  # (B, H)
     inside_x = ((columns + 0.5) / W - centre[1][:, None]).abs() < half  # (B, W)
     box = (inside_y[:, :, None] & inside_x[:, None, :])[:, None]  # (B, 1, H, W)
     share = torch.where(cut, 1 - box.float().mean(dim=(1, 2, 3)), share)
-    own = torch.where(cut[:, None, None, None], 1 - box.float(), share[:, None, None, None])
     alone = weight.unflatten(0, (-1, 2)).amin(dim=1).repeat_interleave(2) == 0
-    own = torch.where(alone[:, None, None, None], 1.0, own)
+    cut, alone, blend = (x[:, None, None, None] for x in (cut, alone, share))
+    own = torch.where(alone, 1.0, torch.where(cut, 1 - box.float(), blend))
     neighbour = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     images = (own * images + (1 - own) * neighbour).unflatten(1, frames)
-    return images, torch.where(alone, 1.0, share)
+    return images, torch.where(alone.flatten(), 1.0, share)
 
 
 def beta(u, alpha):
-    """Uniform numbers in [0, 1) -> draws from Beta(alpha, alpha): its inverse, in 4096 steps."""
+    """Uniform numbers in [0, 1) -> draws from Beta(alpha, alpha): its inverse, in steps."""
     values = (torch.arange(4096, device=u.device) + 0.5) / 4096
     mass = (values * (1 - values)) ** (alpha - 1)
     return values[torch.searchsorted(mass.cumsum(dim=0), u * mass.sum()).clamp(max=4095)]
 
 
 def label_loss(logits, labels, share, smoothing):
-    """Cross-entropy with each sample's label and its neighbour's: (losses (B,), weights (B,)).
+    """Cross-entropy with a sample's label and its neighbour's: (losses (B,), weights (B,)).
 
-    logits (B, heads, classes): the sum over the heads, which do not know of each other. share: see
-    mix(). The mean over a batch is losses.sum() / weights.sum(). Labels below 0 weigh nothing.
+    logits (B, heads, classes): losses are sums over independent heads. share: see mix(). The
+    mean over a batch is losses.sum() / weights.sum(). Labels below 0 weigh nothing.
     """
     losses, weights = 0, 0
+    logits = logits.float().transpose(1, 2)  # (B, classes, heads)
+    options = {"reduction": "none", "label_smoothing": smoothing}
     neighbours = labels.unflatten(0, (-1, 2)).flip(1).flatten()
     for label, part in ((labels, share), (neighbours, 1 - share)):
         part = part * (label >= 0)
-        targets = label.clamp(min=0)[:, None].expand(-1, logits.shape[1])  # (B, heads)
-        loss = F.cross_entropy(
-            logits.float().transpose(1, 2), targets, reduction="none", label_smoothing=smoothing
-        )
+        targets = label.clamp(min=0)[:, None].expand(-1, logits.shape[2])  # (B, heads)
+        loss = F.cross_entropy(logits, targets, **options)  # (B, heads)
         losses, weights = losses + part * loss.sum(dim=1), weights + part
     return losses, weights

@@ -3,12 +3,12 @@
 
 import copy
 import hashlib
-import itertools
 import json
 import math
 import os
 import re
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -23,125 +23,107 @@ import model as models
 from data import CAPTION, make_picture, normalize, one_line, random_bits
 from kernels import split_heads
 from model import Block, ViT, encoder_config, initialize, pool, sync_gradients, triple
-from support import flags
-from support.checkpoints import barrier, find_checkpoint, last_line
+from support import flags, plan
+from support.checkpoints import barrier, find_checkpoint
 from support.formats import fingerprint, infer_shape, name_of, read_file
 from support.labels import read_all, read_class_names, read_lines, texts_in
-from support.plan import (
-    block_flops,
-    fitting_batch,
-    flops_per_image,
-    memory_budget,
-    settle_sharding,
-    training_memory,
-)
 
-# ----------------------------------------------------------------------------------------- captions
+# ------------------------------------------------------------------------------ captions and tokens
 
 
 def all_captions(source):
-    """The captions of all samples of a source: a list of lists of texts, as they were written."""
+    """The captions of all samples of a source: a list of lists of texts, not cleaned."""
     return list(read_all(source, "caption", lambda sample: sample["captions"](), []))
 
 
 def captions_in(members, key):
-    """The captions of a sample of a shard: a list of texts.
+    """The captions of a sample of a shard, {extension: bytes}: a list of texts.
 
-    members: {extension: bytes}. They are a text or a list of texts under `key` in .json, or else
-    the content of .txt. Raises ValueError if the .json is damaged.
+    They are the text or the list of texts under `key` in .json, else the content of .txt.
+    Raises ValueError if the .json is damaged.
     """
     try:
         content = json.loads(members.get("json", b"{}"))
         texts = texts_in(content.get(key) if isinstance(content, dict) else None)
     except ValueError as error:
         raise ValueError(f"the file of its captions is damaged ({error})") from None
+    if any(map(clean, texts)):
+        return texts
     text = members.get("txt", b"").decode("utf-8-sig", "replace").strip()
-    return texts if any(map(clean, texts)) else [text] * bool(text)
-
-
-# ----------------------------------------------------------------------------------- text to tokens
-
-
-BOS, PAD, EOS, UNKNOWN = range(4)
+    return [text] if text else []
 
 
 def clean(text):
-    """A caption without # signs (the paper strips and sanitises: unverified), with single spaces
-    for white space and control characters. Joiners stay: emoji and some scripts need them."""
+    """A caption without # signs (the paper strips and sanitises: unverified), with single
+    spaces for white space and control characters. Joiners stay: scripts need them."""
     return re.sub(r"[#\uff03\s\x00-\x1f\x7f-\x9f]+", " ", text).strip()
 
 
+BOS, PADDING, EOS, UNKNOWN = range(4)  # as in fairseq, and so in XLM-R
+
+
 class Tokenizer:
-    """Turn texts into token ids. A subclass has ids(text), which returns a list; vocabulary, the
-    number of ids; and identity, a text that differs between tokenizers."""
+    """Turn texts into token ids: bytes of UTF-8 (byte b has the id 4 + b), or the pieces of
+    XLM-R's sentencepiece.bpe.model or of a file that was trained like it.
 
-    def __call__(self, texts, context):
-        """A list of n texts -> (n, T) int64: BOS, at most `context` tokens, EOS, and PAD.
-
-        T is the length of the longest row, rounded up to a multiple of 8, at most context + 2: so
-        few shapes occur.
-        """
-        rows = [[BOS, *self.ids(text)[:context], EOS] for text in texts]
-        width = min(-(-max(map(len, rows)) // 8) * 8, context + 2)
-        return torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
-
-
-class ByteTokenizer(Tokenizer):
-    """The bytes of UTF-8, for any language and without a file: the id of byte b is 4 + b."""
-
-    vocabulary, identity = 4 + 256, "bytes of UTF-8"
-
-    def ids(self, text):
-        return [4 + byte for byte in text.encode(errors="replace")]  # lone surrogates: ?
-
-
-class SentencePieceTokenizer(Tokenizer):
-    """XLM-R's tokenizer, from its file sentencepiece.bpe.model or a file that was trained like it.
-
-    The file has the ids <unk> 0, <s> 1, </s> 2, then the pieces. fairseq, and so XLM-R's embedding,
-    has <s> 0, <pad> 1, </s> 2, <unk> 3, then each piece one higher, then <mask>: 250,002 in all.
+    The file has <unk> 0, <s> 1, </s> 2, then the pieces. fairseq has <s> 0, <pad> 1, </s> 2,
+    <unk> 3, then each piece one higher, then <mask>: 250,002 in all.
     """
 
-    def __init__(self, path):
+    def __init__(self, path=None):
+        self.pieces, self.vocabulary, self.identity = None, 4 + 256, "bytes of UTF-8"
+        if not path:
+            return
         try:
             import sentencepiece
         except ImportError:
-            raise ValueError(f"{path} wants another package: pip install sentencepiece") from None
-        self.model = sentencepiece.SentencePieceProcessor()
+            raise ValueError(f"{path} needs a package: pip install sentencepiece") from None
+        self.pieces = pieces = sentencepiece.SentencePieceProcessor()
         try:
             content = Path(path).read_bytes()
-            self.model.LoadFromSerializedProto(content)
-            if [self.model.unk_id(), self.model.bos_id(), self.model.eos_id()] != [0, 1, 2]:
+            pieces.LoadFromSerializedProto(content)
+            if [pieces.unk_id(), pieces.bos_id(), pieces.eos_id()] != [0, 1, 2]:
                 raise ValueError("<unk>, <s> and </s> are not its first three, as in XLM-R's")
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is no tokenizer of XLM-R's: {one_line(error)}") from None
-        self.vocabulary = self.model.vocab_size() + 2
+        self.vocabulary = pieces.vocab_size() + 2
         self.identity = f"sentencepiece {hashlib.sha256(content).hexdigest()[:16]}"
 
     def ids(self, text):
-        text = text.encode(errors="replace").decode()  # lone surrogates: ?
-        return [id + 1 if id else UNKNOWN for id in self.model.encode(text)]
+        content = text.encode(errors="replace")  # lone surrogates become question marks
+        if not self.pieces:
+            return [4 + byte for byte in content]
+        return [id + 1 if id else UNKNOWN for id in self.pieces.encode(content.decode())]
+
+    def __call__(self, texts, context):
+        """A list of n texts -> (n, T) int64: BOS, at most `context` tokens, EOS, PADDING.
+
+        T is at most context + 2, and else a multiple of 8, so that few shapes occur.
+        """
+        rows = [[BOS, *self.ids(text)[:context], EOS] for text in texts]
+        width = min(-(-max(map(len, rows)) // 8) * 8, context + 2)
+        return torch.tensor([row + [PADDING] * (width - len(row)) for row in rows])
 
 
-def open_tokenizer(path):
-    """The tokenizer in a sentencepiece file, or bytes without one. Raises ValueError, one line."""
-    return SentencePieceTokenizer(path) if path else ByteTokenizer()
-
-
-# (width, layers, heads) of text towers: XLM-R's Base and Large (arXiv 1911.02116); toy is ours.
-TEXT_SIZES = {"toy": (128, 3, 4), "XLMR-B": (768, 12, 12), "XLMR-L": (1024, 24, 16)}
-# image size: (text size, width of the shared space), as released (maws repository). Other sizes get
-# those of L.
-PAIRS = {"toy": ("toy", 128), "B": ("XLMR-B", 768), "L": ("XLMR-L", 1024)}
-PAIRS |= {"H": ("XLMR-L", 1024), "2B": ("XLMR-L", 2048)}
-PADDING = PAD  # of fairseq, and so of XLM-R
-LIT_CROP = 0.9  # least area: captions describe the whole image (from open_clip)
-# Batch size of lit (recalled of the paper, unverified). From big_vision's LiT, as the paper's are
-# unknown: lr (not scaled with the batch), weight decay, warm-up, gradient clipping.
-LIT = (32_768, 1e-3, 0.01, 0.03, 1.0)
+def tokenizer_for(path, text):
+    """Tokenizer(path) for a text tower with the config `text`, {} for a new one. Raises
+    ValueError if it is not the tokenizer that the tower was trained with."""
+    tokenizer = Tokenizer(path)
+    known, size = text.get("tokenizer"), text.get("vocabulary", tokenizer.vocabulary)
+    if known not in (None, tokenizer.identity) or size != tokenizer.vocabulary:
+        raise ValueError(
+            f"the text tower knows {size} tokens{f' of {known}' if known else ''}, "
+            f"{tokenizer.identity} has {tokenizer.vocabulary}: "
+            "give its sentencepiece file as --tokenizer"
+        )
+    return tokenizer
 
 
 # ----------------------------------------------------------------------------------- the two towers
+
+# (width, layers, heads): XLM-R's Base and Large (arXiv 1911.02116); toy is our choice.
+TEXT_SIZES = {"toy": (128, 3, 4), "XLMR-B": (768, 12, 12), "XLMR-L": (1024, 24, 16)}
+BUILT_FROM = {"size", "vocabulary", "positions", "norm_eps"}  # a TextTower's arguments
 
 
 class TextBlock(Block):
@@ -150,8 +132,8 @@ class TextBlock(Block):
     one_length = False
 
     def forward(self, x, mask, queries=None):
-        """x (B, T, D); mask (B, 1, 1, T), True for tokens, False for padding -> (B, queries, D):
-        the first `queries` tokens, or all if None."""
+        """x (B, T, D); mask (B, 1, 1, T), True for tokens -> (B, queries, D): the first
+        `queries` tokens, or all if None."""
         q, k, v = split_heads(self.attn.qkv(x), self.attn.heads)
         branch = F.scaled_dot_product_attention(q[:, :, :queries], k, v, attn_mask=mask)
         x = self.norm1(x[:, :queries] + self.attn.proj(branch.transpose(1, 2).flatten(2)))
@@ -159,22 +141,24 @@ class TextBlock(Block):
 
 
 class TextTower(nn.Module):
-    """XLM-R's encoder (RoBERTa's): learned positions, post-norm blocks, output of the first token.
+    """XLM-R's encoder: learned positions, post-norm blocks, output of the first token.
 
     size        a name in TEXT_SIZES or "WIDTHxLAYERSxHEADS"
     vocabulary  number of token ids
-    positions   rows of the position table: number of tokens of the longest text plus two
+    positions   rows of the position table: the tokens of the longest text plus two
     norm_eps    of every LayerNorm (fairseq's)
     """
 
     def __init__(self, size, vocabulary, positions=514, norm_eps=1e-5):
         super().__init__()
-        width, layers, heads = TEXT_SIZES.get(size) or triple(size, f"one of {[*TEXT_SIZES]}")
+        known = TEXT_SIZES.get(size)
+        width, layers, heads = known or triple(size, f"one of {[*TEXT_SIZES]}")
         self.width = width
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.position_embedding = nn.Embedding(positions, width)
         self.embedding_norm = nn.LayerNorm(width, norm_eps)
-        self.blocks = nn.ModuleList(TextBlock(width, heads, norm_eps) for _ in range(layers))
+        blocks = (TextBlock(width, heads, norm_eps) for _ in range(layers))
+        self.blocks = nn.ModuleList(blocks)
 
     def forward(self, tokens):
         """tokens (B, T) int64, padded with PADDING -> (B, D)."""
@@ -188,15 +172,11 @@ class TextTower(nn.Module):
         return self.blocks[-1](x, mask, 1)[:, 0]  # only the first token's output is used
 
 
-BUILT_FROM = {"size", "vocabulary", "positions", "norm_eps"}  # a TextTower's arguments
-
-
 class TwoTowers(ViT):
     """An image encoder and a text encoder, both projected into one space (CLIP, LiT).
 
-    text          arguments of the TextTower; also "context", the most tokens of a text without its
-                  BOS and EOS, and "tokenizer", the identity of the tokenizer of its training
-    shared_width  of the common space
+    text          arguments of the TextTower; "context", the most tokens of a text without
+                  BOS and EOS; and "tokenizer", the identity of its Tokenizer
     pool          of the image tokens: "cls" as released, or "mean"
     other arguments: see ViT
     """
@@ -210,75 +190,66 @@ class TwoTowers(ViT):
         self.text = TextTower(**{name: text[name] for name in BUILT_FROM & text.keys()})
         self.image_projection = nn.Parameter(torch.empty(self.width, shared_width))
         self.text_projection = nn.Parameter(torch.empty(self.text.width, shared_width))
-        self.logit_scale = nn.Parameter(torch.empty(1))  # logarithm of the factor of the cosines
+        self.logit_scale = nn.Parameter(torch.empty(1))  # a logarithm
         self.init_std = {"image_projection": self.width**-0.5}  # maws repository
         self.init_std["text_projection"] = self.text.width**-0.5
         initialize(self)
 
     def features(self, images):
-        """Images (B, C, H, W), normalised -> (B, D), by the encoder that LiT keeps frozen."""
+        """(B, C, H, W) float, normalised -> (B, D), by the frozen image encoder."""
         return pool(super().forward(images), self.config["pool"])
 
     def forward(self, features=None, tokens=None):
-        """features (B, D), tokens (B, T) int64 -> two (B, shared_width) embeddings of unit length,
-        and the scale of the logits (1,), all fp32. The embedding of what is not given is None."""
-        if features is not None:  # cached features are fp32 even if the weights compute in bf16
+        """features (B, D), tokens (B, T) int64 -> two (B, shared_width) of unit length, None
+        without an input, and the scale of the logits (1,), all fp32."""
+        if features is not None:  # fp32, even if the weights compute in bf16
             features = features.to(self.image_projection.dtype) @ self.image_projection
             features = F.normalize(features.float(), dim=1)
         if tokens is not None:
-            tokens = F.normalize((self.text(tokens) @ self.text_projection).float(), dim=1)
+            tokens = self.text(tokens) @ self.text_projection
+            tokens = F.normalize(tokens.float(), dim=1)
         return features, tokens, self.logit_scale.float().exp()
 
 
-ROWS = 512  # of the matrix of logits, that are in memory at once
+ROWS = 512  # rows of the matrix of logits that are in memory at once
 
 
 def contrastive_loss(images, texts, scale, weight):
-    """The mean of two softmax cross-entropies over the global batch (CLIP, arXiv 2103.00020): each
-    image against all texts, and each text against all images.
+    """This process's part of the mean of two softmax cross-entropies over the global batch:
+    each image against all texts, and each text against all images (CLIP, arXiv 2103.00020).
 
-    images, texts  (b, S) embeddings of unit length of this process; b is the same on each process
+    images, texts  (b, S) float, of unit length; b is the same on each process
     scale          (1,), multiplies the cosines
     weight         (b,); pairs of weight 0 do not exist
 
-    Returns the loss of the global batch, the same on each process. The gradients of images and
-    texts are exact; that of scale is this process's part, to be summed over the processes.
+    Returns (). The loss is the sum over the processes, and so is the gradient of scale; those
+    of images and texts are exact.
     """
-    dtype = torch.promote_types(images.dtype, torch.float32)
-    images, texts, scale = images.to(dtype), texts.to(dtype), scale.to(dtype)
     alone = not dist.is_initialized()
     gather = (lambda part: part) if alone else Gather.apply
     kept, own = gather(weight) > 0, weight > 0  # (processes * b,), (b,)
     images, texts = images[own], gather(texts)[kept]  # (m, S), (n, S)
     before = 0 if alone else dist.get_rank() * len(weight)
     first = int(kept[:before].sum())
-    own_texts = texts[first : first + len(images)]  # (m, S)
+    pairs = slice(first, first + len(images))  # this process's among the n
+
+    def log_sums(images):
+        logits = scale * images @ texts.T  # (rows, n)
+        return logits.logsumexp(dim=1), logits.logsumexp(dim=0)
+
     # The matrix (m, n) is never whole in memory: its rows are computed again in backward.
-    blocks = [
-        checkpoint(log_sums, part, texts, scale, use_reentrant=False, preserve_rng_state=False)
-        for part in images.split(ROWS)
-    ]
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    blocks = [again(log_sums, part) for part in images.split(ROWS)]
     over_texts, over_images = zip(*blocks)  # (rows,) each, (n,) each
     over_images = gather(torch.stack(over_images).logsumexp(dim=0, keepdim=True))
-    over_images = over_images.logsumexp(dim=0)[first : first + len(images)]  # (m,)
-    logits = scale * (images * own_texts).sum(dim=1)  # (m,), of the pairs
+    over_images = over_images.logsumexp(dim=0)[pairs]  # (m,)
+    logits = scale * (images * texts[pairs]).sum(dim=1)  # (m,)
     losses = (torch.cat(over_texts) + over_images) / 2 - logits
-    part = losses.sum() / max(1, len(texts))
-    whole = part.detach().clone()
-    if not alone:
-        dist.all_reduce(whole)
-    return whole + (part - part.detach())  # the value of all, the gradient of this process
-
-
-def log_sums(images, texts, scale):
-    """logsumexp of some rows of logits over the texts, (rows,), and over their images, (n,)."""
-    logits = scale * images @ texts.T  # (rows, n)
-    return logits.logsumexp(dim=1), logits.logsumexp(dim=0)
+    return losses.sum() / max(1, len(texts))
 
 
 class Gather(torch.autograd.Function):
-    """(b, ...) -> (processes * b, ...), the rows of all processes. In backward, the gradient of a
-    process's rows is summed over the processes."""
+    """(b, ...) -> (processes * b, ...), the rows of all processes."""
 
     @staticmethod
     def forward(ctx, part):
@@ -293,33 +264,29 @@ class Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-# ------------------------------------------------------------------------------------------ weights
-
-
 def read_text_weights(path, heads=None):
-    """(state, arguments) of the TextTower in a file: XLM-R's, or that of TwoTowers. See
-    read_weights. Raises ValueError, one line, if there is none or it is not complete."""
+    """(state, arguments) of the TextTower in a file of XLM-R or of TwoTowers. Raises ValueError
+    if there is none or parts are missing. heads: see read_weights."""
     path, style, state, config = read_file(path, flag=None)
     state = {n.removeprefix("text."): t for n, t in state.items() if n.startswith("text.")}
-    try:
+    with models.one_line_errors(path):
         if not state:
-            raise ValueError("no text tower is among them")
+            raise ValueError("there is no text tower in it")
         if style == "our own":
-            names = BUILT_FROM & config["text"].keys()
-            config = {name: config["text"][name] for name in names}
+            text = config["text"]
+            config = {name: text[name] for name in BUILT_FROM & text.keys()}
         else:
             config = infer_text_config(state, heads, config)
         with torch.device("meta"):
             wanted = TextTower(**config).state_dict()
-        if misfits := [n for n in wanted if n not in state or state[n].shape != wanted[n].shape]:
+        fits = lambda name: name in state and state[name].shape == wanted[name].shape
+        if misfits := [name for name in wanted if not fits(name)]:
             raise ValueError(f"{', '.join(misfits[:3])} are missing or of another shape")
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"the weights in {path} cannot be used: {last_line(error):.300}") from None
     return state, config
 
 
 def infer_text_config(state, heads=None, published=None):
-    """The arguments of the TextTower that these tensors belong to: see infer_config."""
+    """The arguments of the TextTower of these tensors: see infer_config."""
     published = published or {}
     vocabulary, width = state["token_embedding.weight"].shape
     heads = heads or published.get("num_attention_heads")
@@ -336,7 +303,7 @@ def infer_text_config(state, heads=None, published=None):
 
 
 def add_text_flags(parser, task):
-    """Add the flags of evaluate.py --task zeroshot or retrieval."""
+    """Add the flags of evaluate.py --task zeroshot or retrieval to its parser."""
     add = parser.add_argument
     add("--tokenizer", help="XLM-R's sentencepiece file, if the texts were cut by it")
     if task == "zeroshot":
@@ -347,7 +314,7 @@ def add_text_flags(parser, task):
 
 
 def build_towers(path, state, config):
-    """TwoTowers for these weights. Raises ValueError if there is no text tower, or half a pair."""
+    """TwoTowers for these weights. Raises ValueError if a part of them is missing."""
     if "text" not in config:
         raise ValueError(f"{path} has no text tower: finetune.py --task lit makes one")
     names = [name for name in ("text", "shared_width", "pool") if name in config]
@@ -357,21 +324,9 @@ def build_towers(path, state, config):
     return model
 
 
-def tokenizer_for(path, text):
-    """The tokenizer in a file, or bytes without one, for a text tower with this config ({}: a new
-    one). Raises ValueError if it is not the one that the tower was trained with."""
-    tokenizer = open_tokenizer(path)
-    known, size = text.get("tokenizer"), text.get("vocabulary", tokenizer.vocabulary)
-    if known not in (None, tokenizer.identity) or size != tokenizer.vocabulary:
-        why = f"the text tower knows {size} tokens{f' of {known}' if known else ''}"
-        found = f"{tokenizer.identity} has {tokenizer.vocabulary}"
-        raise ValueError(f"{why}, {found}: give its sentencepiece file as --tokenizer")
-    return tokenizer
-
-
 @torch.inference_mode()
 def embed_texts(model, texts, tokenizer, device):
-    """Embeddings (n, S) float32 on the CPU of a list of texts, by TwoTowers on `device`."""
+    """Embeddings (n, S) float32 on the CPU of n texts, by TwoTowers on `device`."""
     context, found = model.config["text"]["context"], []
     for start in range(0, len(texts), 256):
         tokens = tokenizer(texts[start : start + 256], context).to(device)
@@ -379,13 +334,16 @@ def embed_texts(model, texts, tokenizer, device):
     return torch.cat(found)
 
 
+NO_CAPTIONS = "want .txt or .json (--caption-key) in shards, or --labels (path,caption)"
+
+
 def retrieval(model, source, tokenizer, extract):
-    """Recall at 1, 5 and 10 among all images and captions of a source: {"text_recall_at_1", ...:
-    fraction of the images for which one of their captions is found, "image_recall_at_1", ...:
-    fraction of the captions for which one of their images is found, "images", "texts": numbers}.
+    """Recall at 1, 5 and 10 among all images and captions of a source.
 
     extract: evaluate.extract with its options bound. Equal captions are one text, of several
-    images. Images without a caption are left out. Exact; a tie counts as wrong.
+    images. Images without a caption are left out. A tie counts as wrong. Returns the numbers
+    "images" and "texts", and the fractions "text_recall_at_1", ... of the images (one of their
+    captions is found) and "image_recall_at_1", ... of the texts (one of their images is).
     """
     function = lambda images: model(model.features(images))[0]
     images, _, numbers = extract({"": function}, source, model.config)
@@ -394,8 +352,7 @@ def retrieval(model, source, tokenizer, extract):
         for caption in filter(None, map(clean, captions[number])):
             pairs.append((row, texts.setdefault(caption, len(texts))))
     if not pairs:
-        want = "want .txt or .json (--caption-key) in shards, or --labels (path,caption)"
-        raise ValueError(f"no captions in {source.identity}: {want}")
+        raise ValueError(f"no captions in {source.identity}: {NO_CAPTIONS}")
     rows, answers = torch.tensor(pairs).unbind(dim=1)
     kept, rows = rows.unique(return_inverse=True)
     images = images[""][kept]
@@ -410,9 +367,9 @@ def retrieval(model, source, tokenizer, extract):
 
 
 def ranks_of(asked, offered, rows, answers):
-    """Number of wrong answers that are at least as similar as the best right one, (n,) int64.
+    """Number of wrong answers that are as similar as the best right one, (n,) int64.
 
-    asked (n, S), offered (m, S); asked[rows[i]] and offered[answers[i]] are the right pairs.
+    asked (n, S), offered (m, S); asked[rows[i]] and offered[answers[i]] are right pairs.
     """
     ranks = torch.zeros(len(asked), dtype=torch.int64)
     for part in torch.arange(len(asked)).split(1024):  # bounds the memory
@@ -421,73 +378,9 @@ def ranks_of(asked, offered, rows, answers):
         best = torch.full((len(part),), -torch.inf)
         best.scatter_reduce_(0, right[0], similarity[right], "amax")
         similarity[right] = -torch.inf
-        ranks[part] = (similarity > best[:, None] - 1e-6).sum(
-            dim=1
-        )  # so that rounding makes no hit
+        least = best[:, None] - 1e-6  # so that rounding makes no hit
+        ranks[part] = (similarity > least).sum(dim=1)
     return ranks
-
-
-def class_embeddings(model, names, templates, tokenizer, device):
-    """(classes, S): the normalised mean over all names of a class in all templates.
-
-    names: a list of synonyms for each class (maws repository, eval_zeroshot.py).
-    """
-    classes, texts = [], []
-    for number, synonyms in enumerate(names):
-        for name in synonyms:
-            texts += [template.replace("{}", name) for template in templates]
-            classes += [number] * len(templates)
-    found = embed_texts(model, texts, tokenizer, device)
-    sums = torch.zeros(len(names), found.shape[1]).index_add_(0, torch.tensor(classes), found)
-    return F.normalize(sums, dim=1)
-
-
-TEMPLATES = ("{}", "a {}", "the {}")  # sentences for the name of a class (ours)
-TEMPLATES += ("a photo of a {}.", "a picture of one {}.", "an image of the {}.")
-
-
-def read_templates(path):
-    """The lines of a file, or TEMPLATES without one. Raises ValueError if a line has no {}."""
-    lines = read_lines(path, "templates") if path else TEMPLATES
-    for number, line in enumerate(lines, 1):
-        if "{}" not in line:
-            raise ValueError(f"{path}: line {number} has no {{}} for the name of a class: {line!r}")
-        if line in lines[: number - 1]:
-            raise ValueError(f"{path}: line {number} repeats an earlier one: {line!r}")
-    return lines
-
-
-def zeroshot(model, source, tokenizer, names, templates, extract):
-    """Top-1 and top-5 of classes that are recognised by their names: {"top1", "top5", "pictures",
-    "classes"}.
-
-    names, templates: files or None, see read_class_names and read_templates; extract:
-    evaluate.extract, with its options bound. Images without a label are left out.
-    """
-    names, templates = read_class_names(names, source.classes), read_templates(templates)
-    count = sum(map(len, names))
-    print(f"{len(names)} classes, {count} names, {len(templates)} templates, {tokenizer.identity}")
-    device = model.logit_scale.device
-    classes = class_embeddings(model, names, templates, tokenizer, device).to(device)
-
-    def best(images):
-        """(b, 5), or as many as there are: the classes of the most similar names."""
-        similarity = model(model.features(images))[0] @ classes.T
-        return similarity.topk(min(5, len(names))).indices
-
-    found, labels, _ = extract({"": best}, source, model.config)
-    known = labels >= 0
-    if (labels >= len(names)).any():
-        raise ValueError(f"there is a label {int(labels.max())}, and names of {len(names)} classes")
-    if not known.any():
-        raise ValueError(f"no labels in {source.identity}: want class folders or .cls files")
-    if not known.all():
-        print(f"{int((~known).sum())} pictures without a label are left out")
-    hits = found[""][known].long() == labels[known, None]  # (n, 5)
-    top1, top5 = hits[:, 0].double().mean().item(), hits.any(dim=1).double().mean().item()
-    measured, chance = f"top-1 {top1:.2%}, top-5 {top5:.2%}", f"(chance {1 / len(names):.2%})"
-    print(f"zero-shot {measured} on {len(hits)} pictures {chance}")
-    return {"top1": top1, "top5": top5, "pictures": len(hits), "classes": len(names)}
 
 
 def recall_table(found):
@@ -505,20 +398,73 @@ def recall_table(found):
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------- training
+def zeroshot(model, source, tokenizer, names, templates, extract):
+    """Recognise classes by their names: {"top1", "top5", "pictures", "classes"}.
+
+    names, templates: files or None, see read_class_names and read_templates; extract:
+    evaluate.extract with its options bound. Images without a label are left out.
+    """
+    names, templates = read_class_names(names, source.classes), read_templates(templates)
+    count = sum(map(len, names))
+    print(f"{len(names)} classes, {count} names, {len(templates)} templates, {tokenizer.identity}")
+    device = model.logit_scale.device
+    classes = class_embeddings(model, names, templates, tokenizer, device).to(device)
+
+    def best(images):
+        similarity = model(model.features(images))[0] @ classes.T
+        return similarity.topk(min(5, len(names))).indices  # (b, 5)
+
+    found, labels, _ = extract({"": best}, source, model.config)
+    known = labels >= 0
+    if (labels >= len(names)).any():
+        last = len(names) - 1
+        raise ValueError(f"label {int(labels.max())} is over {last}, the last class with a name")
+    if not known.any():
+        raise ValueError(f"no labels in {source.identity}: want class folders or .cls files")
+    if not known.all():
+        print(f"{int((~known).sum())} pictures without a label are left out")
+    hits = found[""][known].long() == labels[known, None]  # (n, 5)
+    top1, top5 = hits[:, 0].double().mean().item(), hits.any(dim=1).double().mean().item()
+    line = f"zero-shot top-1 {top1:.2%}, top-5 {top5:.2%} on {len(hits)} pictures"
+    print(f"{line} (chance {1 / len(names):.2%})")
+    return {"top1": top1, "top5": top5, "pictures": len(hits), "classes": len(names)}
+
+
+def class_embeddings(model, names, templates, tokenizer, device):
+    """(classes, S): the normalised mean over the names of a class, a list of synonyms each,
+    in all templates (maws repository, eval_zeroshot.py)."""
+    classes, texts = [], []
+    for number, synonyms in enumerate(names):
+        for name in synonyms:
+            texts += [template.replace("{}", name) for template in templates]
+            classes += [number] * len(templates)
+    found = embed_texts(model, texts, tokenizer, device)
+    sums = torch.zeros(len(names), found.shape[1])
+    return F.normalize(sums.index_add_(0, torch.tensor(classes), found), dim=1)
+
+
+TEMPLATES = ("{}", "a {}", "the {}")  # sentences for the name of a class (ours)
+TEMPLATES += ("a photo of a {}.", "a picture of one {}.", "an image of the {}.")
+
+
+def read_templates(path):
+    """The lines of a file, or TEMPLATES. Raises ValueError if a line has no {}."""
+    lines = read_lines(path, "templates") if path else TEMPLATES
+    for number, line in enumerate(lines, 1):
+        if "{}" not in line:
+            raise ValueError(f"{path}: line {number} has no {{}} for a name: {line!r}")
+    return lines
+
+
+# ---------------------------------------------------------------------------------- a training step
 
 
 def make_pair(sample, key, tokenizer, context, size=None, channels=3, min_crop=None):
-    """A row of a batch: tokens (T,) int64 of one of the captions, padded as in Tokenizer, and, if a
-    size is given, images (C, H, W) uint8.
-
-    Captions are cleaned, and one is drawn. The weight is 0 if there is none. Other arguments: see
-    data.make_picture.
-    """
+    """A row of a batch: tokens (T,) int64 of a caption that is drawn, weight 0 if there is
+    none, and, with a size, images (C, H, W) uint8: see data.make_picture."""
     captions = sample["captions"]() if sample else []
     texts = [text for text in map(clean, captions) if text] or [""]
-    chosen = int(random_bits(1, *key, CAPTION)[0] % len(texts))
-    text = texts[chosen]
+    text = texts[int(random_bits(1, *key, CAPTION)[0] % len(texts))]
     row = {"tokens": tokenizer([text], context)[0], "weight": float(text != "")}
     if size:
         row["images"] = make_picture(sample, key, size, channels, min_crop)
@@ -526,11 +472,11 @@ def make_pair(sample, key, tokenizer, context, size=None, channels=3, min_crop=N
 
 
 def learn_pairs(run, model, micro_batches, totals):
-    """A step on pairs of image and caption: see train. Exact for any number of micro-batches.
+    """A step on pairs of image and caption, exact for any number of micro-batches: see train.
 
-    With several micro-batches, first only the embeddings are computed. The loss of the whole batch
-    gives the gradients of the embeddings; with these, each micro-batch is computed again, now with
-    its gradient (GradCache, arXiv 2101.06983). The frozen image encoder runs once.
+    With several, first only the embeddings are computed. The loss of the whole batch gives
+    their gradients. Then each micro-batch is computed again, with its gradient (GradCache,
+    arXiv 2101.06983). The frozen image encoder runs once.
     """
     inputs, weights = [], []
     towers = getattr(model, "module", model)  # DistributedDataParallel only has forward
@@ -544,19 +490,19 @@ def learn_pairs(run, model, micro_batches, totals):
             features = run.features[batch["samples"].cpu()].to(run.device)
             weight = weight * features.isfinite().all(dim=1)  # unreadable images have nan
             features = features.nan_to_num()
-        tokens = batch["tokens"].masked_fill(batch["tokens"] < 0, PADDING)  # see data.stack
-        inputs.append((features, tokens))
+        tokens = batch["tokens"]
+        inputs.append((features, tokens.masked_fill(tokens < 0, PADDING)))  # see data.stack
         weights.append(weight)
     several = len(inputs) > 1
     with torch.set_grad_enabled(not several):
         found = [model(*pair) for pair in inputs]
     images, texts, scales = ([x.detach() for x in parts] for parts in zip(*found))
-    leaves = [x.requires_grad_() for x in (torch.cat(images), torch.cat(texts), scales[0])]
+    leaves = torch.cat(images), torch.cat(texts), scales[0]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
     weight = torch.cat(weights)
     loss = contrastive_loss(*leaves, weight)
     (loss * run.processes).backward()  # gradients are averaged over the processes
-    sizes = [len(weight) for weight in weights]
-    of_images, of_texts = (leaf.grad.split(sizes) for leaf in leaves[:2])
+    of_images, of_texts = (leaf.grad.split([*map(len, weights)]) for leaf in leaves[:2])
     of_scale = leaves[2].grad / len(inputs)
     for i, gradients in enumerate(zip(of_images, of_texts)):
         with sync_gradients(model, last=i == len(inputs) - 1):
@@ -564,10 +510,15 @@ def learn_pairs(run, model, micro_batches, totals):
             torch.autograd.backward(outputs, (*gradients, of_scale))
     # The loss is the mean of the batch already.
     part = run.batch_size / run.processes
-    totals.add(loss.detach() / run.processes, part, unknown=(weight == 0).sum())
+    totals.add(loss.detach(), part, unknown=(weight == 0).sum())
 
 
 # ----------------------------------------------------------------------------------- stage 3's task
+
+# image size: (text size, width of the shared space) of the maws repository; others as L
+PAIRS = {"toy": ("toy", 128), "B": ("XLMR-B", 768), "L": ("XLMR-L", 1024)}
+PAIRS |= {"H": ("XLMR-L", 1024), "2B": ("XLMR-L", 2048)}
+LIT_CROP = 0.9  # least area: captions describe the whole image (from open_clip)
 
 
 def add_flags(groups):
@@ -591,46 +542,55 @@ def prepare(run, finetune):
     finetune.read_init(run, config=("text", "shared_width"))
     finetune.open_pictures(run, caption_key=run.caption_key)
     if not run.weights:
-        raise ValueError("--task lit wants --init: the encoder is frozen, it must have learned")
+        raise ValueError("--task lit wants --init: the encoder is frozen")
     run.pool, run.classes = run.pool or run.pool_of_init, 0
     run.train, run.val = data.hold_out(run.train, run.val, 1000, share=0.1)
     if not run.val.sizes.any():
         raise ValueError(f"{run.train.identity} is too small: a tenth of it is held out")
-    if not any(map(clean, itertools.chain(*all_captions(run.val)))):
-        want = f"want .txt or .json with {run.caption_key!r} in shards, or --labels (path,caption)"
-        raise ValueError(f"no captions in {run.val.identity}: {want}")
-    known = run.config.get("text", {})  # where --init is a pair of towers already
-    if known and run.text_init:
-        raise ValueError(f"{run.init} has a text tower: leave --text-init out")
-    run.text_weights = None
-    if run.text_init:
-        run.text_weights, known = read_text_weights(run.text_init)
-        run.fingerprint += f", text {fingerprint(run.text_weights)}"
-    if known and run.text_size not in (None, known["size"]):
-        raise ValueError(f"--text-size {run.text_size}: the weights are of size {known['size']}")
-    run.tokenizer_file = run.tokenizer
-    run.tokenizer = tokenizer_for(run.tokenizer_file, known)
-    size, shared_width = PAIRS.get(run.config["size"], PAIRS["L"])
-    text = {"size": run.text_size or size, "vocabulary": run.tokenizer.vocabulary}
-    text["context"] = 40 if text["size"] == "toy" else 100  # toy: the first object of a caption
-    text |= known | {"tokenizer": run.tokenizer.identity}
-    text["context"] = run.context = run.context or text["context"]
-    if run.context > text.get("positions", 514) - 4:  # begin, end, and positions start at 2
-        raise ValueError(f"--context {run.context} is over {text.get('positions', 514) - 4}")
-    run.config |= {"text": text, "shared_width": run.config.get("shared_width", shared_width)}
-    if run.shared_width not in (None, run.config["shared_width"]) and known.get("context"):
-        raise ValueError(f"--shared-width: that of {run.init} is {run.config['shared_width']}")
-    run.config["shared_width"] = run.shared_width or run.config["shared_width"]
-    batch_size, lr, weight_decay, warmup, _ = LIT
-    # Of less data, a smaller one: a pair must not meet itself in a batch.
+    captions = [*filter(None, map(clean, chain(*all_captions(run.val))))]
+    if not captions:
+        raise ValueError(f"no captions in {run.val.identity}: {NO_CAPTIONS}")
+    settle_text_tower(run)
+    tokens = run.tokenizer(captions[:256], run.context)
+    run.mean_tokens = (tokens != PADDING).sum().item() / len(tokens)
     pairs = int(run.train.sizes.sum())
-    batch_size = 256 if run.toy else min(batch_size, 2 ** max(1, (pairs // 8).bit_length()))
     if (run.batch_size or 0) > pairs:
         raise ValueError(f"--batch-size {run.batch_size}: the data has {pairs} pairs")
-    recipe = {"batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "epochs": 1}
-    recipe["warmup"] = max(warmup, 0.05) if run.toy else warmup
-    recipe |= {"caption_key": "caption", "cache_features": False}
-    return recipe | {"min_crop": LIT_CROP, "val_crop": 1.0}
+    # Of little data, a smaller batch: a pair must not meet itself in it.
+    batch_size = 256 if run.toy else min(32_768, 2 ** max(1, (pairs // 8).bit_length()))
+    # The batch size is recalled of the paper, unverified. The lr (not scaled with it), weight
+    # decay, warm-up and clipping are big_vision's, as the paper's are unknown.
+    recipe = {"batch_size": batch_size, "lr": 1e-3, "weight_decay": 0.01, "epochs": 1}
+    recipe |= {"warmup": 0.05 if run.toy else 0.03, "caption_key": "caption"}
+    return recipe | {"cache_features": False, "min_crop": LIT_CROP, "val_crop": 1.0}
+
+
+def settle_text_tower(run):
+    """Set run.tokenizer and run.context, and what config and weights have of the texts."""
+    known = run.config.get("text", {})  # where --init is a pair of towers already
+    if run.text_init:
+        if known:
+            raise ValueError(f"{run.init} has a text tower: leave --text-init out")
+        text_weights, known = read_text_weights(run.text_init)
+        run.fingerprint += f", text {fingerprint(text_weights)}"
+        weights, grid = run.weights
+        run.weights = weights | {f"text.{n}": t for n, t in text_weights.items()}, grid
+    size, shared_width = PAIRS.get(run.config["size"], PAIRS["L"])
+    size = run.text_size or known.get("size", size)
+    if size != known.get("size", size):
+        raise ValueError(f"--text-size {size}: the weights are of size {known['size']}")
+    run.tokenizer_file, run.tokenizer = run.tokenizer, tokenizer_for(run.tokenizer, known)
+    text = {"size": size, "vocabulary": run.tokenizer.vocabulary}
+    text["context"] = 40 if size == "toy" else 100  # toy: the first object of a caption
+    text |= known | {"tokenizer": run.tokenizer.identity}
+    text["context"] = run.context = run.context or text["context"]
+    most = text.get("positions", 514) - 4  # begin, end, and positions start at 2
+    if run.context > most:
+        raise ValueError(f"--context {run.context} is over {most}")
+    shared_width = run.config.get("shared_width", run.shared_width or shared_width)
+    if run.shared_width not in (None, shared_width):
+        raise ValueError(f"--shared-width: that of {run.init} is {shared_width}")
+    run.config |= {"text": text, "shared_width": shared_width}
 
 
 def main(run, finetune):
@@ -639,71 +599,68 @@ def main(run, finetune):
     with torch.device("meta"):
         model = TwoTowers(pool=run.pool, **run.config)
     model = finetune.load_init(run, model)
-    if run.text_weights:
-        model.text.load_state_dict(run.text_weights)
-        run.say(f"text tower: {len(run.text_weights)} tensors loaded from {run.text_init}")
-    config, tokenizer = model.config, run.tokenizer
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(("text", "image_projection", "logit_scale")))
-    run.features = None
+        trained = name.startswith(("text", "image_projection", "logit_scale"))
+        parameter.requires_grad_(trained)
+    config, run.features = model.config, None
+    make = partial(make_pair, tokenizer=run.tokenizer, context=run.context)
+    flops = plan.block_flops(model.text.width, run.mean_tokens)
+    flops *= 3 * len(model.text.blocks)
     if run.cache_features:  # for a run that will not be refused
         find_checkpoint(run.out, run.resume, run.identity | {"steps": run.steps})
         run.features = cached_features(run, model.to(run.device), extract)
+    else:
+        shape = {"size": run.image_size, "channels": config["channels"]}
+        make = partial(make, min_crop=run.min_crop, **shape)
+        flops += plan.flops_per_image(model)
+    run.micro_batch = run.micro_batch or largest_micro_batch(run, model)
 
     def optimizer(model):
         adam = finetune.adamw(models.parameter_groups(model, run.weight_decay), run)
-
-        @torch.no_grad()
-        def clamp(*_):  # as CLIP's; right after a step FSDP's weights are the ones that stay
-            model.logit_scale.clamp_(max=math.log(100))
-
+        # As CLIP does. Right after a step, FSDP's weights are the ones that stay.
+        clamp = lambda *_: model.logit_scale.detach().clamp_(max=math.log(100))
         adam.register_step_post_hook(clamp)
         return adam
 
     def measure(model):
         model.eval()
-        found = retrieval(model, run.val, tokenizer, extract)
+        found = retrieval(model, run.val, run.tokenizer, extract)
         model.train()
         return found
 
-    # What a text's blocks keep for its backward, as a picture's do: see support/plan.py.
-    settled = copy.copy(run)
-    settled.shard_group = settle_sharding(model, run)
-    length, share = run.context + 2, run.batch_size // run.processes
-    each = 16 * (2 if run.precision == "bf16" else 4) * len(model.text.blocks) * model.text.width
-    room = memory_budget(model, settled)
-    room -= training_memory(model, settled, 0)["peak"]
-    most = min(fitting_batch(model, share, settled), room / (each * length))
-    fitting = (n for n in range(2, share + 1, 2) if share % n == 0 and n <= most)
-    run.micro_batch = run.micro_batch or max(fitting, default=2)
-    some = data.Subset(run.train, range(min(256, int(run.train.sizes.sum()))))
-    some = [captions[0] if captions else "" for captions in all_captions(some)]
-    some = tokenizer(some, run.context)
-    length = (some != PADDING).sum().item() / max(1, len(some))
-    flops = 3 * len(model.text.blocks) * block_flops(model.text.width, length)
-    flops += 0 if run.cache_features else flops_per_image(model)
-    shown = {"size": run.image_size, "channels": run.config["channels"], "min_crop": run.min_crop}
-    make = partial(make_pair, tokenizer=tokenizer, context=run.context)
-    make = partial(make, **({} if run.cache_features else shown))
-    more = {"measure": measure, "methods": ("features",), "clip": LIT[4], "target": "caption"}
+    more = {"measure": measure, "methods": ("features",), "clip": 1.0, "target": "caption"}
     more["shown"] = {"text_recall_at_1": "text recall@1 {:.1%}"}
     more["shown"] |= {"image_recall_at_1": "picture recall@1 {:.1%}"}
     if not finetune.train(run, model, optimizer, make, flops, learn_pairs, **more):
         return
     result, weights = measure(model), models.full_state(model)  # every process takes part
     run.say(recall_table(result))
-    task = "zeroshot" if run.val.classes else "retrieval"
-    flags = {"tokenizer": run.tokenizer_file}
-    if task == "retrieval" and run.caption_key != "caption":
-        flags["caption_key"] = run.caption_key
-    finetune.finish(run, weights, config, result, task, flags)
+    typed = {"tokenizer": run.tokenizer_file}
+    if run.val.classes:
+        return finetune.finish(run, weights, config, result, "zeroshot", typed)
+    typed["caption_key"] = run.caption_key
+    finetune.finish(run, weights, config, result, "retrieval", typed)
+
+
+def largest_micro_batch(run, model):
+    """The largest even micro-batch that divides a process's part of a batch and fits in
+    memory. A token keeps as much for backward as in support/plan.py."""
+    run, share = copy.copy(run), run.batch_size // run.processes
+    run.shard_group = plan.settle_sharding(model, run)
+    element = 2 if run.precision == "bf16" else 4
+    per_text = 16 * element * len(model.text.blocks) * model.text.width * (run.context + 2)
+    room = plan.memory_budget(model, run)
+    room -= plan.training_memory(model, run, 0)["peak"]
+    most = min(plan.fitting_batch(model, share, run), room / per_text)
+    fitting = (n for n in range(2, share + 1, 2) if share % n == 0 and n <= most)
+    return max(fitting, default=2)
 
 
 def cached_features(run, model, extract):
-    """(n, D) features of the centres of train's pictures, nan where unreadable: a file in --out."""
-    encoder = models.encoder_config(run.config)  # --heads change it, and no tensor
-    facts = run.train.identity, run.fingerprint, encoder, run.val_crop, run.pool
-    facts += (run.max_pixels,) if run.max_pixels != data.MAX_PIXELS else ()
+    """(n, D) features of the centres of train's pictures, nan where unreadable."""
+    encoder = encoder_config(run.config)  # --heads change it, and no tensor
+    settings = encoder, run.val_crop, run.pool, run.max_pixels
+    facts = run.train.identity, run.fingerprint, *settings
     path = run.out / f"features-{data.stable_hash(str(facts)).hex()}.npy"
     found = path.exists()
     barrier()  # all have looked before the first one writes

@@ -1,8 +1,7 @@
 """Videos: where they come from, the frames of a clip, and the classifier of clips.
 
-A source's "video" is a function that opens a Video. It may be a folder of frames, a GIF or WebP,
-the pictures of a sample in a shard (KEY.000.jpg, KEY.001.jpg ...), or a file that the ffmpeg
-program decodes. Only the last have a clock. A clip's frames are numbers.
+A video is a folder of frames, a GIF or WebP, the pictures of a sample in a shard (KEY.000.jpg,
+KEY.001.jpg ...), or a file that the ffmpeg program decodes. Only the last have a clock.
 """
 
 import argparse
@@ -24,21 +23,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import data
 import kernels
-from data import (
-    TOY,
-    VIEW,
-    Folder,
-    class_of,
-    crop_and_resize,
-    is_picture,
-    one_line,
-    open_picture,
-    random_bits,
-    uniform,
-    walk,
-    warn_of_splits,
-)
+from data import Folder, crop_and_resize, is_picture, one_line, open_picture, random_bits, uniform
 from model import Attention, Classifier, initialize, patchify
 from support import flags
 from support.labels import VIDEOS
@@ -48,16 +35,13 @@ from tasks import augment
 
 # ------------------------------------------------------------------------------------------- videos
 
-
 ANIMATIONS = (".gif", ".webp")
 LISTS = (".csv", ".txt", ".json")
-CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg"  # of no file that only names other files
-
-
-NO_FFMPEG = "there is no ffmpeg program on the PATH: install it (apt install ffmpeg, brew install "
-
-
-NO_FFMPEG += "ffmpeg, or the binary of pip install imageio-ffmpeg), or give folders of frames"
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg"  # none that only names other files
+NO_FFMPEG = (
+    "there is no ffmpeg program on the PATH: install it (apt install ffmpeg, brew install ffmpeg, "
+    "or the binary of pip install imageio-ffmpeg), or give folders of frames"
+)
 
 
 class Video(NamedTuple):
@@ -67,8 +51,7 @@ class Video(NamedTuple):
 
 
 class VideoFolder(Folder):
-    """Videos below a folder, with the first level's names as classes; or those of a list in
-    `labels`: see read_video_labels."""
+    """Videos below a folder, or those of a list in `labels`: see read_video_labels."""
 
     what = "videos"
 
@@ -84,82 +67,87 @@ class VideoFolder(Folder):
         return {"video": video, "class": int(self.labels[number])}
 
 
-def folder_of_list(data, labels):
-    """(folder, labels) behind --data and --labels: data may be a list of videos."""
-    if data and data.lower().endswith(LISTS) and os.path.isfile(data):
-        return os.path.dirname(data) or ".", labels or data
-    return data, labels
+def folder_of_list(path, labels):
+    """(folder, labels) behind a --data, which may be a list of videos, and a --labels."""
+    if path and path.lower().endswith(LISTS) and os.path.isfile(path):
+        return os.path.dirname(path) or ".", labels or path
+    return path, labels
 
 
 def videos_below(root):
-    """{path, relative to root, of a video file or a folder that holds frames: {"class": first
-    folder of the path, if any}}. (A .gif or .webp is a video, others are frames.)"""
+    """{path of a video file or a folder of frames, relative to root: see data.class_of}. A
+    .gif or .webp is a video, other pictures are frames."""
     found = set()
-    for folder, names in walk(root):
+    for folder, names in data.walk(root):
         files = [n for n in names if n.lower().endswith(VIDEOS + ANIMATIONS) and n[0] != "."]
         found.update(f"{folder}{name}" for name in files)
         if folder and any(is_picture(name) for name in set(names) - set(files)):
             found.add(folder[:-1])
-    warn_of_splits(root, sorted({os.path.dirname(path) for path in found}))
+    data.warn_of_splits(root, sorted({os.path.dirname(path) for path in found}))
     if not found:
         wanted = " ".join(VIDEOS + ANIMATIONS)
-        raise ValueError(f"no videos in {root} (looked for {wanted} and folders of frames)")
-    return {path: class_of(path) for path in found}
+        raise ValueError(f"no videos in {root}: want {wanted} or folders of frames")
+    return {path: data.class_of(path) for path in found}
 
 
 def read_video_labels(path, root):
-    """{path, relative to root, of a video file or a folder of frames: {"class": name}} of a list.
+    """{path, relative to root, of a video file or a folder of frames: {"class": name}}.
 
-    .csv, .txt: lines of path,class or, without a comma, of path and class after a tab or a space
-    (Kinetics, as PySlowFast lists it); perhaps under a head line: of which no cell has a video's
-    extension, and no path below root is the first; or which names the columns "path" and "class".
-    .json: Something-Something's [{"id", "template"}], of id.webm, another file or a folder of this
-    name; the class is the template without its brackets. Lines that are damaged or contradict an
-    earlier one are counted and left out. Raises ValueError, one line, when the file is none of
-    these.
+    .csv, .txt  lines of path,class or, without a comma, of path and class after a tab or a
+                space (Kinetics, as PySlowFast lists it). A head line has "path" and "class"
+                among its cells; or no video's extension, and a first cell that is no path
+    .json       Something-Something's [{"id", "template"}]
+
+    Lines that are damaged or contradict an earlier one are counted and left out. Raises
+    ValueError, one line, if the file is none of these.
     """
-    found, bad, head, first = {}, 0, ["path", "class"], None
+    lines, head, found, bad = [], ["path", "class"], {}, 0
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             if path.lower().endswith(".json"):
-                files = {os.path.splitext(name)[0]: name for name in os.listdir(root)}
-                facts = [(one.get("id", ""), one.get("template") or "") for one in json.load(file)]
-                rows = [(str(i).strip(), re.sub(r"[][]", "", str(t)).strip()) for i, t in facts]
-                rows = [(i and files.get(i, f"{i}.webm"), template) for i, template in rows]
+                rows = [head, *template_rows(json.load(file), os.listdir(root))]
             else:
                 lines = list(filter(None, map(str.strip, file)))
-                first = lines[0] if lines else ""
-                rows = [cells_of(line) for line in lines]
+                rows = list(map(cells_of, lines))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         raise ValueError(f"cannot read a list of videos from {path}: {one_line(error)}") from None
-    names = rows[0] if first else []
+    names, first = rows[0] if rows else [], lines[0] if lines else ""
     if headed := set(head) <= set(names):
         head = names
     elif len(names) > 1:
         videos = any(name.lower().endswith(VIDEOS + ANIMATIONS) for name in names)
-        # It may be a whole path.
         headed = not videos and not os.path.exists(os.path.join(root, names[0]))
     for row in rows[headed:]:
-        facts = dict(zip(head, row)) if len(row) == len(head) else {}
-        name, label = facts.get("path"), facts.get("class")
-        whole, entry = name and label and "\ufffd" not in str(row), {"class": label}
-        bad += not whole or found.setdefault(os.path.normpath(name), entry) != entry
+        cells = dict(zip(head, row)) if len(row) == len(head) else {}
+        name, entry = cells.get("path"), {"class": cells.get("class")}
+        good = name and entry["class"] and "\ufffd" not in str(row)
+        bad += not good or found.setdefault(os.path.normpath(name), entry) != entry
     if bad:
         why = "damaged, or against an earlier one"
         print(f"{path}: lines that are left out ({why}): {bad}", file=sys.stderr)
     if not found:
-        want = "see read_video_labels in tasks/video.py"
-        if first is not None:
-            want = f"want lines of path,class or of path and class; the first is {first!r:.80}"
-        raise ValueError(f"{path} lists no videos: {want}")
-    if headed:
+        raise ValueError(
+            f"{path} lists no videos: want lines of path,class or of path and class, or a "
+            f".json of id and template; the first line is {first!r:.80}"
+        )
+    if headed and first:
         why = f"is taken as a header; the columns are read as {', '.join(head)}"
         print(f"{path}: {first!r:.80} {why}", file=sys.stderr)
     return found
 
 
+def template_rows(entries, files):
+    """Yield (path, class) of Something-Something's entries: the file or folder that is called
+    id, or id.webm, and the template without its brackets."""
+    paths = {os.path.splitext(name)[0]: name for name in files}
+    for entry in entries:
+        name = str(entry.get("id", "")).strip()
+        template = re.sub(r"[][]", "", str(entry.get("template") or "")).strip()
+        yield name and paths.get(name, f"{name}.webm"), template
+
+
 def cells_of(line):
-    """The cells of a line of a list of videos, without the spaces around them."""
+    """The cells of a line of a list of videos."""
     path, tab, _ = line.partition("\t")
     if tab and "," not in path:
         cells = line.split("\t")
@@ -171,8 +159,8 @@ def cells_of(line):
 
 
 def open_video(path, short_side=None):
-    """A Video of a file or a folder of frames. short_side: what ffmpeg scales larger ones down to.
-    Raises OSError or ValueError where it is damaged."""
+    """A Video of a file or a folder of frames, scaled down to short_side if ffmpeg decodes it.
+    Raises OSError or ValueError if it is damaged."""
     if path.lower().endswith(VIDEOS):
         count, rate, start = probe(path)
         return Video(count, rate, partial(decode, path, rate, short_side, start=start))
@@ -187,7 +175,8 @@ def video_of_pictures(files):
     if not files:
         raise ValueError("there is no frame in it")
     if len(files) > 1:
-        return Video(len(files), None, lambda numbers: [open_picture(files[n]) for n in numbers])
+        read = lambda numbers: [open_picture(files[number]) for number in numbers]
+        return Video(len(files), None, read)
     image = open_picture(files[0])
 
     def frame(number):
@@ -200,7 +189,7 @@ def video_of_pictures(files):
 
 
 def ffmpeg(path, *arguments, seek=0.0):
-    """The ended process, with its stdout and stderr. It opens no other file, and no address."""
+    """Run ffmpeg on a file: the ended process. It opens no other file and no address."""
     command = ["ffmpeg", "-hide_banner", "-nostdin", "-threads", "1"]
     command += ["-ss", f"{seek:.6f}"] if seek > 0 else []  # 0 makes some files end at once
     command += ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS]
@@ -211,39 +200,30 @@ def ffmpeg(path, *arguments, seek=0.0):
 
 @lru_cache(1 << 16)
 def probe(path):
-    """(number of frames, frames per second, when the first is shown) of a video file.
+    """(number of frames, frames per second, time of the first one) of a video file.
 
-    They are of the video stream alone, and of the packets that it has: a container is as long as
-    its longest stream, or does not say. The last is None where packets do not all have a time, or
-    cannot be sought by it (MPEG's streams and FLV have no index): frames are counted, by decoding.
+    They are those of the packets of its video stream: a container may be longer, or not say
+    its length. The time is None if packets lack one or cannot be found by it (MPEG streams
+    and FLV have no index): then frames are counted by decoding.
     """
-    # Of long files only the first packets and the last ten seconds are read. Fewer than 32 packets
-    # are a short file, or there is an edit list, with packets in front of it that are not shown.
-    listed = ["-c", "copy", "-copyts", "-start_at_zero", "-f", "framecrc", "pipe:1"]
-    done = ffmpeg(path, "-map", "0:v:0", "-frames:v", "32", *listed)
-    said = done.stderr.decode(errors="replace")
+    listed = ["-map", "0:v:0", "-map", "0:a?", "-c", "copy", "-copyts", "-start_at_zero"]
+    done = ffmpeg(path, *listed, "-f", "framecrc", "pipe:1")
+    streams, said = packets(done.stdout), done.stderr.decode(errors="replace")
     rate = re.search(r"Video: .*?([\d.]+)(k?) (fps|tbr)", said)
-    length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", said)
-    hours, minutes, seconds = map(float, length.groups()) if length else (0, 0, 0)
-    seconds += 3600 * hours + 60 * minutes
-    # Matroska says when the last packet ends; of a segment the first one may be late.
-    late = re.search(r"Duration: [\d:.]+, start: (-?[\d.]+)", said)
-    seconds -= float(late[1]) if late and "Input #0, matroska" in said else 0
-    begin = packets(done.stdout).get(0, np.empty((2, 0)))
-    listed = ["-map", "0:v:0", "-map", "0:a?", *listed]
-    seek = seconds - 10 if begin.shape[1] == 32 else 0
-    streams = packets(ffmpeg(path, *listed, seek=seek).stdout)
-    if 0 not in streams:  # the sound is longer, or the file is cut
-        streams = packets(ffmpeg(path, *listed).stdout)
     if not rate or 0 not in streams:
-        why = last_words(said) or f"exit status {done.returncode}"
-        why = why if done.returncode else "no frame, or no rate of frames"
+        last_line = said.strip().rpartition("\n")[2]
+        why = last_line if done.returncode else "no frame, or no rate of frames"
         raise ValueError(f"ffmpeg finds no video in it: {why}")
     rate = float(rate[1]) * (1000 if rate[2] else 1)
+    length = re.search(r"Duration: (\d+):(\d+):([\d.]+)(?:, start: (-?[\d.]+))?", said)
+    hours, minutes, seconds, late = map(float, length.groups("0")) if length else (0, 0, 0, 0)
+    seconds += 3600 * hours + 60 * minutes
+    # Matroska says when the last packet ends; the first one of a segment may be late.
+    seconds -= late if "Input #0, matroska" in said else 0
     there = max(times[0].max() for times in streams.values()) + 1 / rate
     if 2 * there < seconds:
         raise ValueError(f"it is cut: {there:.1f} of {seconds:.1f} seconds are there")
-    shown = np.append(begin[1], streams[0][1])
+    shown = streams[0][1]
     if not np.isnan(shown).any() and not re.search(r"Input #0, (mpegts|mpeg|flv),", said):
         return round((shown.max() - shown.min()) * rate) + 1, rate, float(shown.min())
     wanted = ["-map", "0:v:0", "-vf", f"setpts=N/{rate}/TB", "-r", str(rate)]
@@ -254,15 +234,15 @@ def probe(path):
 
 
 def packets(table):
-    """{stream: (2, n) times of decoding and of showing, in seconds, nan if unknown} that ffmpeg's
-    framecrc lists. (Packets with flag 4 are left out: they are decoded, and not shown.)"""
+    """{stream: (2, n) seconds of decoding and of showing, nan if unknown} in ffmpeg's framecrc.
+    Packets with flag 4 are left out: they are decoded, and not shown."""
     row = rb"^(\d+), *(-?\d+), *(-?\d+)(?!.*F=0x[0-9A-F]*[4-7C-F]\b)"
     found = re.findall(row, table, re.MULTILINE)
     rows, streams = np.array(found, dtype=object).reshape(-1, 3).astype(np.int64), {}
     for stream, ticks, second in re.findall(rb"^#tb (\d+): (\d+)/(\d+)", table, re.MULTILINE):
         times = rows[rows[:, 0] == int(stream), 1:]
         if len(times):
-            unknown = np.abs(times.astype(float)) > 2**53  # Ogg that was cut may have such times
+            unknown = np.abs(times.astype(float)) > 2**53  # in Ogg that was cut
             times = np.where(unknown, np.nan, times * (int(ticks) / int(second)))
             streams[int(stream)] = times.T
     return streams
@@ -271,67 +251,59 @@ def packets(table):
 def decode(path, rate, short_side, numbers, start=0.0):
     """The frames of a video file with these rising numbers, as PIL images.
 
-    ffmpeg seeks to the first one, and writes no other frames into the pipe. (Of a file that ends
-    before its length says, the last one found is repeated, if at least half of them are there.)
-    Frames come as PPM, whose header says their size: a film may be turned by its metadata.
-    start: when the first frame of all is shown, or None: see probe.
+    ffmpeg seeks to the first one, and writes no other frames into the pipe. If at least half
+    are found, the last one stands for those that are missing. Frames come as PPM, whose header
+    has their size: a file's metadata may turn them. start: of frame 0, see probe.
     """
     first = 0 if start is None else numbers[0]
     terms = [f"eq(n\\,{number - first})" for number in numbers]
     # In groups: ffmpeg refuses sums of more than 100 terms.
     sums = ["+".join(terms[i : i + 50]) for i in range(0, len(terms), 50)]
     chosen = "+".join(f"({some})" for some in sums)
-    # Constant frame rate, so that numbers are times; then numbered anew, so that no gap is filled.
+    # Constant frame rate: numbers are times. Then numbered anew, so that no gap is filled.
     steps = [f"fps={rate}:start_time={0 if first else start}"] if start is not None else []
     steps += [f"select={chosen}", f"setpts=N/{rate}/TB"]
     if short_side:
-        sides = f"'if(gt(iw,ih),-1,min(iw,{short_side}))':'if(gt(iw,ih),min(ih,{short_side}),-1)'"
-        steps.append(f"scale={sides}:flags=bicubic")  # which is antialiased there
-    wanted = ["-map", "0:v:0", "-vf", ",".join(steps), "-r", str(rate)]
-    wanted += ["-frames:v", str(len(numbers)), "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt"]
+        w, h = f"if(gt(iw,ih),-1,min(iw,{short_side}))", f"if(gt(iw,ih),min(ih,{short_side}),-1)"
+        steps.append(f"scale='{w}':'{h}':flags=bicubic")  # it is antialiased there
+    wanted = ["-map", "0:v:0", "-vf", ",".join(steps), "-r", str(rate), "-frames:v"]
+    wanted += [str(len(numbers)), "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24"]
     # A quarter of a frame early: times in files are rounded.
     seek = start + (first - 0.25) / rate if first else 0
-    done = ffmpeg(path, *wanted, "rgb24", "pipe:1", seek=seek)
+    done = ffmpeg(path, *wanted, "pipe:1", seek=seek)
     if done.returncode:
-        said = last_words(done.stderr.decode(errors="replace"))
-        raise ValueError(f"ffmpeg: exit status {done.returncode}: {said}")
+        last_line = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise ValueError(f"ffmpeg: exit status {done.returncode}: {last_line}")
     images, at, head = [], 0, re.compile(rb"P6\s(\d+) (\d+)\s255\s")
     while found := head.match(done.stdout, at):
         width, height = map(int, found.groups())
         at = found.end() + 3 * width * height
-        images.append(Image.frombytes("RGB", (width, height), done.stdout[found.end() : at]))
+        pixels = done.stdout[found.end() : at]
+        images.append(Image.frombytes("RGB", (width, height), pixels))
     if 2 * len(images) < len(numbers):
         some = f"{len(images)} of {len(numbers)}"
         raise ValueError(f"ffmpeg finds {some} frames from {numbers[0]} on")
     return images + images[-1:] * (len(numbers) - len(images))
 
 
-def last_words(text):
-    return text.strip().rpartition("\n")[2]
-
-
 @dataclass
 class Clips:
     """Video -> the frames of a clip, or of several views of it, all cropped alike.
 
-    Numbers of frames are whole: from a start, every step-th, rounded down. What lies behind the
-    end is the last frame. One clip starts at random if there are draws for it, else in the middle.
+    From a start, every step-th frame, rounded down; behind the end, the last frame. One clip
+    starts at random if there are draws for it, else in the middle.
     """
 
     frames: int
-    span: float = 2.7  # seconds that a clip's frames are spread over, where there is a clock
-    stride: float = 4.0  # where there is none: frames from one to the next. 0 of either: no motion
+    span: float = 2.7  # seconds that a clip's frames are spread over, with a clock
+    stride: float = 4.0  # frames from one to the next, without a clock
     clips: int = 1  # without draws: so many, spread evenly from the first to the last
     crops: int = 1  # and of each, so many crops along the longer side, 1: the centre
     flip: bool = True  # at random; not where classes have a direction
     short_side: int | None = None
 
-    @property
-    def total(self):
-        return self.clips * self.crops * self.frames
-
     def numbers(self, video, bits=None):
-        """(clips, frames) int64 numbers of frames; bits: 24 uint64 draws, the last one decides."""
+        """(clips, frames) int64 numbers of frames. bits: 24 uint64 draws for a start."""
         step = self.stride if video.rate is None else self.span * video.rate / self.frames
         step = min(step, video.count)  # beyond the end already: large ones would overflow
         offsets = np.floor(step * np.arange(self.frames)).astype(np.int64)
@@ -344,7 +316,7 @@ class Clips:
         return np.minimum(starts[:, None] + offsets, video.count - 1)
 
     def __call__(self, video, size, channels, bits, min_crop, centre):
-        """[(C, H, W) uint8], for each clip and each crop its frames. See crop_and_resize."""
+        """[(C, H, W) uint8]: the frames of each crop of each clip: see crop_and_resize."""
         pixels = []
         if bits is not None and not self.flip:
             bits = np.concatenate([bits[:22], [0], bits[23:]]).astype(np.uint64)
@@ -365,21 +337,17 @@ class Clips:
 
 # Directions of motion, at steps of 45 degrees, and two more: the classes of videos.
 TOY_MOTIONS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")
-
-
 TOY_MOTIONS += ("growing", "shrinking")
-
-
 TOY_FRAMES = 25  # of a video
 
 
 def toy_motion(number, frame):
     """(class, centre (x, y), radius) of the object of a toy video at one of its frames.
 
-    No frame tells the class. At the first one, the place is uniform and so is the logarithm of the
-    radius; all motions are even and wrap around, which keeps both so, whatever the class is.
+    No frame tells the class. The place and the logarithm of the radius are uniform at first,
+    and stay so in any motion, as all are even and wrap around.
     """
-    which, x, y, size = uniform(random_bits(4, 0, 2, number, TOY)).tolist()
+    which, x, y, size = uniform(random_bits(4, 0, 2, number, data.TOY)).tolist()
     label = int(which * len(TOY_MOTIONS))
     angle, growth = math.pi / 4 * label, {8: 1, 9: -1}.get(label, 0)
     if not growth:
@@ -389,10 +357,10 @@ def toy_motion(number, frame):
 
 
 def toy_clip(number, size=64):
-    """A source's sample of a video: the first object of toy_scene(number), alone, in motion.
+    """A sample of a source: a video of the first object of toy_scene(number), in motion.
 
-    What leaves the picture on one side comes in on the other. The background is darkened, so that
-    the object is easily found: what is to be learned is where it goes.
+    It leaves the picture on one side and comes in on the other. The background is darkened,
+    so that the object is easily found and its motion has to be learned.
     """
     scene = toy_scene(number)
     dark = {name: [0.35 * c for c in scene["background"][name]] for name in ("one", "two")}
@@ -401,7 +369,8 @@ def toy_clip(number, size=64):
     def draw(frame):
         _, (x, y), radius = toy_motion(number, frame)
         thing = scene["objects"][0]
-        thing = thing | {"radius": radius, "wave": thing["wave"] * radius / thing["radius"]}
+        wave = thing["wave"] * radius / thing["radius"]
+        thing = thing | {"radius": radius, "wave": wave}
         copies = [(x + i, y + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
         seen = [c for c in copies if all(-radius < side < 1 + radius for side in c)]
         objects = [thing | {"centre": centre} for centre in seen]
@@ -430,11 +399,11 @@ class ToyMotion(Toy):
 class RelativeAttention(Attention):
     """Attention with MViT's decomposed relative positions (arXiv 2112.01526, equation 5).
 
-    grid: lengths of the axes, (T, H, W) or (H, W). The last tokens are the grid's cells in this
-    order. Tokens before them (a class token) have no position, and so no bias.
+    score(q, k) += q . (R_t[dt] + R_h[dh] + R_w[dw]), with distances d* along the axes. As in
+    MViT's code, this q is not divided by sqrt(d), and the tables begin as zeros.
 
-    score(q, k) += q . (R_t[dt] + R_h[dh] + R_w[dw]), where d* are the distances along the axes. As
-    in MViT's code, this q is not divided by sqrt(d), and the tables are zero at first.
+    grid: lengths of the axes, (T, H, W) or (H, W). The last tokens are its cells. Tokens before
+    them (a class token) have no position, and so no bias.
     """
 
     def __init__(self, width, heads, grid):
@@ -460,15 +429,13 @@ class RelativeAttention(Attention):
         return x.transpose(1, 2).flatten(2)
 
     def bias(self, q):
-        """q (B, heads, N, d) of the grid's N cells -> (B, heads, N, N).
-
-        The score with all keys along one axis comes first: nothing of size (N, N, d) is made.
-        """
+        """q (B, heads, N, d) of the grid's N cells -> (B, heads, N, N)."""
+        # Axis by axis, with all keys along it: nothing of size (N, N, d) is made.
         q, bias = q.unflatten(2, self.grid), 0  # (B, heads, T, H, W, d)
         for number, (axis, length) in enumerate(zip(self.axes, self.grid)):
             steps = torch.arange(length, device=q.device)
-            table = getattr(self, f"rel_pos_{axis}")
-            table = table[steps[:, None] - steps + length - 1]  # (query, key, d), along this axis
+            steps = steps[:, None] - steps + length - 1
+            table = getattr(self, f"rel_pos_{axis}")[steps]  # (query, key, d)
             scores = torch.einsum(f"bn{self.axes}d,{axis}kd->bn{self.axes}k", q, table)
             shape = [1] * len(self.grid)
             shape[number] = length
@@ -478,15 +445,15 @@ class RelativeAttention(Attention):
 
 
 class VideoClassifier(Classifier):
-    """A Classifier of clips (B, C, T, H, W), whose tokens are tubelets of 2 x P x P pixels.
+    """A Classifier of clips (B, C, T, H, W), with tubelets of 2 x P x P pixels as tokens.
 
     frames              T, an even number
     relative_positions  RelativeAttention in every block (the paper's choice)
     other arguments: see Classifier
 
-    Positions are separable: pos_embed says where, time_embed when. That and the relative ones begin
-    as zeros, and a picture's kernel as half of it for each of two frames (see load_weights): so two
-    equal frames have at first the features of the picture that they are.
+    Positions are separable: pos_embed in space, time_embed in time. The latter and the
+    relative ones begin as zeros, and load_weights halves a picture's kernel for two frames: so
+    two equal frames have the features of one picture at first.
     """
 
     def __init__(self, size="B", frames=16, relative_positions=True, **arguments):
@@ -505,7 +472,8 @@ class VideoClassifier(Classifier):
     def tokens(self, clips):
         """(B, C, T, H, W) float -> (B, 1 + T/2 * N, D), the class token first."""
         self.check(clips)
-        patches = patchify(clips.transpose(1, 2).flatten(0, 1), self.patch_size)  # (B*T, N, P*P*C)
+        frames = clips.transpose(1, 2).flatten(0, 1)
+        patches = patchify(frames, self.patch_size)  # (B*T, N, P*P*C)
         patches = patches.unflatten(0, (len(clips), -1, 2)).transpose(2, 3).flatten(3)
         x = self.embed(patches) + self.pos_embed[:, None, 1:]  # (B, T/2, N, D)
         x = (x + self.time_embed[:, :, None]).flatten(1, 2)
@@ -514,51 +482,55 @@ class VideoClassifier(Classifier):
 
 
 def make_clips(sample, key, clips, size, channels, min_crop=None, centre=1.0):
-    """A row of a batch: images (C, T, H, W) uint8, T = clips.total frames, and labels ().
+    """A row of a batch: images (C, T, H, W) uint8, the frames of all views, and labels ().
 
-    With min_crop, one clip at a random time, with one random crop and flip for all frames. Others:
-    see data.make_picture.
+    min_crop: one clip at a random time, with one random crop and flip for all of its frames.
+    Other arguments: see data.make_picture.
     """
     if sample is None:
-        frames = torch.zeros(clips.total, *size, channels, dtype=torch.uint8).movedim(-1, 0)
+        total = clips.clips * clips.crops * clips.frames
+        frames = torch.zeros(total, *size, channels, dtype=torch.uint8).movedim(-1, 0)
         return {"images": frames, "labels": torch.tensor(-1)}
-    bits = None if min_crop is None else random_bits(24, *key, VIEW)
+    bits = None if min_crop is None else random_bits(24, *key, data.VIEW)
     video = sample["video"](clips.short_side)
     frames = clips(video, size, channels, bits, min_crop, centre)
     return {"images": torch.stack(frames, dim=1), "labels": torch.tensor(sample["class"])}
 
 
 def over_views(model):
-    """A function of several views of videos, (b, C, views * T, H, W): the logarithm of the mean of
-    a VideoClassifier's probabilities, (b, classes)."""
+    """A function of views of videos, (b, C, views * T, H, W) -> (b, classes): the logarithm of
+    the mean of a VideoClassifier's probabilities."""
 
     def scores(clips):
         views = clips.split(model.config["frames"], dim=2)  # one after the other: memory
-        return (sum(model(view).float().softmax(dim=1) for view in views) / len(views)).log()
+        total = sum(model(view).float().softmax(dim=1) for view in views)
+        return (total / len(views)).log()
 
     return scores
 
 
 def add_view_flags(parser):
-    """Add the flags of evaluate.py that say which views of a video are taken: see Clips."""
-    add, count, number = (
-        parser.add_argument,
-        flags.number(int, 1, 1000),
-        flags.number(float, 0, 1e6),
-    )
+    """Add the flags of evaluate.py that say which views of a video are taken."""
+    add, count = parser.add_argument, flags.number(int, 1, 1000)
     add("--clips", type=count, default=5, help="of a video, spread evenly over it (5)")
     add("--crops", type=int, choices=(1, 3), default=3, help="along the longer side (3)")
-    add("--span", type=number, default=2.7, help="seconds of a clip, as in training (2.7)")
-    add("--stride", type=number, default=4.0, help="frames to the next one, as in training (4)")
-    add("--short-side", type=flags.number(int, 8, 2**16), help="of decoded files, as in training")
+    add_clip_flags(add)
+
+
+def add_clip_flags(add):
+    """Add the flags of training and evaluation that say what a clip is: see Clips."""
+    at_least_0, side = flags.number(float, 0, 1e6), flags.number(int, 8, 2**16)
+    add("--span", type=at_least_0, default=2.7, help="seconds of a clip, with a clock (2.7)")
+    add("--stride", type=at_least_0, default=4.0, help="frames to the next, without one (4)")
+    add("--short-side", type=side, help="that video files are scaled down to (none)")
 
 
 # ----------------------------------------------------------------------------------- stage 3's task
 
-# Borrowed: the paper's are unknown. B: OmniMAE's on Something-Something, of the same group. L, H:
-# PySlowFast's of MAE on Kinetics, but for the lr, whose unit is not clear there: half of B's, as
-# there. The augmentation is OmniMAE's. 2B and 6.5B get H's. toy is our choice: what moves is seen
-# first by the patch embedding, which has to learn it.
+# The paper's are unknown. B: OmniMAE's on Something-Something, and its augmentation for all.
+# L, H: PySlowFast's of MAE on Kinetics, but for the lr, whose unit is not clear there: half of
+# B's. 2B and 6.5B get H's. toy is our choice: without layer decay, as the patch embedding has
+# to learn motion.
 RECIPES = {
     "B": augment.Recipe(256, 1e-3, 100, 0.75, 0.1),
     "L": augment.Recipe(256, 5e-4, 50, 0.75, 0.2),
@@ -572,12 +544,8 @@ def add_flags(groups):
     flags.add_label_flags(groups, pool="mean", min_crop="0.08; toy: 1")
     flags.add_resume_flags(groups)
     augment.add_flags(groups, RECIPES, magnitude=7)
-    add, at_least_0 = groups["data"].add_argument, flags.number(float, 0, 1e6)
-    add("--span", type=at_least_0, default=2.7, help="seconds of a clip of a video file (2.7)")
-    stride = "frames from one to the next, where there is no clock (4)"
-    add("--stride", type=at_least_0, default=4.0, help=stride)
-    side = flags.number(int, 8, 2**16)
-    add("--short-side", type=side, help="that video files are scaled down to (none)")
+    add = groups["data"].add_argument
+    add_clip_flags(add)
     add("--no-flip", action="store_true", help="classes have a direction")
     add = groups["model"].add_argument
     add("--frames", type=flags.count, help="of a clip, an even number (16; toy: 4)")
