@@ -1,17 +1,17 @@
-"""Object detection and instance segmentation with the same ViT: ViTDet (arXiv 2203.16527).
+"""Object detection and instance segmentation with a ViT: ViTDet (arXiv 2203.16527).
 
     Trunk        the plain ViT at any size: windows, four global blocks, relative positions
     Detector     the trunk, a simple feature pyramid, RPN, Cascade R-CNN and a mask head
-    load_trunk   the weights of stages 1 and 2, or those of a detector
-    roi_align, nms
-    detect_in    what a Detector finds in scenes, on all processes together
+    load_trunk   loads the weights of stages 1 and 2, or those of a detector
+    detect_in    finds objects in scenes, on all processes together
 
-What is not the paper's is detectron2's, in its ViTDet project (Cascade Mask R-CNN). It differs in
-that an image's loss depends on that image alone, so that the optimisation is the same on any number
-of processes. Samples are drawn with the image's own seed. The losses of boxes and classes are
-divided by 512 regions an image, and a mask's by the number of positive regions of its image, where
-detectron2 divides by what one GPU's images have together. The 50 classes of the federated loss are
-drawn for each image. The position table is resampled when it is loaded, not in each step.
+What is not the paper's is detectron2's, in its ViTDet project (Cascade Mask R-CNN). One
+thing differs: an image's loss depends on that image alone, so that the optimisation is
+the same on any number of processes. Samples are drawn with the image's own seed, and so
+are the 50 classes of the federated loss. The losses of boxes and classes are divided by
+512 regions an image, and a mask's by the number of positive regions of its image;
+detectron2 divides by what one GPU's images have together. The position table is
+resampled when it is loaded, not in each step.
 
 Boxes are (left, top, right, bottom) in pixels of the padded input, float32.
 """
@@ -33,11 +33,23 @@ from data import Batches, Order, normalize, one_line
 from model import ViT, architecture, full_state, initialize, load_weights, patchify
 from model import read_weights as read_encoder
 from support import flags
-from support.flags import new_file, png
 from support.formats import open_weights
 from support.hashtags import WeightedOrder
 from support.loader import loader
 from tasks.coco import detection_numbers, print_detection
+from tasks.regions import (
+    RATIOS,
+    apply_deltas,
+    box_deltas,
+    draw_samples,
+    has_area,
+    label_anchors,
+    make_anchors,
+    mask_targets,
+    nms,
+    overlaps,
+    roi_align,
+)
 from tasks.scenes import (
     ToyScenes,
     classes_present,
@@ -50,28 +62,29 @@ from tasks.scenes import (
 )
 from tasks.video import RelativeAttention
 
-# Of every size but toy: detectron2's projects/ViTDet/configs/COCO and its models/mask_rcnn_vitdet.
+# Every size but toy: detectron2's projects/ViTDet/configs/COCO and its
+# models/mask_rcnn_vitdet.
 SETTINGS = {
-    "window": 14,  # side of a window of attention, in patches
+    "window": 14,  # side of a window of attention, in patches; 0: none
     "scales": (4, 2, 1, 0.5),  # levels of the pyramid, beside the trunk's map
     "anchor_sizes": (32, 64, 128, 256, 512),  # one a level; one more: of a pooled level
     "features": 256,  # channels of the pyramid and of all heads
     "convolutions": 4,  # of the box and the mask head
     "hidden": 1024,  # width of the box head's linear layer
-    "anchors": 256,  # of an image, to learn from: at most half of them positive
-    "rois": 512,  # regions of an image, to learn from: at most a quarter of them positive
+    "anchors": 256,  # sampled in an image: at most half of them positive
+    "rois": 512,  # regions sampled in an image: at most a quarter of them positive
     "before_nms": (2000, 1000),  # proposals of a level, in training and in test
     "after_nms": 1000,  # proposals of an image
     "masks": True,  # with a mask head
-    "federated": 0,  # LVIS: the loss counts 50 classes of an image, each on its own (a sigmoid)
+    "federated": 0,  # LVIS: the loss counts 50 classes of an image, each as a sigmoid
     "score_threshold": 0.05,  # LVIS: 0.02
     "detections": 100,  # of an image; LVIS: 300
 }
-# Ours, for 128 to 256 pixels on a laptop: strides 4, 8 and 16 of a patch of 8, no window.
+# Our choice, for 128 to 256 pixels on a laptop: strides 4, 8 and 16 of a patch of 8.
 TOY = {"scales": (2, 1, 0.5), "anchor_sizes": (16, 32, 64), "features": 64, "convolutions": 1}
 TOY |= {"hidden": 128, "anchors": 64, "rois": 24, "before_nms": (150, 30), "after_nms": 150}
 
-RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
+sigmoid_loss = partial(F.binary_cross_entropy_with_logits, reduction="sum")
 
 # Each stage's least IoU of a positive, and the weights of its (centre, size) deltas.
 STAGES = ((0.5, (10.0, 5.0)), (0.6, (20.0, 10.0)), (0.7, (30.0, 15.0)))
@@ -81,10 +94,10 @@ STAGES = ((0.5, (10.0, 5.0)), (0.6, (20.0, 10.0)), (0.7, (30.0, 15.0)))
 
 
 class WindowAttention(RelativeAttention):
-    """RelativeAttention within windows of `window` x `window` tokens; window 0: the whole grid.
+    """RelativeAttention within square windows of tokens; window 0: the whole grid.
 
-    The grid is padded to whole windows with zeros, which are attended to like any token, as in
-    detectron2: 64 x 64 tokens become 70 x 70.
+    The grid is padded to whole windows with zeros, which are attended to like any
+    token, as in detectron2: 64 x 64 tokens become 70 x 70.
     """
 
     def __init__(self, width, heads, grid, window):
@@ -93,23 +106,23 @@ class WindowAttention(RelativeAttention):
 
     def forward(self, x, first_query=0):
         """(B, rows * columns, D) -> the same shape."""
-        w, (rows, columns) = self.window, self.full_grid
+        (B, _, D), (rows, columns), w = x.shape, self.full_grid, self.window
         if not w:
             return super().forward(x, first_query)
         x = F.pad(x.unflatten(1, self.full_grid), (0, 0, 0, -columns % w, 0, -rows % w))
         down, across = x.shape[1] // w, x.shape[2] // w  # numbers of windows
-        x = x.unflatten(2, (across, w)).unflatten(1, (down, w)).transpose(2, 3)
-        x = self.attend(x.flatten(3, 4).flatten(0, 2))  # (B * windows, w * w, D)
-        x = x.unflatten(1, (w, w)).unflatten(0, (-1, down, across)).transpose(2, 3)
-        x = x.flatten(3, 4).flatten(1, 2)  # (B, padded rows, padded columns, D)
-        return self.proj(x[:, :rows, :columns].flatten(1, 2))
+        x = x.reshape(B, down, w, across, w, D).transpose(2, 3)
+        x = self.attend(x.reshape(-1, w * w, D))  # (B * windows, w * w, D)
+        x = x.reshape(B, down, across, w, w, D).transpose(2, 3)
+        x = x.reshape(B, down * w, across * w, D)[:, :rows, :columns]
+        return self.proj(x.flatten(1, 2))
 
 
 class Trunk(ViT):
-    """A plain ViT without class token and final norm: images -> map (B, D, rows, columns).
+    """A ViT without class token and final norm: images -> map (B, D, rows, columns).
 
-    The last block of each quarter attends to the whole grid (B: 2, 5, 8, 11), the others in
-    windows. A patch of 14 pixels becomes one of 16. Arguments: see ViT.
+    The last block of each quarter attends to the whole grid (B: 2, 5, 8, 11), the
+    others in windows. A patch of 14 pixels becomes one of 16. Arguments: see ViT.
     """
 
     def __init__(self, size, image_size, window, patch_size=None, **arguments):
@@ -134,20 +147,21 @@ class Trunk(ViT):
 
 
 def load_trunk(model, state, grid=None):
-    """Load the weights of a ViT, an MAE or a classifier, or of a Detector, into a Detector.
+    """Load the weights of a ViT, an MAE, a classifier or a Detector into a Detector.
 
-    grid: (rows, columns) of their position table. Return one line on the outcome. Raises ValueError
-    where something is left unexplained, as model.load_weights does.
+    grid: (rows, columns) of their position table. Return one line on the outcome.
+    Raises ValueError if anything is left unexplained, as model.load_weights does.
     """
-    own, side, notes = model.state_dict(), model.patch_size, ""
-    detector = any(name.startswith("trunk.") for name in state)
-    heads = {n: t for n, t in state.items() if detector and not n.startswith("trunk.")}
-    trunk = {n.removeprefix("trunk."): t for n, t in state.items() if n not in heads}
-    if not detector:
+    heads, trunk = {}, state
+    if any(name.startswith("trunk.") for name in state):  # a Detector
+        heads = {name: t for name, t in state.items() if not name.startswith("trunk.")}
+        trunk = {n.removeprefix("trunk."): t for n, t in state.items() if n not in heads}
+        notes = ""
+    else:
         unused = ("cls_token", "norm.", "fc_norm.")
-        trunk = {name: t for name, t in trunk.items() if not name.startswith(unused)}
+        trunk = {name: t for name, t in state.items() if not name.startswith(unused)}
         notes = "; dropped: class token, last norm; heads newly initialised"
-    name = "patch_embed.proj.weight"
+    name, side = "patch_embed.proj.weight", model.patch_size
     if trunk[name].shape[-1] == 14 and side == 16:
         trunk[name] = F.interpolate(trunk[name].float(), (side, side), mode="bicubic")
         notes += "; patch embedding resampled from 14x14 to 16x16"
@@ -157,228 +171,37 @@ def load_trunk(model, state, grid=None):
             notes += f"; {name} resampled from {len(table)} to {len(wanted)}"
             table = F.interpolate(table.float().T[None], size=len(wanted), mode="linear")
             trunk[name] = table[0].T
-    if not detector:
-        return load_weights(model.trunk, trunk, grid) + notes
-    # With other classes, or without masks, the predictors and the mask head differ.
-    loaded = {n: t for n, t in heads.items() if n in own and t.shape == own[n].shape}
-    new = {name for name in own if not name.startswith("trunk.")} - loaded.keys()
-    unlike = new | (heads.keys() - loaded.keys())
-    odd = sorted(n for n in unlike if "predictor" not in n and not n.startswith("mask"))
-    if odd:
-        raise ValueError(f"the weights do not fit the model: {', '.join(odd[:3])}")
-    model.load_state_dict(loaded, strict=False)
-
-    def modules(names):
-        return ", ".join(sorted({re.sub(r"\.\d+|\.\w+$", "", name) for name in names})) or "none"
-
-    notes += f"; heads: {len(loaded)} tensors loaded, newly initialised: {modules(new)}"
-    notes += f", dropped: {modules(heads.keys() - own.keys())}"
+    if heads:
+        notes += load_heads(model, heads)
     return load_weights(model.trunk, trunk, grid) + notes
 
 
-# -------------------------------------------------------------------------------------------- boxes
-
-
-def areas(boxes):
-    """(..., 4) -> (...): 0 where a side is negative."""
-    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(dim=-1)
-
-
-def overlaps(a, b):
-    """IoU of each of a (N, 4) with each of b (M, 4): (N, M), 0 for boxes without area."""
-    low = torch.maximum(a[:, None, :2], b[:, :2])
-    high = torch.minimum(a[:, None, 2:], b[:, 2:])
-    shared = (high - low).clamp(min=0).prod(dim=2)
-    return shared / (areas(a)[:, None] + areas(b) - shared).clamp(min=1e-9)
-
-
-def box_deltas(boxes, truth, weights=(1.0, 1.0)):
-    """Deltas that move boxes onto the truth, (N, 4): centres in units of the sides, log sides."""
-    sides, wanted = boxes[:, 2:] - boxes[:, :2], truth[:, 2:] - truth[:, :2]
-    moved = (truth[:, :2] + truth[:, 2:] - boxes[:, :2] - boxes[:, 2:]) / 2 / sides
-    return torch.cat([moved * weights[0], (wanted / sides).log() * weights[1]], dim=1)
-
-
-def apply_deltas(deltas, boxes, size, weights=(1.0, 1.0)):
-    """The inverse of box_deltas, (N, 4), cut to an image of (height, width).
-
-    A side grows at most 1000 / 16 times (detectron2).
-    """
-    sides = boxes[:, 2:] - boxes[:, :2]
-    centre = boxes[:, :2] + sides / 2 + deltas[:, :2] / weights[0] * sides
-    half = sides * (deltas[:, 2:] / weights[1]).clamp(max=math.log(1000 / 16)).exp() / 2
-    end = boxes.new_tensor([size[1], size[0]])
-    moved = torch.cat([centre - half, centre + half], dim=1)
-    return moved.clamp(min=0).minimum(end.repeat(2))
-
-
-def has_area(boxes):
-    """(N,) bool: True for boxes with area and without NaN."""
-    return (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-
-
-def make_anchors(grids, strides, sizes, device=None):
-    """All anchors, (A, 4), by level, row, column and ratio; and the level of each, (A,).
-
-    They are centred on the top left corners of the cells (detectron2: offset 0).
-    """
-    anchors, levels = [], []
-    for level, ((rows, columns), stride, size) in enumerate(zip(grids, strides, sizes)):
-        half = torch.tensor([(size * r**-0.5 / 2, size * r**0.5 / 2) for r in RATIOS])
-        cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(1) * stride
-        cells = cells[:, None]  # (cells, 1, 2), x first
-        anchors.append(torch.cat([cells - half, cells + half], dim=2).flatten(0, 1))
-        levels.append(torch.full((len(anchors[-1]),), level))
-    return torch.cat(anchors).to(device), torch.cat(levels).to(device)
-
-
-def label_anchors(anchors, truth):
-    """(A,) 1 object, 0 background, -1 neither; and the truth with the largest IoU, (A,).
-
-    An anchor is an object with an IoU of at least 0.7, or if no other anchor has a larger IoU with
-    some object. It is background if its IoUs are below 0.3.
-    """
-    iou = overlaps(anchors, truth)  # (A, n)
-    best, index = iou.max(dim=1)
-    nearest = ((iou == iou.amax(dim=0)) & (iou > 0)).any(dim=1)
-    label = (best >= 0.7).long() - ((best >= 0.3) & (best < 0.7)).long()
-    return label.masked_fill(nearest, 1), index
-
-
-def draw_samples(label, number, most, keys):
-    """Indices to learn from, (number,), positives first, and the number of positives.
-
-    At most `most` positives (label 1), then negatives (label 0) up to `number`. keys: random
-    numbers; those with the smallest are drawn.
-    """
-    positive, negative = ((label == value).nonzero()[:, 0] for value in (1, 0))
-    positive = positive[keys[positive].argsort()[:most]]
-    negative = negative[keys[negative].argsort()[: number - len(positive)]]
-    return torch.cat([positive, negative]), len(positive)
-
-
-@torch.no_grad()
-def nms(boxes, scores, groups, threshold, limit, block=1024):
-    """Greedy non-maximum suppression: indices of the `limit` best boxes kept, the best first.
-
-    A box is dropped if its IoU with a better one that is kept, of its group, is over the threshold.
-    Of equal scores, the first is better. boxes (N, 4), scores (N,), groups (N,) integers.
-    """
-    order = scores.argsort(descending=True, stable=True)
-    kept = order[:0]
-    for ids in order.split(block):
-        if len(kept) >= limit:
-            break
-        before = torch.cat([kept, ids])
-        beats = overlaps(boxes[before], boxes[ids]) > threshold
-        beats &= groups[before][:, None] == groups[ids]
-        alive = ~beats[: len(kept)].any(dim=0)
-        beats = beats[len(kept) :].triu(1)
-        # A box stays if no box that stays beats it. Repeated until nothing changes, this is the
-        # greedy answer: after n rounds it is right for the n best.
-        stays, last = alive, None
-        while last is None or not torch.equal(stays, last):
-            last, stays = stays, alive & ~(beats & stays[:, None]).any(dim=0)
-        kept = torch.cat([kept, ids[stays]])
-    return kept[:limit]
-
-
-# ----------------------------------------------------------------------------------- regions, masks
-
-
-def roi_align(table, grids, strides, boxes, size):
-    """Features of regions (R, 4) of an image, (R, C, size, size) float32.
-
-    table (cells, C): all levels' cells, level by level and row by row; grids: their (rows, columns)
-
-    A bin is the mean over the fewest points, evenly spaced down and across, that are at most a cell
-    apart; a point is read bilinearly. Pixels are half a pixel off their number (torchvision's
-    aligned=True, sampling_ratio=0). The level is that where a region's side is 14 to 28 cells (224
-    pixels at stride 16, arXiv 1612.03144).
-    """
-    device = table.device
-    level = (areas(boxes).sqrt() / (14 * strides[0]) + 1e-8).log2().floor()
-    level = level.clamp(0, len(grids) - 1).long()
-    cells = [0] + [rows * columns for rows, columns in grids]
-    start = torch.tensor(cells, device=device).cumsum(0)[level]
-    lengths = torch.tensor(grids, device=device)[level]  # (R, 2): rows, columns
-    boxes = boxes / torch.tensor(strides, device=device)[level, None] - 0.5
-    low, span = boxes[:, [1, 0]], (boxes[:, 2:] - boxes[:, :2]).flip(1)  # (R, 2): y, x
-    points = (span / size).ceil().long()  # of a bin, down and across
-
-    # One long list of what all bins read: for each point two rows, and in each two columns.
-    counts = 4 * points.prod(dim=1).repeat_interleave(size * size)  # (R * size * size,)
-    first = counts.cumsum(0) - counts
-    bins = torch.arange(len(counts), device=device).repeat_interleave(counts)
-    k = torch.arange(len(bins), device=device) - first[bins]
-    roi = bins // (size * size)
-    width = 2 * points[roi, 1]
-    cell, weight = start[roi], 1.0
-    row, column = (bins // size % size, k // width), (bins % size, k % width)
-    for axis, (place, number) in enumerate((row, column)):
-        at = (place + (number // 2 + 0.5) / points[roi, axis]) / size
-        at = low[roi, axis] + at * span[roi, axis]
-        neighbour, share = bilinear_neighbour(at, lengths[roi, axis], number % 2)
-        cell = cell + neighbour * (lengths[roi, 1] if axis == 0 else 1)
-        weight = weight * (share / points[roi, axis])
-    # embedding_bag adds the cells up where they lie, and its backward is an index_add: the cells
-    # of the list are never copied. Not in bf16: boxes are made of differences of positions.
-    out = F.embedding_bag(cell, table.float(), first, per_sample_weights=weight, mode="sum")
-    return out.unflatten(0, (-1, size, size)).permute(0, 3, 1, 2)
-
-
-def bilinear_neighbour(x, length, second):
-    """Lower (second 0) or upper (1) neighbour of points x on an axis, and its bilinear weight.
-
-    Cells are at 0 ... length - 1. Points up to one cell outside are clamped, farther ones weigh 0
-    (torchvision's roi_align).
-    """
-    inside = (x >= -1) & (x <= length)
-    x = x.clamp(min=0).clamp(max=length - 1)
-    low = x.floor()
-    weight = (1 - second - (x - low)).abs() * inside  # 1 - fraction, or the fraction
-    return (low + second).clamp(max=length - 1).long(), weight
-
-
-def mask_targets(masks, boxes, which, size):
-    """Each region's object within it, (R, size, size) bool: roi_align of its mask, at least 0.5.
-
-    masks (n, H, W) bool, boxes (R, 4), which (R,): the index of each region's mask.
-    """
-    out = torch.zeros(len(boxes), size, size, dtype=torch.bool, device=boxes.device)
-    for i in which.unique().tolist():
-        mine = which == i
-        left, top, right, bottom = (boxes[mine] - 0.5).unbind(dim=1)
-        down = bin_weights(top, bottom, size, masks.shape[1])
-        across = bin_weights(left, right, size, masks.shape[2])
-        out[mine] = down @ masks[i].float() @ across.transpose(1, 2) >= 0.5
-    return out
-
-
-def bin_weights(low, high, size, length):
-    """How much each pixel of an axis counts in each bin of each region, (R, size, length).
-
-    low, high (R,): the regions' ends. See roi_align, whose mean is separable.
-    """
-    points = ((high - low) / size).ceil().clamp(min=1)[:, None, None]
-    k = torch.arange(int(points.max()), device=low.device)
-    at = (torch.arange(size, device=low.device)[:, None] + (k + 0.5) / points) / size
-    at = low[:, None, None] + at * (high - low)[:, None, None]  # (R, size, points)
-    weights = at.new_zeros(len(at), size, length)
-    for second in (0, 1):
-        pixel, share = bilinear_neighbour(at, length, second)
-        weights.scatter_add_(2, pixel, share * (k < points) / points)
-    return weights
+def load_heads(model, heads):
+    """Load what a Detector has beside its trunk; return a note on the outcome."""
+    own = {n: t for n, t in model.state_dict().items() if not n.startswith("trunk.")}
+    loaded = {n: t for n, t in heads.items() if n in own and t.shape == own[n].shape}
+    # With other classes, or without masks, the predictors and the mask head differ.
+    changed = (own.keys() | heads.keys()) - loaded.keys()
+    odd = sorted(n for n in changed if "predictor" not in n and not n.startswith("mask"))
+    if odd:
+        raise ValueError(f"the weights do not fit the model: {', '.join(odd[:3])}")
+    model.load_state_dict(loaded, strict=False)
+    note = f"; heads: {len(loaded)} tensors loaded"
+    new, dropped = own.keys() - loaded.keys(), heads.keys() - own.keys()
+    for title, names in (("newly initialised", new), ("dropped", dropped)):
+        modules = sorted({re.sub(r"\.\d+|\.\w+$", "", name) for name in names})
+        note += f", {title}: {', '.join(modules) or 'none'}"
+    return note
 
 
 # ------------------------------------------------------------------------------------- the detector
 
 
 class Norm(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, H, W), which stays as it lies in memory.
+    """LayerNorm over the channels of (B, C, H, W), which keeps its memory layout.
 
-    Backward of a CPU's convolutions is three times as fast with large maps as (C, H, W), and with
-    many small regions as (H, W, C).
+    Backward of a CPU's convolutions is three times as fast with large maps as (C, H,
+    W), and with many small regions as (H, W, C).
     """
 
     def forward(self, x):
@@ -397,26 +220,17 @@ def convolutions(number, channels):
     return nn.Sequential(*(module for layer in layers for module in layer))
 
 
-class Pyramid(nn.ModuleList):
-    """Simple feature pyramid: the map (B, D, h, w), at each scale, (B, features, h', w')."""
+def pyramid_level(width, scale, features):
+    """A level of the pyramid: (B, D, h, w) -> (B, features, scale h, scale w)."""
 
-    def __init__(self, width, scales, features, pooled):
-        def up(channels):
-            return nn.ConvTranspose2d(channels, channels // 2, 2, stride=2)
+    def up(channels):
+        return nn.ConvTranspose2d(channels, channels // 2, 2, stride=2)
 
-        super().__init__()
-        self.pooled = pooled
-        for scale in scales:
-            first = {1: [], 0.5: [nn.MaxPool2d(2)], 2: [up(width)]}
-            first[4] = [up(width), Norm(width // 2, 1e-6), nn.GELU(), up(width // 2)]
-            channels = width // max(1, scale)
-            last = convolution(channels, features, 1), convolution(features, features, 3)
-            self.append(nn.Sequential(*first[scale], *last))
-
-    def forward(self, x):
-        x = x.contiguous()  # see Norm
-        maps = [level(x) for level in self]
-        return maps + [maps[-1][:, :, ::2, ::2]] * self.pooled  # max pool of 1 x 1, stride 2
+    first = {1: [], 0.5: [nn.MaxPool2d(2)], 2: [up(width)]}
+    first[4] = [up(width), Norm(width // 2, 1e-6), nn.GELU(), up(width // 2)]
+    channels = width // max(1, scale)
+    last = convolution(channels, features, 1), convolution(features, features, 3)
+    return nn.Sequential(*first[scale], *last)
 
 
 class BoxHead(nn.Module):
@@ -435,12 +249,12 @@ class BoxHead(nn.Module):
 
 
 class Detector(nn.Module):
-    """ViTDet. Images (B, C, S, S) are normalised, and padded with zeros on the right and below.
+    """ViTDet. Images (B, C, S, S) are normalised, then padded with zeros at the end.
 
-    size, image_size  of the trunk; its other arguments may be given, too: see ViT
+    size, image_size  of the trunk; its other arguments may be given as well: see ViT
     classes           their number
     class_counts      LVIS: the number of images with each, for the federated loss
-    others            replace entries of SETTINGS and, for size "toy", of TOY; kept in the config
+    others            replace entries of SETTINGS and of TOY; kept in the config
     """
 
     def __init__(
@@ -452,19 +266,19 @@ class Detector(nn.Module):
         self.trunk = trunk = Trunk(size, image_size, s["window"], **others)
         self.config = trunk.config | s | {"classes": classes, "class_names": class_names}
         self.config["class_counts"] = class_counts
-        for name in ("width", "layers", "heads", "patch_size", "grid", "num_patches"):
-            setattr(self, name, getattr(trunk, name))
+        self.layers, self.patch_size, self.grid = trunk.layers, trunk.patch_size, trunk.grid
         self.classes, self.class_counts = classes, class_counts
-        C, number = s["features"], s["convolutions"]
-        pooled = len(s["anchor_sizes"]) - len(s["scales"])  # levels: 1 or 0
-        self.pyramid = Pyramid(self.width, s["scales"], C, pooled)
-        self.strides = [self.patch_size / scale for scale in s["scales"]]
-        self.strides += [2 * self.strides[-1]] * pooled
+        C, number, scales = s["features"], s["convolutions"], s["scales"]
+        self.pyramid = nn.ModuleList(pyramid_level(trunk.width, scale, C) for scale in scales)
+        self.pooled = len(s["anchor_sizes"]) - len(scales)  # further levels: 1 or 0
+        self.strides = [self.patch_size / scale for scale in scales]
+        self.strides += [2 * self.strides[-1]] * self.pooled
         # Half of an odd side is rounded down, but up on the pooled level.
-        self.grids = [tuple(int(side * scale) for side in trunk.grid) for scale in s["scales"]]
-        self.grids += [tuple(-(-side // 2) for side in self.grids[-1])] * pooled
-        body = [nn.Conv2d(C, C, 3, padding=1), nn.ReLU(), nn.Conv2d(C, C, 3, padding=1), nn.ReLU()]
-        self.rpn = nn.Sequential(*body, nn.Conv2d(C, 5 * len(RATIOS), 1))
+        self.grids = [tuple(int(side * scale) for side in trunk.grid) for scale in scales]
+        self.grids += [tuple(-(-side // 2) for side in self.grids[-1])] * self.pooled
+        same = [nn.Conv2d(C, C, 3, padding=1) for _ in range(2)]
+        out = nn.Conv2d(C, 5 * len(RATIOS), 1)
+        self.rpn = nn.Sequential(same[0], nn.ReLU(), same[1], nn.ReLU(), out)
         self.boxes = nn.ModuleList(BoxHead(C, number, s["hidden"], classes) for _ in STAGES)
         if s["masks"]:
             up = nn.ConvTranspose2d(C, C, 2, stride=2)
@@ -484,9 +298,9 @@ class Detector(nn.Module):
     def forward(self, images, targets):
         """Each image's loss, (B,), and its parts, detached: {name: (B,)}.
 
-        targets: of each image {"boxes": (n, 4), "labels": (n,) int64, "masks": (n, S, S) bool or
-        None, "size": (height, width) within its padding, "seed": int}. All random numbers are drawn
-        with the seed, on the CPU.
+        targets: for each image {"boxes": (n, 4), "labels": (n,) int64, "masks": (n, S,
+        S) bool or None, "size": (height, width) within its padding, "seed": int}. All
+        random numbers are drawn with the seed, on the CPU.
         """
         draws = [torch.Generator().manual_seed(target["seed"]) for target in targets]
         noise = torch.stack([torch.rand(self.layers, 2, generator=draw) for draw in draws])
@@ -496,14 +310,23 @@ class Detector(nn.Module):
         parts = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
         return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
 
+    def maps(self, images, noise=None):
+        """The feature maps of all levels: [(B, C, rows, columns)]."""
+        x = self.trunk(images, noise).contiguous()  # see Norm
+        maps = [level(x) for level in self.pyramid]
+        # The pooled level: max pool of 1 x 1, stride 2.
+        return maps + [maps[-1][:, :, ::2, ::2]] * self.pooled
+
     def predict(self, images, noise=None):
-        """Features (B, cells, C) for roi_align; objectness (B, A) and deltas (B, A, 4)."""
-        # Not buffers: a model that is made on the meta device would have them filled with nothing.
+        """Features (B, cells, C); objectness (B, A) and deltas (B, A, 4) of the anchors."""
+        # Not buffers: a model that is made on the meta device would have them without
+        # values.
         sizes = self.settings["anchor_sizes"]
         self.anchors, self.levels = make_anchors(self.grids, self.strides, sizes, images.device)
-        maps = self.pyramid(self.trunk(images, noise))
+        maps = self.maps(images, noise)
         table = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
-        # An image at a time: so the rounding of its gradient does not depend on the batch.
+        # An image at a time, so that the rounding of its gradient does not depend on
+        # the batch.
         found = [torch.cat([self.rpn(image) for image in x.split(1)]) for x in maps]
         found = [x.permute(0, 2, 3, 1).flatten(1, 2) for x in found]  # (B, cells, 15)
         found = torch.cat(found, dim=1).float()
@@ -512,10 +335,10 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def propose(self, scores, deltas, size):
-        """The image's best boxes after suppression within levels, (n, 4); their anchors, (n,)."""
+        """An image's best boxes, suppressed within levels, (n, 4); their anchors, (n,)."""
         s, kept = self.settings, []
         most = s["before_nms"][not self.training]
-        for level in self.levels.unique():
+        for level in range(len(self.grids)):
             ids = (self.levels == level).nonzero()[:, 0]
             kept.append(ids[scores[ids].topk(min(most, len(ids))).indices])
         kept = torch.cat(kept)
@@ -530,15 +353,14 @@ class Detector(nn.Module):
         s, truth, labels = self.settings, target["boxes"], target["labels"]
         if not len(truth):  # an object without area, which overlaps with nothing
             truth, labels = truth.new_zeros(1, 4), labels.new_zeros(1)
-        # A random number of each anchor and object decides whether it, or the region proposed from
-        # it, is drawn. Drawn by their places among the proposals, rounding would change the sample.
+        # Each anchor and object has a random number, which decides whether it, or the
+        # region proposed from it, is drawn. Numbers by rank would make the sample
+        # depend on rounding.
         keys = torch.rand(2, len(self.anchors) + len(truth), generator=draw).to(truth.device)
 
         label, index = label_anchors(self.anchors, truth)
         ids, positives = draw_samples(label, s["anchors"], s["anchors"] // 2, keys[0])
-        wanted = label[ids].float()
-        loss = F.binary_cross_entropy_with_logits(scores[ids], wanted, reduction="sum")
-        parts = {"rpn_class": loss / s["anchors"]}
+        parts = {"rpn_class": sigmoid_loss(scores[ids], label[ids].float()) / s["anchors"]}
         ids = ids[:positives]
         wanted = box_deltas(self.anchors[ids], truth[index[ids]])
         parts["rpn_box"] = (deltas[ids] - wanted).abs().sum() / s["anchors"]
@@ -554,9 +376,8 @@ class Detector(nn.Module):
             ids = ids[: positives if target["masks"] is not None else 0]
             rois, index = rois[ids], index[ids]
             logits = self.mask_logits(table, rois, labels[index])
-            wanted = mask_targets(target["masks"], rois, index, logits.shape[-1]).float()
-            loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
-            parts["mask"] = loss / max(1, logits.numel())
+            wanted = mask_targets(target["masks"], rois, index, logits.shape[-1])
+            parts["mask"] = sigmoid_loss(logits, wanted.float()) / max(1, logits.numel())
         return parts
 
     def cascade_losses(self, table, rois, truth, labels, target, draw):
@@ -570,8 +391,7 @@ class Detector(nn.Module):
             label = torch.where(positive, labels[index], self.classes)
             logits, deltas = self.run_stage(stage, table, rois)
             if s["federated"]:
-                wanted, logits = (label[:, None] == counted).float(), logits[:, counted]
-                loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
+                loss = sigmoid_loss(logits[:, counted], (label[:, None] == counted).float())
             else:
                 loss = F.cross_entropy(logits, label, reduction="sum")
             parts[f"class_{stage}"] = loss / s["rois"]
@@ -597,24 +417,24 @@ class Detector(nn.Module):
         return roi_align(table, self.grids[:levels], self.strides[:levels], rois, size)
 
     def run_stage(self, stage, table, rois):
-        """Logits (R, classes + 1) and deltas (R, 4) of an image's regions, by one stage."""
+        """One stage on an image's regions: logits (R, classes + 1) and deltas (R, 4)."""
         x = self.region_features(table, rois, 7)
         if x.requires_grad:  # three stages read the same features (Cascade R-CNN)
             x.register_hook(lambda gradient: gradient / len(STAGES))
         return self.boxes[stage](x)
 
     def mask_logits(self, table, rois, labels):
-        """(R, 28, 28) float32: of each region, the map of its class."""
-        x = self.region_features(table, rois, 14)
-        x = self.mask(x.to(table.dtype))
+        """(R, 28, 28) float32: for each region, the map of its class."""
+        x = self.mask(self.region_features(table, rois, 14).to(table.dtype))
         return x[torch.arange(len(x), device=x.device), labels].float()
 
     @torch.no_grad()
     def detect(self, images, sizes):
-        """Each image's detections, the best first: {"boxes", "scores", "labels", "masks"}.
+        """Each image's detections, best first: {"boxes", "scores", "labels", "masks"}.
 
-        sizes: (height, width) of each image within its padding. Masks are probabilities,
-        (k, 28, 28) in their boxes: see paste_masks. A detector without a mask head: None.
+        sizes: (height, width) of each image within its padding. Masks are
+        probabilities, (k, 28, 28) in their boxes: see paste_masks; None for a detector
+        without a mask head.
         """
         s, found = self.settings, []
         for table, scores, deltas, size in zip(*self.predict(images), sizes):
@@ -635,7 +455,7 @@ class Detector(nn.Module):
 
 
 def detector_flops(model):
-    """Forward FLOPs of a training step on one image with the largest number of regions."""
+    """Forward FLOPs of a training step on one image with the most regions."""
     s = model.settings
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         twin = Detector(**model.config)
@@ -647,11 +467,11 @@ def detector_flops(model):
     return counter.get_total_flops()
 
 
-# ------------------------------------------------------------------------------- files of detectors
+# ----------------------------------------------------------------------- files of detectors, results
 
 
 def read_detector(path):
-    """(state, config) of a Detector's model.pt. Raises ValueError, one line, if it holds none."""
+    """(state, config) of a Detector's model.pt. Raises ValueError if it holds none."""
     found = detector_in(*open_weights(path))
     if found is None:
         raise ValueError(f"{path} holds no detector: finetune.py --task detect makes one")
@@ -659,12 +479,12 @@ def read_detector(path):
 
 
 def read_weights(path, *arguments):
-    """read_detector or, for other files, model.read_weights with its further arguments."""
+    """read_detector or, for other files, model.read_weights with all arguments."""
     return detector_in(*open_weights(path)) or read_encoder(path, *arguments)
 
 
 def detector_in(content, path):
-    """(state, config) of the Detector in the content of a file; None if it holds no detector."""
+    """(state, config) of the Detector in the content of a file; None if there is none."""
     config = content.get("config") if isinstance(content, dict) else None
     if not isinstance(config, dict) or "anchor_sizes" not in config:
         return None
@@ -678,29 +498,28 @@ def detector_in(content, path):
     return content["model"], model.config
 
 
-# ------------------------------------------------------------------------------- detection, results
-
-
 @torch.inference_mode()
 def detect_in(model, scenes, batch_size=8, workers=0, device="cpu", max_bad=0.01):
-    """What a Detector finds in scenes, on every process: see average_precision for the format.
+    """Detections in scenes, on every process: see average_precision for the format.
 
-    The same for any number of processes. Raises ValueError if more than the fraction max_bad of the
-    pictures cannot be read (one alone may), or none can.
+    The same for any number of processes. Raises ValueError if more than the fraction
+    max_bad of the pictures cannot be read (one alone may), or none can.
     """
     process, processes = 0, 1
     if dist.is_initialized():
         process, processes = dist.get_rank(), dist.get_world_size()
-    batch_size = 2 * processes * max(1, batch_size // 2)  # Batches wants pairs for each process
+    batch_size = 2 * processes * max(1, batch_size // 2)  # pairs for each process
     batches = Batches(scenes, scene_maker(scenes, model.config), batch_size, process, processes)
     found, bad, total = {}, 0, int(scenes.sizes.sum())
     model.eval()
     steps = loader(batches, range(len(batches)), workers)
-    for batch in tqdm(steps, desc="detecting", leave=False, disable=None if process == 0 else True):
+    hidden = None if process == 0 else True
+    for batch in tqdm(steps, desc="detecting", leave=False, disable=hidden):
         bad += len(batch["bad"])
         for name in batch["bad"]:
             print(f"unreadable, nothing is found in it: {name}", file=sys.stderr)
-        inside = (batch["sizes"] * batch["scales"].flip(1)).round()  # (height, width) in the square
+        # (height, width) of each picture in the square
+        inside = (batch["sizes"] * batch["scales"].flip(1)).round()
         answers = model.detect(normalize(batch["images"].to(device)), inside.tolist())
         for i, answer in enumerate(answers):
             if batch["weight"][i]:
@@ -721,12 +540,13 @@ def detect_in(model, scenes, batch_size=8, workers=0, device="cpu", max_bad=0.01
 def add_result_flags(parser):
     """Add the flags of evaluate.py for what a detector finds."""
     add = parser.add_argument
-    add("--out", type=png, help="PNG to write (detections.png beside the checkpoint)")
-    add("--results", type=new_file, help="write what is found as this .json, in COCO's format")
+    add("--out", type=flags.png, help="PNG to write (detections.png beside the checkpoint)")
+    results = "write what is found as this .json, in COCO's format"
+    add("--results", type=flags.new_file, help=results)
 
 
 def task_detect(model, sources, run):
-    """COCO's or LVIS's average precision of a detector, or of its results in COCO's format."""
+    """COCO's or LVIS's average precision of a detector, or of results in a .json."""
     scenes = sources[-1]
     if model is None:
         found = read_results(run.checkpoint, scenes)
@@ -749,11 +569,11 @@ def task_detect(model, sources, run):
     return detection_numbers(scenes, found)
 
 
-# ----------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------- stage 3's task
 
-# size: lr at batch 64 (COCO, LVIS), layer decay, drop path (COCO, LVIS), epochs (COCO, LVIS) of
-# detect: detectron2's projects/ViTDet, which the paper starts from. 2B is H with L's layer decay
-# (recalled); 6.5B is ours to guess; toy and others are ours.
+# size: lr at batch 64 (COCO, LVIS), layer decay, drop path (COCO, LVIS), epochs (COCO,
+# LVIS) of detect: detectron2's projects/ViTDet, which the paper starts from. 2B is H
+# with L's layer decay (unverified); 6.5B, toy and others are our choice.
 VITDET = {
     "B": ((1e-4, 2e-4), 0.7, (0.1, 0.1), (100, 100)),
     "L": ((1e-4, 2e-4), 0.8, (0.4, 0.4), (100, 100)),
@@ -764,40 +584,11 @@ VITDET = {
 }
 
 
-# ----------------------------------------------------------------------------------------- training
-
-
-def learn_scenes(run, model, micro_batches, totals):
-    """Backward through a step's batches of scenes: see finetune.py's train."""
-    for batch in micro_batches:
-        losses, _ = model(normalize(batch["images"]), batch["targets"])
-        loss = (losses * batch["weight"]).sum() / run.batch_size
-        (loss * run.processes).backward()  # gradients are averaged over the processes
-        weight = batch["weight"]
-        totals.add(loss.detach(), weight.sum(), batch["bad"], (weight == 0).sum())
-
-
-def vitdet_schedule(step, steps, warmup):
-    """The lr as a fraction of its peak: detectron2's for ViTDet.
-
-    Warm-up from a thousandth over 250 steps (at most a twentieth of the run), then drops to a tenth
-    after 8/9 and again after 26/27 of the steps.
-    """
-    rise = min(250, steps // 20)
-    if step < rise:
-        return 0.001 + 0.999 * step / rise
-    return 0.1 ** ((9 * step >= 8 * steps) + (27 * step >= 26 * steps))
-
-
-# ----------------------------------------------------------------------------------- stage 3's task
-
-
 def add_flags(groups):
     flags.add_resume_flags(groups)
-    scale = flags.positive
     add = groups["data"].add_argument
-    add("--min-jitter", type=scale, help="least scale of a picture (0.1; toy: 0.8)")
-    add("--max-jitter", type=scale, help="largest (2.0; toy: 1.25)")
+    add("--min-jitter", type=flags.positive, help="least scale of a picture (0.1; toy: 0.8)")
+    add("--max-jitter", type=flags.positive, help="largest (2.0; toy: 1.25)")
     add = groups["model"].add_argument
     below_1 = flags.number(float, 0, 0.999)
     add("--drop-path", type=below_1, help="of the last block, rising from 0 (B 0.1, L 0.4, H 0.5)")
@@ -811,14 +602,15 @@ def add_flags(groups):
 def prepare(run, finetune):
     given_size = run.image_size
     finetune.read_init(run, read=read_weights)
-    toy, state, grid = run.data in (None, "toy"), *(run.weights or ({}, None))
+    toy, toy_size = run.data in (None, "toy"), run.config["size"] == "toy"
+    state, grid = run.weights or ({}, None)
     is_detector = "trunk.pos_embed" in state
-    usual = run.image_size if is_detector else (128 if run.config["size"] == "toy" else 1024,) * 2
+    usual = run.image_size if is_detector else (128 if toy_size else 1024,) * 2
     height, width = given_size or usual
     if height != width:
         raise ValueError(f"--image-size {height}x{width}: detect fills pictures up to a square")
     if not toy and run.data.endswith(".json") and not run.val_data:
-        raise ValueError(f"{run.data} is all of the data: give --val-data, too")
+        raise ValueError(f"{run.data} is all of the data: give --val-data as well")
     run.image_size, run.config["image_size"] = (height, width), height
     run.train, run.val = open_scenes(run.data or "toy", run.val_data, height)
     run.val = ToyScenes("val", height, 64) if toy else run.val
@@ -826,28 +618,24 @@ def prepare(run, finetune):
     if is_detector and run.classes_of_head != run.train.classes:  # they are learned anew
         of_classes = re.compile(r"boxes\.\d\.class_predictor\.|mask\.predictor\.")
         run.weights = {n: t for n, t in state.items() if not of_classes.match(n)}, grid
-    low, high = (0.8, 1.25) if toy else (0.1, 2.0)  # ViTDet's; toy is our choice
-    low = low if run.min_jitter is None else run.min_jitter
-    high = high if run.max_jitter is None else run.max_jitter
-    run.jitter = low, high
+    low = run.min_jitter or (0.8 if toy else 0.1)  # ViTDet's; toy is our choice
+    high = run.max_jitter or (1.25 if toy else 2.0)
     if low > high:
         raise ValueError(f"--min-jitter {low} is over --max-jitter {high}")
+    run.jitter = low, high
 
-    lvis, run.toy = run.train.frequencies is not None, toy and run.config["size"] == "toy"
+    lvis, run.toy = run.train.frequencies is not None, toy and toy_size
     rates, layer_decay, drop_paths, lengths = VITDET.get(run.config["size"], VITDET["B"])
-    batch_size, scale = 64, (run.batch_size or 64) / 64
-    if run.config["size"] == "toy":
-        batch_size, scale = 2, 1
-    # Encoders that have learned hashtags have a head (the paper's choice, unverified).
-    has_head = run.weights and "head.weight" in run.weights[0]
     return {
-        "batch_size": batch_size,
-        "lr": rates[lvis] * scale,
+        "batch_size": 2 if toy_size else 64,
+        "lr": rates[lvis] * (1 if toy_size else (run.batch_size or 64) / 64),
         "epochs": 0.02 if run.toy else lengths[lvis],
         "layer_decay": layer_decay,
         "drop_path": drop_paths[lvis],
         "weight_decay": 0.1,
-        "decay_floor": 0.1 if has_head else 0.0,
+        # Encoders that have learned hashtags have a head (the paper's choice,
+        # unverified).
+        "decay_floor": 0.1 if "head.weight" in state else 0.0,
         "warmup": 0.05 if run.toy else 0.0,  # see vitdet_schedule
         "min_jitter": run.min_jitter,
         "max_jitter": run.max_jitter,
@@ -867,26 +655,27 @@ def main(run, finetune):
         run.say(load_trunk(model, *run.weights))
     model.trunk.pos_embed.requires_grad_()  # trained from here on (detectron2)
     config = model.config | {"positions": "learned"}
-    # One picture of 1024 pixels fills a GPU, and so do the biases of attention: see tests/bench.
-    run.micro_batch = run.micro_batch or (
-        run.batch_size // run.processes if run.image_size[0] <= 256 else 2
-    )
+    if not run.micro_batch:
+        # A picture of 1024 pixels fills a GPU, and so do the biases of attention:
+        # tests/bench.
+        per_process = run.batch_size // run.processes
+        run.micro_batch = per_process if run.image_size[0] <= 256 else 2
+    run.save_every = run.save_every or min(5000, math.ceil(run.steps / 3))
+    found = {}
 
     def optimizer(model):
-        # Of H on, detectron2 decays norms and positions, too; of B and L, biases and relative ones.
+        # From H on, detectron2 decays norms and positions as well. (For B and L, it
+        # also decays biases and relative positions, which are not decayed here.)
         all_decayed = run.config["size"] in ("H", "2B", "6.5B")
         settings = run.weight_decay, run.layer_decay, run.decay_floor, all_decayed
         return finetune.adamw(finetune.layer_groups(model, *settings), run)
 
-    def found(model):
-        options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
-        return detect_in(model, run.val, **options)
-
     def measure(model):
-        last[:] = [found(model)]
-        return detection_numbers(run.val, *last)
+        nonlocal found
+        options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
+        found = detect_in(model, run.val, **options)
+        return detection_numbers(run.val, found)
 
-    last, run.save_every = [], run.save_every or min(5000, math.ceil(run.steps / 3))
     make = scene_maker(run.train, {**run.config, "image_size": run.image_size}, run.jitter)
     more = {"measure": measure, "methods": ("detect",), "schedule": vitdet_schedule}
     more["shown"] = {"bbox_AP": "box AP {:.1%}", "bbox_AP50": "box AP50 {:.1%}"}
@@ -894,9 +683,32 @@ def main(run, finetune):
     flops = 3 * detector_flops(model)
     if not finetune.train(run, model, optimizer, make, flops, learn_scenes, order=order, **more):
         return
-    # Every process takes part. A run that was at its end when it began has found nothing yet.
-    detections, weights = last[0] if last else found(model), full_state(model)
+    # Every process takes part. A run that was at its end when it began has found
+    # nothing yet.
+    result = detection_numbers(run.val, found) if found else measure(model)
+    weights = full_state(model)
     if run.process == 0:
-        print_detection(run.val, detections, run.out / "detections.png")
-    result = detection_numbers(run.val, detections)
+        print_detection(run.val, found, run.out / "detections.png")
     finetune.finish(run, weights, config, result, "detect")
+
+
+def learn_scenes(run, model, micro_batches, totals):
+    """Backward through a step's batches of scenes: see finetune.py's train."""
+    for batch in micro_batches:
+        losses, _ = model(normalize(batch["images"]), batch["targets"])
+        loss = (losses * batch["weight"]).sum() / run.batch_size
+        (loss * run.processes).backward()  # gradients are averaged over the processes
+        weight = batch["weight"]
+        totals.add(loss.detach(), weight.sum(), batch["bad"], (weight == 0).sum())
+
+
+def vitdet_schedule(step, steps, warmup):
+    """The lr as a fraction of its peak: detectron2's for ViTDet.
+
+    Warm-up from a thousandth over 250 steps (at most a twentieth of the run), then
+    drops to a tenth after 8/9 and again after 26/27 of the steps.
+    """
+    rise = min(250, steps // 20)
+    if step < rise:
+        return 0.001 + 0.999 * step / rise
+    return 0.1 ** ((9 * step >= 8 * steps) + (27 * step >= 26 * steps))

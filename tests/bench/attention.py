@@ -4,15 +4,15 @@
     python tests/bench/attention.py > speed.csv           # only the table of speed goes to stdout
     python tests/bench/attention.py --compile 80 90 100   # for sm_80, sm_90, sm_100; needs no GPU
 
-Errors are the largest against float64, beside those of the definition in PyTorch. Without a GPU the
-kernels run in Triton's interpreter.
-Speed is in bfloat16, beside each backend of PyTorch's attention and the definition: medians, with
-65,536 tokens in all. tests/bench/attention_h200.csv is this table, and the rule in kernels.choose()
-rests on it: after a run on another GPU, add the table here and the capability to kernels.MEASURED.
---compile prints registers, spilled bytes and bytes of shared memory of each kernel and shape.
+Errors are the largest against float64, beside those of the definition in PyTorch.
+Without a GPU the kernels run in Triton's interpreter. Speed is in bfloat16, beside each
+backend of PyTorch's attention and the definition: medians, with 65,536 tokens in all.
+tests/bench/attention_h200.csv is this table, and the rule in kernels.py rests on it:
+after a run on another GPU, add the table here and the capability to kernels.MEASURED.
+--compile prints registers, spilled bytes and bytes of shared memory of each kernel and
+shape.
 """
 
-import argparse
 import itertools
 import math
 import os
@@ -24,8 +24,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+import common
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -34,8 +33,8 @@ if __name__ == "__main__" and not torch.cuda.is_available() and "--compile" not 
 import kernels
 from kernels import pytorch_attention, reference, triton, triton_attention
 
-# (tokens, first query, heads, columns): of every size, MAE's encoder and its decoder, and the
-# classifier at 224 and at 512 (patch 16) or 518 (patch 14).
+# (tokens, first query, heads, columns): of every size, MAE's encoder and its decoder,
+# and the classifier at 224 and at 512 (patch 16) or 518 (patch 14).
 SHAPES = [(tokens, 0, heads, 64) for heads in (12, 16) for tokens in (50, 197, 1025)]
 SHAPES += [(n, 0, h, c) for h, c in ((16, 80), (32, 80), (32, 128)) for n in (65, 257, 1370)]
 SHAPES += [(197, 0, 16, 32), (197, 50, 16, 32), (257, 0, 16, 32), (257, 65, 16, 32)]
@@ -44,8 +43,8 @@ say = partial(print, file=sys.stderr)  # stdout is for the tables that are kept 
 
 
 def main():
-    parser = argparse.ArgumentParser("attention.py", description=__doc__.splitlines()[0])
-    chips = "compile for these compute capabilities, times ten, and print what it takes"
+    parser = common.make_parser(__doc__)
+    chips = "compile for these compute capabilities, times ten, and print the resources"
     parser.add_argument("--compile", type=int, nargs="+", metavar="CHIP", help=chips)
     options = parser.parse_args()
     if triton.__version__ is None:
@@ -73,6 +72,20 @@ def random_tensors(batch, tokens, first, heads, columns, device, dtype):
 # ------------------------------------------------------------------------------------------ errors
 
 
+def errors_of(functions, qkv, grad, heads, first):
+    """The largest errors against float64 of functions' results, then of their gradients."""
+
+    def results(function, dtype):
+        given = qkv.detach().to(dtype).requires_grad_()
+        out = function(given, heads, first)
+        out.backward(grad.to(dtype))
+        return out.detach(), given.grad
+
+    exact = results(reference, torch.float64)
+    found = [results(function, qkv.dtype) for function in functions]
+    return [(pair[i] - exact[i]).abs().max().item() for i in (0, 1) for pair in found]
+
+
 def correctness(device):
     """Print the largest errors against float64, of the kernels and of the definition."""
     say("tokens first columns dtype    result: kernels PyTorch   gradient: kernels PyTorch")
@@ -81,14 +94,7 @@ def correctness(device):
     dtypes += [torch.bfloat16] if device.type == "cuda" else []
     for (tokens, first, columns), dtype in itertools.product(shapes, dtypes):
         qkv, grad = random_tensors(2, tokens, first, 2, columns, device, dtype)
-        found = []
-        ways = (reference, torch.float64), (triton_attention, dtype), (reference, dtype)
-        for function, kind in ways:
-            given = qkv.detach().to(kind).requires_grad_()
-            out = function(given, 2, first)
-            out.backward(grad.to(kind))
-            found.append((out, given.grad))
-        errors = [(x - exact).abs().max() for exact, *two in zip(*found) for x in two]
+        errors = errors_of((triton_attention, reference), qkv, grad, 2, first)
         line = "{:6} {:5} {:7} {:9} {:14.1e} {:7.1e} {:19.1e} {:7.1e}"
         say(line.format(tokens, first, columns, str(dtype).removeprefix("torch."), *errors))
 

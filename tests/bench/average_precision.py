@@ -2,27 +2,24 @@
 
     python tests/bench/average_precision.py --images 5000 --detections 100
 
-Scenes of about 640 x 480 with some 7 objects of 80 classes each, masks of ellipses; detections are
-shifted objects, half of them of another class, with some random ones. Seconds are the process's own
-of one core: others may be busy on the machine.
+Scenes of 640 x 480 with some 7 objects of 80 classes each, masks of ellipses;
+detections are shifted objects, half of them of another class, with some random ones.
+Seconds are CPU time of one thread.
 """
 
-import argparse
 import contextlib
 import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+import common
 import numpy as np
 
-from tasks import coco
-from tasks import scenes as scenes_module
+from tasks.coco import average_precision, polygon_to_rle
+from tasks.scenes import Scenes, write_results
 
 HEIGHT, WIDTH = 480, 640
 
@@ -42,44 +39,39 @@ def random_boxes(random, count):
 
 def make(images, count, folder):
     """(Scenes, detections)"""
-    random = np.random.RandomState(0)
-    content = {"images": [], "annotations": [], "categories": []}
-    content["categories"] = [{"id": k, "name": str(k)} for k in range(1, 81)]
-    detections = {}
+    random, annotations, detections = np.random.RandomState(0), [], {}
     for image in range(1, images + 1):
-        content["images"].append({"id": image, "height": HEIGHT, "width": WIDTH, "file_name": "x"})
         boxes = random_boxes(random, 1 + random.poisson(6))
         labels = random.choice(random.randint(0, 80, 3), len(boxes))
         for box, label in zip(boxes, labels.tolist()):
-            x, y, w, h = (*box[:2].tolist(), *(box[2:] - box[:2]).tolist())
-            one = {"id": 1 + len(content["annotations"]), "image_id": image, "iscrowd": 0}
-            one |= {"category_id": label + 1, "bbox": [x, y, w, h], "area": w * h * np.pi / 4}
-            content["annotations"].append(one | {"segmentation": [ellipse(box).ravel().tolist()]})
-        pick = random.randint(0, len(boxes), count)
-        found = boxes[pick] + random.normal(0, 0.08, (count, 4)) * np.tile(
-            boxes[pick, 2:] - boxes[pick, :2], 2
-        )
+            x, y, w, h = [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()]
+            one = {"id": 1 + len(annotations), "image_id": image, "category_id": label + 1}
+            one |= {"bbox": [x, y, w, h], "area": w * h * np.pi / 4, "iscrowd": 0}
+            annotations.append(one | {"segmentation": [ellipse(box).ravel().tolist()]})
+        pick, other = random.randint(0, len(boxes), count), random.rand(count) < 0.5
+        sides = np.tile(boxes[pick, 2:] - boxes[pick, :2], 2)
+        found = boxes[pick] + random.normal(0, 0.08, (count, 4)) * sides
         found[: count // 4] = random_boxes(random, count // 4)
-        found = np.concatenate([found[:, :2], np.maximum(found[:, 2:], found[:, :2] + 2)], axis=1)
-        other = random.rand(count) < 0.5
-        masks = [coco.polygon_to_rle(ellipse(box), HEIGHT, WIDTH) for box in found]
+        found[:, 2:] = np.maximum(found[:, 2:], found[:, :2] + 2)
         detections[image] = {
             "boxes": found,
             "scores": random.rand(count),
             "labels": np.where(other, random.randint(0, 80, count), labels[pick]),
-            "masks": masks,
+            "masks": [polygon_to_rle(ellipse(box), HEIGHT, WIDTH) for box in found],
         }
-    path = f"{folder}/instances_val.json"
-    Path(path).write_text(json.dumps(content))
-    return scenes_module.Scenes(path, folder), detections
+    listed = {"height": HEIGHT, "width": WIDTH, "file_name": "x"}
+    content = {"images": [{"id": image, **listed} for image in detections]}
+    content["categories"] = [{"id": k, "name": str(k)} for k in range(1, 81)]
+    path = Path(folder, "instances_val.json")
+    path.write_text(json.dumps(content | {"annotations": annotations}))
+    return Scenes(str(path), folder), detections
 
 
 def reference(path, results, kind):
-    """(12 numbers, seconds) of pycocotools, reading and accumulation included."""
+    """The 12 numbers of pycocotools, reading and accumulation included."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    began = time.process_time()
     for result in results:
         result.pop("bbox" if kind == "segm" else "segmentation", None)
     with contextlib.redirect_stdout(None):
@@ -88,29 +80,29 @@ def reference(path, results, kind):
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return evaluation.stats, time.process_time() - began
+    return evaluation.stats
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, default=5000)
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--images", type=int, default=5000, help="scenes")
     parser.add_argument("--detections", type=int, default=100, help="of an image")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        scenes, detections = make(arguments.images, arguments.detections, folder)
-        scenes_module.write_results(f"{folder}/results.json", scenes, detections)
-        print(f"{len(scenes.labels)} objects, {arguments.images} x {arguments.detections} found")
+        scenes, detections = make(options.images, options.detections, folder)
+        write_results(f"{folder}/results.json", scenes, detections)
+        print(f"{len(scenes.labels)} objects, {options.images} x {options.detections} found")
         print(f"{'':6}{'here':>10}{'pycocotools':>14}{'AP':>9}{'difference':>13}")
         for kind in ("bbox", "segm"):
             began = time.process_time()
-            ours = coco.average_precision(scenes, detections, kind)
+            ours = [*average_precision(scenes, detections, kind).values()]
             seconds = time.process_time() - began
-            results = json.loads(Path(f"{folder}/results.json").read_text())
-            theirs, other = reference(scenes.path, results, kind)
-            gap = np.abs(np.array(list(ours.values())) - theirs).max()
-            print(
-                f"{kind:6}{seconds:8.1f} s{other:12.1f} s{ours['AP']:9.4f}{gap:13.1e}", flush=True
-            )
+            results = json.loads(Path(folder, "results.json").read_text())
+            began = time.process_time()
+            theirs = reference(scenes.path, results, kind)
+            others = time.process_time() - began
+            gap = np.abs(np.array(ours) - theirs).max()
+            print(f"{kind:6}{seconds:8.1f} s{others:12.1f} s{ours[0]:9.4f}{gap:13.1e}", flush=True)
 
 
 if __name__ == "__main__":

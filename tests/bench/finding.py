@@ -1,16 +1,16 @@
 """The paper's finding, small: hashtags from scratch against hashtags after MAE, at equal samples.
 
-    python tests/bench/finding.py --data DIR --labels FILE.jsonl --out OUT [--png curve.png]
-    python tests/bench/finding.py --data toy --out OUT --epochs 0.3,1
+    python tests/bench/finding.py --data DIR --labels FILE.jsonl --out OUT [--png
+    curve.png] python tests/bench/finding.py --data toy --out OUT --epochs 0.3,1
 
-For every seed: stage 1 once; then stage 2, for each length, from scratch and from stage 1; and with
---equal-flops from scratch for as long as costs the FLOPs of stage 1 and the shortest stage 2.
-Each encoder is measured with closed-form probes on the class token, and with --finetune EPOCHS as a
-whole, on DATA/val; with --transfer DIR by few-shot probes on other pictures. What is in OUT is not
-run again, so that more can be asked for later.
+For every seed: stage 1 once; then stage 2, for each length, from scratch and from stage
+1; and with --equal-flops from scratch for as long as costs the FLOPs of stage 1 and the
+shortest stage 2. Each encoder is measured with closed-form probes on the class token,
+and with --finetune EPOCHS as a whole, on DATA/val; with --transfer DIR by few-shot
+probes on other pictures. What is in OUT is not run again, so that more can be added
+later.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -19,17 +19,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+import common
 import torch
 
-import model as models
-from support import plan
+from model import MAE, Classifier
+from support.plan import flops_per_image
 
 
 def run(script, *flags, log):
-    """One command, one thread; its last line on stdout."""
-    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    """Run one command on one thread; return its last line on stdout."""
+    command = [sys.executable, str(common.ROOT / script), *map(str, flags)]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=one_thread)
     with open(log, "a") as file:
@@ -44,20 +43,19 @@ def gflops(folder, kind):
     with torch.device("meta"):
         model = kind(**torch.load(folder / "model.pt", weights_only=True)["config"])
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    return 3 * plan.flops_per_image(model) * last["samples"] / 1e9
+    return 3 * flops_per_image(model) * last["samples"] / 1e9
 
 
 def one_seed(seed, lengths, arguments, results):
-    out, log = Path(arguments.out), Path(arguments.out) / f"seed{seed}.log"
-    toy = arguments.data == "toy"
+    out, log, toy = arguments.out, arguments.out / f"seed{seed}.log", arguments.data == "toy"
     fresh = ["--size", arguments.size, "--patch-size", arguments.patch_size]
     fresh = [] if toy else [*fresh, "--image-size", arguments.image_size]
-    common = ["--data", arguments.data, "--seed", seed, "--workers", 1]
-    common += [] if toy else ["--batch-size", 256, "--min-crop", 1]
+    shared = ["--data", arguments.data, "--seed", seed, "--workers", 1]
+    shared += [] if toy else ["--batch-size", 256, "--min-crop", 1]
 
     def stage(name, script, *flags):
         if not (out / name / "model.pt").exists():
-            run(script, *common, "--out", out / name, *flags, log=log)
+            run(script, *shared, "--out", out / name, *flags, log=log)
 
     def probed(weights, data, shots):
         flags = ["--task", "fewshot", "--pool", "cls", "--shots", shots, "--data", data]
@@ -74,10 +72,10 @@ def one_seed(seed, lengths, arguments, results):
             top1 = probed(weights, arguments.transfer, "1,5,10")
             found |= {f"transfer {shots}-shot": value for shots, value in top1.items()}
         if arguments.finetune and "finetuned" not in known:
-            flags = ["--task", "classify", "--init", weights, "--out", out / f"finetuned-{name}"]
-            flags += ["--epochs", arguments.finetune, "--pool", "cls", "--lr", 1e-3]
-            flags += ["--mixup", 0, "--cutmix", 0, "--rand-augment", 0, "--erase", 0]
-            top1 = run("finetune.py", *common, *flags, "--warmup", 0.1, log=log)
+            flags = f"--task classify --epochs {arguments.finetune} --pool cls --lr 1e-3 "
+            flags += "--mixup 0 --cutmix 0 --rand-augment 0 --erase 0 --warmup 0.1"
+            where = ["--init", weights, "--out", out / f"finetuned-{name}"]
+            top1 = run("finetune.py", *shared, *where, *flags.split(), log=log)
             found["finetuned"] = json.loads(top1)["top1"]
         if found:
             row |= {"gflops": spent, **found}
@@ -86,19 +84,19 @@ def one_seed(seed, lengths, arguments, results):
             print(row, flush=True)
 
     mae = f"mae-{seed}"
-    length = [] if toy else ["--lr", 1.5e-3, "--epochs", arguments.mae_epochs]
+    length = [] if toy else ["--lr", 1.5e-3, "--epochs", 10]
     decoder = [] if toy else ["--decoder", arguments.decoder]
     stage(mae, "mae_pretrain.py", *fresh, *decoder, *length)
-    spent = gflops(out / mae, models.MAE)
+    spent = gflops(out / mae, MAE)
     measure(mae, "mae", 0, spent)
 
     def tags(start, epochs):
         name = f"weak-{seed}-{start}-{epochs}"
-        labels = ["--labels", arguments.labels, "--tags", out / "tags", "--lr", arguments.lr]
+        labels = ["--labels", arguments.labels, "--tags", out / "tags", "--lr", 4e-4]
         flags = [] if toy else labels
         flags += ["--init", out / mae / "model.pt"] if start == "mae" else fresh
         stage(name, "weak_pretrain.py", "--epochs", epochs, *flags)
-        cost = gflops(out / name, models.Classifier)
+        cost = gflops(out / name, Classifier)
         measure(name, start, epochs, cost + (spent if start == "mae" else 0))
         return cost
 
@@ -109,10 +107,8 @@ def one_seed(seed, lengths, arguments, results):
         tags("scratch", round(lengths[0] + epochs * spent / cost, 1))
 
 
-def read(results):
-    return (
-        [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    )
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def table(rows):
@@ -159,36 +155,31 @@ def draw(groups, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="a folder with train/ and val/, or toy")
-    parser.add_argument("--labels", help="hashtags of DATA's pictures")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--size", default="128x6x2")
-    parser.add_argument("--image-size", type=int, default=48)
-    parser.add_argument("--patch-size", type=int, default=8)
-    parser.add_argument("--decoder", default="64x1x2")
-    parser.add_argument("--mae-epochs", type=float, default=10)
-    parser.add_argument("--lr", type=float, default=4e-4, help="of stage 2, at batch 256 (4e-4)")
-    parser.add_argument("--epochs", default="1,3,10", help="lengths of stage 2")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--equal-flops", action="store_true", help="from scratch, too")
-    parser.add_argument("--finetune", type=float, help="epochs of finetuning")
-    parser.add_argument("--transfer", help="another folder with train/ and val/")
-    parser.add_argument("--jobs", type=int, default=2, help="commands at once, one thread each")
-    parser.add_argument("--png", help="draw the curve (needs matplotlib)")
+    parser = common.make_parser(__doc__)
+    add = parser.add_argument
+    add("--data", required=True, help="a folder with train/ and val/, or toy")
+    add("--labels", help="hashtags of DATA's pictures")
+    add("--out", type=Path, required=True, help="folder of the runs and their results")
+    add("--size", default="128x6x2", help="of the encoder; toy: the stages' own")
+    add("--image-size", type=int, default=48, help="side")
+    add("--patch-size", type=int, default=8, help="side")
+    add("--decoder", default="64x1x2", help="of the MAE")
+    add("--epochs", default="1,3,10", help="lengths of stage 2")
+    add("--seeds", default="0,1,2", help="of all runs")
+    add("--equal-flops", action="store_true", help="also from scratch for the FLOPs of both stages")
+    add("--finetune", type=float, help="epochs of finetuning")
+    add("--transfer", help="another folder with train/ and val/")
+    add("--png", help="draw the curve (needs matplotlib)")
     arguments = parser.parse_args()
-    out = Path(arguments.out)
+    out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     if arguments.labels and not (out / "tags" / "vocabulary.json").exists():
         index = ["--labels", arguments.labels, "--out", out / "tags"]
         print(run("data.py", "hashtags", arguments.data, *index, log=out / "tags.log"))
     lengths = [float(text) for text in arguments.epochs.split(",")]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        jobs = [
-            pool.submit(one_seed, int(seed), lengths, arguments, out / "results.jsonl")
-            for seed in arguments.seeds.split(",")
-        ]
-        [job.result() for job in jobs]
+    with ThreadPoolExecutor(2) as pool:  # commands at once, one thread each
+        one = lambda seed: one_seed(int(seed), lengths, arguments, out / "results.jsonl")
+        list(pool.map(one, arguments.seeds.split(",")))
     groups = table(read(out / "results.jsonl"))
     if arguments.png:
         draw(groups, arguments.png)

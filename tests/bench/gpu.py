@@ -1,31 +1,27 @@
-"""Everything about one GPU in one call of six minutes: is it right, how fast, and what takes time.
+"""Everything about one GPU in six minutes: is it right, how fast is it, and what takes time.
 
     python tests/bench/gpu.py --peer MAE_CHECKOUT           # a checkout of facebookresearch/mae
     python tests/bench/gpu.py --rehearse                    # tiny models on the CPU: finds typos
     python tests/bench/gpu.py --parts ahead steps --sizes L         # some of it
 
-On a day with a GPU this comes first, whatever else is being worked on: one run of 6 minutes, read
-it, mend the largest thing, one more run, commit the results (--out, tests/bench/results). They are
-GPU-DATE.csv, a row for each measurement, and GPU-DATE-profile.txt. Rows are written as they come,
-the most important ones first: a run may be cut off at any moment. What does not fit into --seconds
-is left out, and named.
+The results (--out, tests/bench/results) are GPU-DATE.csv, a row for each measurement,
+and GPU-DATE-profile.txt. Rows are written as they come, the most important ones first:
+a run may be cut off at any moment. What does not fit into --seconds is left out, and
+named.
 
 correctness  Stage 1 (toy, 30 steps, stopped and resumed) in bf16 on the GPU against fp32 on the
              CPU; the Triton attention against float64.
 ahead        Meanwhile, other processes compile the largest models, into torch's cache on disk.
 steps        Training steps as mae_pretrain.py takes them: normalize uint8, forward, backward,
-             gradient norm, one host read, AdamW, zero_grad. Pictures lie on the GPU. Variants of a
-             size run in turn, as far as memory allows. Times are medians of 5 rounds of 10 steps,
-             with one synchronisation a round.
+             gradient norm, one host read, AdamW, zero_grad. Pictures lie on the GPU. Variants of
+             a size run in turn, as far as memory allows. Times are medians of 5 rounds of 10
+             steps, with one synchronisation a round.
 profile      What the GPU does in three steps of B at 256 and of H at 128.
 
-The peer gets what ours has: fused AdamW, bf16, the norm, one read; its memory layout is its own.
-MFU counts our FLOPs for both. "peak GiB" is without what the variants beside it hold. "warm-up
-s" is for building, compiling and 4 steps: after "ahead", compiled code comes from the cache.
-
-Predictions, by arithmetic: B at 256 takes 42 ms (6,100 images/s, 36 % of an H200's peak), L at 256
-75 ms (3,400, 43 %), H at 128 82 ms (1,560, 45 %). Goals: 1.5 times the fastest peer at each size;
-an MFU of 35 % for B, 40 % for L, 45 % for H.
+The peer gets what ours has: fused AdamW, bf16, the norm, one read; its memory layout is
+its own. MFU counts our FLOPs for both. "peak GiB" is without what the variants beside
+it hold. "warm-up s" is for building, compiling and 4 steps: after "ahead", compiled
+code comes from the cache. Predictions and goals: see docs/speed.md.
 """
 
 import argparse
@@ -53,7 +49,8 @@ if REHEARSAL:
 
 import torch
 import torch.distributed as dist
-from attention import random_tensors
+from attention import errors_of, random_tensors
+from common import ROOT, make_parser
 from peer import build_peer, peer_step
 from torch.nn.utils import get_total_norm
 
@@ -63,7 +60,6 @@ import model as models
 from support import launch, plan
 from support.cuda_graph import CUDAGraph
 
-ROOT = Path(__file__).resolve().parents[2]
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 COLUMNS = ["part", "size", "batch", "variant", "images/s", "ms per step", "slowest", "fastest"]
@@ -87,7 +83,8 @@ PEERS = {  # (F.scaled_dot_product_attention instead of its own attention, torch
 MAIN = ["compiled", "compiled+graph", "peer, SDPA, compiled", "compiled, read late"]
 MAIN += ["peer, SDPA"]
 OTHERS = [variant for variant in [*OURS, *PEERS] if variant not in MAIN]
-# (tokens, first query, heads, columns) of the encoder, the decoder and its last block: B, then H.
+# (tokens, first query, heads, columns) of the encoder, the decoder and its last block:
+# B, then H.
 SHAPES = [(50, 0, 12, 64), (197, 0, 16, 32), (197, 50, 16, 32)]
 SHAPES += [(65, 0, 16, 80), (257, 0, 16, 32), (257, 65, 16, 32)]
 KINDS = {  # of kernels, by words in their names
@@ -97,7 +94,8 @@ KINDS = {  # of kernels, by words in their names
     "compiled": "^triton_",
     "others": "",
 }
-# Of stage 1's losses. In bf16 on a CPU, these 30 differed by up to 0.05 % from those in fp32.
+# Of stage 1's losses. In bf16 on a CPU, these 30 differed by up to 0.05 % from those in
+# fp32.
 TOLERANCE = 0.003
 STAGE = "--steps=30 --save-every=10 --log-every=1 --workers=2 "
 if REHEARSAL:
@@ -107,13 +105,13 @@ if REHEARSAL:
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser("gpu.py", description=__doc__.split("\n")[0])
+    parser, sizes = make_parser(__doc__), ["B", "H", "L"]
     add, peer, results = parser.add_argument, ROOT / "runs/mae_public", ROOT / "tests/bench/results"
     add("--peer", type=Path, default=peer, help="a checkout of facebookresearch/mae")
-    add("--out", type=Path, default=results, help="folder of the results (tests/bench/results)")
-    add("--seconds", type=float, default=330, help="for all of it (330)")
-    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="(all)")
-    add("--sizes", nargs="+", choices=["B", "H", "L"], default=["B", "H", "L"], help="(all)")
+    add("--out", type=Path, default=results, help="folder of the results")
+    add("--seconds", type=float, default=330, help="for all of it")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="see above")
+    add("--sizes", nargs="+", choices=sizes, default=sizes, help="of models")
     add("--rehearse", action="store_true", help="tiny models on the CPU, compiled by aot_eager")
     add("--job", type=json.loads, help=argparse.SUPPRESS)  # for a process that this one starts
     options = parser.parse_args()
@@ -237,7 +235,8 @@ def our_step(
         gradients = [models.local(p.grad) for p in model.parameters() if p.grad is not None]
         sums[2], sums[3] = 0, 0
         sums[4] = get_total_norm(gradients).square()
-        # A copy waits for all that was queued before it: here, for this step and no later one.
+        # A copy waits for all that was queued before it: here, for this step and no
+        # later one.
         unread.append((sums.to("cpu", non_blocking=CUDA), torch.cuda.Event() if CUDA else None))
         if CUDA:
             unread[-1][1].record()
@@ -277,7 +276,8 @@ def prepare(size, batch, variant, checkout):
 def time_steps(path, checkout, size, batch, variants, rounds, profile):
     """Measure as many of the variants as fit into memory and time.
 
-    An error ends it, since it may leave the GPU unusable: see measure(). rounds 0: just compile.
+    An error ends it, since it may leave the GPU unusable: see measure(). rounds 0: just
+    compile.
     """
     say, kept, longest = partial(write, path, "steps" if rounds else "ahead", size, batch), {}, 0.0
     until = time.time() + signal.getitimer(signal.ITIMER_REAL)[0]  # see start()
@@ -366,18 +366,11 @@ def write_profile(path, title, step, steps=3):
 
 def check_attention(path):
     """Of each shape, against float64: its errors may be twice PyTorch's own."""
-    dtype, ours = torch.bfloat16, kernels.triton_attention if CUDA else kernels.pytorch_attention
+    ours = kernels.triton_attention if CUDA else kernels.pytorch_attention
     for tokens, first, heads, columns in SHAPES:
         shape = 2 if REHEARSAL else 16, tokens, first, heads, columns
-        qkv, grad = random_tensors(*shape, DEVICE, dtype)
-        found = []
-        for way in kernels.reference, ours, kernels.pytorch_attention:
-            kind = torch.float64 if way is kernels.reference else dtype
-            given = qkv.detach().to(kind).requires_grad_()
-            out = way(given, heads, first)
-            out.backward(grad.to(kind))
-            found.append((out.detach(), given.grad))
-        errors = [(x - exact).abs().max().item() for exact, *two in zip(*found) for x in two]
+        tensors = random_tensors(*shape, DEVICE, torch.bfloat16)
+        errors = errors_of((ours, kernels.pytorch_attention), *tensors, heads, first)
         right = errors[0] <= 2 * errors[1] and errors[2] <= 2 * errors[3]
         note = "result off by {:.1e} (PyTorch {:.1e}), gradient {:.1e} ({:.1e})".format(*errors)
         name = f"attention {tokens - first} x {tokens}, d={columns}"

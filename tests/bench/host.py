@@ -2,8 +2,9 @@
 
     python tests/bench/host.py      # two minutes, and five more to fill the compiler's cache
 
-An MAE of 12 + 8 tiny blocks takes steps as in mae_pretrain.py, with two images, on one thread. What
-is left is dispatch. It does not depend on the width: a GPU that computes a step in less time waits.
+An MAE of 12 + 8 tiny blocks takes steps as in mae_pretrain.py, with two images, on one
+thread. What is left is dispatch. It does not depend on the width: a GPU that computes a
+step in less time waits.
 
 plain_fp32             eager, in fp32
 public_autocast        the structure of the public MAE code (facebookresearch/mae) with PyTorch's
@@ -13,13 +14,12 @@ one_process_compiled   the same, the whole model compiled
 replicas_compiled      the same in DistributedDataParallel, over one process, as five graphs
 sharded_compiled       FSDP2 over one process with its bf16 policy, every block compiled
 
-Each row has a process of its own, as in training: in a common one, replicas would find the graph
-that was compiled for one process. The rows take turns of a few steps, and figures are medians over
-the steps. Other programs on the machine change milliseconds more than ratios. The last line is a
-JSON object: milliseconds of a step.
+Each row has a process of its own, as in training: in a common one, replicas would find
+the graph that was compiled for one process. The rows take turns of a few steps, and
+figures are medians over the steps. Other programs on the machine change milliseconds
+more than ratios. The last line is a JSON object: milliseconds of a step.
 """
 
-import argparse
 import gc
 import json
 import multiprocessing
@@ -27,22 +27,22 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
-from itertools import pairwise
-from pathlib import Path
+from functools import cache
+from itertools import chain, pairwise
 
+import common
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import data
 import model as models
+from data import normalize
 
 ROWS = ["plain_fp32", "public_autocast", "one_process_eager", "one_process_compiled"]
 ROWS += ["replicas_compiled", "sharded_compiled"]
-# A CPU without bf16 instructions takes long for a product of bf16 matrices, even of a width of 64.
+# A CPU without bf16 instructions takes long for a product of bf16 matrices, even of a
+# width of 64.
 SHAPE = {"size": "16x12x2", "decoder": (16, 8, 2), "image_size": 32, "patch_size": 8}
 BATCH = 2
 
@@ -92,7 +92,7 @@ class PublicMAE(models.MAE):
         return (losses * mask).sum() / mask.sum()
 
 
-@lru_cache(1)
+@cache
 def build(row):
     """A function that takes one training step and returns the CPU seconds of its four phases."""
     torch.set_num_threads(1)
@@ -106,8 +106,9 @@ def build(row):
         options |= {"precision": "fp32" if row == "plain_fp32" else "bf16"}
         models.parallelize(model, torch.device("cpu"), **options, compile=row.endswith("compiled"))
     if row == "replicas_compiled":
-        # As parallelize() does over several processes, but with buckets of a fifth of the weights:
-        # each is compiled to a graph, and buckets of 100 MB are a fifth of B.
+        # As parallelize() does over several processes, but with buckets of a fifth of
+        # the weights: each is compiled to a graph, and buckets of 100 MB are a fifth of
+        # B.
         bucket = sum(4 * p.numel() for p in model.parameters() if p.requires_grad) // 5
         dist._DEFAULT_FIRST_BUCKET_BYTES = bucket  # 1 MB, and no other may be smaller
         parallel = models.replicate(model, bucket / 2**20)
@@ -122,9 +123,9 @@ def build(row):
         with models.sync_gradients(parallel, last=True):
             if public:
                 with torch.autocast("cpu", torch.bfloat16):
-                    loss = model(data.normalize(images))
+                    loss = model(normalize(images))
             else:
-                loss = (parallel(data.normalize(images), ids) * weight).sum() / BATCH
+                loss = (parallel(normalize(images), ids) * weight).sum() / BATCH
             times.append(time.process_time())
             loss.backward()
             sums[:2] += torch.stack([loss.detach(), weight.sum()])
@@ -149,18 +150,16 @@ def turn(row, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser("host.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=20, help="turns of each row (20)")
-    parser.add_argument("--steps", type=int, default=5, help="steps that count in a turn (5)")
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=20, help="turns of each row")
+    parser.add_argument("--steps", type=int, default=5, help="steps that count in a turn")
     run = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     pools = {row: ProcessPoolExecutor(1, spawn) for row in ROWS}
-    times = {row: [] for row in ROWS}
+    turns = {row: lambda row=row: pools[row].submit(turn, row, run.steps).result() for row in ROWS}
     print("compiling: two minutes, or five more where nothing is in the cache", file=sys.stderr)
-    for number in range(1 + run.rounds):  # in the first one, models are compiled and warm up
-        for row, pool in pools.items():
-            steps = pool.submit(turn, row, run.steps).result()
-            times[row] += steps if number else []
+    times = common.take_turns(turns, run.rounds)  # models are compiled in the one that warms up
+    times = {row: list(chain.from_iterable(found)) for row, found in times.items()}
     total = {row: 1e3 * statistics.median(map(sum, steps)) for row, steps in times.items()}
 
     print(f"torch {torch.__version__}, milliseconds, {run.rounds} rounds of {run.steps} steps")

@@ -3,13 +3,13 @@
     python tests/bench/kills.py --kills 30                   # the same number of processes
     python tests/bench/kills.py --kills 12 --processes 2,1,4 # another number after each kill
 
-Runs stage 1 on small random pictures under torchrun, once undisturbed and once killed: one process of it or
-all with torchrun, while it starts, trains or saves (every second step). What counts of a run is the
-last time that each step was taken. Compared are the pixels, masks and positions of each step's
-batch, bit for bit, metrics.jsonl, and the weights: bit for bit on the same number of processes.
+Runs stage 1 on small random pictures under torchrun, once undisturbed and once killed:
+one process of it or all with torchrun, while it starts, trains or saves (every second
+step). What counts of a run is the last time that each step was taken. Compared are the
+pixels, masks and positions of each step's batch, bit for bit, metrics.jsonl, and the
+weights: bit for bit on the same number of processes.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -25,37 +25,42 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
+import common
 import numpy as np
 from PIL import Image
 
 from support import loader as loader_module
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
+TORCHRUN += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node"]
+STAGE = "--size 32x2x2 --decoder 32x1x2 --image-size 16 --patch-size 4 --batch-size 24 "
+STAGE += "--save-every 2 --log-every 1 --workers 1"
 
 
 def stage_that_records(folder, *arguments):
-    """The stage itself, in one of torchrun's processes, but that it writes down what it consumes:
-    a line for each piece of a batch, [step, [[position, checksum of the pixels and the mask]]]."""
+    """Stage 1, in one of torchrun's processes, which also writes what it is trained on.
 
+    A line for each micro-batch: [step, [[position, checksum of the pixels and the
+    mask]]].
+    """
     plain = loader_module.loader
     file = open(f"{folder}/{os.getpid()}.jsonl", "w")  # noqa: SIM115 (until it is killed)
 
+    def checksum(pixels, ids):
+        return zlib.crc32(pixels.contiguous().numpy(), zlib.crc32(ids.numpy()))
+
     def loader(batches, items, *options, **others):
         for item, batch in zip(items, plain(batches, items, *options, **others)):
-            rows = zip(batch["positions"].tolist(), batch["images"], batch["ids"])
-            seen = [
-                [position, zlib.crc32(pixels.contiguous().numpy(), zlib.crc32(ids.numpy()))]
-                for position, pixels, ids in rows
-            ]
             if batches.order:  # it is trained on, not measured
-                file.write(json.dumps([item // batches.pieces, seen]) + "\n")
+                rows = zip(batch["positions"].tolist(), batch["images"], batch["ids"])
+                seen = [[position, checksum(*row)] for position, *row in rows]
+                file.write(json.dumps([item // batches.micro_batches, seen]) + "\n")
                 file.flush()
             yield batch
 
     loader_module.loader = loader
     sys.argv = ["mae_pretrain.py", *arguments]
-    runpy.run_path(str(ROOT / "mae_pretrain.py"), run_name="__main__")
+    runpy.run_path(str(common.ROOT / "mae_pretrain.py"), run_name="__main__")
 
 
 def make_pictures(folder, count=200):
@@ -69,15 +74,16 @@ def make_pictures(folder, count=200):
 def start(folder, out, processes, steps):
     """Start it under torchrun, in a session of its own. Later starts have later folders."""
     folder.mkdir()
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    line += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    line += [__file__, "--record", folder, "--size", "32x2x2", "--decoder", "32x1x2"]
-    line += ["--data", out.parent / "pictures", "--image-size", "16", "--patch-size", "4"]
-    line += ["--out", out, "--batch-size", "24", "--steps", steps, "--save-every", "2"]
-    line += ["--log-every", "1", "--workers", "1"]
+    line = [*TORCHRUN, processes, __file__, "--record", folder, *STAGE.split()]
+    line += ["--data", out.parent / "pictures", "--out", out, "--steps", steps]
     with open(folder / "printed", "w") as printed:
         options = {"start_new_session": True, "stdout": printed, "stderr": printed}
         return subprocess.Popen(list(map(str, line)), **options)
+
+
+def must_end(run, folder):
+    if run.wait():
+        sys.exit((folder / "printed").read_text())
 
 
 def newest(out):
@@ -93,7 +99,7 @@ def children(pid):
 
 
 def kill(run, out, draws):
-    """Wait for a random moment of a run, kill it, and say how. None: it was at its end before."""
+    """Wait for a random moment of a run, kill it, and say how. None: it had ended before."""
     before, moment = newest(out), draws.choice(["starting", "training", "training", "training"])
     while moment == "training" and newest(out) == before and run.poll() is None:
         time.sleep(0.01)
@@ -102,12 +108,10 @@ def kill(run, out, draws):
     if run.poll() is not None:
         return None
     one = bool(victims) and draws.random() < 0.5
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(draws.choice(victims), signal.SIGKILL) if one else os.killpg(
-            run.pid, signal.SIGKILL
-        )
-        for victim in () if one else victims:  # each has a session of its own
-            os.kill(victim, signal.SIGKILL)
+    # All: torchrun and its children, each of which has a session of its own.
+    for pid in [draws.choice(victims)] if one else [run.pid, *victims]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     run.wait()
     while set(victims) & set(children(run.pid)):
         time.sleep(0.01)
@@ -127,56 +131,54 @@ def consumed(folders):
     return {step: sorted(seen) for step, seen in steps.items()}
 
 
-def main():
-    if sys.argv[1] == "--record":
-        return stage_that_records(*sys.argv[2:])
-    parser = argparse.ArgumentParser("kills.py", description="Kill a run again and again.")
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--processes", default="2", help="of each start in turn, as 2,1,4")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    given = parser.parse_args()
-    counts, draws, how = list(map(int, given.processes.split(","))), random.Random(given.seed), []
+def killed_run(folder, out, counts, options):
+    """Start a run, and again after each kill: (the folders of all starts, how each was killed)."""
+    draws, starts, kills = random.Random(options.seed), [], []
+    for processes in itertools.cycle(counts):
+        starts.append(folder / f"start-{len(starts)}")
+        run = start(starts[-1], out, processes, options.steps)
+        if len(kills) == options.kills:
+            must_end(run, starts[-1])
+            return starts, kills
+        done = kill(run, out, draws)
+        if done is None:
+            must_end(run, starts[-1])
+            sys.exit(f"the run ended after {len(kills)} kills: give more --steps")
+        kills.append(done)
+        print(f"kill {len(kills)}: {done}; last checkpoint: step {newest(out)}", flush=True)
 
-    import model as models
+
+def main():
+    if sys.argv[1:2] == ["--record"]:
+        return stage_that_records(*sys.argv[2:])
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--kills", type=int, default=30, help="of the run")
+    parser.add_argument("--processes", default="2", help="of each start in turn, as 2,1,4")
+    parser.add_argument("--steps", type=int, default=200, help="of the run")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    options = parser.parse_args()
+    counts = options.processes.split(",")
+
+    from model import read_weights
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        plain, out = folder / "plain", folder / "killed"
+        plain, out, undisturbed = folder / "plain", folder / "killed", folder / "undisturbed"
         make_pictures(folder / "pictures")
-        run = start(folder / "undisturbed", plain, counts[0], given.steps)
-        if run.wait():
-            sys.exit((folder / "undisturbed" / "printed").read_text())
-        starts = []
-        while True:
-            starts.append(folder / f"start-{len(starts)}")
-            run = start(starts[-1], out, counts[(len(starts) - 1) % len(counts)], given.steps)
-            if len(how) == given.kills:
-                break
-            done = kill(run, out, draws)
-            if done is None:
-                sys.exit(f"the run ended after {len(how)} kills: give more --steps\n"
-                         + (starts[-1] / "printed").read_text())  # fmt: skip
-            how.append(done)
-            print(f"kill {len(how)}: {done}; last checkpoint: step {newest(out)}", flush=True)
-        if run.wait():
-            sys.exit((starts[-1] / "printed").read_text())
-
-        seen, expected = consumed(starts), consumed([folder / "undisturbed"])
-        metrics = [
-            [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-            for path in (out, plain)
-        ]
-        weights = [models.read_weights(path / "model.pt")[0] for path in (out, plain)]
-    print(*(f"{count} kills: {kind}" for kind, count in Counter(how).items()), sep="\n")
+        must_end(start(undisturbed, plain, counts[0], options.steps), undisturbed)
+        starts, kills = killed_run(folder, out, counts, options)
+        seen, expected = consumed(starts), consumed([undisturbed])
+        lines = [(path / "metrics.jsonl").read_text().splitlines() for path in (out, plain)]
+        ours, theirs = (read_weights(path / "model.pt")[0] for path in (out, plain))
+    print(*(f"{count} kills: {kind}" for kind, count in Counter(kills).items()), sep="\n")
     other = [step + 1 for step, batch in expected.items() if seen.get(step) != batch]
     print(f"steps {len(expected)}; with other samples than undisturbed: {other or 'none'}")
-    off = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(*metrics, strict=True)]
+    losses = ([json.loads(line)["loss"] for line in run] for run in lines)
+    off = [abs(a / b - 1) for a, b in zip(*losses, strict=True)]
     print(f"lines of metrics.jsonl {len(off)}; largest relative difference of the loss {max(off)}")
-    ours, theirs = weights
     off = max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
     print(f"largest difference of the weights {off}")
-    if other or len(expected) != given.steps or (len(set(counts)) == 1 and off):
+    if other or len(expected) != options.steps or (len(set(counts)) == 1 and off):
         sys.exit("NOT the same")
 
 

@@ -3,21 +3,20 @@
     python tests/bench/one_step.py                   the functions in order, and lines for each file
     python tests/bench/one_step.py --data FOLDER     of other pictures
 
-One process on the CPU, without loader processes, a folder of JPEGs (made here). A function counts
-with all its lines, from def to its end; functions inside it are part of it. Beside that stand its
-lines of code: without docstring, comments and blank lines.
+One process on the CPU, without loader processes, a folder of JPEGs (made here). A
+function counts with all its lines, from def to its end; functions inside it are part of
+it. Beside that stand its lines of code: without docstring, comments and blank lines.
 """
 
-import argparse
 import ast
+import contextlib
 import os
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
+import common
 import numpy as np
 import torch
 from PIL import Image
@@ -27,9 +26,11 @@ import mae_pretrain
 TOP = ("mae_pretrain.py", "model.py", "data.py", "kernels.py")
 
 
+@cache
 def functions_of(path):
     """{line of a def: (name, lines, lines of code)} of a file's functions, but for inner ones."""
-    found, text = {}, path.read_text().splitlines()
+    source = Path(path).read_text()
+    found, text = {}, source.splitlines()
 
     def visit(node, prefix):
         for child in ast.iter_child_nodes(node):
@@ -43,74 +44,63 @@ def functions_of(path):
                 code = [i for i in own if text[i - 1].strip() and text[i - 1].strip()[0] != "#"]
                 found[first] = prefix + child.name, child.end_lineno - first + 1, len(code)
 
-    visit(ast.parse(path.read_text()), "")
+    visit(ast.parse(source), "")
     return found
 
 
 def trace(argv):
     """[(file, name, lines, of code)] of the functions entered, in the order of their first call."""
-    entered, known = {}, {}
+    entered, root = {}, str(common.ROOT)
 
     class Taken(Exception):
         pass
 
     def profile(frame, event, _):
-        if event != "call":
-            return
         path = frame.f_code.co_filename
-        if not path.startswith(str(ROOT)) or "/tests/" in path:
-            return
-        functions = known.setdefault(path, None) or functions_of(Path(path))
-        known[path] = functions
-        found = functions.get(frame.f_code.co_firstlineno)
-        if found:
-            entered.setdefault((os.path.relpath(path, ROOT), *found))
+        if event == "call" and path.startswith(root) and "/tests/" not in path:
+            found = functions_of(path).get(frame.f_code.co_firstlineno)
+            if found:
+                entered.setdefault((os.path.relpath(path, root), *found))
 
     def step(*_, **__):
         raise Taken
 
     torch.optim.AdamW.step = step
     sys.setprofile(profile)
-    try:
+    with contextlib.suppress(Taken):
         mae_pretrain.main(argv)
-    except Taken:
-        pass
-    finally:
-        sys.setprofile(None)
+    sys.setprofile(None)
     return list(entered)
 
 
 def write_pictures(folder):
+    folder.mkdir()
     for number in range(40):
         pixels = np.random.RandomState(number).randint(0, 256, (60, 80, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.jpg")
 
 
+def print_sums(rows, what):
+    print(f"{sum(row[2] for row in rows):5} {sum(row[3] for row in rows):5}  {what}")
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", help="a folder of pictures (40 JPEGs of noise)")
-    given = parser.parse_args()
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--data", help="a folder of pictures; None: 40 JPEGs of noise")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        pictures = Path(folder, "pictures")
-        pictures.mkdir()
-        write_pictures(pictures)
-        argv = ["--data", given.data or str(pictures), "--size", "toy", "--batch-size", "8"]
-        argv += ["--steps", "2", "--workers", "0", "--out", f"{folder}/run"]
+        write_pictures(Path(folder, "pictures"))
+        argv = ["--data", options.data or f"{folder}/pictures", "--size", "toy"]
+        argv += ["--batch-size", "8", "--steps", "2", "--workers", "0", "--out", f"{folder}/run"]
         entered = trace(argv)
     print("lines  code")
     for file, name, lines, code in entered:
         print(f"{lines:5} {code:5}  {file}  {name}")
-    files = list(dict.fromkeys(file for file, *_ in entered))
-    for file in files:
+    for file in dict.fromkeys(file for file, *_ in entered):
         mine = [row for row in entered if row[0] == file]
-        print(
-            f"{sum(r[2] for r in mine):5} {sum(r[3] for r in mine):5}  {file}, {len(mine)} functions"
-        )
-    top = [row for row in entered if row[0] in TOP]
-    print(f"{sum(r[2] for r in top):5} {sum(r[3] for r in top):5}  in the top-level files")
-    print(
-        f"{sum(r[2] for r in entered):5} {sum(r[3] for r in entered):5}  in all, {len(entered)} functions"
-    )
+        print_sums(mine, f"{file}, {len(mine)} functions")
+    print_sums([row for row in entered if row[0] in TOP], "in the top-level files")
+    print_sums(entered, f"in all, {len(entered)} functions")
 
 
 if __name__ == "__main__":

@@ -7,19 +7,17 @@ util/pos_embed.py. The classes here stand in for what they take from timm 0.3.2.
 import sys
 import types
 from functools import partial
-from pathlib import Path
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+import common  # noqa: F401 (the path of the modules below)
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import get_total_norm
 
-import data
-import model as models
+from data import normalize
+from model import Attention, Mlp, load_weights
 
 
 class PatchEmbed(nn.Module):
@@ -32,13 +30,13 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
-class PeerAttention(models.Attention):
+class PeerAttention(Attention):
     fused = False  # True: F.scaled_dot_product_attention
 
     def forward(self, x):
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv[0], qkv[1], qkv[2]  # each (B, heads, N, D / heads)
+        q, k, v = qkv.unbind(0)  # each (B, heads, N, D / heads)
         if self.fused:
             x = F.scaled_dot_product_attention(q, k, v)
         else:
@@ -53,7 +51,7 @@ class PeerBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = norm_layer(width), norm_layer(width)
         self.attn = PeerAttention(width, heads)
-        self.mlp = models.Mlp(width)
+        self.mlp = Mlp(width)
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
@@ -86,7 +84,7 @@ def peer_step(model, optimizer, images, fused, compile, check):
     def step():
         PeerAttention.fused = fused
         with torch.autocast(kind, torch.bfloat16):
-            loss, _, _ = forward(data.normalize(images))
+            loss, _, _ = forward(normalize(images))
         loss.backward()
         norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         check(torch.stack([loss.detach(), norm]).cpu())
@@ -100,10 +98,11 @@ def peer_step(model, optimizer, images, fused, compile, check):
 def check_same_loss(ours, peer, images, noise):
     """Load the peer's weights into ours. Raise SystemExit if the losses differ.
 
-    images (B, 3, H, W) uint8; noise (B, N): what the peer draws, and sorts to choose its masks.
+    images (B, 3, H, W) uint8; noise (B, N): what the peer draws, and sorts to choose
+    its masks.
     """
-    models.load_weights(ours, peer.state_dict())
-    images = data.normalize(images)
+    load_weights(ours, peer.state_dict())
+    images = normalize(images)
     with patch("torch.rand", return_value=noise):
         expected = peer(images)[0].item()
     loss = ours(images, noise.argsort(dim=1)).mean().item()

@@ -2,28 +2,30 @@
 
     python tests/bench/pipeline.py --data FOLDER
 
-Ours is data.Batches and data.normalize, as in training, on one thread. If torchvision can be
-imported, its RandomResizedCrop (bicubic), flip, ToTensor, Normalize and stacking run in turn with
-it on the same pictures, as the public MAE code uses them. "decode" only opens and decodes.
+Ours is data.Batches and data.normalize, as in training, on one thread. If torchvision
+can be imported, its RandomResizedCrop (bicubic), flip, ToTensor, Normalize and stacking
+run in turn with it on the same pictures, as the public MAE code uses them. "decode"
+only opens and decodes.
 """
 
-import argparse
 import io
+import itertools
 import statistics
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+import common
 import numpy as np
 import torch
 from PIL import Image
 
-import data
+from data import Batches, Folder, Order, Source, make_picture, normalize
+
+BATCH = 32
 
 
-class Memory(data.Source):
+class Memory(Source):
     """A source of encoded pictures."""
 
     def __init__(self, contents):
@@ -37,7 +39,7 @@ class Memory(data.Source):
 
 
 def import_transforms():
-    """torchvision.transforms, or None. Beside a CPU torch, two operators must be made up first."""
+    """torchvision.transforms, or None. Without its operators, two of them are declared first."""
     try:
         from torchvision import transforms
     except ImportError:
@@ -50,68 +52,61 @@ def import_transforms():
     return transforms
 
 
-def torchvision_pipeline(transforms, contents, side, batch):
-    transform = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(
-                side, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
-            ),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        ]
-    )
+def open_rgb(content):
+    return Image.open(io.BytesIO(content)).convert("RGB")
 
-    def run(_):
-        for begin in range(0, len(contents), batch):
-            pictures = (Image.open(io.BytesIO(c)) for c in contents[begin : begin + batch])
-            torch.stack([transform(picture.convert("RGB")) for picture in pictures])
+
+def torchvision_pipeline(transforms, contents, side):
+    bicubic = transforms.InterpolationMode.BICUBIC
+    crop = transforms.RandomResizedCrop(side, scale=(0.2, 1.0), interpolation=bicubic)
+    norm = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    steps = [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), norm]
+    transform = transforms.Compose(steps)
+
+    def run():
+        for begin in range(0, len(contents), BATCH):
+            batch = contents[begin : begin + BATCH]
+            torch.stack([transform(open_rgb(content)) for content in batch])
 
     return run
 
 
 def main():
-    parser = argparse.ArgumentParser("pipeline.py", description=__doc__.split("\n")[0])
+    parser = common.make_parser(__doc__)
     parser.add_argument("--data", required=True, help="a folder of photos")
-    parser.add_argument("--pictures", type=int, default=256, help="how many of them (256)")
-    parser.add_argument("--image-size", type=int, default=224, help="side (224)")
-    parser.add_argument("--batch", type=int, default=32, help="(32)")
-    parser.add_argument("--repeats", type=int, default=9, help="the median counts (9)")
+    parser.add_argument("--pictures", type=int, default=256, help="how many of them")
+    parser.add_argument("--image-size", type=int, default=224, help="side of the crops")
+    parser.add_argument("--repeats", type=int, default=9, help="the median counts")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    folder = data.Folder(options.data)
-    names = [folder.name(i) for i in range(min(options.pictures, len(folder.sizes)))]
-    contents = [Path(name).read_bytes() for name in names]
-    contents = contents[: len(contents) // options.batch * options.batch]  # whole batches
-    source, side = Memory(contents), options.image_size
-    order = data.Order(source.sizes)
-    make = lambda *given: {"images": data.make_picture(*given, (side, side), 3, min_crop=0.2)}
-    batches = data.Batches(source, make, options.batch, order=order)
+    folder, side = Folder(options.data), options.image_size
+    count = min(options.pictures, len(folder.sizes)) // BATCH * BATCH  # whole batches
+    contents = [Path(folder.name(i)).read_bytes() for i in range(count)]
+    source = Memory(contents)
+    make = lambda *given: {"images": make_picture(*given, (side, side), 3, min_crop=0.2)}
+    batches = Batches(source, make, BATCH, order=Order(source.sizes))
+    numbers = itertools.count()
 
-    def ours(epoch, normalize=data.normalize):
-        for step in range(epoch * len(batches), (epoch + 1) * len(batches)):
-            batch = batches[step]
-            if batch["weight"].sum() != options.batch:  # or what is timed is not the whole work
+    def ours(normalize):
+        for _ in range(len(batches)):
+            batch = batches[next(numbers)]
+            if batch["weight"].sum() != BATCH:  # or what is timed is not the whole work
                 raise SystemExit(f"a batch is not whole; unreadable: {batch['bad']}")
             normalize(batch["images"])
 
-    def decode(_):
+    def decode():
         for content in contents:
-            Image.open(io.BytesIO(content)).convert("RGB")
+            open_rgb(content)
 
-    pipelines = {"ours": ours, "ours, uint8": lambda epoch: ours(epoch, lambda images: images)}
+    pipelines = {"ours": lambda: ours(normalize), "ours, uint8": lambda: ours(lambda x: x)}
     transforms = import_transforms()
     if transforms:
-        arguments = (transforms, contents, side, options.batch)
-        pipelines["torchvision"] = torchvision_pipeline(*arguments)
+        pipelines["torchvision"] = torchvision_pipeline(transforms, contents, side)
     pipelines["decode"] = decode
-    times = {name: [] for name in pipelines}
-    for epoch in range(options.repeats + 1):  # the first warms up
-        for name, pipeline in pipelines.items():
-            began = time.process_time()
-            pipeline(epoch)
-            times[name] += [time.process_time() - began] if epoch else []
+    cpu_seconds = partial(common.timed, clock=time.process_time)
+    runs = {name: partial(cpu_seconds, pipeline) for name, pipeline in pipelines.items()}
+    times = common.take_turns(runs, options.repeats)
 
     sizes = np.array([Image.open(io.BytesIO(content)).size for content in contents])
     width, height = np.median(sizes, axis=0)

@@ -3,64 +3,60 @@
     python tests/bench/public_mae.py --peer CHECKOUT --data DIR/train --out OUT --seed 0
     python evaluate.py --task fewshot --checkpoint OUT/model.pt --data DIR
 
-The order of the pictures and their flips are ours; the model, its initialisation and its masks are
-theirs (with PyTorch's attention), and so are the schedule, the parameter groups and the optimizer.
+The order of the pictures and their flips are ours; the model, its initialisation and
+its masks are theirs (with PyTorch's attention), and so are the schedule, the parameter
+groups and the optimizer.
 """
 
-import argparse
 import math
 from pathlib import Path
 
+import common
 import torch
 from peer import PeerAttention, build_peer
 from tqdm import tqdm
 
-import data
-import model as models
-from support import loader
+from data import Batches, Order, make_picture, normalize, open_sources
+from model import MAE, parameter_groups, save_weights
+from support.loader import loader
+
+SIDE, BATCH, LR, WARMUP = 64, 256, 1.5e-3, 0.05
 
 
 def main():
-    parser = argparse.ArgumentParser("public_mae.py", description=__doc__.split("\n")[0])
+    parser = common.make_parser(__doc__)
     add = parser.add_argument
     add("--peer", required=True, help="a checkout of facebookresearch/mae")
     add("--data", required=True, help="a folder of pictures to train on")
-    add("--out", required=True, type=Path)
-    add("--size", default="128x6x2", help="WIDTHxLAYERSxHEADS (128x6x2)")
-    add("--image-size", type=int, default=64)
-    add("--patch-size", type=int, default=16)
-    add("--decoder", type=models.triple, default=(96, 2, 3), help="(96x2x3)")
-    add("--batch-size", type=int, default=256)
-    add("--lr", type=float, default=1.5e-3)
-    add("--epochs", type=float, default=10)
-    add("--seed", type=int, default=0)
-    given = parser.parse_args()
-    torch.manual_seed(given.seed)
-    shape = {"image_size": given.image_size, "patch_size": given.patch_size}
-    ours = models.MAE(given.size, decoder=given.decoder, **shape)
-    peer = build_peer(given.peer, ours)
+    add("--out", required=True, type=Path, help="folder of model.pt")
+    add("--size", default="128x6x2", help="WIDTHxLAYERSxHEADS")
+    add("--patch-size", type=int, default=16, help=f"in pixels, of pictures of {SIDE}")
+    add("--epochs", type=float, default=10, help="of the pictures")
+    add("--seed", type=int, default=0, help="of weights and order")
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    ours = MAE(options.size, (96, 2, 3), image_size=SIDE, patch_size=options.patch_size)
+    peer = build_peer(options.peer, ours)
     PeerAttention.fused = True
-    groups = models.parameter_groups(peer, 0.05)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    source, size = data.open_sources(given.data)[0], (given.image_size,) * 2
-    order = data.Order(source.sizes, given.seed)
-    make = lambda *which: {"images": data.make_picture(*which, size, 3, min_crop=1.0)}
-    batches = data.Batches(source, make, given.batch_size, order=order, seed=given.seed)
-    steps, warmup = int(given.epochs * order.length / given.batch_size), 0.05
-    bar = tqdm(loader.loader(batches, range(steps), workers=1), total=steps, disable=None)
+    optimizer = torch.optim.AdamW(parameter_groups(peer, 0.05), betas=(0.9, 0.95))
+    source = open_sources(options.data)[0]
+    order = Order(source.sizes, options.seed)
+    make = lambda *which: {"images": make_picture(*which, (SIDE, SIDE), 3, min_crop=1.0)}
+    batches = Batches(source, make, BATCH, order=order, seed=options.seed)
+    steps = int(options.epochs * order.length / BATCH)
+    bar = tqdm(loader(batches, range(steps), workers=1), total=steps, disable=None)
     for step, batch in enumerate(bar):
-        done = step / steps
-        ramp, turn = done / warmup, math.pi * (done - warmup) / (1 - warmup)
+        ramp, turn = step / steps / WARMUP, math.pi * (step / steps - WARMUP) / (1 - WARMUP)
         for group in optimizer.param_groups:
-            group["lr"] = given.lr * (ramp if ramp < 1 else 0.5 * (1 + math.cos(turn)))
-        loss, _, _ = peer(data.normalize(batch["images"]))
+            group["lr"] = LR * (ramp if ramp < 1 else 0.5 * (1 + math.cos(turn)))
+        loss, _, _ = peer(normalize(batch["images"]))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0:
             tqdm.write(f"step {step}/{steps}  loss {loss.item():.4f}")
-    given.out.mkdir(parents=True, exist_ok=True)
-    models.save_weights(given.out / "model.pt", peer.state_dict(), ours.config)
+    options.out.mkdir(parents=True, exist_ok=True)
+    save_weights(options.out / "model.pt", peer.state_dict(), ours.config)
 
 
 if __name__ == "__main__":

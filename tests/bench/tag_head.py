@@ -3,89 +3,71 @@
     python tests/bench/tag_head.py --sizes B --classes 28000 --batch 16
     python tests/bench/tag_head.py --sizes B --classes 28000 --batch 512 --head-only
 
-Without: the same encoder, the loss is the mean of its class tokens. Dense: the head, with a (B, V)
-target, as it is not done here. The three run in turn, each in a process of its own, because the
-peak of the memory is a process's. --head-only leaves the encoder out: random class tokens.
+without    the same encoder; the loss is the mean of its class tokens
+head       the head with three hashtags an image, as stage 2 trains it
+dense      the head with a (B, V) target, as it is not done here
+
+Each runs in a process of its own, whose peak memory counts. --head-only leaves the
+encoder out: class tokens are random.
 """
 
-import argparse
-import os
 import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the stages
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+import common
 import torch
 
-import model as models
-from support import launch
+from model import Classifier, tag_loss
+from support.launch import peak_memory
 
-KINDS = ("without", "head", "dense")
-
-
-def parse_arguments():
-    parser = argparse.ArgumentParser("tag_head.py", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--sizes", default="B", help="of models, with commas (B)")
-    add("--classes", type=int, default=28_000, help="hashtags (28,000)")
-    add("--batch", type=int, default=16, help="images in a step (16)")
-    add("--tags", type=int, default=3, help="hashtags of an image (3)")
-    add("--repeats", type=int, default=5, help="timed steps of each, the median counts (5)")
-    add("--head-only", action="store_true", help="leave the encoder out")
-    add("--kind", choices=KINDS, help=argparse.SUPPRESS)
-    return parser.parse_args()
+TAGS = 3  # of an image
 
 
 def loss_of(logits, tags, kind):
     if kind == "without":
         return logits.mean()
     if kind == "head":
-        return models.tag_loss(logits, tags).mean()
-    target = torch.zeros_like(logits).scatter_(1, tags, 1 / tags.shape[1])
+        return tag_loss(logits, tags).mean()
+    target = torch.zeros_like(logits).scatter_(1, tags, 1 / TAGS)
     return -(target * logits.log_softmax(dim=1)).sum(dim=1).mean()
 
 
-def measure(size, arguments):
-    """Print the median seconds of a step and the peak of the memory in GiB, of one kind."""
-    generator = torch.Generator().manual_seed(0)
-    model = models.Classifier(size, arguments.classes, head_std=0.02)
-    width, images = model.width, torch.randn(arguments.batch, 3, 224, 224, generator=generator)
-    tokens = torch.randn(arguments.batch, width, generator=generator, requires_grad=True)
-    tags = torch.stack(
-        [torch.randperm(arguments.classes, generator=generator) for _ in range(arguments.batch)]
-    )[:, : arguments.tags]
-    trained = list((model.head if arguments.head_only else model).parameters())
-    if arguments.kind == "without":
+def measure(kind, size, classes, batch, head_only, repeats):
+    """(median seconds of a step, peak of the memory in GiB)"""
+    torch.manual_seed(0)
+    model, images = Classifier(size, classes, head_std=0.02), torch.randn(batch, 3, 224, 224)
+    tokens = torch.randn(batch, model.width, requires_grad=True)
+    tags = torch.stack([torch.randperm(classes)[:TAGS] for _ in range(batch)])
+    if kind == "without":
         model.head = torch.nn.Identity()
-        trained = [tokens] if arguments.head_only else list(model.parameters())
+    trained = [*(model.head if head_only else model).parameters()] or [tokens]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    seconds = []
-    for _ in range(arguments.repeats + 1):
-        began = time.perf_counter()
-        logits = model.head(tokens) if arguments.head_only else model(images)
-        loss_of(logits, tags, arguments.kind).backward()
+
+    def step():
+        logits = model.head(tokens) if head_only else model(images)
+        loss_of(logits, tags, kind).backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - began)
-    print(statistics.median(seconds[1:]), launch.peak_memory(torch.device("cpu")))
+
+    seconds = [common.timed(step) for _ in range(1 + repeats)]
+    return statistics.median(seconds[1:]), peak_memory(torch.device("cpu"))
 
 
 def main():
-    arguments = parse_arguments()
-    if arguments.kind:
-        return measure(arguments.sizes, arguments)
-    print(f"batch {arguments.batch}, {arguments.classes} hashtags, {arguments.tags} an image")
+    parser = common.make_parser(__doc__)
+    add = parser.add_argument
+    add("--sizes", default="B", help="of models, with commas")
+    add("--classes", type=int, default=28_000, help="hashtags")
+    add("--batch", type=int, default=16, help="images in a step")
+    add("--repeats", type=int, default=5, help="timed steps of each, the median counts")
+    add("--head-only", action="store_true", help="leave the encoder out")
+    options = parser.parse_args()
+    print(f"batch {options.batch}, {options.classes} hashtags, {TAGS} an image")
     print(f"{'size':6} {'step':8} {'seconds':>8} {'ratio':>6} {'peak GiB':>9}")
-    for size in arguments.sizes.split(","):
+    shared = options.classes, options.batch, options.head_only, options.repeats
+    for size in options.sizes.split(","):
         first = None
-        for kind in KINDS:
-            command = [sys.executable, *sys.argv, "--sizes", size, "--kind", kind]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            seconds, memory = map(float, output.split())
+        for kind in ("without", "head", "dense"):
+            seconds, memory = common.in_new_process(measure, kind, size, *shared)
             first = first or seconds
             print(f"{size:6} {kind:8} {seconds:8.3f} {seconds / first:5.2f}x {memory:9.2f}")
 
