@@ -59,12 +59,8 @@ class Shards(Source):
         self.describe(pattern, classes, facts, faults, videos)
 
     def describe(self, pattern, classes, facts, faults, videos):
-        """Set what a Source has.
-
-        classes  of each folder
-        facts    (base name, bytes, samples) of each shard, which identify the data
-        faults   {path: see scan_tar} of the shards that have any
-        """
+        """Set what a Source has. classes: of each folder. facts: (base name, bytes, samples) of
+        each shard, which identify the data. faults: {path: see scan_tar}."""
         self.classes, *others = classes or [None]
         if any(names != self.classes for names in others):
             raise ValueError(f"{pattern}: the folders number their classes differently")
@@ -140,19 +136,15 @@ class Shards(Source):
 
 def plain_and_numbered(kinds):
     """Of the extensions of a sample's pictures, those of KEY.jpg and of KEY.000.jpg (frames).
-
-    Others, such as KEY.depth.png, are read only where there is none of these.
-    """
+    Others, such as KEY.depth.png, are read only where there is none of these."""
     stems = [(kind, kind.rpartition(".")[0]) for kind in kinds]
     plain = [kind for kind, stem in stems if not stem]
     return plain, [kind for kind, stem in stems if stem.isdigit()]
 
 
 def expand(pattern):
-    """Shard paths from a path, a glob, or {00000..00099} and {a,b} braces.
-
-    A file or leading folders that exist as they are written are no pattern.
-    """
+    """Shard paths from a path, a glob, or {00000..00099} and {a,b} braces. A file or leading
+    folders that exist as they are written are no pattern."""
     if os.path.isfile(pattern):
         return [pattern]
     folder, rest = os.path.split(pattern)
@@ -268,10 +260,7 @@ def scan_tar(path):
 
 
 def warn_of_faults(pattern, faults, videos):
-    """Print the faults of shards, {path: see scan_tar}, at every start.
-
-    videos: several pictures of a sample are no fault.
-    """
+    """Print the faults of shards, {path: see scan_tar}. To videos, several pictures are none."""
     texts = (
         "{count} shards are cut or damaged, the samples before are used: {path} at byte {first}",
         "{count} samples without a picture are left out, the first in {path}",

@@ -206,24 +206,31 @@ def probe(path):
     its length. The time is None if packets lack one or cannot be found by it (MPEG streams
     and FLV have no index): then frames are counted by decoding.
     """
-    listed = ["-map", "0:v:0", "-map", "0:a?", "-c", "copy", "-copyts", "-start_at_zero"]
-    done = ffmpeg(path, *listed, "-f", "framecrc", "pipe:1")
-    streams, said = packets(done.stdout), done.stderr.decode(errors="replace")
+    # Of a long file only the first packets and the last ten seconds are read. Fewer than
+    # 32 packets: it is short, or has an edit list, in front of which packets are not shown.
+    listed = ["-c", "copy", "-copyts", "-start_at_zero", "-f", "framecrc", "pipe:1"]
+    done = ffmpeg(path, "-map", "0:v:0", "-frames:v", "32", *listed)
+    said, begin = done.stderr.decode(errors="replace"), packets(done.stdout).get(0)
     rate = re.search(r"Video: .*?([\d.]+)(k?) (fps|tbr)", said)
-    if not rate or 0 not in streams:
-        last_line = said.strip().rpartition("\n")[2]
-        why = last_line if done.returncode else "no frame, or no rate of frames"
-        raise ValueError(f"ffmpeg finds no video in it: {why}")
-    rate = float(rate[1]) * (1000 if rate[2] else 1)
     length = re.search(r"Duration: (\d+):(\d+):([\d.]+)(?:, start: (-?[\d.]+))?", said)
     hours, minutes, seconds, late = map(float, length.groups("0")) if length else (0, 0, 0, 0)
     seconds += 3600 * hours + 60 * minutes
     # Matroska says when the last packet ends; the first one of a segment may be late.
     seconds -= late if "Input #0, matroska" in said else 0
+    long = begin is not None and begin.shape[1] == 32
+    listed = ["-map", "0:v:0", "-map", "0:a?", *listed]
+    streams = packets(ffmpeg(path, *listed, seek=seconds - 10 if long else 0).stdout)
+    if 0 not in streams:  # the sound is longer, or the file is cut
+        streams = packets(ffmpeg(path, *listed).stdout)
+    if not rate or 0 not in streams:
+        last_line = said.strip().rpartition("\n")[2]
+        why = last_line if done.returncode else "no frame, or no rate of frames"
+        raise ValueError(f"ffmpeg finds no video in it: {why}")
+    rate = float(rate[1]) * (1000 if rate[2] else 1)
     there = max(times[0].max() for times in streams.values()) + 1 / rate
     if 2 * there < seconds:
         raise ValueError(f"it is cut: {there:.1f} of {seconds:.1f} seconds are there")
-    shown = streams[0][1]
+    shown = np.append(begin[1], streams[0][1]) if long else streams[0][1]
     if not np.isnan(shown).any() and not re.search(r"Input #0, (mpegts|mpeg|flv),", said):
         return round((shown.max() - shown.min()) * rate) + 1, rate, float(shown.min())
     wanted = ["-map", "0:v:0", "-vf", f"setpts=N/{rate}/TB", "-r", str(rate)]

@@ -415,6 +415,17 @@ def test_without_ffmpeg_one_line_says_what_to_install(tmp_path, monkeypatch):
 
 QUICK = "-q:v", "1", "-g", "6"
 LOSSLESS = ("-c:v", "ffv1", "-pix_fmt", "bgr0")
+
+
+def test_a_long_film_is_measured_by_its_first_and_last_packets(film, monkeypatch):
+    path, listed, packets = film("long.mp4", codec=H264, loops=30), [], video_module.packets
+    monkeypatch.setattr(
+        video_module, "packets", lambda table: listed.append(table) or packets(table)
+    )
+    assert open_video(path).count == 600
+    assert sum(table.count(b"\n0,") for table in listed) < 32 + 10 * 10 + 2 * 6  # two groups more
+
+
 MPEG4 = ("-c:v", "mpeg4", *QUICK)
 MPEG2 = ("-c:v", "mpeg2video", *QUICK, "-bf", "2")
 H264 = ("-c:v", "libx264", "-crf", "1", "-g", "6", "-bf", "2", "-pix_fmt", "yuv420p")

@@ -96,7 +96,6 @@ def planned(run):
     """The peak that --plan prints, in bytes."""
     with torch.device("meta"):
         model = build(run.size, run.head)
-    run = Namespace(**vars(run), precision="fp32")
     return training_memory(model, run, run.micro_batch)["peak"]
 
 
