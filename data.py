@@ -238,7 +238,8 @@ def open_sources(
         return train, None
     val = open_source(val_data, "val", val_labels, train.classes, **options)
     if train.classes and val.classes not in (None, train.classes):
-        raise ValueError(f"{val_data} has other classes than train (shards: pack it after train's)")
+        why = f"{val_data} has other classes than train"
+        raise ValueError(f"{why}: give other --val-data; of shards, pack val after train")
     return train, val
 
 
@@ -432,8 +433,11 @@ HELD_OUT = 512  # pictures to measure on, and never more than 5 % of them
 
 
 def hold_out(train, val, count, share=0.05):
-    """(source to train on, at most `count` samples to measure on): the first of val or, without
-    val, the last of train, at most this share of it."""
+    """(source to train on, source of at most `count` samples to measure on).
+
+    The latter has the first samples of val or, without val, the last of train: at most this
+    share of it.
+    """
     if val:
         return train, Subset(val, range(min(count, int(val.sizes.sum()))))
     total = int(train.sizes.sum())
@@ -463,8 +467,10 @@ def random_box(width, height, bits, min_crop, aspect):
 
 
 def centre_box(width, height, aspect, share=1.0, along=0.5):
-    """(left, top, width, height): `share` of the largest box of width / height = aspect. along:
-    its place on the longer side, from 0 to 1."""
+    """(left, top, width, height): `share` of the largest box of width / height = aspect.
+
+    along: its place on the longer side, from 0 to 1
+    """
     x, y = (along, 0.5) if width > height * aspect else (0.5, along)
     w, h = min(width, height * aspect), min(height, width / aspect)
     w, h = round(share * w), round(share * h)
@@ -497,7 +503,8 @@ def crop_and_resize(image, size, channels, bits=None, min_crop=0.2, centre=1.0, 
     if image.format == "JPEG" and shrink >= 2:
         image.draft(None, (image.width // shrink, image.height // shrink))
     image = to_8_bits(upright(image))  # the whole picture decides the scale
-    sx, sy = image.width / original[0], image.height / original[1]  # 1, or of draft()
+    # 1, unless draft() has decoded a smaller picture:
+    sx, sy = image.width / original[0], image.height / original[1]
     edges = left * sx, top * sy, (left + w) * sx, (top + h) * sy
     image = image.crop(tuple(map(round, edges)))
     with_alpha = channels == 4 and image.has_transparency_data
@@ -554,7 +561,7 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
 
 
 def to_mode(image, channels):
-    """A whole picture, or part of to_8_bits', as 8 bits of grey, RGB or RGBA: see MODES."""
+    """A whole picture, or a crop of what to_8_bits returned, as 8 bits of grey, RGB or RGBA: see MODES."""
     image = to_8_bits(image)
     if image.mode == "LAB":  # from which Pillow does not convert to grey
         image = image.convert("RGB")

@@ -517,12 +517,13 @@ def measure(model, sources, run):
 # ------------------------------------------------------------------------------------------- models
 
 
-def load_model(path, task, device, heads=None, image_size=None, entry=None, **of_mae):
+def load_model(path, task, device, heads=None, image_size=None, entry=None, mask_ratio=None,
+               normalize_targets=None):  # fmt: skip
     """Load a checkpoint for a task: (model in inference mode, a line on its weights).
 
     heads, image_size, entry: see read_weights; positions are resampled to the image_size.
-    of_mae: arguments of an MAE, instead of the checkpoint's. The model of a .json file of
-    detections is None.
+    mask_ratio, normalize_targets: of an MAE, instead of the checkpoint's. The model of a
+    .json file of detections is None.
     """
     if task == "detect":
         from tasks.detect import Detector, read_detector
@@ -545,7 +546,8 @@ def load_model(path, task, device, heads=None, image_size=None, entry=None, **of
     elif task == "reconstruct":
         if "decoder" not in config:
             raise ValueError(f"{path} has no decoder: --task reconstruct needs stage 1's model.pt")
-        config |= of_mae
+        own = {"mask_ratio": mask_ratio, "normalize_targets": normalize_targets}
+        config |= {name: value for name, value in own.items() if value is not None}
         if "normalize_targets" not in config:
             print("targets are taken for normalised patches: if they were not, --raw-pixels")
         model = MAE(**config)
@@ -589,7 +591,7 @@ def add_flags(parser, task):
         add("--labels", help="of --data: .csv (path,class), .jsonl, iNaturalist's .json")
         add("--val-labels", help="of val (paths in --val-data or, without it, --data)")
     if task in ("knn", "fewshot", "features"):
-        add("--pool", choices=("cls", "mean"), default="mean", help="the tokens (mean)")
+        add("--pool", choices=("cls", "mean"), default="mean", help="of the tokens (mean)")
     if task in ("classify", "video", "zeroshot", "retrieval"):
         crop = None if task == "classify" else 1.0
         add("--val-crop", type=fraction, default=crop, help="centre; 0: all, squashed")
@@ -598,9 +600,10 @@ def add_flags(parser, task):
 
         add("--shots", type=shot_list, default="1,5,10,all", help="per class")
     if task == "features":
-        add("--split", choices=("train", "val"), default="val", help="to read (val)")
-    if task in ("features", "reconstruct", "attention"):
-        add("--out", type=in_folder, help="features.npz, or a PNG beside the checkpoint")
+        add("--split", choices=("train", "val"), default="val", help="whose features (val)")
+        add("--out", type=in_folder, help="a new .npz (features.npz)")
+    if task in ("reconstruct", "attention"):
+        add("--out", type=png, help="a .png (beside the checkpoint)")
     if task in ("reconstruct", "attention", "classify", "detect"):
         add("--count", type=number(int, 1, 1000), default=8, help="images to draw (8)")
     if task == "reconstruct":

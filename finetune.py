@@ -141,8 +141,6 @@ def prepare(run):
 
     Raises ValueError if an argument is unusable.
     """
-    if run.data == "":  # a variable of the shell that is not set
-        raise ValueError("--data is empty: leave it out for the toy world")
     kind = launch.place(run)
     kernels.forced()  # a wrong ATTENTION in the environment is refused before loading
     run.compile = compiles(kind) if run.compile is None else run.compile

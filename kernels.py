@@ -21,7 +21,7 @@ The kernels compute softmax(q k^T / sqrt(d)) v for each head of each sample. For
 * A head may have 80 columns (H, 2B): a tile of 64 beside one of 16, not a padded 128.
 * Up to 64 tokens, all keys of a head are one tile: the softmax is taken at once, and
   backward is one kernel. Longer sequences loop over tiles of keys and rescale.
-* MAE's last decoder block has queries of hidden tokens only, those from `first_query`.
+* In MAE's last decoder block only hidden tokens have queries: those from `first_query` on.
 
 The (N, N) matrices never leave the registers. Forward keeps log2(sum(2^s)) of each row of
 scores s, from which backward computes the softmax. No atomics: same input, same bits.
@@ -119,7 +119,7 @@ def choose(device, dtype, tokens, head):
 def describe(shapes, device, precision):
     """What computes a model's attention and why, for the first lines of a run.
 
-    shapes: (tokens, columns of a head) of its layers, none for relative positions.
+    shapes: (tokens, columns of a head) of its layers; empty for relative positions.
     precision: "bf16" or "fp32". ValueError: see choose().
     """
     if not shapes:
@@ -175,7 +175,8 @@ capability._dynamo_marked_constant = True
 def offsets(TILES, heads, N: tl.constexpr, FIRST: tl.constexpr, HEAD: tl.constexpr):
     """(tile, offset in qkv, in out, in logsum): which of the TILES of which head this is.
 
-    out and logsum have no rows before FIRST: the row numbers of qkv fit their offsets.
+    out and logsum have no rows before FIRST. Their offsets are smaller by FIRST rows, so that
+    the row numbers of qkv can be added to them.
     """
     # Neighbouring programs compute tiles of one head: its keys are in the cache.
     tile, pair = tl.program_id(0) % TILES, (tl.program_id(0) // TILES).to(tl.int64)

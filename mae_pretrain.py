@@ -79,7 +79,7 @@ def parse_arguments(argv):
     add("--mask-ratio", type=flags.fraction, help="share of patches that is hidden (0.75)")
     target = {"dest": "normalize_targets", "default": None}
     add("--raw-pixels", action="store_false", **target, help="predict pixels as they are")
-    add("--no-raw-pixels", action="store_true", **target, help="normalised ones (yes)")
+    add("--no-raw-pixels", action="store_true", **target, help="normalised patches (default)")
     add("--init", help="weights to start from: a model.pt or a public MAE checkpoint")
     add = groups["optimisation"].add_argument
     add("--lr", type=flags.positive, help="peak (1.5e-4 for 256 of the batch; toy: 8e-3)")
@@ -136,7 +136,7 @@ def prepare(run):
     share = run.process, run.processes
     drawn = {"order": order, "seed": run.seed, "micro_batches": run.micro_batches}
     run.batches = data.Batches(run.source, crops, run.batch_size, *share, **drawn)
-    eval_batch = 2 * run.processes * max(1, run.micro_batch // 2)  # processes take pairs
+    eval_batch = 2 * run.processes * max(1, run.micro_batch // 2)  # each process takes pairs
     run.held_out_batches = data.Batches(run.held_out, make, eval_batch, *share)
 
     # -------------------------------------------------------------------- length and lr
@@ -239,7 +239,7 @@ def train(run):
 
         if progress.stepped():
             facts = {"loss": totals.loss, "lr": lr, "grad_norm": totals.norm}
-            # Measuring costs at most what the training before it did (backward: 2 of 3).
+            # Measuring costs at most what the training before it did (a step is three forwards).
             trained = 3 * progress.done * run.batch_size
             if progress.saving and trained >= run.held_out_batches.total > 0:
                 measured = evaluate.masked_loss, model, run.held_out_batches, device

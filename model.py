@@ -23,7 +23,7 @@ import os
 import re
 import warnings
 import zipfile
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.distributed as dist
@@ -308,9 +308,8 @@ class MAE(ViT):
         N, norm_eps = self.num_patches, self.config["norm_eps"]
         self.num_visible = int(N * (1 - mask_ratio))  # 49 of 196, 64 of 256
         if not 0 < self.num_visible < N:
-            raise ValueError(
-                f"mask ratio {mask_ratio} leaves none of {N} patches visible or hidden"
-            )
+            visible = f"{self.num_visible} of {N} patches visible"
+            raise ValueError(f"mask ratio {mask_ratio} leaves {visible}: want 1 to {N - 1}")
         self.normalize_targets = normalize_targets
         self.config |= {"decoder": [width, layers, heads], "mask_ratio": mask_ratio}
         self.config["normalize_targets"] = normalize_targets
@@ -580,10 +579,7 @@ def shard(model, device, shard_group, precision, methods=()):
     # compares its random numbers with the rates.
     param_dtype = torch.bfloat16 if precision == "bf16" else None
     policy = fsdp.MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False)
-    names, shape = ("replicate", "shard"), (dist.get_world_size() // shard_group, shard_group)
-    if shape[0] == 1:  # one copy of the model
-        names, shape = names[1:], shape[1:]
-    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
+    mesh = sharding_mesh(device.type, shard_group, dist.group.WORLD)
     # A head of 28,000 hashtags is as large as several blocks. With the root it would be
     # gathered first and freed last.
     for name, module in model.named_modules():
@@ -592,6 +588,15 @@ def shard(model, device, shard_group, precision, methods=()):
     fsdp.fully_shard(model, mesh=mesh, mp_policy=policy)
     for method in methods:
         fsdp.register_fsdp_forward_method(model, method)
+
+
+@lru_cache(1)  # each call would make new process groups
+def sharding_mesh(kind, shard_group, everyone):
+    """Mesh of (copies of the model, processes that share one); with one copy, of these alone."""
+    names, shape = ("replicate", "shard"), (everyone.size() // shard_group, shard_group)
+    if shape[0] == 1:
+        names, shape = names[1:], shape[1:]
+    return dist.init_device_mesh(kind, shape, mesh_dim_names=names)
 
 
 def replicate(model, bucket_mb=100):

@@ -145,7 +145,7 @@ def prepare(run):
     share = run.process, run.processes
     drawn = {"order": order, "seed": run.seed, "micro_batches": run.micro_batches}
     run.batches = data.Batches(run.source, crops, run.batch_size, *share, **drawn)
-    eval_batch = 2 * run.processes * max(1, run.micro_batch // 2)  # processes take pairs
+    eval_batch = 2 * run.processes * max(1, run.micro_batch // 2)  # each process takes pairs
     run.held_out_batches = data.Batches(run.held_out, make, eval_batch, *share)
 
     # -------------------------------------------------------------------- length and lr
@@ -251,7 +251,7 @@ def train(run):
 
         if progress.stepped():
             facts = {"loss": totals.loss, "lr": lr, "grad_norm": totals.norm}
-            # Measuring costs at most what the training before it did (backward: 2 of 3).
+            # Measuring costs at most what the training before it did (a step is three forwards).
             trained = 3 * progress.done * run.batch_size
             if progress.saving and trained >= run.held_out_batches.total > 0:
                 measured = evaluate.hit_rates, model, run.held_out_batches, device, "tags"

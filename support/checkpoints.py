@@ -199,7 +199,7 @@ def find_checkpoint(out, resume, identity):
     resume: None, or the path of a run or of one of its checkpoints. identity: JSON-able
     dict of all that decides the run's results. ValueError if a rule is broken:
 
-    1. `out` is writable. Without checkpoints, it has no file that would be overwritten.
+    1. `out` is writable, and has no files of others, which a run would overwrite.
     2. The checkpoints are those of `resume`, if given, else of `out`. A repeated command
        with the same `resume` goes on from its own: it has begun there before.
     3. The newest one counts, as LATEST says. A kill cannot damage it, but a disk can:
@@ -234,14 +234,19 @@ def find_checkpoint(out, resume, identity):
 def check_folder(out, checkpoints, begun):
     """Raise ValueError if `out` is not writable, or has files that a run would overwrite.
 
-    begun: True if config.json is a run's. Killed before it saved, it simply starts again.
+    begun: True if config.json is a run's. Killed before it saved, it simply starts again,
+    but without checkpoints a model.pt is not its own.
     """
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"--out {out}: {existing} cannot be written to")
-    for name in ["model.pt"] if begun else ["model.pt", "config.json", "metrics.jsonl"]:
-        if (out / name).exists() and not checkpoints:
-            raise ValueError(f"{out} holds a {name}, but no checkpoints: use another --out")
+    foreign = [] if begun else ["config.json", "metrics.jsonl"]
+    for name in ("checkpoints", "checkpoints/.saving"):
+        if (out / name).exists() and not (out / name).is_dir():
+            raise ValueError(f"{out / name} is in the way of checkpoints: use another --out")
+    for name in foreign if checkpoints else ["model.pt", *foreign]:
+        if (out / name).exists():
+            raise ValueError(f"{out} holds a {name} that is not of this run: use another --out")
 
 
 def checkpoints_in(folder):
@@ -264,11 +269,13 @@ def is_whole(path):
     """True if a checkpoint's files have the sizes in its state.json. Else print why not."""
     try:
         record = json.loads((path / "state.json").read_text())
-        files, _ = record["files"], record["identity"]
+        files, step = record["files"], record["step"]
+        if not isinstance(record["identity"], dict) or not isinstance(step, int) or step < 0:
+            raise ValueError("identity or step is damaged")
         wrong = [name for name in files if (path / name).stat().st_size != files[name]]
         wrong = [f"{name} is not of the size in state.json" for name in wrong]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        wrong = [f"{type(error).__name__}: {error}"]
+        wrong = [f"state.json or a file in it: {type(error).__name__}: {error}"]
     if wrong and os.environ.get("RANK", "0") == "0":
         print(f"DAMAGED CHECKPOINT: {path}: {wrong[0]}", file=sys.stderr)
     return not wrong

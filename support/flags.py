@@ -13,16 +13,29 @@ from data import MAX_PIXELS, pixel_limit
 from support.launch import fail
 
 
-def make_parser(program, description):
-    """An ArgumentParser with `groups`, {title: group}. Its errors are one line."""
-    parser = argparse.ArgumentParser(program, allow_abbrev=False, description=description)
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line. An empty text, of an unset variable say, is one."""
 
-    def error(message):
+    def __init__(self, prog, **options):
+        super().__init__(prog, allow_abbrev=False, **options)
+        self.register("type", None, not_empty)
+        self.register("type", Path, lambda text: Path(not_empty(text)))
+
+    def error(self, message):
         # "argument --lr: nan is ..." -> "--lr nan is ..."; "--steps: not allowed with" stays.
         message = re.sub(r"^argument (\S+): (?!not )", r"\1 ", message)
-        fail(program, f"{message} (--help lists all flags)")
+        fail(self.prog, f"{message} (--help lists all flags)")
 
-    parser.error = error
+
+def not_empty(text):
+    if text == "":
+        raise argparse.ArgumentTypeError("is empty: give a value, or leave it out")
+    return text
+
+
+def make_parser(program, description):
+    """A Parser with `groups`, {title: group}."""
+    parser = Parser(program, description=description)
     titles = "data", "model", "optimisation", "run"
     parser.groups = {title: parser.add_argument_group(title) for title in titles}
     return parser
@@ -140,8 +153,7 @@ def parse_for_task(parser, tasks, add_flags, argv):
     add_flags(parser, task) adds the flags of a task. A flag of another task is an
     error, which names the tasks that have it.
     """
-    first = argparse.ArgumentParser(parser.prog, add_help=False, allow_abbrev=False)
-    first.error = parser.error
+    first = Parser(parser.prog, add_help=False)
     first.add_argument("--task", choices=tasks)
     task = first.parse_known_args(argv)[0].task
     if task:

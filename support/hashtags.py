@@ -14,6 +14,7 @@ import unicodedata
 from collections import Counter
 from functools import lru_cache, partial
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from tqdm import tqdm
@@ -278,9 +279,11 @@ def open_hashtags(source, folder):
         rarest = open_array(f"{folder}/rarest.npy")
         if content["data"] != train.identity or len(rarest) != train.sizes.sum():
             raise ValueError(f"it is of other data: {content['data']}")
-        if len(totals) != len(train.sizes) or rarest.max() >= len(counts):
+        if len(totals) != len(train.sizes) or not -1 <= rarest.min() <= rarest.max() < len(counts):
             raise ValueError("its files do not fit each other")
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        if table.min() < 0 or not isinstance(vocabulary.synonyms, dict):
+            raise ValueError("its weights or synonyms are damaged")
+    except (OSError, ValueError, KeyError, TypeError, EOFError, OverflowError, BadZipFile) as error:
         where = f"in {folder} ({one_line(error)})" if folder else "are given"
         raise ValueError(
             f"no hashtags {where}: write them with python data.py hashtags DATA --out TAGS, and "

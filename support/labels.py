@@ -109,8 +109,6 @@ def read_labels(path, caption_key="caption"):
     found, bad = {}, 0
     try:
         with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            first = file.readline(80).strip()
-            file.seek(0)
             rows, entry_of, note = readers[kind](file, caption_key)
             for row in rows:
                 try:
@@ -123,12 +121,24 @@ def read_labels(path, caption_key="caption"):
         why = "damaged, naming no picture, or against an earlier one"
         print(f"{path}: entries that are left out ({why}): {bad}", file=sys.stderr)
     if not found:
-        columns = f"a head line that names path, and class or {caption_key}"
-        want = f"path,class in each line of a .csv, or {columns}"
-        raise ValueError(f"{path} lists no pictures: want {want}; the first line is {first!r}")
+        want = {
+            "csv": "path,class in each line, or a head line that names path, and class or "
+            + caption_key,
+            "jsonl": 'lines of {"path", "class", "hashtags", captions}',
+            "json": "iNaturalist's images, categories and annotations",
+        }
+        raise ValueError(f"{path} lists no pictures: want {want[kind]}{first_line(path)}")
     if note:
         print(f"{path}: {note}", file=sys.stderr)
     return found
+
+
+def first_line(path):
+    """The first line of a file for a message; nothing of a pipe, whose lines have been read."""
+    if not os.path.isfile(path):
+        return ""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return f"; the first line is {file.readline(80).strip()!r}"
 
 
 def add_entry(found, entry, caption_key):
@@ -358,7 +368,8 @@ def are_classes(sets, classes):
 
 def all_labels(source):
     """(n,) int64 class numbers of a source's samples, -1 where none is known or can be read."""
-    labels = read_all(source, "label", lambda sample: sample["class"], -1)
+    # np.int64: a number that is too large is an error of its sample alone.
+    labels = read_all(source, "label", lambda sample: np.int64(sample["class"]), -1)
     return np.fromiter(labels, np.int64, int(source.sizes.sum()))
 
 

@@ -26,14 +26,14 @@ from support.checkpoints import begin_run, is_lost, last_line, load_checkpoint, 
 
 
 def place(run):
-    """Settle where a run computes: process(es), processes_here, device, precision, say.
+    """Settle where a run computes: process, processes, processes_here, device, precision, say.
 
     --gpus implies run.plan. Returns the type of the device; for --gpus, "cuda". Raises
     ValueError for flags that the device or the number of processes does not allow.
     """
-    environ = os.environ.get  # torchrun sets these
-    run.process, run.processes = int(environ("RANK", 0)), int(environ("WORLD_SIZE", 1))
-    local, run.processes_here = int(environ("LOCAL_RANK", 0)), int(environ("LOCAL_WORLD_SIZE", 1))
+    getenv = os.environ.get  # torchrun sets these
+    run.process, run.processes = int(getenv("RANK", 0)), int(getenv("WORLD_SIZE", 1))
+    local, run.processes_here = int(getenv("LOCAL_RANK", 0)), int(getenv("LOCAL_WORLD_SIZE", 1))
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     kind = accelerator.type if accelerator else "cpu"
     if kind == "mps" and run.processes > 1:  # no collectives there
@@ -213,7 +213,8 @@ class Progress:
         drawn = self.done * self.run.batch_size
         what = what or f"{bad} of {drawn} pictures cannot be read"
         if batches.over_max_bad(bad, drawn, self.run.max_bad):
-            raise Failure(f"{what}: all, or over --max-bad {self.run.max_bad}; mend or remove them")
+            over = f"over --max-bad {self.run.max_bad}, or all of them"
+            raise Failure(f"{what}: {over}; mend or remove them")
 
     def stepped(self):
         """Show the step that was taken. True if it is to be logged."""
@@ -249,7 +250,10 @@ class Progress:
         options["background"] = run.device.type == "cuda"
         self.wait_for_save()  # the one before: never two at once
         what = self.done, model, optimizer, record
-        self.wait_for_save = save_checkpoint(run.out / "checkpoints", *what, **options)
+        try:
+            self.wait_for_save = save_checkpoint(run.out / "checkpoints", *what, **options)
+        except ValueError as error:  # weights that are not finite
+            raise Failure(error) from None
         self.saved_step = self.done
 
     def finish(self, model, optimizer, stop):

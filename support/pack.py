@@ -5,7 +5,6 @@ python data.py index 'SHARDS-*.tar'                            shards -> their i
 python data.py hashtags DATA --out TAGS                        see support/hashtags.py
 """
 
-import argparse
 import glob
 import io
 import json
@@ -33,7 +32,7 @@ from data import (
     to_mode,
     upright,
 )
-from support.flags import count
+from support.flags import Parser, count
 from support.hashtags import read_synonyms, write_hashtags
 from support.loader import loader_workers
 from support.shards import Shards, pack_record, replace_file
@@ -171,7 +170,7 @@ def write_listing(shards):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="Prepare shards.")
+    parser = Parser("data.py", description="Prepare shards.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     add = commands.add_parser("pack", help="pictures of a folder -> shards").add_argument

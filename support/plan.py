@@ -156,7 +156,7 @@ def settle_batch(run, model):
 
     Raises ValueError if --micro-batch does not divide a process's part of the batch.
     """
-    run.shard_group = settle_sharding(model, run) if run.processes > 1 else None
+    run.shard_group = settle_sharding(model, run)
     per_process = run.batch_size // run.processes
     run.micro_batch = run.micro_batch or fitting_batch(model, per_process, run)
     run.micro_batches = per_process // run.micro_batch

@@ -31,7 +31,10 @@ from support.shards import Shards, braces, shard_index
 
 TIMEOUT = 30  # seconds without a byte after which a request is sent again
 PATIENCE = 300  # seconds without a new byte, over all requests, after which the run ends
-QUIET = 20  # seconds without a byte after which a temporary file counts as abandoned
+# Of other processes' temporary files: seconds without a byte after which the same shard is
+# downloaded a second time, and after which the file is removed. A download may be silent
+# for TIMEOUT seconds and pause for as many before it goes on.
+QUIET, STALE = 20, 3 * TIMEOUT
 
 # The name of a shard in an address or a command.
 SHARD = r"[^\s/'\"=]+\.tar(?=[?#'\"\s]|$)"
@@ -240,8 +243,8 @@ class Cache:
         files = states(os.path.join(glob.escape(self.folder), "cached-*.tar*"))
         used = sum(file.st_size for file in files.values())
         for path in sorted(files, key=lambda path: files[path].st_atime_ns):
-            quiet = time.time() - files[path].st_mtime > QUIET
-            abandoned = quiet and path.endswith((".part", ".tmp"))
+            stale = time.time() - files[path].st_mtime > STALE
+            abandoned = stale and path.endswith((".part", ".tmp"))
             if abandoned or used > self.size and path.endswith(".tar"):
                 used -= files[path].st_size
                 for file in (path, f"{path}.index"):

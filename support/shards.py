@@ -299,7 +299,11 @@ def pack_record(folder):
         return {"classes": None, "packed": {}}
     try:
         record = json.loads(path.read_text())
-        return {"classes": record["classes"], "packed": dict(record["packed"])}
+        classes, packed = record["classes"], dict(record["packed"])
+        options = list(packed.values())
+        if not isinstance(classes, list | None) or not all(isinstance(o, dict) for o in options):
+            raise TypeError("want a list of classes, and options by pattern")
+        return {"classes": classes, "packed": packed}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): remove it, and pack again") from None
 

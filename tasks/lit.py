@@ -448,11 +448,13 @@ TEMPLATES += ("a photo of a {}.", "a picture of one {}.", "an image of the {}.")
 
 
 def read_templates(path):
-    """The lines of a file, or TEMPLATES. Raises ValueError if a line has no {}."""
+    """The lines of a file, or TEMPLATES. Raises ValueError if a line has no {} or is repeated."""
     lines = read_lines(path, "templates") if path else TEMPLATES
     for number, line in enumerate(lines, 1):
         if "{}" not in line:
             raise ValueError(f"{path}: line {number} has no {{}} for a name: {line!r}")
+        if line in lines[: number - 1]:
+            raise ValueError(f"{path}: line {number} repeats an earlier one: {line!r}")
     return lines
 
 

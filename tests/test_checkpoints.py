@@ -139,7 +139,12 @@ def test_a_checkpoint_in_the_background_is_of_the_step_it_began_at(saved, monkey
     assert steps_in(folder) == [2, 3]
 
 
+def damage_facts(path):
+    path.write_text(path.read_text().replace('"step": 3', '"step": -5'))
+
+
 HARMS = [
+    ("state.json", damage_facts, "identity or step is damaged"),
     ("__0_0.distcp", Path.unlink, "FileNotFoundError.*__0_0.distcp"),
     ("__0_0.distcp", cut, "__0_0.distcp is not of the size"),
     (".metadata", cut, ".metadata is not of the size"),
@@ -168,9 +173,12 @@ def test_the_one_before_a_damaged_checkpoint_is_used(saved, capsys, name, harm, 
 def test_nothing_in_a_folder_is_overwritten(tmp_path, name):
     for path in (tmp_path / name, tmp_path / "file"):
         path.write_text("{}")
-    with pytest.raises(ValueError, match=f"holds a {name}, but no checkpoints") as error:
-        find_checkpoint(tmp_path, None, {})
-    assert one_line(error)
+    for _ in range(1 if name == "model.pt" else 2):  # first without, then beside checkpoints
+        with pytest.raises(ValueError, match=f"holds a {name} that is not of this run") as error:
+            find_checkpoint(tmp_path, None, {})
+        assert one_line(error)
+        (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "config.json").write_text('{"stage": "killed before it saved"}')
     (tmp_path / "model.pt").unlink(missing_ok=True)
     assert find_checkpoint(tmp_path, None, {}) is None

@@ -225,6 +225,10 @@ def test_an_unfinished_damaged_or_foreign_index_of_hashtags_is_refused(tagged, t
         (source, "rarest.npy", b"", "no hashtags in"),
         (source, "totals.npy", b"", "no hashtags in"),
         (source, "totals.npy", npy(np.zeros(9, np.int64)), "do not fit"),
+        (source, "totals.npy", b"PK\x03\x04", "no hashtags in"),
+        (source, "rarest.npy", npy(np.full(57, -2, np.int32)), "do not fit"),
+        (source, "vocabulary.json", changed(out, weight=-1), "weights or synonyms are damaged"),
+        (source, "vocabulary.json", changed(out, weight=1 << 64), "no hashtags in"),
         (source, "vocabulary.json", b"{", "no hashtags in"),
         (source, "vocabulary.json", b"", "no hashtags in"),  # as a kill leaves it
     ):
@@ -235,6 +239,13 @@ def test_an_unfinished_damaged_or_foreign_index_of_hashtags_is_refused(tagged, t
             hashtags.open_hashtags(used, out)
         assert "python data.py hashtags" in one_line(error)
         (out / name).write_bytes(whole)
+
+
+def changed(folder, weight):
+    """The bytes of a vocabulary.json whose first tag has another weight."""
+    content = json.loads((folder / "vocabulary.json").read_text())
+    content["tags"][0]["weight"] = weight
+    return json.dumps(content).encode()
 
 
 def test_hashtags_on_the_command_line(tagged, tmp_path, monkeypatch, capsys):

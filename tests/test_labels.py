@@ -201,7 +201,7 @@ WRONG = {  # name: (content, words of the message)
     "latin.csv": ("größe.png,cat\n".encode("latin-1"), "lists no pictures"),
     "open-quote.csv": (b'"' + b"a.png,cat\n" * 20_000, "cannot read labels"),
     "last-quote.csv": (b'a.png,cat\nb.png,"cat\n', "cannot read"),  # it would swallow the rest
-    "damaged.jsonl": (b"{\n[]\n", "lists no pictures"),
+    "damaged.jsonl": (b"{\n[]\n", 'want lines of {"path", "class", "hashtags", captions}'),
     "a.txt": (b"a.png,cat\n", "is no file of labels: want .jsonl, .csv or .json"),
     "empty.json": (b"", "cannot read labels"),
     "cut.json": (json.dumps(INATURALIST).encode()[:-5], "cannot read labels"),

@@ -456,4 +456,7 @@ def test_templates_that_lack_a_place_for_the_name_are_refused(tmp_path):
     (tmp_path / "templates.txt").write_text("a {}\na photo\n")
     with pytest.raises(ValueError, match="line 2 has no {}"):
         lit.read_templates(tmp_path / "templates.txt")
+    (tmp_path / "templates.txt").write_text("a {}\nthe {}\na {}\n")
+    with pytest.raises(ValueError, match="line 3 repeats an earlier one"):
+        lit.read_templates(tmp_path / "templates.txt")
     assert all("{}" in template for template in lit.read_templates(None))

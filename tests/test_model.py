@@ -4,6 +4,7 @@ The transformer in reference.py is plain functions of a dict of named parameters
 convolution for the patch embedding, softmax written out, a decoder that un-shuffles.
 """
 
+import gc
 import itertools
 import math
 from functools import partial
@@ -103,7 +104,10 @@ def test_loss_and_gradients_are_the_public_mae_s(case):
     assert trained.keys() | fixed == parameters.keys()
 
 
-REFUSED = [({**SMALL_MAE, "mask_ratio": ratio}, "visible or hidden") for ratio in (0, 0.9, 1)]
+REFUSED = [
+    ({**SMALL_MAE, "mask_ratio": ratio}, r"of \d+ patches visible: want 1 to")
+    for ratio in (0, 0.9, 1)
+]
 REFUSED += [({"size": s}, f"size '{s}'") for s in ("huge", "64x2", "64x2x5", "64x0x4", "axbxc")]
 INDIVISIBLE = [
     ((30, 50), 16, "32x48"),
@@ -567,6 +571,27 @@ def test_cast_weights_leaves_the_module_what_it_is():
     assert module.method(x) == ("method", True, torch.bfloat16)
     assert module.calls == 3
     assert module.weight.dtype == torch.float32 and [*module.state_dict()] == ["weight"]
+
+
+def test_sharded_steps_leave_nothing_behind(group):
+    """Fused AdamW over DTensors kept a DTensorSpec for each tensor and step before torch 2.12
+    (pytorch issues 181761, 188174). A second model makes no process groups of its own."""
+    model = MAE(**SMALL_MAE)
+    parallelize(model, CPU, 1)
+    mesh = models.sharding_mesh("cpu", 1, torch.distributed.group.WORLD)
+    parallelize(MAE(**SMALL_MAE), CPU, 1)
+    assert models.sharding_mesh("cpu", 1, torch.distributed.group.WORLD) is mesh
+    optimizer = torch.optim.AdamW(models.parameter_groups(model, 0.05), 1e-3, fused=True)
+    images, ids, counts = random_images(model), random_ids(model), []
+    for step in range(25):
+        model(images, ids).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (4, 24):
+            gc.collect()
+            counts.append(sum(type(thing).__name__ == "DTensorSpec" for thing in gc.get_objects()))
+    assert counts[0] > 0
+    assert counts[1] <= counts[0] or torch.__version__ < "2.12"  # where a run says that it leaks
 
 
 PARALLEL = """

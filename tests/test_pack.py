@@ -131,7 +131,16 @@ def test_shards_of_another_pack_or_program_are_neither_kept_nor_mixed(pets, tmp_
         assert bytes_in(tmp_path) == before
     # pack.json is damaged.
     shard, record = f"{tmp_path}/out/p-0.tar", tmp_path / "out" / "pack.json"
-    for text in ("", "[]", "5", "{}", '{"classes": null}', '{"classes": null, "packed": 5}'):
+    for text in (
+        "",
+        "[]",
+        "5",
+        "{}",
+        '{"classes": null}',
+        '{"classes": null, "packed": 5}',
+        '{"classes": 5, "packed": {}}',
+        '{"classes": null, "packed": {"a": 3}}',
+    ):
         record.write_text(text)
         refused(opened, shard, words="pack.json is damaged.*: remove it")
         pattern = tmp_path / "out" / "q-%d.tar"
