@@ -89,9 +89,9 @@ class Order:
 
     1. The shards are laid end to end, in a random order of the seed alone. Say it is
        2, 0, 1: the line of samples is 7-11, 0-3, 4-6.
-    2. The line is cut into a stretch for each lane, as long as the lane has positions in
-       this epoch: 7-11 and 0 for lane 0, 1-3 and 4-6 for lane 1. Both read shard 0.
-    3. The pieces of a stretch come in a random order: lane 1 reads 4-6, then 1-3.
+    2. The line is cut into a stretch for each lane, with one sample for each of its
+       positions in this epoch: 7-11, 0 for lane 0; 1-3, 4-6 for lane 1. Both read shard 0.
+    3. A stretch's pieces, each of one shard, come in a random order: 4-6, then 1-3.
     4. Samples are shuffled in blocks of neighbouring pieces. Here all six are a block, say
        5 3 1 6 4 2: positions 2, 3, 6, 7, 10, 11 are samples 5, 3, 1, 6, 4, 2.
 
@@ -130,7 +130,7 @@ class Order:
         return self(position)  # found in the new block
 
     def before(self, lane, position, epoch):
-        """The number of an epoch's positions before `position` in lanes before `lane`."""
+        """Count an epoch's positions below `position` that belong to lanes 0 to lane - 1."""
         rounds = (divmod(place, 2 * self.lanes) for place in (epoch * self.length, position))
         start, stop = (whole * 2 * lane + min(rest, 2 * lane) for whole, rest in rounds)
         return stop - start
@@ -138,6 +138,7 @@ class Order:
     def block(self, epoch, lane, turn):
         """(first turn, sample numbers) of the shuffled block with this turn of a lane."""
         end, edges = (epoch + 1) * self.length, self.edges_of(epoch)
+        # The lane's stretch of the line. Those of lower lanes lie before it.
         start, stop = self.before(lane, end, epoch), self.before(lane + 1, end, epoch)
         # Piece i of the lane's stretch is cuts[i] .. cuts[i + 1] of the line, in one shard.
         shard = np.searchsorted(edges, start, "right") - 1
@@ -226,7 +227,7 @@ def open_sources(
         val_data, val_labels = folder_of_list(val_data, val_labels)
     if val_data and not val_labels and splits_in(val_data):
         raise ValueError(f"{val_data} holds several splits: give one of its folders as --val-data")
-    own = data if data == "toy" or val_labels else None  # what data has to measure on
+    own = data if data == "toy" or val_labels else None  # --data itself, if it holds its val
     if not labels and (splits := splits_in(data)):
         from support.labels import choose_splits
 
@@ -325,7 +326,7 @@ class Folder(Source):
         if not found:
             return None
         if not labels and (unnamed or not classes and len(found) == 1):
-            why = f"they would be the folders, two or more, of all {self.what}"
+            why = f"want all {self.what} in two or more folders"
             print(f"{self.root}: no classes ({why})")
             return None
         if unknown := ", ".join(sorted(found - set(classes or found))[:5]):
@@ -414,7 +415,7 @@ class Subset(Source):
         self.source, self.numbers, self.classes = source, numbers, source.classes
         self.cache = source.cache
         self.sizes = np.ones(len(numbers), dtype=np.int64)
-        if isinstance(numbers, range):  # as many shards, and so lanes: some may be empty
+        if isinstance(numbers, range):  # keep the shards, some of them empty, and lanes
             self.sizes = np.diff(running_sum(source.sizes).clip(numbers.start, numbers.stop))
         digest = stable_hash(str(numbers)).hex()
         self.identity = f"{source.identity}, {len(numbers)} of them: {digest}"
@@ -429,7 +430,7 @@ class Subset(Source):
         return self.source.where(self.numbers[number])
 
 
-HELD_OUT = 512  # pictures to measure on, and never more than 5 % of them
+HELD_OUT = 512  # at most so many pictures to measure on, and at most 5 % of train
 
 
 def hold_out(train, val, count, share=0.05):
@@ -502,7 +503,7 @@ def crop_and_resize(image, size, channels, bits=None, min_crop=0.2, centre=1.0, 
     shrink = min(w // (2 * width), h // (2 * height), 8)
     if image.format == "JPEG" and shrink >= 2:
         image.draft(None, (image.width // shrink, image.height // shrink))
-    image = to_8_bits(upright(image))  # the whole picture decides the scale
+    image = to_8_bits(upright(image))  # before the crop: all pixels decide between 8 and 16 bits
     # 1, unless draft() has decoded a smaller picture:
     sx, sy = image.width / original[0], image.height / original[1]
     edges = left * sx, top * sy, (left + w) * sx, (top + h) * sy
@@ -709,11 +710,11 @@ class Batches(torch.utils.data.Dataset):
     def over_max_bad(self, bad, drawn, share):
         """True if more than this share (--max-bad) of the first `drawn` samples are bad.
 
-        Shares are of 1,000 samples at least. A single bad file, repeated over epochs, never
-        stops a run; nothing but bad files always does.
+        Of fewer than 1,000 samples, the share is that of 1,000. One bad file in every epoch
+        never stops a run. Bad files alone always do.
         """
-        alone = (drawn // self.order.length + 1) * self.order.most
-        return bad > max(share * max(1000, drawn), alone) or bad == drawn > 1
+        of_one_file = (drawn // self.order.length + 1) * self.order.most
+        return bad > max(share * max(1000, drawn), of_one_file) or bad == drawn > 1
 
     def places(self, positions):
         """The shards or pictures that hold the samples at `positions`, each once."""
@@ -741,12 +742,12 @@ def make_picture(sample, key, size, channels, min_crop=None, centre=1.0):
     Batches for sample and key, and crop_and_resize."""
     if sample is None:
         return torch.zeros(*size, channels, dtype=torch.uint8).movedim(-1, 0)
-    bits = None if min_crop is None else random_bits(24, *key, VIEW)
+    bits = None if min_crop is None else random_bits(23, *key, VIEW)
     return crop_and_resize(sample["image"](), size, channels, bits, min_crop, centre)
 
 
 class Unreachable(OSError):
-    """A shard or a batch cannot be read now. This ends a run, which would lose samples."""
+    """A shard or a batch cannot be read now. The run ends: it would lose samples."""
 
     def __init__(self, message):
         # A DataLoader adds the worker's traceback: keep the last line.

@@ -90,16 +90,19 @@ def load_task(name):
     """The functions of a task: a Task, or the module tasks/NAME.py.
 
     add_flags(groups)       Add the task's flags to {title: group of flags}. open_pictures
-                            reads those of flags.add_label_flags, train those of
+                            needs those of flags.add_label_flags, train those of
                             flags.add_resume_flags.
-    prepare(run, finetune)  Check the flags; open weights and data: see read_init, open_*.
-                            Set run.classes and run.val. Return the recipe, {name: default}
-                            of the settings that decide the results, with batch_size,
-                            epochs and warmup.
-    main(run, finetune)     Build a model, call train, measure, and call finish.
+    prepare(run, finetune)  Check the flags. Call read_init, then open_pictures or
+                            open_labelled. Set run.classes (0: none), run.train and run.val
+                            (not None: see data.hold_out). Return the recipe, {name: value
+                            if run has None}: all settings that decide the results, with
+                            batch_size, epochs and warmup, and lr for adamw.
+    main(run, finetune)     Build a model and call train. If that returns True, measure, and
+                            call finish, or print JSON if evaluate.py has no such task.
 
-    run has the flags as attributes. finetune is this module: tasks/ cannot import it. To
-    add a task, write its file and add its name to TASKS.
+    run has the flags as attributes. finetune is this module: tasks/ cannot import it. The
+    processes have joined in main, but not for a plan (run.plan). To add a task, write its
+    file and add its name to TASKS.
     """
     own = {
         "classify": Task(add_classify_flags, prepare_classify, classify),
@@ -195,7 +198,8 @@ def read_init(run, config=(), read=models.read_weights):
 
 
 def open_pictures(run, **options):
-    """Open run.train and run.val, which may be None. options: of data.open_sources.
+    """Open run.train and run.val, which is None if there is no val. options: of
+    data.open_sources.
 
     run.toy: True for the toy size on the toy world, which has recipes of its own.
     """
@@ -206,10 +210,11 @@ def open_pictures(run, **options):
 
 
 def open_labelled(run, hold_out=False, **options):
-    """Open the data of a task that learns labels: run.train, run.val and run.classes.
+    """Open the data of a task that learns classes: run.train, run.val and run.classes.
 
-    hold_out: keep a slice of train, run.slice, to choose a learning rate on.
-    run.make(sample, key) gives a row; run.eval_batch rows are measured at once.
+    hold_out: keep a slice of train, run.slice, to choose a learning rate on. run.make is
+    evaluate.labelled for the model's images, and run.eval_batch the rows that a process
+    measures at once. read_init must be called before.
     """
     open_pictures(run, **options)
     settle_classes(run)
@@ -286,8 +291,9 @@ def adamw(groups, run):
 def learn_labels(run, model, micro_batches, totals):
     """Forward and backward of a step on labelled pictures or clips.
 
-    Each batch adds to totals (a launch.Totals) the sum of its losses, over run.batch_size,
-    and the number of its samples that count.
+    For each batch, before the next one is taken: divide the sum of its losses by
+    run.batch_size, call backward on run.processes times that, and add it to totals (a
+    launch.Totals) with the number of samples that count.
     """
     for batch in micro_batches:
         images, readable = data.normalize(batch["images"]), batch["weight"]
@@ -324,13 +330,14 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, schedule=cosin
     optimizer  function of the model. Groups have an initial_lr, and may have an lr_scale
     make       make(sample, key) gives a row of a batch: see data.Batches
     flops      of a training step, per image
-    learn      learn(run, model, micro_batches, totals): see learn_labels. The batches come
-               one after the other, on the device
+    learn      learn(run, model, micro_batches, totals): see learn_labels. The batches are on
+               the device
     schedule   schedule(step, steps, warmup) gives the lr as a fraction of its peak
     least_lr   the lr at the end of the schedule, before lr_scale
     clip       the largest norm of the gradient, or None
     order      function of (sizes, seed, lanes): data.Order, or one with weights
-    measure    function of the model: a dict of metrics, logged with every save
+    measure    function of the model: a dict of metrics, logged with every save. All processes
+               call it; it must leave the model in training mode
     shown      {metric: its format in the step line}
     methods    of the model that are called from outside: see models.parallelize
     target     what a sample must have to count, in words; None: a label of run.classes

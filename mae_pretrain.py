@@ -133,16 +133,16 @@ def prepare(run):
     settle_batch(run, run.model)
     make = partial(make_sample, size=size, channels=channels, num_patches=run.model.num_patches)
     crops = partial(make, min_crop=run.min_crop)
-    share = run.process, run.processes
-    drawn = {"order": order, "seed": run.seed, "micro_batches": run.micro_batches}
-    run.batches = data.Batches(run.source, crops, run.batch_size, *share, **drawn)
+    processes = run.process, run.processes
+    stream = {"order": order, "seed": run.seed, "micro_batches": run.micro_batches}
+    run.batches = data.Batches(run.source, crops, run.batch_size, *processes, **stream)
     eval_batch = 2 * run.processes * max(1, run.micro_batch // 2)  # each process takes pairs
-    run.held_out_batches = data.Batches(run.held_out, make, eval_batch, *share)
+    run.held_out_batches = data.Batches(run.held_out, make, eval_batch, *processes)
 
     # -------------------------------------------------------------------- length and lr
     # The paper trains 1600 epochs of ImageNet-1k, and 5 billion samples of its own data.
-    longest = 5e9 if run.plan and not run.data else min(1600 * order.length, 5e9)
-    samples = (run.epochs or 0) * order.length or run.samples or own.samples or longest
+    usual = 5e9 if run.plan and not run.data else min(1600 * order.length, 5e9)
+    samples = (run.epochs or 0) * order.length or run.samples or own.samples or usual
     run.steps = run.steps or math.ceil(samples / run.batch_size)
     run.lr = run.lr or own.lr * run.batch_size / 256
     run.save_every = run.save_every or min(1000, math.ceil(run.steps / 10))
@@ -150,8 +150,8 @@ def prepare(run):
     run.identity = {"stage": "mae_pretrain", "data": run.source.identity, "model": run.config}
     run.identity |= {"held_out": run.held_out.identity, "lanes": order.lanes, "init": origin}
     run.identity |= {name: getattr(run, name) for name in same}
-    usual = run.max_pixels == data.MAX_PIXELS  # checkpoints before --max-pixels have None
-    run.identity["max_pixels"] = None if usual else run.max_pixels
+    default = run.max_pixels == data.MAX_PIXELS  # None, as in checkpoints older than it
+    run.identity["max_pixels"] = None if default else run.max_pixels
     if not run.plan:
         shapes = attention_shapes(run.model)
         run.attention = kernels.describe(shapes, run.device, run.precision)
@@ -235,11 +235,11 @@ def train(run):
         progress.check(run.batches, progress.counts["bad"])
         launch.guard(model, run, step, totals, lr)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=not run.cuda_graph)  # a graph has their addresses
+        optimizer.zero_grad(set_to_none=not run.cuda_graph)  # a CUDA graph writes into them
 
         if progress.stepped():
             facts = {"loss": totals.loss, "lr": lr, "grad_norm": totals.norm}
-            # Measuring costs at most what the training before it did (a step is three forwards).
+            # Measure only once training has cost more than it (3 forwards a sample).
             trained = 3 * progress.done * run.batch_size
             if progress.saving and trained >= run.held_out_batches.total > 0:
                 measured = evaluate.masked_loss, model, run.held_out_batches, device

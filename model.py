@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 
-# name: (width, layers, heads, patch side). B to 6.5B: table 8 of the paper, maws
+# name: (width, layers, heads, patch side). B to 6.5B: table 8 of arXiv 2303.13496, maws
 # repository. T, S: DeiT (arXiv 2012.12877). toy: our choice, for laptops and tests.
 SIZES = {
     "toy": (192, 3, 6, 8),
@@ -45,7 +45,7 @@ SIZES = {
     "2B": (2560, 24, 32, 14),
     "6.5B": (4096, 32, 32, 14),
 }
-# (width, layers, heads) of the MAE decoder. That of B is also of all sizes not listed here:
+# (width, layers, heads) of the MAE decoder. B's is used for all sizes not listed here:
 # public code (MAE) for L and H; unverified for 2B and 6.5B.
 DECODERS = {"toy": (64, 1, 4), "T": (256, 4, 8), "B": (512, 8, 16)}
 
@@ -304,7 +304,7 @@ class MAE(ViT):
     ):
         super().__init__(size, **arguments)
         decoder = decoder or DECODERS.get(size, DECODERS["B"])
-        width, layers, heads = triple("x".join(map(str, decoder)))
+        width, layers, heads = triple("x".join(map(str, decoder)))  # checks the numbers
         N, norm_eps = self.num_patches, self.config["norm_eps"]
         self.num_visible = int(N * (1 - mask_ratio))  # 49 of 196, 64 of 256
         if not 0 < self.num_visible < N:
@@ -544,8 +544,8 @@ def cast_weights(module, method="forward"):
     Loss and gradients are bit for bit those of FSDP2's bf16 policy. The cast is part of
     the graph: gradients arrive at the fp32 weights in fp32. Blocks cast their own weights.
     """
-    # functional_call calls a module's forward. So the caller's forward is the method of
-    # the class, and the module's attribute becomes the method that casts.
+    # functional_call runs only `forward`. So `caller` has the plain method as its forward,
+    # and the module gets the method that casts.
     caller = nn.Module()
     caller.module, caller.forward = module, getattr(type(module), method).__get__(module)
 

@@ -142,11 +142,11 @@ def prepare(run):
     settle_batch(run, run.model)
     make = partial(make_sample, size=size, channels=channels, vocabulary=run.vocabulary)
     crops = partial(make, min_crop=run.min_crop)
-    share = run.process, run.processes
-    drawn = {"order": order, "seed": run.seed, "micro_batches": run.micro_batches}
-    run.batches = data.Batches(run.source, crops, run.batch_size, *share, **drawn)
+    processes = run.process, run.processes
+    stream = {"order": order, "seed": run.seed, "micro_batches": run.micro_batches}
+    run.batches = data.Batches(run.source, crops, run.batch_size, *processes, **stream)
     eval_batch = 2 * run.processes * max(1, run.micro_batch // 2)  # each process takes pairs
-    run.held_out_batches = data.Batches(run.held_out, make, eval_batch, *share)
+    run.held_out_batches = data.Batches(run.held_out, make, eval_batch, *processes)
 
     # -------------------------------------------------------------------- length and lr
     epoch = 5e9 if run.plan and not run.data else order.length  # 5e9: the paper's
@@ -158,8 +158,8 @@ def prepare(run):
     run.identity = {"stage": "weak_pretrain", "data": run.source.identity, "model": run.config}
     run.identity |= {"tags": run.vocabulary.identity, "lanes": order.lanes, "init": origin}
     run.identity |= {name: getattr(run, name) for name in same}
-    usual = run.max_pixels == data.MAX_PIXELS  # checkpoints before --max-pixels have None
-    run.identity["max_pixels"] = None if usual else run.max_pixels
+    default = run.max_pixels == data.MAX_PIXELS  # None, as in checkpoints older than it
+    run.identity["max_pixels"] = None if default else run.max_pixels
     if not run.plan:
         shapes = attention_shapes(run.model)
         run.attention = kernels.describe(shapes, run.device, run.precision)
@@ -247,11 +247,11 @@ def train(run):
         if run.clip:
             totals.clip(model, run.clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=not run.cuda_graph)  # a graph has their addresses
+        optimizer.zero_grad(set_to_none=not run.cuda_graph)  # a CUDA graph writes into them
 
         if progress.stepped():
             facts = {"loss": totals.loss, "lr": lr, "grad_norm": totals.norm}
-            # Measuring costs at most what the training before it did (a step is three forwards).
+            # Measure only once training has cost more than it (3 forwards a sample).
             trained = 3 * progress.done * run.batch_size
             if progress.saving and trained >= run.held_out_batches.total > 0:
                 measured = evaluate.hit_rates, model, run.held_out_batches, device, "tags"

@@ -110,12 +110,13 @@ class Totals:
 
     After read(), numbers of all processes:
 
-    loss       mean over the weight of the batch; norm: of the gradient of this loss
+    loss       mean over the samples that count; norm: that of its gradient
     weight     number of samples that count, or the sum of their weights
-    new_bad    samples that could not be read; unreadable: the names of this process's
-    unknown    samples that can be read, but have no label or caption
+    new_bad    samples that could not be read
+    unknown    samples without a label or caption, unreadable ones as well
     stopping   True if a process was asked to stop after this step
     lacking    True if a process has no batch: then this step must not be taken
+    unreadable names of samples that this process could not read
     """
 
     def __init__(self, device):
@@ -147,6 +148,7 @@ class Totals:
         self.stopping, self.lacking = bool(stopping), bool(lacking)
         if self.stopping:
             stop.asked = True
+        # Loss and gradients were divided by the batch size: make them means over the weight.
         scale = run.batch_size / max(self.weight, 1e-9)
         self.loss, self.norm = self.loss * scale, norm**0.5 * scale
         scale_gradients(gradients, scale)
@@ -186,7 +188,7 @@ class Progress:
         self.began = self.logged = time.perf_counter()
         disable = None if run.process == 0 else True  # None: unless there is a terminal
         self.bar = tqdm(total=run.steps, initial=self.done, disable=disable)
-        # Processes would pause for it at different steps, and wait: log() collects.
+        # Its pauses at different steps would make all processes wait: log() collects.
         gc.disable()
 
     def wait_for(self, batches):

@@ -78,9 +78,9 @@ def training_memory(model, run, micro_batch):
     copies = sum(counts) if element == 2 else 0  # in fp32 the weights themselves are used
     if run.shard_group:  # FSDP2 gathers a block, or a large head, while another computes
         copies = 2 * sum(counts) / len(shapes) + max(counts)
-    # Replicas have buckets for all gradients; micro-batches are added up beside them.
+    # Full copies of all gradients: DDP's buckets, and the sum over micro-batches.
     replicas = run.shard_group is None and run.processes > 1
-    whole = replicas + (micro_batch * run.processes < run.batch_size)
+    full_copies = replicas + (micro_batch * run.processes < run.batch_size)
 
     pixels = model.patch_embed["proj"].weight[0].numel()  # of a patch
     outputs = pixels * N if isinstance(model, MAE) else getattr(model, "classes", 0)
@@ -95,7 +95,7 @@ def training_memory(model, run, micro_batch):
         "weights (fp32)": 4 * sum(counts) / group,
         "weights, gathered or cast": element * copies,
         "Adam's two moments (fp32)": 8 * trained / group,
-        "gradients (fp32)": 4 * trained * (whole or 1 / group),
+        "gradients (fp32)": 4 * trained * (full_copies or 1 / group),
         "activations for backward": element * micro_batch * (kept + pixels * shapes[0][2]),
         "one block's backward": element * micro_batch * backward,
         "images, outputs, loss": micro_batch * (5 * pixels * N + 16 * outputs),
@@ -103,7 +103,7 @@ def training_memory(model, run, micro_batch):
     *weights, gradients, kept, backward, ends = items.values()
     activations = kept + max(backward, ends)
     # Gradients come while activations go, unless the gradients are whole all the time.
-    step = gradients + activations if whole else max(gradients, activations)
+    step = gradients + activations if full_copies else max(gradients, activations)
     return items | {"peak": sum(weights) + step}
 
 
