@@ -252,10 +252,7 @@ class Progress:
         options["background"] = run.device.type == "cuda"
         self.wait_for_save()  # the one before: never two at once
         what = self.done, model, optimizer, record
-        try:
-            self.wait_for_save = save_checkpoint(run.out / "checkpoints", *what, **options)
-        except ValueError as error:  # weights that are not finite
-            raise Failure(error) from None
+        self.wait_for_save = save_checkpoint(run.out / "checkpoints", *what, **options)
         self.saved_step = self.done
 
     def finish(self, model, optimizer, stop):
