@@ -24,31 +24,40 @@ def denormalize(images):
 @torch.inference_mode()
 def draw_reconstructions(model, source, path, count=8, seed=0):
     """Write a PNG of a source's first `count` images, a row for each: itself, its visible
-    patches, and an MAE's reconstruction. seed: of the masks."""
+    patches, and an MAE's reconstruction. seed: of the masks.
+
+    A reconstruction from normalised targets borrows the true mean and deviation of each
+    hidden patch. What the means alone show stands in a column before it.
+    """
     images = some_pictures(source, model.config, count)
     N, P, device = model.num_patches, model.patch_size, model.cls_token.device
     ids = [permutation(N, seed, 0, i, MASK) for i in range(len(images))]
     ids = torch.from_numpy(np.stack(ids)).to(device)  # (B, N)
-    reconstructed = reconstruct(model, normalize(images.to(device)), ids)
+    pixels = normalize(images.to(device))
+    columns = {"reconstructed": reconstruct(model, pixels, ids)}
+    if model.normalize_targets:
+        columns = {"true means alone": reconstruct(model, pixels, ids, scale=0), **columns}
     hidden = torch.ones_like(ids).scatter(1, ids[:, : model.num_visible], 0).cpu()  # (B, N)
     hidden = unpatchify(hidden[..., None].expand(-1, -1, P**2), P, model.grid)
     seen = torch.where(hidden > 0, torch.full_like(images, 128), images)  # (B, C, H, W)
-    titles = ["picture", f"seen ({model.num_visible / N:.0%})", "reconstructed"]
-    draw_grid([images, seen, denormalize(reconstructed).cpu()], titles, path)
+    titles = ["picture", f"seen ({model.num_visible / N:.0%})", *columns]
+    draw_grid([images, seen, *(denormalize(c).cpu() for c in columns.values())], titles, path)
 
 
 @torch.no_grad()
-def reconstruct(model, images, ids):
+def reconstruct(model, images, ids, scale=1):
     """Images with the hidden patches as an MAE predicts them, (B, C, H, W), normalised.
 
     images, ids: see MAE.forward. Visible patches are copied. A normalised prediction is
-    scaled with the true mean and deviation of its patch, which are not predicted.
+    scaled with the true mean and deviation of its patch, which are not predicted. scale:
+    of the predictions; 0 leaves the means.
     """
     model.check(images)
     patches = patchify(images, model.patch_size)  # (B, N, P*P*C)
     hidden = ids[:, model.num_visible :]
     x = model.forward_encoder(patches, ids)  # (B, 1 + K, D)
     predictions = model.forward_decoder(x, ids).to(patches.dtype)  # (B, N - K, P*P*C)
+    predictions = predictions * scale
     if model.normalize_targets:
         mean, deviation = patch_statistics(take(patches, hidden))
         predictions = predictions * deviation + mean

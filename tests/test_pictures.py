@@ -82,13 +82,24 @@ def test_reconstructions_show_the_picture_the_visible_patches_and_the_painted_re
         return (tmp_path / name).read_bytes()
 
     first = drawn("a.png", 5)
-    picture, seen, painted = cells(tmp_path / "a.png", columns=3, rows=3)
+    picture, seen, means, painted = cells(tmp_path / "a.png", columns=4, rows=3)
     images = torch.cat([picture_tensor(path) for path in gallery.paths[:3]])
     assert (picture == images.permute(0, 2, 3, 1).numpy()).all()
     visible = (patches_of(seen) == patches_of(picture)).all(axis=-1)  # (3, 6)
     assert (visible.sum(axis=1) == 3).all()  # half of six
     assert (patches_of(seen)[~visible] == 128).all()
     assert (patches_of(painted)[visible] == patches_of(picture)[visible]).all()
+    # Normalised, a hidden patch has one value, its true mean, before anything is painted.
+    flat, true = (
+        patches_of(
+            data.normalize(torch.from_numpy(p).to(torch.uint8).permute(0, 3, 1, 2))
+            .permute(0, 2, 3, 1)
+            .numpy()
+        )
+        for p in (means, picture)
+    )
+    assert np.abs(flat - true.mean(axis=-1, keepdims=True))[~visible].max() < 0.02  # 8 bits
+    assert (patches_of(means)[visible] == patches_of(picture)[visible]).all()
     # The model gives the same for any order within the visible and within the hidden patches.
     ids = torch.from_numpy(np.argsort(~visible, axis=1, kind="stable"))
     expected = reconstruct(autoencoder.model, data.normalize(images), ids)
@@ -155,7 +166,7 @@ def test_grey_and_transparent_checkpoints_draw_too(channels, gallery, tmp_path):
     save_model(tmp_path / "model.pt", MAE, **MASKED, channels=channels)
     images = torch.cat([picture_tensor(path, channels) for path in gallery.paths[:2]])
     expected = images[:, :3].permute(0, 2, 3, 1).numpy()  # grey is the same thrice
-    for task, columns in (("reconstruct", 3), ("attention", 4)):
+    for task, columns in (("reconstruct", 4), ("attention", 4)):
         result, _ = evaluated(task, tmp_path / "model.pt", gallery.root, "--count", 2)
         picture, *others = cells(result["out"], columns, rows=2)
         assert (picture == expected).all()
@@ -169,7 +180,7 @@ def test_pictures_are_of_val_and_lie_beside_the_checkpoint(autoencoder, gallery,
     (folder / "train" / "one" / "0.png").unlink()
     first = data.Folder(str(folder / "val")).name(0)
     expected = picture_tensor(first)[0].permute(1, 2, 0).numpy()
-    for task, columns in (("reconstruct", 3), ("attention", 4)):
+    for task, columns in (("reconstruct", 4), ("attention", 4)):
         result, _ = evaluated(task, checkpoint, folder)
         assert Path(result["out"]).parent == tmp_path
         assert (cells(result["out"], columns, rows=4)[0, 0] == expected).all()
