@@ -1,133 +1,192 @@
-"""The paper's finding, small: hashtags from scratch against hashtags after MAE, at equal samples.
+"""The paper's finding, small: hashtags from scratch against hashtags after MAE.
 
-    python tests/bench/finding.py --data DIR --labels FILE.jsonl --out OUT [--png
-    curve.png] python tests/bench/finding.py --data toy --out OUT --epochs 0.3,1
+    python tests/bench/finding.py --out OUT                             # toy world, ten minutes
+    python tests/bench/finding.py --out OUT --data DIR --labels FILE.jsonl    # EuroSAT, two hours
 
-For every seed: stage 1 once; then stage 2, for each length, from scratch and from stage
-1; and with --equal-flops from scratch for as long as costs the FLOPs of stage 1 and the
-shortest stage 2. Each encoder is measured with closed-form probes on the class token,
-and with --finetune EPOCHS as a whole, on DATA/val; with --transfer DIR by few-shot
-probes on other pictures. What is in OUT is not run again, so that more can be added
-later.
+For every seed: stage 1 once; then stage 2 from scratch and from stage 1's weights, for each number
+of steps. On EuroSAT, one more length costs, from scratch, the FLOPs of stage 1 and one epoch.
+Every encoder is measured on DATA/val: by ridge regression on 5 and on many labels of each class,
+and by finetuning every weight (FT). Both arms have the same recipe, see RECIPES.
+
+What stands in OUT/results.jsonl is not run again: a stopped run goes on with the same command.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-import common
 import torch
+from common import ROOT, make_parser
 
 from model import MAE, Classifier
 from support.plan import flops_per_image
 
 
-def run(script, *flags, log):
-    """Run one command on one thread; return its last line on stdout."""
-    command = [sys.executable, str(common.ROOT / script), *map(str, flags)]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=one_thread)
-    with open(log, "a") as file:
-        file.write(f"$ {' '.join(command[1:])}\n{done.stdout}{done.stderr}")
-    if done.returncode:
-        raise SystemExit(f"{script} failed: see {log}")
-    return done.stdout.strip().splitlines()[-1]
+@dataclass
+class Recipe:
+    mae: str  # flags of stage 1
+    weak: str  # flags of stage 2, in both arms
+    scratch: str  # the network's shape, where it does not come from stage 1
+    batch_size: int  # of stage 2
+    lengths: tuple  # of stage 2, in steps
+    equal: int | None  # the length whose FLOPs, with stage 1's, one more run from scratch gets
+    shots: int  # labels of each class for the larger ridge regression
+    finetune: str
+    labels: int | None  # of each class to finetune on; None: all
+
+
+NO_AUGMENTATION = "--mixup 0 --cutmix 0 --rand-augment 0 --erase 0 --smoothing 0.1"
+RECIPES = {
+    "toy": Recipe(
+        mae="",
+        weak="",
+        scratch="",
+        batch_size=64,
+        lengths=(100, 400),
+        equal=None,
+        shots=400,
+        finetune="--steps 100",
+        labels=None,
+    ),
+    "eurosat": Recipe(
+        mae="--size 96x4x3 --patch-size 8 --image-size 64 --decoder 64x1x2 --min-crop 0.4"
+        " --batch-size 128 --lr 1.5e-3 --epochs 10",
+        weak="--batch-size 64 --lr 1e-3 --min-crop 1 --pool mean",
+        scratch="--size 96x4x3 --patch-size 8 --image-size 64",
+        batch_size=64,
+        lengths=(70, 280),
+        equal=280,
+        shots=200,
+        finetune=f"--steps 100 --batch-size 64 --lr 1e-3 --layer-decay 0.75 --min-crop 1 --warmup 0.1"
+        f" {NO_AUGMENTATION}",
+        labels=100,
+    ),
+}
+
+
+class Experiment:
+    """One seed: its runs are folders of `out`, its measurements lines of results.jsonl."""
+
+    def __init__(self, seed, recipe, arguments):
+        self.seed, self.recipe, self.data = seed, recipe, arguments.data
+        self.out, self.labels = Path(arguments.out), arguments.labels
+        self.results = self.out / "results.jsonl"
+
+    def run(self, script, *flags):
+        """Run one command in one thread. Returns the last line that it printed."""
+        command = [sys.executable, str(ROOT / script), *map(str, flags)]
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=one_thread)
+        with open(self.out / f"seed{self.seed}.log", "a") as file:
+            file.write(f"$ {' '.join(command[1:])}\n{done.stdout}{done.stderr}")
+        if done.returncode:
+            raise SystemExit(f"{script} failed: see {file.name}")
+        return done.stdout.strip().splitlines()[-1]
+
+    def stage(self, name, script, flags):
+        """Train `name`, unless it is there. Returns its folder."""
+        folder = self.out / f"{name}-{self.seed}"
+        if not (folder / "model.pt").exists():
+            common = ["--data", self.data, "--seed", self.seed, "--workers", 0, "--out", folder]
+            self.run(script, *common, *flags)
+        return folder
+
+    def measure(self, start, steps, folder, spent):
+        """Measure an encoder, and write what was found."""
+        row = {"seed": self.seed, "start": start, "steps": steps}
+        if any(row.items() <= known.items() for known in read(self.results)):
+            return
+        weights = folder / "model.pt"
+        probe = ["--task", "fewshot", "--pool", "mean", "--shots", f"5,{self.recipe.shots}"]
+        found = json.loads(
+            self.run("evaluate.py", *probe, "--data", self.data, "--checkpoint", weights)
+        )
+        row |= {"5-shot": found["top1"]["5"], "ridge": found["top1"][str(self.recipe.shots)]}
+        few = self.out / "few" if self.recipe.labels else self.data
+        flags = ["--task", "classify", "--init", weights, "--data", few, "--seed", self.seed]
+        flags += [*self.recipe.finetune.split(), "--workers", 0]
+        flags += ["--out", self.out / f"finetuned-{folder.name}"]
+        row["FT"] = json.loads(self.run("finetune.py", *flags))["top1"]
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        row |= {"tag loss": last["held_out_loss"]} if start != "mae only" else {}
+        row["gflops"] = spent
+        with open(self.results, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
+
+    def main(self):
+        mae = self.stage("mae", "mae_pretrain.py", self.recipe.mae.split())
+        spent = gflops(mae, MAE)
+        self.measure("mae only", 0, mae, spent)
+        for steps in self.recipe.lengths:
+            for start in ("scratch", "mae"):
+                cost = self.hashtags(start, steps, mae, spent)
+            if steps == self.recipe.equal:
+                equal = round(steps * (1 + spent / cost))
+        for start in ("scratch", "mae") if self.recipe.equal else ():
+            self.hashtags(start, equal, mae, spent)
+
+    def hashtags(self, start, steps, mae, spent):
+        """Train and measure one arm of stage 2. Returns the GFLOPs of its training."""
+        flags = [*self.recipe.weak.split(), "--steps", steps]
+        if self.data != "toy":
+            flags += ["--labels", self.labels, "--tags", self.out / "tags"]
+        shape = self.recipe.scratch.split()
+        flags += ["--init", mae / "model.pt"] if start == "mae" else shape
+        folder = self.stage(f"weak-{start}-{steps}", "weak_pretrain.py", flags)
+        cost = gflops(folder, Classifier)
+        self.measure(start, steps, folder, cost + (spent if start == "mae" else 0))
+        return cost
 
 
 def gflops(folder, kind):
     """What a run has spent on training: 3 x forward, of every sample."""
+    config = torch.load(folder / "model.pt", weights_only=True)["config"]
     with torch.device("meta"):
-        model = kind(**torch.load(folder / "model.pt", weights_only=True)["config"])
+        model = kind(**config)
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     return 3 * flops_per_image(model) * last["samples"] / 1e9
 
 
-def one_seed(seed, lengths, arguments, results):
-    out, log, toy = arguments.out, arguments.out / f"seed{seed}.log", arguments.data == "toy"
-    fresh = ["--size", arguments.size, "--patch-size", arguments.patch_size]
-    fresh = [] if toy else [*fresh, "--image-size", arguments.image_size]
-    shared = ["--data", arguments.data, "--seed", seed, "--workers", 1]
-    shared += [] if toy else ["--batch-size", 256, "--min-crop", 1]
-
-    def stage(name, script, *flags):
-        if not (out / name / "model.pt").exists():
-            run(script, *shared, "--out", out / name, *flags, log=log)
-
-    def probed(weights, data, shots):
-        flags = ["--task", "fewshot", "--pool", "cls", "--shots", shots, "--data", data]
-        return json.loads(run("evaluate.py", *flags, "--checkpoint", weights, log=log))["top1"]
-
-    def measure(name, start, epochs, spent):
-        row, weights = {"seed": seed, "start": start, "epochs": epochs}, out / name / "model.pt"
-        known = {key for r in read(results) for key in r if row.items() <= r.items()}
-        found = {}
-        if "ridge" not in known:
-            top1 = probed(weights, arguments.data, "5,all")
-            found |= {"ridge": top1["all"], "5-shot": top1["5"]}
-        if arguments.transfer and "transfer 1-shot" not in known:
-            top1 = probed(weights, arguments.transfer, "1,5,10")
-            found |= {f"transfer {shots}-shot": value for shots, value in top1.items()}
-        if arguments.finetune and "finetuned" not in known:
-            flags = f"--task classify --epochs {arguments.finetune} --pool cls --lr 1e-3 "
-            flags += "--mixup 0 --cutmix 0 --rand-augment 0 --erase 0 --warmup 0.1"
-            where = ["--init", weights, "--out", out / f"finetuned-{name}"]
-            top1 = run("finetune.py", *shared, *where, *flags.split(), log=log)
-            found["finetuned"] = json.loads(top1)["top1"]
-        if found:
-            row |= {"gflops": spent, **found}
-            with open(results, "a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(row, flush=True)
-
-    mae = f"mae-{seed}"
-    length = [] if toy else ["--lr", 1.5e-3, "--epochs", 10]
-    decoder = [] if toy else ["--decoder", arguments.decoder]
-    stage(mae, "mae_pretrain.py", *fresh, *decoder, *length)
-    spent = gflops(out / mae, MAE)
-    measure(mae, "mae", 0, spent)
-
-    def tags(start, epochs):
-        name = f"weak-{seed}-{start}-{epochs}"
-        labels = ["--labels", arguments.labels, "--tags", out / "tags", "--lr", 4e-4]
-        flags = [] if toy else labels
-        flags += ["--init", out / mae / "model.pt"] if start == "mae" else fresh
-        stage(name, "weak_pretrain.py", "--epochs", epochs, *flags)
-        cost = gflops(out / name, Classifier)
-        measure(name, start, epochs, cost + (spent if start == "mae" else 0))
-        return cost
-
-    for epochs in lengths:
-        for start in ("scratch", "mae"):
-            cost = tags(start, epochs)
-    if arguments.equal_flops:
-        tags("scratch", round(lengths[0] + epochs * spent / cost, 1))
+def copy_few(data, few, labels):
+    """Copy the first `labels` pictures of each class of data/train to few/train, and all of val."""
+    if few.exists():
+        return
+    for folder in sorted(Path(data, "train").iterdir()):
+        target = few / "train" / folder.name
+        target.mkdir(parents=True)
+        for path in sorted(folder.iterdir())[:labels]:
+            shutil.copy(path, target)
+    shutil.copytree(Path(data, "val"), few / "val")
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def read(results):
+    return [*map(json.loads, results.read_text().splitlines())] if results.exists() else []
 
 
 def table(rows):
-    """Print means and deviations over the seeds; return {(epochs, start): {column: [values]}}."""
-    groups, columns = {}, []
+    """Print means and deviations over the seeds. Returns {(steps, start): {column: [values]}}."""
+    groups = {}
     for row in rows:
-        group = groups.setdefault((row["epochs"], row["start"]), {})
+        group = groups.setdefault((row["steps"], row["start"]), {})
         for name, value in row.items():
-            if name not in ("seed", "start", "epochs"):
-                group.setdefault(name, []).append(value)
-                columns += [name] if name not in (*columns, "gflops") else []
-    print(f"| start | epochs of hashtags | TFLOPs in all | {' | '.join(columns)} |")
-    print("|---|---|---|" + "---|" * len(columns))
-    for (epochs, start), group in sorted(groups.items()):
-        cells = [f"{start} | {epochs:g} | {group['gflops'][0] / 1e3:.1f}"]
-        for values in (group.get(name, []) for name in columns):
-            spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{100 * mean(values):.1f}{spread}" if values else "")
-        print(f"| {' | '.join(cells)} |")
+            group.setdefault(name, []).append(value)
+    print("| start | steps of hashtags | TFLOPs in all | 5-shot | ridge | FT | held-out tag loss |")
+    print("|---|---|---|---|---|---|---|")
+    for (steps, start), group in sorted(groups.items(), key=lambda item: item[0]):
+        cells = [start, str(steps), f"{mean(group['gflops']) / 1e3:.0f}"]
+        for name in ("5-shot", "ridge", "FT"):
+            values = [100 * value for value in group[name]]
+            spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.1f}{spread}")
+        loss = group.get("tag loss")
+        print(f"| {' | '.join([*cells, f'{mean(loss):.3f}' if loss else ''])} |")
     return groups
 
 
@@ -137,49 +196,44 @@ def draw(groups, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    titles = {"ridge": "linear (ridge on all labels)", "5-shot": "5 images of each class"}
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    titles = {"5-shot": "ridge, 5 labels a class", "ridge": "ridge, many labels", "FT": "finetuned"}
     for axis, (column, title) in zip(axes, titles.items()):
         for start, label in (("scratch", "hashtags from scratch"), ("mae", "MAE, then hashtags")):
-            points = sorted((e, g[column]) for (e, s), g in groups.items() if s == start and e)
-            x, y = [e for e, _ in points], [100 * mean(v) for _, v in points]
+            points = sorted((n, g[column]) for (n, s), g in groups.items() if s == start)
+            x, y = [n for n, _ in points], [100 * mean(v) for _, v in points]
             spread = [100 * stdev(v) if len(v) > 1 else 0 for _, v in points]
             axis.errorbar(x, y, spread, marker="o", capsize=3, label=label)
-        only = 100 * mean(groups[0, "mae"][column])
+        only = 100 * mean(groups[0, "mae only"][column])
         axis.axhline(only, linestyle="--", color="grey", label="MAE only")
-        axis.set(xscale="log", title=title, xlabel="epochs of hashtags", ylabel="top-1, %")
-        axis.set_xticks(x, [f"{e:g}" for e in x])
+        axis.set(xscale="log", title=title, xlabel="steps of hashtags", ylabel="top-1, %")
+        axis.set_xticks(x, [str(n) for n in x])
         axis.minorticks_off()
     axes[0].legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
+    print(f"wrote {path}")
 
 
 def main():
-    parser = common.make_parser(__doc__)
-    add = parser.add_argument
-    add("--data", required=True, help="a folder with train/ and val/, or toy")
-    add("--labels", help="hashtags of DATA's pictures")
-    add("--out", type=Path, required=True, help="folder of the runs and their results")
-    add("--size", default="128x6x2", help="of the encoder; toy: the stages' own")
-    add("--image-size", type=int, default=48, help="side")
-    add("--patch-size", type=int, default=8, help="side")
-    add("--decoder", default="64x1x2", help="of the MAE")
-    add("--epochs", default="1,3,10", help="lengths of stage 2")
-    add("--seeds", default="0,1,2", help="of all runs")
-    add("--equal-flops", action="store_true", help="also from scratch for the FLOPs of both stages")
-    add("--finetune", type=float, help="epochs of finetuning")
-    add("--transfer", help="another folder with train/ and val/")
-    add("--png", help="draw the curve (needs matplotlib)")
+    parser = make_parser(__doc__)
+    parser.add_argument("--data", default="toy", help="a folder with train/ and val/, or toy")
+    parser.add_argument("--labels", help="hashtags of DATA's pictures")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--jobs", type=int, default=2, help="seeds at once, one thread each")
+    parser.add_argument("--png", help="draw the curve (needs matplotlib)")
     arguments = parser.parse_args()
-    out = arguments.out
+    out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    if arguments.labels and not (out / "tags" / "vocabulary.json").exists():
-        index = ["--labels", arguments.labels, "--out", out / "tags"]
-        print(run("data.py", "hashtags", arguments.data, *index, log=out / "tags.log"))
-    lengths = [float(text) for text in arguments.epochs.split(",")]
-    with ThreadPoolExecutor(2) as pool:  # commands at once, one thread each
-        one = lambda seed: one_seed(int(seed), lengths, arguments, out / "results.jsonl")
-        list(pool.map(one, arguments.seeds.split(",")))
+    recipe = RECIPES["toy" if arguments.data == "toy" else "eurosat"]
+    seeds = [Experiment(int(s), recipe, arguments) for s in arguments.seeds.split(",")]
+    if arguments.data != "toy":
+        copy_few(arguments.data, out / "few", recipe.labels)
+        if not (out / "tags" / "vocabulary.json").exists():
+            index = ["--labels", arguments.labels, "--out", out / "tags"]
+            print(seeds[0].run("data.py", "hashtags", arguments.data, *index))
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(Experiment.main, seeds))
     groups = table(read(out / "results.jsonl"))
     if arguments.png:
         draw(groups, arguments.png)
