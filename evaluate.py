@@ -202,12 +202,13 @@ def accuracy(scores, labels, k):
     return hits.any(dim=1).double().mean().item()
 
 
-def print_probe(weights, config, train, test, pooling, seed, samples=math.inf, **options):
+def print_probe(weights, config, train, test, seed, samples=math.inf, **options):
     """Print ridge top-1 of a trained encoder, of an untrained one, and of raw pixels.
 
     weights, config: of a stage's model. seed: of the untrained one. options: of extract.
-    At most 4096 samples of train are used. The probe is left out if it costs more than a
-    training on `samples` samples.
+    The tokens are pooled as the head does; of an MAE, the patches' mean. At most 4096
+    samples of train are used. The probe is left out if it costs more than a training on
+    `samples` samples.
     """
     if train.classes != test.classes or not train.classes:
         return print("linear probe: left out, for want of labels")
@@ -218,6 +219,7 @@ def print_probe(weights, config, train, test, pooling, seed, samples=math.inf, *
     load_weights(trained, weights)
     initialize(untrained, seed)
     device = options.get("device", "cpu")
+    pooling = config.get("pool", "mean")
     functions = {
         "raw pixels": lambda images: images.flatten(1)[:, ::4],  # the baseline
         "untrained": pooled(untrained.to(device), pooling),
@@ -266,25 +268,29 @@ def masked_loss(model, batches, device):
 
 
 @torch.no_grad()
-def hit_rates(model, batches, device, answers, workers=0, max_bad=1.0):
+def hit_rates(model, batches, device, answers, workers=0, max_bad=1.0, criterion=None):
     """Hit-1 and hit-5 of a classifier on a data.Batches: how often a right class has the
     highest logit, or one of the five highest.
 
     model    images (b, C, H, W) -> logits (b, classes) or (b, heads, classes)
     answers  key of the right classes in a batch: "labels" (b,), or "tags" (b, answers)
+    criterion(logits, answers) gives losses (b,), if their mean is wanted
 
-    Returns [(hit-1, hit-5)] of each head and the number of samples that count: readable
-    ones with an answer. The unreadable ones are named. Raises ValueError for labels over
+    Returns [(hit-1, hit-5)] of each head, the number of samples that count (readable ones
+    with an answer) and their mean loss. The unreadable ones are named. Raises ValueError for labels over
     the last class, and see check_unreadable. All processes must call it.
     """
     model.eval()
     sums = torch.zeros(3, dtype=torch.int64, device=device)  # counted, bad, outside
     hits = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    loss = torch.zeros((), device=device)
     for batch in named_batches(batches, workers):
         images, right, weight = launch.to(device, batch, "images", answers, "weight")
         right = right.view(len(images), 1, 1, -1)  # (b, 1, 1, answers), padded with -1
         counts = (weight > 0) & (right >= 0).any(dim=3)[:, 0, 0]  # (b,)
         logits = model(normalize(images))
+        if criterion:
+            loss += (criterion(logits, right.flatten(1)) * counts).sum()
         logits = logits[:, None] if logits.ndim == 2 else logits  # (b, heads, classes)
         best = logits.topk(min(5, logits.shape[2])).indices  # (b, heads, 5)
         found = (best[..., None] == right).any(dim=3) & counts[:, None, None]
@@ -296,15 +302,22 @@ def hit_rates(model, batches, device, answers, workers=0, max_bad=1.0):
     model.train()
     count, bad, outside = sum_over_processes(sums).tolist()
     hits = sum_over_processes(hits).tolist()
+    loss = sum_over_processes(loss).item() / max(1, count)
     check_unreadable(bad, int(batches.source.sizes.sum()), max_bad)
     if outside:
         raise ValueError(f"{outside} labels are over {logits.shape[2] - 1}, the last class")
-    return [(one / max(1, count), five / max(1, count)) for one, five in hits], count
+    return [(one / max(1, count), five / max(1, count)) for one, five in hits], count, loss
 
 
 def show_autoencoder(weights, run):
     """Show the result of stage 1: reconstructions and, with labels, the linear probe.
     Unreadable data is reported, and is not fatal."""
+    loss = json.loads((run.out / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+    if run.config["normalize_targets"] and loss > 0.9:
+        print(
+            f"the loss is {loss:.2f}, and predicting the mean of each patch gives 1.0: train longer "
+            f"(--steps, --epochs), with a smaller --batch-size, or with a higher --lr than {run.lr:.2g}"
+        )
     autoencoder = MAE(**run.config).eval()
     autoencoder.load_state_dict(weights)
     options = {"workers": run.workers, "max_bad": run.max_bad, "device": run.device}
@@ -312,7 +325,7 @@ def show_autoencoder(weights, run):
         if run.held_out.sizes.sum():
             draw_reconstructions(autoencoder, run.held_out, run.out / "reconstruction.png")
             sources, samples = (run.source, run.held_out), run.steps * run.batch_size
-            print_probe(weights, run.config, *sources, "mean", run.seed, samples, **options)
+            print_probe(weights, run.config, *sources, run.seed, samples, **options)
     except (ValueError, OSError) as error:
         print(f"no more is shown: {error}")
 

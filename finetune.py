@@ -72,7 +72,7 @@ RECIPES = {
     "B": Recipe(1024, 5e-4, 100, 0.65, 0.1),
     "L": Recipe(1024, 1e-3, 50, 0.75, 0.2),
     "H": Recipe(1024, 1e-3, 50, 0.75, 0.3),
-    "toy": Recipe(64, 4e-3, 100, 0.75, 0.0),
+    "toy": Recipe(64, 6e-3, 100, 0.9, 0.0),
 }
 RECIPES |= {"2B": RECIPES["H"], "6.5B": RECIPES["H"]}
 # Learning rates of linear's heads, for a batch of 256 (our choice, around SWAG's).
@@ -152,7 +152,11 @@ def prepare(run):
 
     run.identity = {"stage": "finetune", "task": run.task}
     recipe = load_task(run.task).prepare(run, THIS)
-    recipe = {"pool": "cls", "val_crop": evaluate.usual_crop(run.image_size), **recipe}
+    recipe = {
+        "pool": run.pool_of_init or "cls",
+        "val_crop": evaluate.usual_crop(run.image_size),
+        **recipe,
+    }
     samples = int(run.train.sizes.sum())
     if run.samples:
         run.epochs = run.samples / samples
@@ -185,7 +189,7 @@ def read_init(run, config=(), read=models.read_weights):
     given = {"size": run.size, "patch_size": run.patch_size, "image_size": run.image_size}
     given = {name: value for name, value in given.items() if value is not None}
     if not run.init:
-        side = 48 if run.size in (None, "toy") else 224
+        side = 32 if run.size in (None, "toy") else 224
         given = {"size": "toy", "image_size": side, "channels": 3} | given
     names = ("size", "patch_size", "image_size", "channels", "positions", "norm_eps")
     names += ("class_names", "pool", *config)
@@ -453,7 +457,7 @@ def measured(run, model, source):
     eval_batch = run.processes * run.eval_batch
     batches = data.Batches(source, make, eval_batch, run.process, run.processes)
     options = run.device, "labels", run.workers, run.max_bad
-    rates, count = evaluate.hit_rates(model, batches, *options)
+    rates, count, _ = evaluate.hit_rates(model, batches, *options)
     if not count:
         raise ValueError(f"no labels in {source.identity}")
     return rates, count
@@ -487,7 +491,7 @@ def finish(run, weights, config, result, task, flags=None):
 
 
 def add_classify_flags(groups):
-    flags.add_label_flags(groups, pool="mean", min_crop="0.08; toy: 0.5")
+    flags.add_label_flags(groups, pool="mean", min_crop="0.08; toy: 1")
     augment.add_flags(groups, RECIPES)
     flags.add_plan_flags(groups)
     flags.add_resume_flags(groups)
@@ -544,7 +548,7 @@ def train_classifier(run, model, operations=2, what="pictures", flags=None):
 
 
 def add_linear_flags(groups):
-    flags.add_label_flags(groups, pool="cls", min_crop="0.08; toy: 0.5")
+    flags.add_label_flags(groups, pool="that of --init, or cls", min_crop="0.08; toy: 1")
     flags.add_resume_flags(groups)
     add = groups["optimisation"].add_argument
     add("--batch-norm", action="store_true", help="normalise features by batches, as MAE")
@@ -557,7 +561,7 @@ def prepare_linear(run, finetune):
     # Toy: of 15,564 pictures.
     recipe = {"epochs": 28, "warmup": 0.0, "min_crop": 0.08, "batch_norm": False}
     if run.toy:
-        recipe |= {"epochs": 2, "warmup": 0.05, "min_crop": 0.5}
+        recipe |= {"epochs": 2, "warmup": 0.05, "min_crop": 1.0}
     recipe["batch_size"] = RECIPES.get(run.config["size"], RECIPES["B"]).batch_size
     if run.batch_norm:
         whole = (run.batch_size or recipe["batch_size"]) // run.processes

@@ -36,7 +36,7 @@ import kernels
 # name: (width, layers, heads, patch side). B to 6.5B: table 8 of arXiv 2303.13496, maws
 # repository. T, S: DeiT (arXiv 2012.12877). toy: our choice, for laptops and tests.
 SIZES = {
-    "toy": (192, 3, 6, 8),
+    "toy": (128, 3, 4, 8),
     "T": (192, 12, 3, 16),
     "S": (384, 12, 6, 16),
     "B": (768, 12, 12, 16),
@@ -47,7 +47,7 @@ SIZES = {
 }
 # (width, layers, heads) of the MAE decoder. B's is used for all sizes not listed here:
 # public code (MAE) for L and H; unverified for 2B and 6.5B.
-DECODERS = {"toy": (64, 1, 4), "T": (256, 4, 8), "B": (512, 8, 16)}
+DECODERS = {"toy": (128, 2, 4), "T": (256, 4, 8), "B": (512, 8, 16)}
 
 
 class Unusable(argparse.ArgumentTypeError, ValueError):

@@ -57,15 +57,24 @@ class Recipe(NamedTuple):
     min_crop: float
     beta2: float
     clip: float | None  # largest norm of the gradient
+    pool: str = "cls"  # what the head reads
 
 
 def recipe(size):
     """Ours for toy; the others are recalled of SWAG's and the paper's, unverified."""
     if size == "toy":
-        return Recipe(64, 1.2e-3, 48, 20_000, 0.5, 0.999, None)
+        return Recipe(64, 4e-3, 32, 25_600, 1.0, 0.999, None, "mean")
     if size in ("2B", "6.5B"):
         return Recipe(8192, 1e-4 / 32, 224, None, 0.08, 0.95, 1.0)  # for stability
     return Recipe(8192, 4e-4 / 32, 224, None, 0.08, 0.999, None)
+
+
+# {name of a measured number: how the step line shows it}. In brackets stands what the tags'
+# frequencies alone reach.
+SHOWN = {"held_out_loss": "held-out {:.4f}", "held_out_loss_by_frequency": "(by frequency {:.4f})"}
+SHOWN |= {"hit_1": "hit-1 {:.1%}", "hit_1_by_frequency": "({:.1%})"}
+SHOWN |= {"hit_5": "hit-5 {:.1%}", "hit_5_by_frequency": "({:.1%})"}
+SHOWN |= {"bad": "unreadable {}", "untagged": "without tags {}"}
 
 
 # ---------------------------------------------------------------------------- arguments
@@ -78,18 +87,19 @@ def parse_arguments(argv):
     add("--data", help="folder of pictures, tar shards (path, glob, {000..099}), or toy (toy)")
     add("--labels", help='JSON lines of {"path", "hashtags"} for the pictures of a folder')
     add("--tags", help="what `python data.py hashtags` wrote for this data (toy has its own)")
-    add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (224; toy size: 48)")
+    add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (224; toy size: 32)")
     add("--channels", type=flags.count, help="of the pictures: 1 grey, 3 RGB, 4 RGBA (3)")
-    add("--min-crop", type=flags.fraction, help="least area of a crop, 1: none (0.08; toy: 0.5)")
+    add("--min-crop", type=flags.fraction, help="least area of a crop, 1: none (0.08; toy: 1)")
     add = groups["model"].add_argument
     add("--size", help=f"{' '.join(models.SIZES)}, or WIDTHxLAYERSxHEADS (toy)")
+    add("--pool", choices=("cls", "mean"), help="what the head reads: cls token or patch mean")
     add("--init", help="weights to start from: stage 1's model.pt, or a public MAE's")
     add = groups["optimisation"].add_argument
     add("--lr", type=flags.positive, help="peak (4e-4 for a batch of 8192; 2B and up: 1e-4)")
     add("--warmup", type=flags.fraction, default=0.05, help="share of the steps (0.05)")
     add("--weight-decay", type=flags.not_negative, default=0.1, help="not of 1-D tensors (0.1)")
     add("--cuda-graph", action="store_true", help="one GPU: replay a recorded micro-batch")
-    flags.add_length_flags(groups, "passes over the data", "(an epoch; toy size: 20,000)")
+    flags.add_length_flags(groups, "passes over the data", "(an epoch; toy size: 25,600)")
     flags.add_flags(groups, "runs/weak", "8192; toy size: 64", "weights, order and crops")
     flags.add_resume_flags(groups)
     flags.add_plan_flags(groups)
@@ -107,7 +117,7 @@ def prepare(run):
     run.workers = loader_workers(run.workers, run.processes_here)
 
     # --------------------------------------------------------------- the model's config
-    names = "size", "patch_size", "image_size", "channels"
+    names = "size", "patch_size", "image_size", "channels", "pool"
     given = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
     if not run.init:
         given.setdefault("size", "toy")
@@ -132,10 +142,11 @@ def prepare(run):
     order = new_order(run.source.sizes, run.seed, run.lanes or planned)
 
     # ---------------------------------------------------------------- model and batches
+    own = recipe(config["size"])
+    config.setdefault("pool", own.pool)
     with torch.device("meta"):  # shapes without memory
         run.model = models.Classifier(classes=len(run.vocabulary), **config)
     run.config = run.model.config
-    own = recipe(run.config["size"])
     run.beta2, run.clip = own.beta2, own.clip
     run.min_crop = own.min_crop if run.min_crop is None else run.min_crop
     run.batch_size = run.batch_size or planned_batch(own.batch_size, run)
@@ -194,6 +205,9 @@ def train(run):
     if run.weights:
         say(models.load_weights(model, *run.weights))
         run.weights = None
+    # AdamW moves a bias by about lr a step. In a short run, logits of -8 would have to come
+    # from the features, which would then hardly differ between pictures: see docs/results.md.
+    models.copy_into(model.head.bias, run.vocabulary.prior())
 
     # ------------------------------------------------------------------------ optimizer
     groups = models.parameter_groups(model, run.weight_decay)
@@ -221,6 +235,7 @@ def train(run):
         forward_backward = CUDAGraph(forward_backward)
 
     # ----------------------------------------------------------------------------- loop
+    by_frequency = run.vocabulary.frequency_alone(run.held_out)
     progress = launch.Progress(run, record, ["bad", "untagged"], flops, peak)
     numbers = range(progress.done * run.micro_batches, run.steps * run.micro_batches)
     batches = iter(loader(run.batches, numbers, run.workers, pin=device.type == "cuda"))
@@ -254,11 +269,13 @@ def train(run):
             # Measure only once training has cost more than it (3 forwards a sample).
             trained = 3 * progress.done * run.batch_size
             if progress.saving and trained >= run.held_out_batches.total > 0:
-                measured = evaluate.hit_rates, model, run.held_out_batches, device, "tags"
-                rates, count = launch.unless_lacking(stop, *measured) or (None, 0)
-                facts |= dict(zip(("hit_1", "hit_5"), rates[0])) if count else {}
-            shown = {"hit_1": "hit-1 {:.1%}", "hit_5": "hit-5 {:.1%}"}
-            progress.log(facts, shown | {"bad": "unreadable {}", "untagged": "without tags {}"})
+                measure = partial(evaluate.hit_rates, criterion=models.tag_loss)
+                measured = measure, model, run.held_out_batches, device, "tags"
+                rates, count, loss = launch.unless_lacking(stop, *measured) or (None, 0, None)
+                if count:
+                    found = dict(zip(("held_out_loss", "hit_1", "hit_5"), (loss, *rates[0])))
+                    facts |= found | by_frequency
+            progress.log(facts, SHOWN)
         if progress.saving:
             progress.save(model, optimizer)
         if totals.stopping:
@@ -288,12 +305,15 @@ def finish(run, weights):
     if run.source.endless:
         options = {"workers": run.workers, "device": run.device}
         sources, samples = (run.source, run.held_out), run.steps * run.batch_size
-        evaluate.print_probe(weights, config, *sources, "cls", run.seed, samples, **options)
-    typed = ["--checkpoint", str(run.out / "model.pt"), "--data", "DIR" if run.data else "toy"]
+        evaluate.print_probe(weights, config, *sources, run.seed, samples, **options)
+    where, hint = "DIR", "  (DIR holds train/CLASS/* and val/CLASS/*)"
+    if run.source.endless:
+        where, hint = "toy", ""
+    typed = ["--checkpoint", str(run.out / "model.pt"), "--data", where]
     if run.max_pixels != data.MAX_PIXELS:
         typed += ["--max-pixels", str(run.max_pixels)]
-    hint = "  (DIR holds train/CLASS/* and val/CLASS/*)" if run.data else ""
-    print(f"next: python evaluate.py --task fewshot --pool cls {shlex.join(typed)}{hint}")
+    typed = ["--pool", config["pool"], *typed]
+    print(f"next: python evaluate.py --task fewshot {shlex.join(typed)}{hint}")
 
 
 @errors.record  # torchrun shows the traceback of the process that failed first

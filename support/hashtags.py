@@ -17,6 +17,7 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from data import (
@@ -27,6 +28,7 @@ from data import (
     Subset,
     hold_out,
     one_line,
+    raise_if_unreachable,
     random_bits,
     running_sum,
 )
@@ -122,6 +124,28 @@ class Vocabulary:
 
     def __len__(self):
         return len(self.counts)
+
+    def prior(self):
+        """The logarithm of each tag's share of all tags, (V,) float32. No count is 0."""
+        counts = torch.tensor(list(self.counts.values()), dtype=torch.float64).clamp(min=1)
+        return (counts / counts.sum()).log().float()
+
+    def frequency_alone(self, source):
+        """What a model must exceed: {name: value} of answering prior() to every picture.
+
+        The names are those of weak_pretrain.py. Pictures without a known tag do not count.
+        """
+        prior, found = self.prior(), []
+        for number in range(int(source.sizes.sum())):
+            try:
+                ids = self.ids(source.read(number)["hashtags"]())
+            except (ValueError, OSError, KeyError) as error:  # damaged, or without hashtags
+                raise_if_unreachable(error)
+                continue
+            if ids:  # the most frequent tag has id 0
+                found.append([-prior[ids].mean().item(), ids[0] == 0, ids[0] < 5])
+        names = "held_out_loss_by_frequency", "hit_1_by_frequency", "hit_5_by_frequency"
+        return dict(zip(names, np.mean(found, axis=0).tolist())) if found else {}
 
     def ids(self, hashtags):
         """The ids of a sample's hashtags in order, each once, without unknown ones."""

@@ -26,7 +26,7 @@ class Recipe(NamedTuple):
 
 # The public MAE code's FINETUNE.md. A toy run is too short for most of it (our choice).
 USUAL = {"min_crop": 0.08, "mixup": 0.8, "cutmix": 1.0, "rand_augment": 9.0, "erase": 0.25}
-TOY = dict.fromkeys(USUAL, 0.0) | {"min_crop": 0.5}
+TOY = dict.fromkeys(USUAL, 0.0) | {"min_crop": 1.0}
 
 
 def add_flags(groups, recipes, magnitude=9):

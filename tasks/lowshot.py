@@ -97,7 +97,7 @@ def logistic_scores(x, y, on, classes, penalty):
 
 
 def add_flags(groups):
-    flags.add_label_flags(groups, pool="cls", min_crop="0.08; toy: 0.5")
+    flags.add_label_flags(groups, pool="that of --init, or cls", min_crop="0.08; toy: 1")
     add = groups["optimisation"].add_argument
     add("--shots", type=shots, default=["1", "5", "10"], help="pictures per class (1,5,10)")
 
@@ -119,7 +119,7 @@ def prepare(run, finetune):
     run.prompt_steps = run.steps  # None: by the number of pictures that are drawn
     # VPT's code: 100 epochs, of which 10 warm up. toy: our choice.
     batch_size, epochs = (64, 10) if run.toy else (128, 100)
-    crop = 0.5 if run.toy else 0.08
+    crop = 1.0 if run.toy else 0.08
     return {"batch_size": batch_size, "epochs": epochs, "warmup": 0.1, "min_crop": crop}
 
 

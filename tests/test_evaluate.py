@@ -399,7 +399,7 @@ def test_probe_compares_trained_untrained_and_raw_pixels(labelled, photos, capsy
     initialize(model, 3)
     state, config = model.state_dict(), model.config
     sources = data.open_sources(str(labelled), None, RECTANGLE["image_size"])
-    evaluate.print_probe(state, config, *sources, "mean", 11)
+    evaluate.print_probe(state, config, *sources, 11)
     printed = capsys.readouterr().out.splitlines()
     assert "33 labels, 21 held-out pictures" in printed[0]
     trained, untrained = (ViT(**encoder_config(config)).eval() for _ in range(2))
@@ -411,10 +411,10 @@ def test_probe_compares_trained_untrained_and_raw_pixels(labelled, photos, capsy
         (line,) = (line for line in printed if line.split()[0] == name)
         assert line.split()[-1] == f"{share_in_top(scores, val_labels, 1):.1%}"
     assert sum("raw pixels" in line for line in printed) == 1
-    evaluate.print_probe(state, config, *sources, "mean", 11, samples=35)  # of 54 pictures
+    evaluate.print_probe(state, config, *sources, 11, samples=35)  # of 54 pictures
     assert capsys.readouterr().out.endswith("it would take longer than the training\n")
     sources = data.hold_out(data.Folder(str(photos)), None, 2)
-    evaluate.print_probe(state, config, *sources, "mean", 0)
+    evaluate.print_probe(state, config, *sources, 0)
     assert capsys.readouterr().out == "linear probe: left out, for want of labels\n"
 
 
@@ -425,7 +425,7 @@ def test_a_bare_dict_of_named_tensors_is_enough(tmp_path, labelled):
     """As public checkpoints are, of square pictures. A head is dropped: that is printed."""
     model = save_model(tmp_path / "own.pt", size="toy", image_size=16, patch_size=4)
     expected, _ = evaluated("fewshot", tmp_path / "own.pt", labelled, "--shots", "all")
-    head = {"head.weight": torch.zeros(5, 192), "head.bias": torch.zeros(5)}
+    head = {"head.weight": torch.zeros(5, 128), "head.bias": torch.zeros(5)}
     for content in (model.state_dict(), {"model": {**model.state_dict(), **head}}):
         torch.save(content, tmp_path / "bare.pt")
         result, printed = evaluated("fewshot", tmp_path / "bare.pt", labelled, "--shots", "all")

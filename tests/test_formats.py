@@ -713,14 +713,14 @@ OLD_TORCHTEXT = {
 @pytest.mark.parametrize("prefix", ["", "model.", "module.encoder."])
 @torch.no_grad()
 def test_a_released_pair_computes_the_same_here(timm, tmp_path, capsys, old, prefix):
-    sizes = {**TIMM, "embed_dim": 192, "depth": 3, "num_heads": 6}
+    sizes = {**TIMM, "embed_dim": 128, "depth": 3, "num_heads": 4}
     vision = timm.models.VisionTransformer(num_classes=0, **sizes)
     text = TorchtextRoberta(60, 128, 3, 4)
     state = randomize(nn.ModuleDict({"vision_encoder": vision, "text_encoder": text})).state_dict()
     for new, before in OLD_TORCHTEXT.items() if old else ():
         blocks = {n for n in state if n.startswith("text_encoder") and "layers." in n}
         state = {n.replace(new, before) if n in blocks else n: t for n, t in state.items()}
-    projections = [randomize(nn.Linear(24, width)).weight for width in (192, 128)]
+    projections = [randomize(nn.Linear(24, width)).weight for width in (128, 128)]
     state |= {"vision_projection": projections[0], "text_projection": projections[1]}
     state["logit_scale"] = torch.tensor(2.5)
     path = torch_file(tmp_path / "pair.pt", below(prefix, state))

@@ -218,6 +218,7 @@ def whole(run, tmp_path_factory):
 
 
 MEASURED = {"held_out_loss", "hit_1", "hit_5", "top1", "top5"}
+MEASURED |= {f"{name}_by_frequency" for name in ("held_out_loss", "hit_1", "hit_5")}
 
 
 @pytest.mark.parametrize(

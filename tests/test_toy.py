@@ -24,7 +24,7 @@ def test_a_sample_is_a_pure_function_of_its_number():
     assert len({image for image, *_ in contents}) == len(numbers)
     # And of nothing else: as in earlier versions.
     texts = json.dumps([[toy_scene(number), content(number)[2]] for number in range(20)])
-    assert hashlib.sha256(texts.encode()).hexdigest()[:16] == "023038cbcf336beb"
+    assert hashlib.sha256(texts.encode()).hexdigest()[:16] == "cbb80124d75f4a54"
 
 
 def test_a_scene_is_the_same_at_any_size():
@@ -46,7 +46,7 @@ def test_classes_are_equally_frequent_and_are_the_largest_object_s_shape():
     firsts = Counter(scene["objects"][0]["shape"] for scene in scenes)
     assert set(firsts) == set(TOY_CLASSES) and chi_square(list(firsts.values())) < 1
     counts = Counter(len(scene["objects"]) for scene in scenes)
-    assert set(counts) == {1, 2, 3, 4} and min(counts.values()) > 20
+    assert set(counts) == {1, 2, 3} and min(counts.values()) > 20
     assert json.loads(json.dumps(scenes[0])) == scenes[0]  # scenes are plain values
 
 
@@ -61,7 +61,7 @@ def test_held_out_pairs_are_never_in_train_and_all_in_val():
 
 
 def test_boxes_masks_and_colours_are_those_of_what_is_drawn():
-    for number in [*range(25), 59, 263, *range(TOY_VAL, TOY_VAL + 5)]:  # of 59 and 263 overlap
+    for number in [*range(25), 2440, *range(TOY_VAL, TOY_VAL + 5)]:  # of 2440 overlap
         scene = toy_scene(number)
         image, boxes, masks = toy.toy_render(scene, 160)
         pixels, things = np.asarray(image), scene["objects"]
@@ -91,7 +91,8 @@ def test_captions_and_hashtags_are_about_the_scene():
     true_tags = 0
     for number in range(100):
         scene, sample = toy_scene(number), toy_sample(number, 16)
-        words = re.sub(r"(plain|striped|dotted|checked) ", "", *sample["captions"]())
+        patterns = "|".join(["plain", *toy.TOY_PATTERNS])
+        words = re.sub(f"({patterns}) ", "", *sample["captions"]())
         for thing in scene["objects"]:
             assert re.search(rf"\b{thing['colour']} {thing['shape']}\b", words)
         assert scene["background"]["colour"] in words.rpartition(" on ")[2]

@@ -67,9 +67,11 @@ def test_a_run_leaves_an_encoder_and_a_head_and_logs_hits(plain):
     metrics = read_metrics(plain)
     assert [line["step"] for line in metrics if "hit_5" in line] == [4, 8, 12]
     assert 0 <= metrics[-1]["hit_1"] <= metrics[-1]["hit_5"] <= 1
-    # The head begins at zero: all tags are equally likely.
-    assert metrics[0]["loss"] == pytest.approx(np.log(config["classes"]), rel=1e-5)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
+    # Each picture has one of two tags and one of three: what a constant answer reaches.
+    frequent = {name: metrics[-1][f"{name}_by_frequency"] for name in ("held_out_loss", "hit_5")}
+    assert frequent == pytest.approx({"held_out_loss": np.log(4 * 6) / 2, "hit_5": 1}, rel=0.05)
+    assert metrics[-1]["hit_1_by_frequency"] in (1 / 3, 1 / 2, 2 / 3)  # of 6 pictures
 
 
 def test_pictures_of_too_many_pixels_are_unreadable(tmp_path):
@@ -123,6 +125,17 @@ def test_it_starts_from_stage_1_without_its_decoder(tmp_path):
     assert "decoder" not in config and config["pool"] == "cls"
     for name in state.keys() - {"head.weight", "head.bias"}:
         torch.testing.assert_close(state[name], model.state_dict()[name], rtol=0, atol=1e-6)
+    # The head's bias starts at the log shares of the tags, the most frequent first.
+    shares = state["head.bias"].exp()
+    assert shares.sum().item() == pytest.approx(1, abs=1e-5)
+    assert (shares.diff() <= 1e-6).all() and shares[0] > 10 * shares[-1]
+
+
+def test_the_head_reads_what_is_asked_for(hashtags, tmp_path):
+    ran = completed(*hashtags, "--steps", "1", "--pool", "mean", "--out", tmp_path / "run")
+    state, config = models.read_weights(tmp_path / "run" / "model.pt")
+    assert config["pool"] == "mean" and "fc_norm.weight" in state and "norm.weight" not in state
+    assert "--pool mean" in ran.stdout.splitlines()[-1]
 
 
 def test_pictures_of_a_folder_with_tags_from_a_file(photos, tmp_path):
