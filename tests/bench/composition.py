@@ -30,7 +30,7 @@ def main():
     scenes = [toy.toy_scene(toy.TOY_VAL + number) for number in range(run.pictures)]
     truth = [(s["objects"][0]["colour"], s["objects"][0]["shape"]) for s in scenes]
     colours, shapes = list(toy.TOY_COLOURS), list(toy.TOY_CLASSES)
-    patterns = dict.fromkeys(toy.TOY_TEXTURES)  # captions say them between colour and shape
+    patterns = toy.TOY_OBJECT_PATTERNS  # captions name them between colour and shape
 
     def report(title, classes, answers, kept=range(run.pictures)):
         """classes: [pairs of colour and shape]; answers: the classes of the pictures `kept`."""
