@@ -277,8 +277,8 @@ def hit_rates(model, batches, device, answers, workers=0, max_bad=1.0, criterion
     criterion(logits, answers) gives losses (b,), if their mean is wanted
 
     Returns [(hit-1, hit-5)] of each head, the number of samples that count (readable ones
-    with an answer) and their mean loss. The unreadable ones are named. Raises ValueError for labels over
-    the last class, and see check_unreadable. All processes must call it.
+    with an answer) and their mean loss. The unreadable ones are named. Raises ValueError
+    for labels over the last class, and see check_unreadable. All processes must call it.
     """
     model.eval()
     sums = torch.zeros(3, dtype=torch.int64, device=device)  # counted, bad, outside
@@ -314,10 +314,8 @@ def show_autoencoder(weights, run):
     Unreadable data is reported, and is not fatal."""
     loss = json.loads((run.out / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
     if run.config["normalize_targets"] and loss > 0.9:
-        print(
-            f"the loss is {loss:.2f}, and predicting the mean of each patch gives 1.0: train longer "
-            f"(--steps, --epochs), with a smaller --batch-size, or with a higher --lr than {run.lr:.2g}"
-        )
+        print(f"the loss is {loss:.2f}, and predicting the mean of each patch gives 1.0:")
+        print("train longer (--steps), with a smaller --batch-size, or with a higher --lr")
     autoencoder = MAE(**run.config).eval()
     autoencoder.load_state_dict(weights)
     options = {"workers": run.workers, "max_bad": run.max_bad, "device": run.device}

@@ -79,9 +79,7 @@ def parse_arguments(argv):
     add = groups["model"].add_argument
     add("--size", help=f"{' '.join(models.SIZES)}, or WIDTHxLAYERSxHEADS (toy)")
     add("--decoder", type=models.triple, help="WIDTHxLAYERSxHEADS (512x8x16; toy, T: smaller)")
-    add(
-        "--mask-ratio", type=flags.fraction, help="share of patches that is hidden (0.75; toy: 0.5)"
-    )
+    add("--mask-ratio", type=flags.fraction, help="share of hidden patches (0.75; toy: 0.5)")
     target = {"dest": "normalize_targets", "default": None}
     add("--raw-pixels", action="store_false", **target, help="predict pixels as they are")
     add("--no-raw-pixels", action="store_true", **target, help="normalised patches (default)")
