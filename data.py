@@ -562,7 +562,7 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
 
 
 def to_mode(image, channels):
-    """A whole picture, or a crop of what to_8_bits returned, as 8 bits of grey, RGB or RGBA: see MODES."""
+    """A picture, whole or a crop of what to_8_bits returned, as grey, RGB or RGBA: see MODES."""
     image = to_8_bits(image)
     if image.mode == "LAB":  # from which Pillow does not convert to grey
         image = image.convert("RGB")

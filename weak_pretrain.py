@@ -69,8 +69,7 @@ def recipe(size):
     return Recipe(8192, 4e-4 / 32, 224, None, 0.08, 0.999, None)
 
 
-# {name of a measured number: how the step line shows it}. In brackets stands what the tags'
-# frequencies alone reach.
+# How the step line shows what is measured. In brackets: what tags' frequencies alone reach.
 SHOWN = {"held_out_loss": "held-out {:.4f}", "held_out_loss_by_frequency": "(by frequency {:.4f})"}
 SHOWN |= {"hit_1": "hit-1 {:.1%}", "hit_1_by_frequency": "({:.1%})"}
 SHOWN |= {"hit_5": "hit-5 {:.1%}", "hit_5_by_frequency": "({:.1%})"}
@@ -306,14 +305,13 @@ def finish(run, weights):
         options = {"workers": run.workers, "device": run.device}
         sources, samples = (run.source, run.held_out), run.steps * run.batch_size
         evaluate.print_probe(weights, config, *sources, run.seed, samples, **options)
-    where, hint = "DIR", "  (DIR holds train/CLASS/* and val/CLASS/*)"
-    if run.source.endless:
-        where, hint = "toy", ""
-    typed = ["--checkpoint", str(run.out / "model.pt"), "--data", where]
+    where = "toy" if run.source.endless else "DIR"
+    typed = ["--pool", config["pool"], "--checkpoint", str(run.out / "model.pt"), "--data", where]
     if run.max_pixels != data.MAX_PIXELS:
         typed += ["--max-pixels", str(run.max_pixels)]
-    typed = ["--pool", config["pool"], *typed]
-    print(f"next: python evaluate.py --task fewshot {shlex.join(typed)}{hint}")
+    print(f"next: python evaluate.py --task fewshot {shlex.join(typed)}")
+    if not run.source.endless:
+        print("      (DIR holds train/CLASS/* and val/CLASS/*)")
 
 
 @errors.record  # torchrun shows the traceback of the process that failed first

@@ -467,7 +467,7 @@ def detector_flops(model):
     return counter.get_total_flops()
 
 
-# ----------------------------------------------------------------------- files of detectors, results
+# ---------------------------------------------------------------------- files of detectors, results
 
 
 def read_detector(path):
