@@ -1,6 +1,6 @@
 """Stage 2: the encoder learns to predict hashtags: weakly supervised pretraining.
 
-Laptop       python weak_pretrain.py [--init runs/mae/model.pt]           # toy world, two minutes
+Laptop       python weak_pretrain.py [--init runs/mae/model.pt]           # toy world, one minute
 Own data     python data.py hashtags 'shards/*.tar' --out tags/           # vocabulary and weights
 One GPU      python weak_pretrain.py --data 'shards/*.tar' --tags tags/ --init mae.pt
 One node     torchrun --nproc-per-node 8 weak_pretrain.py --data 'shards/*.tar' --tags tags/ ...

@@ -158,8 +158,8 @@ class Cache:
         needed = min(2 * count * max(sizes), sum(sizes))
         if needed > self.size:
             raise ValueError(
-                f"--cache-size {self.size / 1e6:.6g}M is too small: {min(count, len(sizes))} shards "
-                "are read at once on this machine, and as many fetched ahead: give --cache-size "
+                f"--cache-size {self.size / 1e6:.6g}M is too small: "
+                f"{min(count, len(sizes))} shards are read at once on this machine, and as many fetched ahead: give --cache-size "
                 f"{math.ceil(needed / 1e6)}M or more, or fewer --lanes"
             )
 

@@ -17,7 +17,7 @@ TOY_EPOCH = 65_536  # pictures in an epoch
 # The first number of val: smaller ones are train. (The scenes and the recipes were chosen on
 # pictures from 2**31 on, so that those of val are new to them.)
 TOY_VAL = 3 * 2**30
-TOY_DRAWS = 100  # uniform draws for a scene: background 12, an object at most 22
+TOY_DRAWS = 100  # uniform draws for a scene: background 12, an object at most 24
 
 
 def _fold(t, n):

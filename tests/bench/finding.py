@@ -1,7 +1,7 @@
 """The paper's finding, small: hashtags from scratch against hashtags after MAE.
 
-    python tests/bench/finding.py --out OUT                             # toy world, 15 minutes
-    python tests/bench/finding.py --out OUT --data DIR --labels FILE.jsonl    # EuroSAT, two hours
+    python tests/bench/finding.py --out OUT                                     # toy world
+    python tests/bench/finding.py --out OUT --data DIR --labels FILE.jsonl    # EuroSAT
 
 For every seed: stage 1 once; then stage 2 from scratch and from stage 1's weights, for each number
 of steps. On EuroSAT, one more length costs, from scratch, the FLOPs of stage 1 and one epoch.
