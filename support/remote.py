@@ -159,7 +159,8 @@ class Cache:
         if needed > self.size:
             raise ValueError(
                 f"--cache-size {self.size / 1e6:.6g}M is too small: "
-                f"{min(count, len(sizes))} shards are read at once on this machine, and as many fetched ahead: give --cache-size "
+                f"{min(count, len(sizes))} shards are read at once on this machine, "
+                "and as many fetched ahead: give --cache-size "
                 f"{math.ceil(needed / 1e6)}M or more, or fewer --lanes"
             )
 
