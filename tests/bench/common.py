@@ -1,8 +1,10 @@
 """What the measurements share. To import it makes the repository's modules importable."""
 
 import argparse
+import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +22,44 @@ def make_parser(description):
         description=description.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+
+
+def run_program(log, program, *flags, threads=1):
+    """Run a program of the repository. Returns what it prints, which is added to the file `log`."""
+    script, *given = program.split()
+    command = [sys.executable, str(ROOT / script), *given, *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    with open(log, "a") as file:
+        file.write(f"$ {' '.join(command[1:])}\n{done.stdout}{done.stderr}")
+    if done.returncode:
+        raise SystemExit(f"{program} failed: see {log}")
+    return done.stdout
+
+
+def last_json(text):
+    """The object in the last line of a text: a program's result, or a run's last metrics."""
+    return json.loads(text.strip().splitlines()[-1])
+
+
+class Results:
+    """The rows of OUT/results.jsonl. A stopped measurement goes on with them."""
+
+    def __init__(self, out):
+        self.path = Path(out, "results.jsonl")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def rows(self):
+        return [*map(json.loads, self.path.read_text().splitlines())] if self.path.exists() else []
+
+    def has(self, row):
+        """Is there a row with these values?"""
+        return any(row.items() <= known.items() for known in self.rows())
+
+    def add(self, row):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
 
 
 def in_new_process(function, *arguments):

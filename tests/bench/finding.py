@@ -11,18 +11,14 @@ and by finetuning every weight (FT). Both arms have the same recipe, see RECIPES
 What stands in OUT/results.jsonl is not run again: a stopped run goes on with the same command.
 """
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from common import ROOT, make_parser
+from common import Results, last_json, make_parser, run_program
 
 from model import MAE, Classifier
 from support.plan import flops_per_image
@@ -71,54 +67,42 @@ RECIPES = {
 
 
 class Experiment:
-    """One seed: its runs are folders of `out`, its measurements lines of results.jsonl."""
+    """One seed: its runs are folders of `out`, its measurements rows of the results."""
 
     def __init__(self, seed, recipe, arguments):
         self.seed, self.recipe, self.data = seed, recipe, arguments.data
         self.out, self.labels = Path(arguments.out), arguments.labels
-        self.results = self.out / "results.jsonl"
+        self.results, self.log = Results(self.out), self.out / f"seed{seed}.log"
 
-    def run(self, script, *flags):
-        """Run one command in one thread. Returns the last line that it printed."""
-        command = [sys.executable, str(ROOT / script), *map(str, flags)]
-        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, check=False, capture_output=True, text=True, env=one_thread)
-        with open(self.out / f"seed{self.seed}.log", "a") as file:
-            file.write(f"$ {' '.join(command[1:])}\n{done.stdout}{done.stderr}")
-        if done.returncode:
-            raise SystemExit(f"{script} failed: see {file.name}")
-        return done.stdout.strip().splitlines()[-1]
-
-    def stage(self, name, script, flags):
+    def stage(self, name, program, flags, data=None):
         """Train `name`, unless it is there. Returns its folder."""
         folder = self.out / f"{name}-{self.seed}"
         if not (folder / "model.pt").exists():
-            common = ["--data", self.data, "--seed", self.seed, "--workers", 0, "--out", folder]
-            self.run(script, *common, *flags)
+            common = ["--data", data or self.data, "--seed", self.seed, "--workers", 0]
+            run_program(self.log, program, *common, "--out", folder, *flags)
         return folder
 
+    def transfer(self, folder):
+        """Top-1 by ridge regression on 5 and on many labels of each class, and finetuned (FT)."""
+        weights, few = folder / "model.pt", self.out / "few" if self.recipe.labels else self.data
+        probe = ["--pool", "mean", "--shots", f"5,{self.recipe.shots}", "--checkpoint", weights]
+        found = run_program(self.log, "evaluate.py --task fewshot", *probe, "--data", self.data)
+        flags = ["--init", weights, "--data", few, "--seed", self.seed, "--workers", 0]
+        flags += [*self.recipe.finetune.split(), "--out", self.out / f"finetuned-{folder.name}"]
+        finetuned = run_program(self.log, "finetune.py --task classify", *flags)
+        top1 = last_json(found)["top1"]
+        top1 = {"5-shot": top1["5"], "ridge": top1[str(self.recipe.shots)]}
+        return top1 | {"FT": last_json(finetuned)["top1"]}
+
     def measure(self, start, steps, folder, spent):
-        """Measure an encoder, and write what was found."""
+        """Measure an encoder, unless it has been."""
         row = {"seed": self.seed, "start": start, "steps": steps}
-        if any(row.items() <= known.items() for known in read(self.results)):
+        if self.results.has(row):
             return
-        weights = folder / "model.pt"
-        probe = ["--task", "fewshot", "--pool", "mean", "--shots", f"5,{self.recipe.shots}"]
-        found = json.loads(
-            self.run("evaluate.py", *probe, "--data", self.data, "--checkpoint", weights)
-        )
-        row |= {"5-shot": found["top1"]["5"], "ridge": found["top1"][str(self.recipe.shots)]}
-        few = self.out / "few" if self.recipe.labels else self.data
-        flags = ["--task", "classify", "--init", weights, "--data", few, "--seed", self.seed]
-        flags += [*self.recipe.finetune.split(), "--workers", 0]
-        flags += ["--out", self.out / f"finetuned-{folder.name}"]
-        row["FT"] = json.loads(self.run("finetune.py", *flags))["top1"]
-        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        row |= self.transfer(folder)
+        last = last_json((folder / "metrics.jsonl").read_text())
         row |= {"tag loss": last["held_out_loss"]} if start != "mae only" else {}
-        row["gflops"] = spent
-        with open(self.results, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(row, flush=True)
+        self.results.add(row | {"gflops": spent})
 
     def main(self):
         mae = self.stage("mae", "mae_pretrain.py", self.recipe.mae.split())
@@ -150,24 +134,23 @@ def gflops(folder, kind):
     config = torch.load(folder / "model.pt", weights_only=True)["config"]
     with torch.device("meta"):
         model = kind(**config)
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    last = last_json((folder / "metrics.jsonl").read_text())
     return 3 * flops_per_image(model) * last["samples"] / 1e9
 
 
 def copy_few(data, few, labels):
-    """Copy the first `labels` pictures of each class of data/train to few/train, and all of val."""
+    """Copy the first `labels` pictures of each class of data/train to few/train, and all of val.
+
+    labels: a number, or a share below 1.
+    """
     if few.exists():
         return
     for folder in sorted(Path(data, "train").iterdir()):
-        target = few / "train" / folder.name
+        target, files = few / "train" / folder.name, sorted(folder.iterdir())
         target.mkdir(parents=True)
-        for path in sorted(folder.iterdir())[:labels]:
+        for path in files[: labels if labels >= 1 else round(labels * len(files))]:
             shutil.copy(path, target)
     shutil.copytree(Path(data, "val"), few / "val")
-
-
-def read(results):
-    return [*map(json.loads, results.read_text().splitlines())] if results.exists() else []
 
 
 def table(rows):
@@ -231,10 +214,10 @@ def main():
         copy_few(arguments.data, out / "few", recipe.labels)
         if not (out / "tags" / "vocabulary.json").exists():
             index = ["--labels", arguments.labels, "--out", out / "tags"]
-            print(seeds[0].run("data.py", "hashtags", arguments.data, *index))
+            print(run_program(out / "tags.log", "data.py hashtags", arguments.data, *index))
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(Experiment.main, seeds))
-    groups = table(read(out / "results.jsonl"))
+    groups = table(Results(out).rows())
     if arguments.png:
         draw(groups, arguments.png)
 
