@@ -13,12 +13,17 @@ from pathlib import Path
 
 from common import Results, last_json, make_parser, run_program
 
-SHAPE = "--size 96x4x3 --patch-size 8 --image-size 64"  # of the real pictures' network
 NO_AUGMENTATION = "--mixup 0 --cutmix 0 --rand-augment 0 --erase 0 --min-crop 1"
 # stage: program; flags for pictures and for the toy world; samples for them; the result's name
 STAGES = {
-    1: ("mae_pretrain.py", f"{SHAPE} --decoder 64x1x2 --min-crop 0.4", "", 36_000, 40_000),
-    2: ("weak_pretrain.py", "--min-crop 1 --pool mean", "", 18_000, 25_600),
+    1: (
+        "mae_pretrain.py",
+        "--image-size 64 --decoder 64x1x2 --min-crop 0.4",
+        "--image-size 32 --decoder 128x2x4 --mask-ratio 0.5 --min-crop 1",
+        36_000,
+        40_000,
+    ),
+    2: ("weak_pretrain.py", "--min-crop 1 --pool mean", "--min-crop 1 --pool mean", 18_000, 25_600),
     3: ("finetune.py --task classify", NO_AUGMENTATION, "", 18_000, 25_600),
 }
 RESULTS = {1: "held_out_loss", 2: "held_out_loss", 3: "top1"}
@@ -34,6 +39,8 @@ def train(arguments, name, stage, batch_size, lr):
     flags += (toy if is_toy else pictures).split()
     if stage > 1:
         flags += ["--init", Path(arguments.out, "start", "model.pt")]
+    else:
+        flags += ["--patch-size", 8, "--size", arguments.size]
     if stage == 2 and not is_toy:
         flags += ["--labels", arguments.labels, "--tags", Path(arguments.out, "tags")]
     run_program(Path(arguments.out, "log"), program, *flags)
@@ -76,6 +83,7 @@ def main():
     parser.add_argument("--data", default="toy", help="a folder with train/ and val/, or toy")
     parser.add_argument("--labels", help="hashtags of DATA's pictures")
     parser.add_argument("--out", required=True)
+    parser.add_argument("--size", default="96x4x3", help="of the network: WIDTHxLAYERSxHEADS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", default="1,2,3")
     parser.add_argument("--batch-sizes", default="32,128,512")
