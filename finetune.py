@@ -69,10 +69,10 @@ from tasks.augment import Recipe
 # B, L and H: the public MAE code's FINETUNE.md. 2B and 6.5B get H's (the paper does not
 # tell theirs): our choice, as toy's is.
 RECIPES = {
-    "B": Recipe(1024, 5e-4, 100, 0.65, 0.1),
-    "L": Recipe(1024, 1e-3, 50, 0.75, 0.2),
-    "H": Recipe(1024, 1e-3, 50, 0.75, 0.3),
-    "toy": Recipe(64, 6e-3, 100, 0.9, 0.0),
+    "B": Recipe(1024, 2e-3, 100, 0.65, 0.1),
+    "L": Recipe(1024, 4e-3, 50, 0.75, 0.2),
+    "H": Recipe(1024, 4e-3, 50, 0.75, 0.3),
+    "toy": Recipe(64, 1.5e-3, 100, 0.9, 0.0, 128),
 }
 RECIPES |= {"2B": RECIPES["H"], "6.5B": RECIPES["H"]}
 # Learning rates of linear's heads, for a batch of 256 (our choice, around SWAG's).
@@ -129,7 +129,7 @@ def parse_arguments(argv):
     add("--warmup", type=flags.fraction, help="share of the steps (the recipe's)")
     flags.add_length_flags(groups, "(the recipe's; toy: fewer)", "instead of --epochs")
     flags.add_flags(groups, None, "the recipe's", "weights, order and augmentation")
-    parser.set_defaults(plan=False, gpus=None)  # for tasks without these flags
+    parser.set_defaults(plan=False, gpus=None, lr_origin=None)  # for tasks without these flags
     add_flags = lambda parser, task: load_task(task).add_flags(parser.groups)
     run = flags.parse_for_task(parser, TASKS, add_flags, argv)
     run.out = run.out or Path("runs", run.task)
@@ -448,6 +448,8 @@ def describe(run, model, flops, chip):
     run.say(f"batch    {run.batch_size}: {parts}")
     run.say(f"parallel {spread}")
     run.say(f"attention {kernels.describe(shapes, run.device, run.precision)}")
+    if run.lr_origin:
+        run.say(f"lr       {run.lr:.2e} at its peak: {run.lr_origin}")
     run.say(f"run      {run.steps} steps, {how} on {chip}")
 
 

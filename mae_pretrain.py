@@ -42,6 +42,7 @@ from support.plan import (
     describe_run,
     flops_per_image,
     peak_flops,
+    peak_lr,
     planned_batch,
     print_plan,
     settle_batch,
@@ -50,18 +51,19 @@ from support.plan import (
 
 class Recipe(NamedTuple):
     batch_size: int
-    lr: float  # peak, for 256 images of the batch
+    lr: float  # peak, for this batch size and width: see peak_lr
     image_size: int
     samples: int | None  # None: the paper's number, see prepare
     min_crop: float
     mask_ratio: float
+    width: int = 768
 
 
 def recipe(size):
     if size == "toy":
         # Ours: two minutes on two slow cores. Of 16 patches, 4 visible ones would be too few.
-        return Recipe(32, 8e-3, 32, 80_000, 1.0, 0.5)
-    return Recipe(4096, 1.5e-4, 224, None, 0.2, 0.75)  # public MAE code, PRETRAIN.md
+        return Recipe(32, 1e-3, 32, 80_000, 1.0, 0.5, 128)
+    return Recipe(4096, 2.4e-3, 224, None, 0.2, 0.75)  # public MAE code, PRETRAIN.md
 
 
 # ---------------------------------------------------------------------------- arguments
@@ -85,7 +87,7 @@ def parse_arguments(argv):
     add("--no-raw-pixels", action="store_true", **target, help="normalised patches (default)")
     add("--init", help="weights to start from: a model.pt or a public MAE checkpoint")
     add = groups["optimisation"].add_argument
-    add("--lr", type=flags.positive, help="peak (1.5e-4 for 256 of the batch; toy: 8e-3)")
+    add("--lr", type=flags.positive, help="peak (2.4e-3 at batch 4096; toy: 1e-3 at 32)")
     add("--warmup", type=flags.fraction, default=0.05, help="share of the steps (0.05)")
     add("--weight-decay", type=flags.not_negative, default=0.05, help="not of 1-D tensors (0.05)")
     add("--cuda-graph", action="store_true", help="one GPU: replay a recorded micro-batch")
@@ -148,7 +150,8 @@ def prepare(run):
     usual = 5e9 if run.plan and not run.data else min(1600 * order.length, 5e9)
     samples = (run.epochs or 0) * order.length or run.samples or own.samples or usual
     run.steps = run.steps or math.ceil(samples / run.batch_size)
-    run.lr = run.lr or own.lr * run.batch_size / 256
+    usual, actual = (own.batch_size, own.width), (run.batch_size, run.model.width)
+    run.lr, run.lr_origin = peak_lr(run.lr, own.lr, usual, actual)
     run.save_every = run.save_every or min(1000, math.ceil(run.steps / 10))
     same = ("batch_size", "steps", "lr", "warmup", "weight_decay", "seed", "min_crop", "precision")
     run.identity = {"stage": "mae_pretrain", "data": run.source.identity, "model": run.config}

@@ -43,6 +43,7 @@ from support.plan import (
     describe_run,
     flops_per_image,
     peak_flops,
+    peak_lr,
     planned_batch,
     print_plan,
     settle_batch,
@@ -51,22 +52,23 @@ from support.plan import (
 
 class Recipe(NamedTuple):
     batch_size: int
-    lr: float  # peak, for 256 images of the batch
+    lr: float  # peak, for this batch size and width: see peak_lr
     image_size: int
     samples: int | None  # None: an epoch
     min_crop: float
     beta2: float
     clip: float | None  # largest norm of the gradient
     pool: str = "cls"  # what the head reads
+    width: int = 768
 
 
 def recipe(size):
     """Ours for toy; the others are recalled of SWAG's and the paper's, unverified."""
     if size == "toy":
-        return Recipe(64, 4e-3, 32, 25_600, 1.0, 0.999, None, "mean")
+        return Recipe(64, 1e-3, 32, 25_600, 1.0, 0.999, None, "mean", 128)
     if size in ("2B", "6.5B"):
-        return Recipe(8192, 1e-4 / 32, 224, None, 0.08, 0.95, 1.0)  # for stability
-    return Recipe(8192, 4e-4 / 32, 224, None, 0.08, 0.999, None)
+        return Recipe(8192, 1e-4, 224, None, 0.08, 0.95, 1.0)  # for stability
+    return Recipe(8192, 4e-4, 224, None, 0.08, 0.999, None)
 
 
 # How the step line shows what is measured. In brackets: what tags' frequencies alone reach.
@@ -162,7 +164,8 @@ def prepare(run):
     epoch = 5e9 if run.plan and not run.data else order.length  # 5e9: the paper's
     samples = (run.epochs or 0) * order.length or run.samples or own.samples or epoch
     run.steps = run.steps or math.ceil(samples / run.batch_size)
-    run.lr = run.lr or own.lr * run.batch_size / 256
+    usual, actual = (own.batch_size, own.width), (run.batch_size, run.model.width)
+    run.lr, run.lr_origin = peak_lr(run.lr, own.lr, usual, actual)
     run.save_every = run.save_every or min(1000, math.ceil(run.steps / 10))
     same = ("batch_size", "steps", "lr", "warmup", "weight_decay", "seed", "min_crop", "precision")
     run.identity = {"stage": "weak_pretrain", "data": run.source.identity, "model": run.config}

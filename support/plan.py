@@ -219,6 +219,25 @@ def planned_batch(batch_size, run):
     return nearest
 
 
+def peak_lr(given, lr, usual, actual):
+    """(the peak lr, in words where it comes from): --lr if given, else a recipe's.
+
+    usual, actual: (batch size, width of the network), of the recipe and of the run. For another
+    batch the rate goes with its square root (AdamW: arXiv 2205.10287), for a narrower network
+    with one over its width (arXiv 2203.03466). docs/results.md has our sweep.
+    """
+    if given:
+        return given, "--lr"
+    words, factor = f"the recipe's {lr:.2e}", 1
+    if actual[0] != usual[0]:
+        words += f" x sqrt(batch {actual[0]} / {usual[0]})"
+        factor = math.sqrt(actual[0] / usual[0])
+    if actual[1] < usual[1]:
+        words += f" x width {usual[1]} / {actual[1]}"
+        factor *= usual[1] / actual[1]
+    return lr * factor, words
+
+
 def describe_sharding(model, run):
     """One line: how a settled run is spread over processes, with the memory of each."""
     each, memory = training_memory(model, run, run.micro_batch)["peak"], device_memory(run)
@@ -248,7 +267,8 @@ def describe_run(run, model, flops, chip):
     run.say(f"batch    {run.batch_size}: {shares}")
     run.say(f"parallel {describe_sharding(model, run)}")
     run.say(f"attention {run.attention}")
-    run.say(f"run      {run.steps} steps, peak lr {run.lr:.2e}, {how} on {chip}")
+    run.say(f"lr       {run.lr:.2e} at its peak: {run.lr_origin}")
+    run.say(f"run      {run.steps} steps, {how} on {chip}")
 
 
 def print_plan(run):
@@ -269,6 +289,7 @@ def print_plan(run):
     print(f"compute      {flops / 1e9:,.2f} GFLOP for an image of a training step")
     print(f"steps        {run.steps:,} of {run.batch_size:,} images: {samples:,} samples")
     print(f"batch        {processes} processes x {split}")
+    print(f"lr           {run.lr:.2e} at its peak: {run.lr_origin}")
     print(f"parallel     {describe_sharding(model, run)}")
     print_memory(model, run)
     print_network(run, count)

@@ -10,18 +10,20 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
 import data
+from model import architecture
 from support import flags
-from support.plan import planned_batch
+from support.plan import peak_lr, planned_batch
 
 
 class Recipe(NamedTuple):
     """Settings that depend on the size of an encoder whose weights are all trained."""
 
     batch_size: int
-    lr: float  # peak, for a batch of 256
+    lr: float  # peak, for this batch size and width: see peak_lr
     epochs: int
     layer_decay: float
     drop_path: float
+    width: int = 768
 
 
 # The public MAE code's FINETUNE.md. A toy run is too short for most of it (our choice).
@@ -40,7 +42,7 @@ def add_flags(groups, recipes, magnitude=9):
     add = groups["model"].add_argument
     add("--drop-path", type=below_1, help=f"of the last block ({by_size('drop_path')})")
     add = groups["optimisation"].add_argument
-    add("--lr", type=flags.positive, help=f"peak (for 256 of the batch: {by_size('lr')})")
+    add("--lr", type=flags.positive, help=f"peak ({by_size('lr')}, at the recipe's batch size)")
     layer_decay = f"of the lr, from block to block ({by_size('layer_decay')})"
     add("--layer-decay", type=flags.fraction, help=layer_decay)
     magnitudes = flags.number(float, 0, 10)
@@ -57,7 +59,10 @@ def recipe(run, recipes, **others):
     the task's own values."""
     own = recipes.get(run.config["size"], recipes["B"])
     batch_size = run.batch_size or planned_batch(own.batch_size, run)
-    settings = own._asdict() | {"batch_size": batch_size, "lr": own.lr * batch_size / 256}
+    usual, actual = (own.batch_size, own.width), (batch_size, architecture(run.config["size"])[0])
+    run.lr, run.lr_origin = peak_lr(run.lr, own.lr, usual, actual)
+    settings = own._asdict() | {"batch_size": batch_size, "lr": run.lr}
+    del settings["width"]
     settings |= {"pool": "mean", "weight_decay": 0.05, "smoothing": 0.1}
     settings |= (TOY if run.toy else USUAL) | others
     magnitude = settings["rand_augment"] if run.rand_augment is None else run.rand_augment

@@ -36,6 +36,7 @@ from support import flags
 from support.formats import open_weights
 from support.hashtags import WeightedOrder
 from support.loader import loader
+from support.plan import peak_lr
 from tasks.coco import detection_numbers, print_detection
 from tasks.regions import (
     RATIOS,
@@ -626,9 +627,13 @@ def prepare(run, finetune):
 
     lvis, run.toy = run.train.frequencies is not None, toy and toy_size
     rates, layer_decay, drop_paths, lengths = VITDET.get(run.config["size"], VITDET["B"])
+    batch_size = run.batch_size or (2 if toy_size else 64)
+    actual = batch_size, architecture(run.config["size"])[0]
+    usual = actual if toy_size else (64, 768)
+    run.lr, run.lr_origin = peak_lr(run.lr, rates[lvis], usual, actual)
     return {
-        "batch_size": 2 if toy_size else 64,
-        "lr": rates[lvis] * (1 if toy_size else (run.batch_size or 64) / 64),
+        "batch_size": batch_size,
+        "lr": run.lr,
         "epochs": 0.02 if run.toy else lengths[lvis],
         "layer_decay": layer_decay,
         "drop_path": drop_paths[lvis],

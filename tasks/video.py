@@ -542,7 +542,7 @@ RECIPES = {
     "B": augment.Recipe(256, 1e-3, 100, 0.75, 0.1),
     "L": augment.Recipe(256, 5e-4, 50, 0.75, 0.2),
     "H": augment.Recipe(256, 5e-4, 75, 0.8, 0.2),
-    "toy": augment.Recipe(32, 8e-3, 100, 1.0, 0.0),
+    "toy": augment.Recipe(32, 1e-3, 100, 1.0, 0.0, 128),
 }
 RECIPES |= {"2B": RECIPES["H"], "6.5B": RECIPES["H"]}
 

@@ -539,7 +539,7 @@ def test_unusable_input_is_refused_in_one_line(task, flags, words, places, tmp_p
 
 def test_help_lists_the_flags_of_a_task(capsys):
     shown = {"": "--task NAME --help lists the flags of a task", "lowshot": "--shots"}
-    shown |= {"classify": "toy 0.006", "video": "toy 0.008"}  # the lr of each one's recipe
+    shown |= {"classify": "toy 0.0015", "video": "toy 0.001"}  # the lr of each one's recipe
     for task, words in shown.items():
         finetune.main(["--help", *(["--task", task] if task else [])])
         printed = " ".join(capsys.readouterr().out.split())
@@ -691,9 +691,25 @@ def test_the_recipe_of_detection_is_vitdets(size, layer_decay, drop_path, epochs
     assert (run.layer_decay, run.drop_path, run.epochs) == (layer_decay, drop_path, epochs)
     assert (run.lr, run.batch_size, run.weight_decay) == (1e-4, 64, 0.1)
     assert run.image_size == (1024, 1024) and run.jitter == (0.1, 2.0)
-    assert run.decay_floor == 0 and settled(size, "--batch-size", 32).lr == 5e-5
+    assert run.decay_floor == 0 and settled(size, "--batch-size", 16).lr == 5e-5
     toy = [settled("toy", *batch) for batch in ([], ["--batch-size", 8])]
     assert [(run.batch_size, run.lr) for run in toy] == [(2, 1e-3), (8, 1e-3)]
+
+
+@pytest.mark.parametrize(
+    ("task", "size", "batch_size", "lr"),  # by hand: of B 2e-3 at 1024, 1e-3 at 256, 1e-4 at 64
+    [
+        ("classify", "B", 1024, 2e-3),
+        ("classify", "L", 64, 1e-3),
+        ("classify", "S", 256, 2e-3),
+        ("classify", "toy", 16, 7.5e-4),
+        ("video", "B", 64, 5e-4),
+        ("detect", "S", 16, 1e-4),
+    ],
+)
+def test_the_peak_lr_of_another_batch_or_width(task, size, batch_size, lr):
+    run = prepared("--task", task, "--size", size, "--batch-size", batch_size)
+    assert run.lr == pytest.approx(lr)
 
 
 def test_the_schedule_of_detection_drops_twice():

@@ -62,11 +62,37 @@ def finished(tmp_path_factory):
 def test_defaults_are_the_papers_recipe(tmp_path):
     run = settled("--size", "B", "--out", tmp_path / "run")
     assert run.batch_size == 4096
-    assert run.lr == pytest.approx(2.4e-3)  # 1.5e-4 x 4096 / 256
+    assert run.lr == 2.4e-3  # 1.5e-4 x 4096 / 256
     assert (run.weight_decay, run.warmup, run.min_crop) == (0.05, 0.05, 0.2)
     assert run.config["decoder"] == [512, 8, 16] and run.config["mask_ratio"] == 0.75
     assert run.config["normalize_targets"] and run.config["image_size"] == [224, 224]
     assert run.steps == math.ceil(1600 * toy.TOY_EPOCH / 4096)
+
+
+# By hand: 2.4e-3 at batch 4096 and width 768, times the square root of the batch's share, times
+# 768 / width for narrower networks; the toy size has 1e-3 at batch 32.
+RATES = [
+    ("B", 4096, 2.4e-3), ("L", 4096, 2.4e-3), ("6.5B", 16_384, 4.8e-3), ("B", 1024, 1.2e-3),
+    ("B", 256, 6e-4), ("S", 256, 1.2e-3), ("T", 64, 1.2e-3), ("96x1x1", 1024, 9.6e-3),
+    ("1024x1x1", 1024, 1.2e-3), ("toy", 32, 1e-3), ("toy", 128, 2e-3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "batch_size", "lr"), RATES)
+def test_the_peak_lr_of_another_batch_or_width(size, batch_size, lr, tmp_path):
+    flags = "--size", size, "--batch-size", batch_size, "--micro-batch", 2, "--out", tmp_path
+    assert settled(*flags).lr == pytest.approx(lr)
+    assert settled(*flags, "--lr", 0.1).lr == 0.1
+
+
+def test_a_run_says_where_its_lr_comes_from(tmp_path, capsys):
+    plan = ["--size", "T", "--batch-size", "64", "--plan"]
+    mae_pretrain.main(plan)
+    mae_pretrain.main([*plan, "--lr", "0.1"])
+    printed = capsys.readouterr().out
+    factors = "sqrt(batch 64 / 4096) x width 768 / 192"
+    assert f"lr           1.20e-03 at its peak: the recipe's 2.40e-03 x {factors}\n" in printed
+    assert "lr           1.00e-01 at its peak: --lr\n" in printed
 
 
 def test_the_length_can_be_given_in_steps_epochs_or_samples(tmp_path):

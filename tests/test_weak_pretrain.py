@@ -185,6 +185,17 @@ def test_the_recipe_is_the_papers_as_far_as_it_is_known(tmp_path):
     assert len(large.vocabulary) == 28_000
 
 
+@pytest.mark.parametrize(
+    ("size", "batch_size", "lr"),  # by hand, from 4e-4 at batch 8192 and width 768
+    [("B", 2048, 2e-4), ("2B", 2048, 5e-5), ("96x1x1", 32, 2e-4), ("toy", 64, 1e-3)],
+)
+def test_the_peak_lr_of_another_batch_or_width(size, batch_size, lr):
+    flags = ["--size", size, "--batch-size", str(batch_size), "--micro-batch", "2", "--plan"]
+    run = weak_pretrain.parse_arguments(flags)
+    weak_pretrain.prepare(run)
+    assert run.lr == pytest.approx(lr)
+
+
 def test_a_plan_of_many_processes_needs_no_data_and_no_lanes(capsys):
     weak_pretrain.main(["--size", "L", "--gpus", "64", "--shard-group", "8", "--mfu", "0.3"])
     printed = capsys.readouterr().out

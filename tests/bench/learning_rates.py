@@ -8,6 +8,7 @@ and 3 start from one encoder of stage 1. What stands in OUT/results.jsonl is not
 stopped sweep goes on with the same command.
 """
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def train(arguments, name, stage, batch_size, lr):
     is_toy = arguments.data == "toy"
     folder = Path(arguments.out, name)
     flags = ["--data", arguments.data, "--workers", 0, "--seed", arguments.seed, "--out", folder]
-    flags += ["--batch-size", batch_size, "--samples", samples[is_toy], "--lr", lr]
+    flags += ["--batch-size", batch_size, "--samples", samples[is_toy]]
+    flags += [] if lr == "default" else ["--lr", lr]
     flags += (toy if is_toy else pictures).split()
     if stage > 1:
         flags += ["--init", Path(arguments.out, "start", "model.pt")]
@@ -52,7 +54,9 @@ def measure(arguments, stage, batch_size, lr):
     row, results = {"stage": stage, "batch_size": batch_size, "lr": lr}, Results(arguments.out)
     if results.has(row):
         return
-    metrics, folder = train(arguments, f"{stage}-{batch_size}-{lr:g}", stage, batch_size, lr)
+    metrics, folder = train(arguments, f"{stage}-{batch_size}-{lr}", stage, batch_size, lr)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    row["peak"] = max(json.loads(line)["lr"] for line in lines)
     row[RESULTS[stage]] = metrics[RESULTS[stage]]
     if stage == 1:
         flags = ["--pool", "mean", "--shots", 5, "--data", arguments.data]
@@ -64,8 +68,8 @@ def measure(arguments, stage, batch_size, lr):
 
 def table(rows):
     """Print, for each stage and batch size, the result at each learning rate."""
-    rates = sorted({row["lr"] for row in rows})
-    print(f"| stage | batch | {' | '.join(f'{rate:g}' for rate in rates)} |")
+    rates = sorted({row["lr"] for row in rows}, key=lambda rate: (rate == "default", rate))
+    print(f"| stage | batch | {' | '.join(map(str, rates))} |")
     print("|---|---|" + "---|" * len(rates))
     found = {(row["stage"], row["batch_size"], row["lr"]): row for row in rows}
     for stage, batch_size in sorted({key[:2] for key in found}):
@@ -74,6 +78,7 @@ def table(rows):
             row = found.get((stage, batch_size, rate), {})
             value = row.get(RESULTS[stage])
             cell = "" if value is None else f"{100 * value:.1f}" if stage == 3 else f"{value:.3f}"
+            cell += f" at {row['peak']:.1e}" if row and rate == "default" else ""
             cells.append(cell + (f" ({100 * row['5-shot']:.1f})" if "5-shot" in row else ""))
         print(f"| {stage} | {batch_size} | {' | '.join(cells)} |")
 
@@ -87,13 +92,13 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", default="1,2,3")
     parser.add_argument("--batch-sizes", default="32,128,512")
-    parser.add_argument("--rates", default="1e-3,3e-4,3e-3,1e-4,1e-2")
+    parser.add_argument("--rates", default="3e-4,1e-3,3e-3,default", help="peaks")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     arguments = parser.parse_args()
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "start" / "model.pt").exists():
-        train(arguments, "start", 1, 128, 1e-3)
+        train(arguments, "start", 1, 128, "1e-3")
     if arguments.data != "toy" and not (out / "tags" / "vocabulary.json").exists():
         index = ["--labels", arguments.labels, "--out", out / "tags"]
         run_program(out / "log", "data.py hashtags", arguments.data, *index)
@@ -102,7 +107,7 @@ def main():
     )
     with ThreadPoolExecutor(arguments.jobs) as pool:
         jobs = [
-            pool.submit(measure, arguments, int(stage), int(batch_size), float(rate))
+            pool.submit(measure, arguments, int(stage), int(batch_size), rate)
             for rate in rates
             for stage in stages
             for batch_size in batch_sizes
