@@ -17,16 +17,16 @@ from common import Results, last_json, make_parser, run_program
 RUNS = {
     "mae": ("mae_pretrain.py", None),
     "weak": ("weak_pretrain.py", "mae"),
-    "weak, from scratch": ("weak_pretrain.py", None),
+    "weak from scratch": ("weak_pretrain.py", None),
     "classify": ("finetune.py --task classify", "weak"),
-    "classify, from scratch": ("finetune.py --task classify", None),
+    "classify from scratch": ("finetune.py --task classify", None),
     "linear": ("finetune.py --task linear", "weak"),
     "lowshot": ("finetune.py --task lowshot", "weak"),
     "video": ("finetune.py --task video", "weak"),
-    "video, from scratch": ("finetune.py --task video", None),
-    "video, one frame alone": ("finetune.py --task video --stride 0", "weak"),
+    "video from scratch": ("finetune.py --task video", None),
+    "video of one frame": ("finetune.py --task video --stride 0", "weak"),
     "detect": ("finetune.py --task detect", "mae"),
-    "detect, from scratch": ("finetune.py --task detect", None),
+    "detect from scratch": ("finetune.py --task detect", None),
     "lit": ("finetune.py --task lit --pool mean --context 40 --cache-features", "weak"),
     "zero-shot": ("tests/bench/composition.py --pictures 2048", "lit"),
 }
@@ -50,7 +50,7 @@ def measure(out, seed, threads, name):
 
 
 def folder_of(out, name, seed, threads):
-    return Path(out, f"{name.replace(',', '').replace(' ', '-')}-{seed}-{threads}")
+    return Path(out, f"{name.replace(' ', '-')}-{seed}-{threads}")
 
 
 def numbers(printed, folder):
@@ -89,7 +89,7 @@ def table(rows):
 
 def chain(out, seed, threads, only):
     for name in RUNS:
-        if not only or name.split(",")[0] in only:
+        if not only or name in only:
             measure(out, seed, threads, name)
 
 
@@ -98,7 +98,7 @@ def main():
     parser.add_argument("--out", required=True)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--threads", type=int, default=1, help="of a run; one starts from one's")
-    parser.add_argument("--only", help="mae,weak,classify and so on: these, with their baselines")
+    parser.add_argument("--only", help="names of RUNS, between commas")
     parser.add_argument("--jobs", type=int, default=2, help="seeds at once")
     arguments = parser.parse_args()
     Path(arguments.out).mkdir(parents=True, exist_ok=True)
