@@ -569,7 +569,7 @@ def prepare(run, finetune):
     recipe = augment.recipe(run, RECIPES, **own)
     recipe |= {"warmup": 0.125, "val_crop": 1.0}
     if run.toy:
-        recipe["epochs"] = 0.2  # of 65,536 videos
+        recipe["epochs"] = 0.3  # of 65,536 videos
     run.frames = run.frames or run.config.get("frames", 4 if run.toy else 16)
     run.no_flip = run.no_flip or run.train.endless  # whose classes have a direction
     run.config |= {"frames": run.frames, "relative_positions": run.relative_positions}

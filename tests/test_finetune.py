@@ -693,7 +693,7 @@ def test_the_recipe_of_detection_is_vitdets(size, layer_decay, drop_path, epochs
     assert run.image_size == (1024, 1024) and run.jitter == (0.1, 2.0)
     assert run.decay_floor == 0 and settled(size, "--batch-size", 16).lr == 5e-5
     toy = [settled("toy", *batch) for batch in ([], ["--batch-size", 8])]
-    assert [(run.batch_size, run.lr) for run in toy] == [(2, 1e-3), (8, 1e-3)]
+    assert [(run.batch_size, run.lr) for run in toy] == [(2, 5e-4), (8, 5e-4)]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from finding import RECIPES, Experiment, copy_few
 
 SIZES = ("64x4x2", "96x4x3", "160x6x5")
 SHARES = (0.1, 1 / 3, 1)
-SAMPLES = 72_000  # four epochs of all
+SAMPLES = 54_000  # three epochs of all
 # Stage 1's flags of finding.py, but for the size and the length.
 MAE = "--patch-size 8 --image-size 64 --decoder 64x1x2 --min-crop 0.4 --batch-size 128 --lr 1.5e-3"
 MEASURES = {"held-out loss": 1, "5-shot": 100, "ridge": 100, "FT": 100}  # and their factors
