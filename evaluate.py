@@ -268,30 +268,35 @@ def masked_loss(model, batches, device):
 
 
 @torch.no_grad()
-def hit_rates(model, batches, device, answers, workers=0, max_bad=1.0, criterion=None):
+def hit_rates(model, batches, device, answers, workers=0, max_bad=1.0, criterion=None,
+              constant=None):  # fmt: skip
     """Hit-1 and hit-5 of a classifier on a data.Batches: how often a right class has the
     highest logit, or one of the five highest.
 
     model    images (b, C, H, W) -> logits (b, classes) or (b, heads, classes)
     answers  key of the right classes in a batch: "labels" (b,), or "tags" (b, answers)
-    criterion(logits, answers) gives losses (b,), if their mean is wanted
+    criterion(logits, answers) gives losses (b,), if their means are wanted
+    constant  logits (classes,) to measure as well: a last head that sees no picture
 
     Returns [(hit-1, hit-5)] of each head, the number of samples that count (readable ones
-    with an answer) and their mean loss. The unreadable ones are named. Raises ValueError
+    with an answer) and [mean loss] of each head. The unreadable ones are named. Raises ValueError
     for labels over the last class, and see check_unreadable. All processes must call it.
     """
     model.eval()
     sums = torch.zeros(3, dtype=torch.int64, device=device)  # counted, bad, outside
     hits = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    loss = torch.zeros((), device=device)
+    losses = torch.zeros(1, device=device)
     for batch in named_batches(batches, workers):
         images, right, weight = launch.to(device, batch, "images", answers, "weight")
         right = right.view(len(images), 1, 1, -1)  # (b, 1, 1, answers), padded with -1
         counts = (weight > 0) & (right >= 0).any(dim=3)[:, 0, 0]  # (b,)
         logits = model(normalize(images))
-        if criterion:
-            loss += (criterion(logits, right.flatten(1)) * counts).sum()
         logits = logits[:, None] if logits.ndim == 2 else logits  # (b, heads, classes)
+        if constant is not None:
+            logits = torch.cat([logits, constant.expand_as(logits[:, :1])], dim=1)
+        if criterion:
+            each = [criterion(head, right.flatten(1)) * counts for head in logits.unbind(dim=1)]
+            losses = losses + torch.stack(each).sum(dim=1)  # (heads,)
         best = logits.topk(min(5, logits.shape[2])).indices  # (b, heads, 5)
         found = (best[..., None] == right).any(dim=3) & counts[:, None, None]
         found = torch.stack([found[:, :, 0], found.any(dim=2)], dim=2)  # (b, heads, 2)
@@ -302,20 +307,21 @@ def hit_rates(model, batches, device, answers, workers=0, max_bad=1.0, criterion
     model.train()
     count, bad, outside = sum_over_processes(sums).tolist()
     hits = sum_over_processes(hits).tolist()
-    loss = sum_over_processes(loss).item() / max(1, count)
+    losses = [loss / max(1, count) for loss in sum_over_processes(losses).tolist()]
     check_unreadable(bad, int(batches.source.sizes.sum()), max_bad)
     if outside:
         raise ValueError(f"{outside} labels are over {logits.shape[2] - 1}, the last class")
-    return [(one / max(1, count), five / max(1, count)) for one, five in hits], count, loss
+    return [(one / max(1, count), five / max(1, count)) for one, five in hits], count, losses
 
 
 def show_autoencoder(weights, run):
     """Show the result of stage 1: reconstructions and, with labels, the linear probe.
     Unreadable data is reported, and is not fatal."""
-    loss = json.loads((run.out / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+    last = json.loads((run.out / "metrics.jsonl").read_text().splitlines()[-1])
+    loss = last.get("held_out_loss", last["loss"])
     if run.config["normalize_targets"] and loss > 0.9:
-        print(f"the loss is {loss:.2f}, and predicting the mean of each patch gives 1.0:")
-        print("train longer (--steps), with a smaller --batch-size, or with a higher --lr")
+        print(f"the loss is {loss:.2f}, and predicting the mean of each patch gives 1.0: train")
+        print("longer (--steps), with a smaller --batch-size or another --lr, in a new --out")
     autoencoder = MAE(**run.config).eval()
     autoencoder.load_state_dict(weights)
     options = {"workers": run.workers, "max_bad": run.max_bad, "device": run.device}

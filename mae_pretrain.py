@@ -1,8 +1,8 @@
 """Stage 1: a Vision Transformer learns to fill in hidden patches, without labels.
 
 Laptop       python mae_pretrain.py                                       # toy world, two minutes
-             python mae_pretrain.py --data my_photos/ --size T --image-size 112 --batch-size 64
              python mae_pretrain.py --data my_photos/ --size T --batch-size 64 --epochs 100
+One GPU      python mae_pretrain.py --data my_photos/ --size B --batch-size 1024
 One node     torchrun --nproc-per-node 8 mae_pretrain.py --size L --data 'shards/{00000..00999}.tar'
 Many nodes   torchrun --nnodes 16 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500
                  mae_pretrain.py --size H --data 'shards/{00000..09999}.tar' --lanes 384
@@ -61,7 +61,7 @@ class Recipe(NamedTuple):
 
 def recipe(size):
     if size == "toy":
-        # Ours: two minutes on two slow cores. Of 16 patches, 4 visible ones would be too few.
+        # Ours: some two minutes on two cores. Of 16 patches, 4 visible ones would be too few.
         return Recipe(32, 1e-3, 32, 80_000, 1.0, 0.5, 128)
     return Recipe(4096, 2.4e-3, 224, None, 0.2, 0.75)  # public MAE code, PRETRAIN.md
 
@@ -150,8 +150,8 @@ def prepare(run):
     usual = 5e9 if run.plan and not run.data else min(1600 * order.length, 5e9)
     samples = (run.epochs or 0) * order.length or run.samples or own.samples or usual
     run.steps = run.steps or math.ceil(samples / run.batch_size)
-    usual, actual = (own.batch_size, own.width), (run.batch_size, run.model.width)
-    run.lr, run.lr_origin = peak_lr(run.lr, own.lr, usual, actual)
+    lr_is_for, actual = (own.batch_size, own.width), (run.batch_size, run.model.width)
+    run.lr, run.lr_origin = peak_lr(run.lr, own.lr, lr_is_for, actual)
     run.save_every = run.save_every or min(1000, math.ceil(run.steps / 10))
     same = ("batch_size", "steps", "lr", "warmup", "weight_decay", "seed", "min_crop", "precision")
     run.identity = {"stage": "mae_pretrain", "data": run.source.identity, "model": run.config}

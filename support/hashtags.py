@@ -28,7 +28,6 @@ from data import (
     Subset,
     hold_out,
     one_line,
-    raise_if_unreachable,
     random_bits,
     running_sum,
 )
@@ -126,26 +125,9 @@ class Vocabulary:
         return len(self.counts)
 
     def prior(self):
-        """The logarithm of each tag's share of all tags, (V,) float32. No count is 0."""
+        """The logarithm of each tag's share of all tags, (V,) float32. A count of 0 counts as 1."""
         counts = torch.tensor(list(self.counts.values()), dtype=torch.float64).clamp(min=1)
         return (counts / counts.sum()).log().float()
-
-    def frequency_alone(self, source):
-        """What a model must exceed: {name: value} of answering prior() to every picture.
-
-        The names are those of weak_pretrain.py. Pictures without a known tag do not count.
-        """
-        prior, found = self.prior(), []
-        for number in range(int(source.sizes.sum())):
-            try:
-                ids = self.ids(source.read(number)["hashtags"]())
-            except (ValueError, OSError, KeyError) as error:  # damaged, or without hashtags
-                raise_if_unreachable(error)
-                continue
-            if ids:  # the most frequent tag has id 0
-                found.append([-prior[ids].mean().item(), ids[0] == 0, ids[0] < 5])
-        names = "held_out_loss_by_frequency", "hit_1_by_frequency", "hit_5_by_frequency"
-        return dict(zip(names, np.mean(found, axis=0).tolist())) if found else {}
 
     def ids(self, hashtags):
         """The ids of a sample's hashtags in order, each once, without unknown ones."""

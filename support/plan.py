@@ -220,22 +220,20 @@ def planned_batch(batch_size, run):
 
 
 def peak_lr(given, lr, usual, actual):
-    """(the peak lr, in words where it comes from): --lr if given, else a recipe's.
+    """(the peak lr, in words where it comes from): --lr if given, else a recipe's or less.
 
-    usual, actual: (batch size, width of the network), of the recipe and of the run. For another
-    batch the rate goes with its square root (AdamW: arXiv 2205.10287), for a narrower network
-    with one over its width (arXiv 2203.03466). docs/results.md has our sweep.
+    usual, actual: (batch size, width of the network) that the recipe's rate is for, and the
+    run's. A smaller batch wants less by its square root (AdamW: arXiv 2205.10287), a narrower
+    network more by one over its width (arXiv 2203.03466). docs/results.md has our sweep.
     """
     if given:
         return given, "--lr"
-    words, factor = f"the recipe's {lr:.2e}", 1
-    if actual[0] != usual[0]:
+    factor = math.sqrt(actual[0] / usual[0]) * max(1, usual[1] / actual[1])
+    words = f"the recipe's {lr:.2e}"
+    if factor < 1:
         words += f" x sqrt(batch {actual[0]} / {usual[0]})"
-        factor = math.sqrt(actual[0] / usual[0])
-    if actual[1] < usual[1]:
-        words += f" x width {usual[1]} / {actual[1]}"
-        factor *= usual[1] / actual[1]
-    return lr * factor, words
+        words += f" x width {usual[1]} / {actual[1]}" if actual[1] < usual[1] else ""
+    return lr * min(1, factor), words
 
 
 def describe_sharding(model, run):

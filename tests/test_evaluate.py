@@ -6,6 +6,7 @@ Pictures are noise around a colour of their class: accuracies are neither 0 nor 
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,10 +27,12 @@ from PIL import Image
 
 import data
 import evaluate
-from model import MAE, Classifier, ViT, encoder_config, initialize, save_weights
+from model import MAE, Classifier, ViT, encoder_config, initialize, save_weights, tag_loss
 from support import pack
 from support.convert import convert
+from support.hashtags import Vocabulary
 from tasks import lowshot
+from weak_pretrain import make_sample
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
 
@@ -119,6 +122,35 @@ def share_in_top(scores, labels, k):
 
 
 # ---------------------------------------------------------------------------------------- protocols
+
+
+def test_hit_rates_and_losses_of_tags_by_hand(tmp_path, capsys):
+    """Three pictures, black with two tags, white with one and with no known tag; one is damaged."""
+    tags = {"0.png": ["#b", "#c"], "1.png": ["#g"], "2.png": ["#unknown"], "3.png": ["#a"]}
+    for number, grey in enumerate((0, 255, 255)):
+        Image.new("RGB", (8, 8), (grey,) * 3).save(tmp_path / f"{number}.png")
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    lines = [json.dumps({"path": name, "hashtags": found}) for name, found in tags.items()]
+    (tmp_path / "labels.jsonl").write_text("\n".join(lines))
+    source = data.Folder(str(tmp_path), labels=str(tmp_path / "labels.jsonl"))
+    vocabulary = Vocabulary(dict.fromkeys("abcdefg", 1), {})
+    make = partial(make_sample, size=(8, 8), channels=3, vocabulary=vocabulary)
+    falling = torch.arange(6.0, -1, -1)  # a first, then b to f, and g last
+
+    class Model(torch.nn.Module):  # of black it says c, of white all
+        def forward(self, images):
+            logits = torch.stack([torch.tensor([0.0, 0, 2, 0, 0, 0, 0]), falling])
+            return logits[(images.mean(dim=(1, 2, 3)) > 0).long()]
+
+    measured = partial(evaluate.hit_rates, Model(), data.Batches(source, make, 4))
+    options = {"criterion": tag_loss, "constant": falling / 2}
+    rates, count, losses = measured(torch.device("cpu"), "tags", **options)
+    assert count == 2 and rates == [(1 / 2, 1 / 2), (0, 1 / 2)]  # the constant: b and c are among 5
+    said_c, said_all = np.log(6 + np.exp(2)) - 2 / 2, np.log(np.exp(range(7)).sum())
+    constant = np.log(np.exp(np.arange(7) / 2).sum())
+    constant = (constant - (5 / 2 + 4 / 2) / 2) / 2 + constant / 2  # b and c; g
+    assert losses == pytest.approx([(said_c + said_all) / 2, constant], rel=1e-6)
+    assert "3.png" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("samples, width", [(40, 7), (9, 30), (1, 3)])

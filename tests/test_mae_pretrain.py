@@ -70,18 +70,19 @@ def test_defaults_are_the_papers_recipe(tmp_path):
 
 
 # By hand: 2.4e-3 at batch 4096 and width 768, times the square root of the batch's share, times
-# 768 / width for narrower networks; the toy size has 1e-3 at batch 32.
+# 768 / width for narrower networks, at most 2.4e-3; the toy size has 1e-3 at batch 32.
 RATES = [
-    ("B", 4096, 2.4e-3), ("L", 4096, 2.4e-3), ("6.5B", 16_384, 4.8e-3), ("B", 1024, 1.2e-3),
-    ("B", 256, 6e-4), ("S", 256, 1.2e-3), ("T", 64, 1.2e-3), ("96x1x1", 1024, 9.6e-3),
-    ("1024x1x1", 1024, 1.2e-3), ("toy", 32, 1e-3), ("toy", 128, 2e-3),
+    ("B", 4096, 2.4e-3), ("L", 4096, 2.4e-3), ("6.5B", 16_384, 2.4e-3), ("T", 4096, 2.4e-3),
+    ("B", 1024, 1.2e-3), ("B", 256, 6e-4), ("S", 256, 1.2e-3), ("T", 64, 1.2e-3),
+    ("96x1x1", 32, 1.697e-3), ("96x1x1", 1024, 2.4e-3), ("1024x1x1", 1024, 1.2e-3),
+    ("toy", 32, 1e-3), ("toy", 8, 5e-4), ("toy", 128, 1e-3),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("size", "batch_size", "lr"), RATES)
 def test_the_peak_lr_of_another_batch_or_width(size, batch_size, lr, tmp_path):
     flags = "--size", size, "--batch-size", batch_size, "--micro-batch", 2, "--out", tmp_path
-    assert settled(*flags).lr == pytest.approx(lr)
+    assert settled(*flags).lr == pytest.approx(lr, rel=1e-3)
     assert settled(*flags, "--lr", 0.1).lr == 0.1
 
 

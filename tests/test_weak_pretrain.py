@@ -186,8 +186,9 @@ def test_the_recipe_is_the_papers_as_far_as_it_is_known(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "batch_size", "lr"),  # by hand, from 4e-4 at batch 8192 and width 768
-    [("B", 2048, 2e-4), ("2B", 2048, 5e-5), ("96x1x1", 32, 2e-4), ("toy", 64, 1e-3)],
+    ("size", "batch_size", "lr"),  # by hand, from 4e-4 at batches from 1024 and width 768 on
+    [("B", 2048, 4e-4), ("B", 64, 1e-4), ("S", 64, 2e-4), ("2B", 256, 5e-5), ("96x1x1", 32, 4e-4)]
+    + [("toy", 64, 1e-3), ("toy", 16, 5e-4)],
 )
 def test_the_peak_lr_of_another_batch_or_width(size, batch_size, lr):
     flags = ["--size", size, "--batch-size", str(batch_size), "--micro-batch", "2", "--plan"]

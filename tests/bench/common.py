@@ -33,7 +33,8 @@ def run_program(log, program, *flags, threads=1):
     with open(log, "a") as file:
         file.write(f"$ {' '.join(command[1:])}\n{done.stdout}{done.stderr}")
     if done.returncode:
-        raise SystemExit(f"{program} failed: see {log}")
+        *_, reason = done.stderr.strip().splitlines() or [""]
+        raise SystemExit(f"{program} failed: see {log}: {reason}")
     return done.stdout
 
 

@@ -145,12 +145,15 @@ def copy_few(data, few, labels):
     """
     if few.exists():
         return
+    part = few.with_name(f"{few.name}.part")  # renamed once it is whole
+    shutil.rmtree(part, ignore_errors=True)
     for folder in sorted(Path(data, "train").iterdir()):
-        target, files = few / "train" / folder.name, sorted(folder.iterdir())
+        target, files = part / "train" / folder.name, sorted(folder.iterdir())
         target.mkdir(parents=True)
         for path in files[: labels if labels >= 1 else round(labels * len(files))]:
             shutil.copy(path, target)
-    shutil.copytree(Path(data, "val"), few / "val")
+    shutil.copytree(Path(data, "val"), part / "val")
+    part.rename(few)
 
 
 def table(rows):
@@ -160,16 +163,18 @@ def table(rows):
         group = groups.setdefault((row["steps"], row["start"]), {})
         for name, value in row.items():
             group.setdefault(name, []).append(value)
-    print("| start | steps of hashtags | TFLOPs in all | 5-shot | ridge | FT | held-out tag loss |")
-    print("|---|---|---|---|---|---|---|")
+    columns = "start", "steps of hashtags", "TFLOPs in all", "5-shot", "ridge", "FT"
+    print(f"| {' | '.join([*columns, 'held-out tag loss', 'seeds'])} |")
+    print("|---" * (len(columns) + 2) + "|")
     for (steps, start), group in sorted(groups.items(), key=lambda item: item[0]):
-        cells = [start, str(steps), f"{mean(group['gflops']) / 1e3:.0f}"]
+        cells = [start, str(steps), f"{mean(group['gflops']) / 1e3:.1f}"]
         for name in ("5-shot", "ridge", "FT"):
             values = [100 * value for value in group[name]]
             spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{mean(values):.1f}{spread}")
         loss = group.get("tag loss")
-        print(f"| {' | '.join([*cells, f'{mean(loss):.3f}' if loss else ''])} |")
+        cells += [f"{mean(loss):.3f}" if loss else "", str(len(group["seed"]))]
+        print(f"| {' | '.join(cells)} |")
     return groups
 
 

@@ -5,7 +5,7 @@
 
 Every run of a stage sees the same number of samples, so a larger batch has fewer steps. Stages 2
 and 3 start from one encoder of stage 1. What stands in OUT/results.jsonl is not run again: a
-stopped sweep goes on with the same command.
+stopped sweep goes on with the same command. An OUT is of one data, size and seed.
 """
 
 import json
@@ -54,9 +54,13 @@ def measure(arguments, stage, batch_size, lr):
     row, results = {"stage": stage, "batch_size": batch_size, "lr": lr}, Results(arguments.out)
     if results.has(row):
         return
-    metrics, folder = train(arguments, f"{stage}-{batch_size}-{lr}", stage, batch_size, lr)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    row["peak"] = max(json.loads(line)["lr"] for line in lines)
+    try:
+        metrics, folder = train(arguments, f"{stage}-{batch_size}-{lr}", stage, batch_size, lr)
+    except SystemExit as error:
+        if "not finite" not in str(error):
+            raise
+        return results.add(row | {"diverged": True})
+    row["peak"] = json.loads((folder / "config.json").read_text())["identity"]["lr"]
     row[RESULTS[stage]] = metrics[RESULTS[stage]]
     if stage == 1:
         flags = ["--pool", "mean", "--shots", 5, "--data", arguments.data]
@@ -68,18 +72,21 @@ def measure(arguments, stage, batch_size, lr):
 
 def table(rows):
     """Print, for each stage and batch size, the result at each learning rate."""
-    rates = sorted({row["lr"] for row in rows}, key=lambda rate: (rate == "default", rate))
-    print(f"| stage | batch | {' | '.join(map(str, rates))} |")
+    rates = {row["lr"] for row in rows}
+    rates = sorted(rates - {"default"}, key=float) + sorted(rates & {"default"})
+    print(f"| stage | batch | {' | '.join(rates)} |")
     print("|---|---|" + "---|" * len(rates))
     found = {(row["stage"], row["batch_size"], row["lr"]): row for row in rows}
     for stage, batch_size in sorted({key[:2] for key in found}):
         cells = []
         for rate in rates:
             row = found.get((stage, batch_size, rate), {})
-            value = row.get(RESULTS[stage])
-            cell = "" if value is None else f"{100 * value:.1f}" if stage == 3 else f"{value:.3f}"
-            cell += f" at {row['peak']:.1e}" if row and rate == "default" else ""
-            cells.append(cell + (f" ({100 * row['5-shot']:.1f})" if "5-shot" in row else ""))
+            cell = "diverged" if "diverged" in row else ""
+            if (value := row.get(RESULTS[stage])) is not None:
+                cell = f"{100 * value:.1f}" if stage == 3 else f"{value:.3f}"
+                cell += f" ({100 * row['5-shot']:.1f})" if stage == 1 else ""
+                cell += f" at {row['peak']:.1e}" if rate == "default" else ""
+            cells.append(cell)
         print(f"| {stage} | {batch_size} | {' | '.join(cells)} |")
 
 

@@ -2,7 +2,7 @@
 
     python tests/bench/scaling.py --data eurosat/ --out OUT --png docs/scaling.png
 
-For every seed, each size is trained by stage 1 on a tenth, a third and all of DATA/train. All see
+For every seed, each size is trained by stage 1, with one lr, on a tenth, a third and all of DATA/train. All see
 the same number of samples, so of fewer pictures each comes more often. Measured are the loss on
 hidden patches of DATA/val, and transfer as in finding.py, whose labels are the same for all.
 

@@ -79,7 +79,7 @@ def table(rows):
     for (name, threads), group in sorted(
         groups.items(), key=lambda item: [*RUNS].index(item[0][0])
     ):
-        for number in group[0].keys() - {"run", "seed", "threads", "seconds"}:
+        for number in [n for n in group[0] if n not in ("run", "seed", "threads", "seconds")]:
             values = [row[number] for row in sorted(group, key=lambda row: row["seed"])]
             spread = f"{stdev(values):.1f}" if len(values) > 1 else "one run"
             each, seconds = ", ".join(f"{v:.1f}" for v in values), mean(r["seconds"] for r in group)
@@ -97,7 +97,9 @@ def main():
     parser = make_parser(__doc__)
     parser.add_argument("--out", required=True)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--threads", type=int, default=1, help="of a run; one starts from one's")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of a run; its --init is of one thread"
+    )
     parser.add_argument("--only", help="names of RUNS, between commas")
     parser.add_argument("--jobs", type=int, default=2, help="seeds at once")
     arguments = parser.parse_args()
