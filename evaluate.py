@@ -203,7 +203,8 @@ def accuracy(scores, labels, k):
 
 
 def print_probe(weights, config, train, test, seed, samples=math.inf, **options):
-    """Print ridge top-1 of a trained encoder, of an untrained one, and of raw pixels.
+    """Print ridge top-1 of a trained encoder, of an untrained one, and of raw pixels, and
+    top-1 of the most frequent class.
 
     weights, config: of a stage's model. seed: of the untrained one. options: of extract.
     The tokens are pooled as the head does; of an MAE, the patches' mean. At most 4096
@@ -228,6 +229,7 @@ def print_probe(weights, config, train, test, seed, samples=math.inf, **options)
     x, y = labelled_features(functions, train, config, partial(extract, **options))
     x_test, y_test = labelled_features(functions, test, config, partial(extract, **options))
     print(f"linear probe (closed form): {len(y)} labels, {len(y_test)} held-out pictures")
+    print(f"  {'one class':12} top-1 {(y_test == y.mode().values).double().mean():.1%}")
     for name in functions:
         scaled, scaled_test = standardize(x[name], x_test[name])
         scores = ridge(scaled, y, scaled_test, int(max(y.max(), y_test.max())) + 1)
@@ -318,7 +320,7 @@ def show_autoencoder(weights, run):
     """Show the result of stage 1: reconstructions and, with labels, the linear probe.
     Unreadable data is reported, and is not fatal."""
     last = json.loads((run.out / "metrics.jsonl").read_text().splitlines()[-1])
-    loss = last.get("held_out_loss", last["loss"])
+    loss = last.get("held_out_loss") or last["loss"]
     if run.config["normalize_targets"] and loss > 0.9:
         print(f"the loss is {loss:.2f}, and predicting the mean of each patch gives 1.0: train")
         print("longer (--steps), with a smaller --batch-size or another --lr, in a new --out")

@@ -54,16 +54,17 @@ class Recipe(NamedTuple):
     lr: float  # peak, for this batch size and width: see peak_lr
     image_size: int
     samples: int | None  # None: the paper's number, see prepare
-    min_crop: float
     mask_ratio: float
+    min_crop: float
     width: int = 768
 
 
 def recipe(size):
     if size == "toy":
         # Ours: some two minutes on two cores. Of 16 patches, 4 visible ones would be too few.
-        return Recipe(32, 1e-3, 32, 80_000, 1.0, 0.5, 128)
-    return Recipe(4096, 2.4e-3, 224, None, 0.2, 0.75)  # public MAE code, PRETRAIN.md
+        return Recipe(32, 1e-3, 32, 80_000, mask_ratio=0.5, min_crop=1.0, width=128)
+    # Public MAE code, PRETRAIN.md
+    return Recipe(4096, 2.4e-3, 224, None, mask_ratio=0.75, min_crop=0.2)
 
 
 # ---------------------------------------------------------------------------- arguments
@@ -87,7 +88,7 @@ def parse_arguments(argv):
     add("--no-raw-pixels", action="store_true", **target, help="normalised patches (default)")
     add("--init", help="weights to start from: a model.pt or a public MAE checkpoint")
     add = groups["optimisation"].add_argument
-    add("--lr", type=flags.positive, help="peak (2.4e-3 at batch 4096; toy: 1e-3 at 32)")
+    add("--lr", type=flags.positive, help="peak (2.4e-3 or less: printed first; toy: 1e-3)")
     add("--warmup", type=flags.fraction, default=0.05, help="share of the steps (0.05)")
     add("--weight-decay", type=flags.not_negative, default=0.05, help="not of 1-D tensors (0.05)")
     add("--cuda-graph", action="store_true", help="one GPU: replay a recorded micro-batch")
@@ -134,7 +135,8 @@ def prepare(run):
         run.model = models.MAE(**run.config)
     run.config = run.model.config
     own = recipe(run.config["size"])
-    run.min_crop = own.min_crop if run.min_crop is None else run.min_crop
+    usual = own.min_crop if run.source.endless else recipe("B").min_crop  # toy's: for toy data
+    run.min_crop = usual if run.min_crop is None else run.min_crop
     run.batch_size = run.batch_size or planned_batch(own.batch_size, run)
     settle_batch(run, run.model)
     make = partial(make_sample, size=size, channels=channels, num_patches=run.model.num_patches)

@@ -35,7 +35,7 @@ import model as models
 from support import flags, launch
 from support.checkpoints import find_checkpoint
 from support.formats import inherit
-from support.hashtags import Vocabulary, WeightedOrder, open_hashtags
+from support.hashtags import Vocabulary, WeightedOrder, open_hashtags, print_hits
 from support.loader import Stop, loader, loader_workers
 from support.plan import (
     attention_shapes,
@@ -56,8 +56,8 @@ class Recipe(NamedTuple):
     image_size: int
     samples: int | None  # None: an epoch
     min_crop: float
-    beta2: float
-    clip: float | None  # largest norm of the gradient
+    beta2: float = 0.999
+    clip: float | None = None  # largest norm of the gradient
     pool: str = "cls"  # what the head reads
     width: int = 768
 
@@ -65,10 +65,10 @@ class Recipe(NamedTuple):
 def recipe(size):
     """Ours for toy; the others are recalled of SWAG's and the paper's, unverified."""
     if size == "toy":
-        return Recipe(64, 1e-3, 32, 25_600, 1.0, 0.999, None, "mean", 128)
-    if size in ("2B", "6.5B"):
-        return Recipe(8192, 1e-4, 224, None, 0.08, 0.95, 1.0)  # for stability
-    return Recipe(8192, 4e-4, 224, None, 0.08, 0.999, None)
+        return Recipe(64, 1e-3, 32, 25_600, min_crop=1.0, pool="mean", width=128)
+    if size in ("2B", "6.5B"):  # for stability
+        return Recipe(8192, 1e-4, 224, None, min_crop=0.08, beta2=0.95, clip=1.0)
+    return Recipe(8192, 4e-4, 224, None, min_crop=0.08)
 
 
 # How the step line shows what is measured. In brackets: what tags' frequencies alone reach.
@@ -93,10 +93,14 @@ def parse_arguments(argv):
     add("--min-crop", type=flags.fraction, help="least area of a crop, 1: none (0.08; toy: 1)")
     add = groups["model"].add_argument
     add("--size", help=f"{' '.join(models.SIZES)}, or WIDTHxLAYERSxHEADS (toy)")
-    add("--pool", choices=("cls", "mean"), help="what the head reads: cls token or patch mean")
+    add("--pool", choices=("cls", "mean"), help="what the head reads (cls token; toy: patch mean)")
     add("--init", help="weights to start from: stage 1's model.pt, or a public MAE's")
     add = groups["optimisation"].add_argument
-    add("--lr", type=flags.positive, help="peak (4e-4 for a batch of 8192; 2B and up: 1e-4)")
+    add(
+        "--lr",
+        type=flags.positive,
+        help="peak (4e-4, 2B and up 1e-4, or less: printed first; toy: 1e-3)",
+    )
     add("--warmup", type=flags.fraction, default=0.05, help="share of the steps (0.05)")
     add("--weight-decay", type=flags.not_negative, default=0.1, help="not of 1-D tensors (0.1)")
     add("--cuda-graph", action="store_true", help="one GPU: replay a recorded micro-batch")
@@ -149,7 +153,8 @@ def prepare(run):
         run.model = models.Classifier(classes=len(run.vocabulary), **config)
     run.config = run.model.config
     run.beta2, run.clip = own.beta2, own.clip
-    run.min_crop = own.min_crop if run.min_crop is None else run.min_crop
+    usual = own.min_crop if run.source.endless else recipe("B").min_crop  # toy's: for toy data
+    run.min_crop = usual if run.min_crop is None else run.min_crop
     run.batch_size = run.batch_size or planned_batch(own.batch_size, run)
     settle_batch(run, run.model)
     make = partial(make_sample, size=size, channels=channels, vocabulary=run.vocabulary)
@@ -308,6 +313,7 @@ def finish(run, weights):
     config = run.config | {"class_names": list(run.vocabulary.counts)}
     models.save_weights(run.out / "model.pt", weights, config)
     print(f"wrote {run.out / 'model.pt'}")
+    print_hits(run.out / "metrics.jsonl")
     if run.source.endless:
         options = {"workers": run.workers, "device": run.device}
         sources, samples = (run.source, run.held_out), run.steps * run.batch_size

@@ -328,3 +328,14 @@ def read_synonyms(path):
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no list of synonyms (two columns, a tab): {error}") from None
     return pairs
+
+
+def print_hits(path):
+    """Print what stage 2's metrics.jsonl ends with, beside what frequencies alone reach."""
+    last = json.loads(path.read_text().splitlines()[-1])
+    if "hit_1" not in last:  # nothing was held out, or could be read
+        return
+    print("held-out pictures     loss   hit-1   hit-5")
+    for title, suffix in (("tags' frequencies", "_by_frequency"), ("trained", "")):
+        loss, hit_1, hit_5 = (last[name + suffix] for name in ("held_out_loss", "hit_1", "hit_5"))
+        print(f"  {title:17} {loss:6.4f}  {hit_1:6.1%}  {hit_5:6.1%}")

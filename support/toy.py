@@ -13,6 +13,7 @@ from PIL import Image
 
 from data import TOY, Source, random_bits, uniform
 
+TOY_VERSION = 2  # a run does not go on with the pictures of another one
 TOY_EPOCH = 65_536  # pictures in an epoch
 # The first number of val: smaller ones are train. (The scenes and the recipes were chosen on
 # pictures from 2**31 on, so that those of val are new to them.)
@@ -243,7 +244,7 @@ class Toy(Source):
         count = TOY_EPOCH if split == "train" else TOY_EPOCH // 16
         self.sizes = np.ones(count, dtype=np.int64)
         self.classes = list(TOY_CLASSES)
-        self.identity = f"toy world, {len(self.sizes)} pictures an epoch"
+        self.identity = f"toy world {TOY_VERSION}, {len(self.sizes)} pictures an epoch"
 
     def read(self, number):
         return toy_sample(self.first + number, self.size)

@@ -42,7 +42,7 @@ def add_flags(groups, recipes, magnitude=9):
     add = groups["model"].add_argument
     add("--drop-path", type=below_1, help=f"of the last block ({by_size('drop_path')})")
     add = groups["optimisation"].add_argument
-    add("--lr", type=flags.positive, help=f"peak ({by_size('lr')}, at the recipe's batch size)")
+    add("--lr", type=flags.positive, help=f"peak ({by_size('lr')}, or less: printed first)")
     layer_decay = f"of the lr, from block to block ({by_size('layer_decay')})"
     add("--layer-decay", type=flags.fraction, help=layer_decay)
     magnitudes = flags.number(float, 0, 10)

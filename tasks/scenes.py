@@ -34,7 +34,7 @@ from data import (
 )
 from support.hashtags import WEIGHT
 from support.shards import replace_file
-from support.toy import Toy
+from support.toy import TOY_VERSION, Toy
 from tasks.coco import (
     as_rle,
     decode_mask,
@@ -277,7 +277,7 @@ class ToyScenes(Toy):
     def __init__(self, split, size, count=None):
         super().__init__(split, (size, size))
         self.sizes = self.sizes[:count]
-        self.identity = f"toy scenes, {len(self.sizes)} pictures an epoch"
+        self.identity = f"toy scenes {TOY_VERSION}, {len(self.sizes)} pictures an epoch"
         self.category_ids = list(range(1, 1 + len(self.classes)))
         self.ids = range(self.first, self.first + len(self.sizes))
         self.sides = [(size, size)] * len(self.sizes)

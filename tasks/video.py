@@ -30,7 +30,7 @@ from model import Attention, Classifier, initialize, patchify
 from support import flags
 from support.labels import VIDEOS
 from support.shards import by_number
-from support.toy import Toy, toy_render, toy_scene
+from support.toy import TOY_VERSION, Toy, toy_render, toy_scene
 from tasks import augment
 
 # ------------------------------------------------------------------------------------------- videos
@@ -394,7 +394,7 @@ class ToyMotion(Toy):
         super().__init__(split, size)
         self.size = max(size)  # crops would hide where things go
         self.classes = list(TOY_MOTIONS)
-        self.identity = f"toy motion, {len(self.sizes)} videos an epoch"
+        self.identity = f"toy motion {TOY_VERSION}, {len(self.sizes)} videos an epoch"
 
     def read(self, number):
         return toy_clip(self.first + number, self.size)

@@ -443,6 +443,7 @@ def test_probe_compares_trained_untrained_and_raw_pixels(labelled, photos, capsy
         (line,) = (line for line in printed if line.split()[0] == name)
         assert line.split()[-1] == f"{share_in_top(scores, val_labels, 1):.1%}"
     assert sum("raw pixels" in line for line in printed) == 1
+    assert "  one class    top-1 14.3%" in printed  # 3 of 21
     evaluate.print_probe(state, config, *sources, 11, samples=35)  # of 54 pictures
     assert capsys.readouterr().out.endswith("it would take longer than the training\n")
     sources = data.hold_out(data.Folder(str(photos)), None, 2)
