@@ -15,8 +15,8 @@ from data import TOY, Source, random_bits, uniform
 
 TOY_VERSION = 2  # a run does not go on with the pictures of another one
 TOY_EPOCH = 65_536  # pictures in an epoch
-# The first number of val: smaller ones are train. (The scenes and the recipes were chosen on
-# pictures from 2**31 on, so that those of val are new to them.)
+# The first number of val: smaller ones are train. (The scenes and the recipes, but for
+# video's length and detect's lr, were chosen on pictures from 2**31 on: those of val are new.)
 TOY_VAL = 3 * 2**30
 TOY_DRAWS = 100  # uniform draws for a scene: background 12, an object at most 24
 

@@ -1,0 +1,74 @@
+"""What the measurements of whole programs make of the programs' output: tests/bench."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tests" / "bench"))
+
+import common
+import finding
+import learning_rates
+import toy_chain
+
+
+def test_results_are_rows_that_a_second_run_finds(tmp_path, capsys):
+    results = common.Results(tmp_path / "new" / "folder")
+    assert results.rows() == [] and not results.has({"seed": 0})
+    results.add({"seed": 0, "top1": 0.5})
+    again = common.Results(tmp_path / "new" / "folder")
+    assert again.has({"seed": 0}) and not again.has({"seed": 1})
+
+
+def test_a_program_that_fails_ends_the_measurement_with_its_reason(tmp_path):
+    with pytest.raises(SystemExit, match="data.py failed: see .*log: .*nowhere"):
+        common.run_program(tmp_path / "log", "data.py", "index", tmp_path / "nowhere.tar")
+    assert common.run_program(tmp_path / "log", "data.py --help") in (tmp_path / "log").read_text()
+
+
+def test_a_share_of_the_pictures_is_copied_whole_or_not_at_all(tmp_path):
+    for part, count in (("train", 10), ("val", 2)):
+        for name in ("a", "b"):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for number in range(count):
+                (tmp_path / "data" / part / name / f"{number}.jpg").touch()
+    cut = tmp_path / "few.part" / "train" / "c"  # left by a copy that was killed
+    cut.mkdir(parents=True)
+    for labels, wanted in ((3, 3), (0.5, 5)):
+        few = tmp_path / ("few" if labels == 3 else "half")
+        finding.copy_few(tmp_path / "data", few, labels)
+        names = sorted(path.name for path in (few / "train" / "b").iterdir())
+        assert names == [f"{number}.jpg" for number in range(wanted)]
+        assert len(list(few.rglob("*.jpg"))) == 2 * wanted + 4
+        assert not (few / "train" / "c").exists() and not (tmp_path / "few.part").exists()
+
+
+def test_numbers_of_what_programs_print(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1}\n{"hit_1": 0.5, "hit_5_by_frequency": 0.25}'
+    )
+    probe = "linear probe (closed form): 4096 labels\n  raw pixels   top-1 36.3%\n  trained  top-1 9.0%\n"
+    found = toy_chain.numbers(f"{probe}next: x", tmp_path)
+    assert found == {"raw pixels": 36.3, "trained": 9.0, "hit_1": 50, "hit_5_by_frequency": 25}
+    names = "colour                   95.50%  2048 pictures  chance 12.50%\n"
+    assert toy_chain.numbers(names, tmp_path / "none") == {"colour": 95.5}
+    last = json.dumps({"task": "lowshot", "top1": {"logistic": {"1": 0.5}}})
+    assert toy_chain.numbers(last, tmp_path / "none") == {"logistic, 1 labels": 50}
+    last = json.dumps({"task": "detect", "bbox_AP": 0.25, "bbox_APs": 0.5, "segm_AP50": 1.0})
+    assert toy_chain.numbers(last, tmp_path / "none") == {"bbox_AP": 25, "segm_AP50": 100}
+
+
+def test_tables_have_means_deviations_and_seeds(capsys):
+    row = {"start": "mae", "steps": 70, "gflops": 13_500, "ridge": 0.5, "FT": 0.5, "tag loss": 3.5}
+    finding.table([row | {"seed": seed, "5-shot": 0.4 + 0.1 * seed} for seed in range(2)])
+    cells = "mae | 70 | 13.5 | 45.0 ± 7.1 | 50.0 ± 0.0 | 50.0 ± 0.0 | 3.500 | 2"
+    assert capsys.readouterr().out.splitlines()[-1] == f"| {cells} |"
+    rows = [{"stage": 3, "batch_size": 32, "lr": "1e-3", "peak": 1e-3, "top1": 0.5}]
+    rows += [rows[0] | {"lr": "default", "peak": 2e-3}, rows[0] | {"lr": "3e-4", "diverged": True}]
+    del rows[2]["top1"]
+    learning_rates.table(rows)
+    first, _, last = capsys.readouterr().out.splitlines()
+    assert first == "| stage | batch | 3e-4 | 1e-3 | default |"
+    assert last == "| 3 | 32 | diverged | 50.0 | 50.0 at 2.0e-03 |"
