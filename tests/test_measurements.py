@@ -2,6 +2,8 @@
 
 import json
 import sys
+import time
+from functools import partial
 
 import pytest
 from conftest import ROOT
@@ -26,6 +28,20 @@ def test_a_program_that_fails_ends_the_measurement_with_its_reason(tmp_path):
     with pytest.raises(SystemExit, match="data.py failed: see .*log: .*nowhere"):
         common.run_program(tmp_path / "log", "data.py", "index", tmp_path / "nowhere.tar")
     assert common.run_program(tmp_path / "log", "data.py --help") in (tmp_path / "log").read_text()
+
+
+def test_after_an_error_no_other_run_begins():
+    begun = []
+
+    def run(number):
+        begun.append(number)
+        time.sleep(0.05)
+        if number == 1:
+            raise SystemExit("stop")
+
+    with pytest.raises(SystemExit, match="stop"):
+        common.side_by_side(1, [partial(run, number) for number in range(50)])
+    assert 1 < len(begun) < 50 and begun[:2] == [0, 1]
 
 
 def test_a_share_of_the_pictures_is_copied_whole_or_not_at_all(tmp_path):

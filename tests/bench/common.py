@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +41,18 @@ def run_program(log, program, *flags, threads=1):
 def last_json(text):
     """The object in the last line of a text: a program's result, or a run's last metrics."""
     return json.loads(text.strip().splitlines()[-1])
+
+
+def side_by_side(jobs, functions):
+    """Call functions, so many at once, in threads. After an error, no other one begins."""
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(function) for function in functions]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 class Results:

@@ -12,13 +12,12 @@ What stands in OUT/results.jsonl is not run again: a stopped run goes on with th
 """
 
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from common import Results, last_json, make_parser, run_program
+from common import Results, last_json, make_parser, run_program, side_by_side
 
 from model import MAE, Classifier
 from support.plan import flops_per_image
@@ -220,8 +219,7 @@ def main():
         if not (out / "tags" / "vocabulary.json").exists():
             index = ["--labels", arguments.labels, "--out", out / "tags"]
             print(run_program(out / "tags.log", "data.py hashtags", arguments.data, *index))
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(Experiment.main, seeds))
+    side_by_side(arguments.jobs, [seed.main for seed in seeds])
     groups = table(Results(out).rows())
     if arguments.png:
         draw(groups, arguments.png)

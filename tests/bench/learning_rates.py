@@ -9,10 +9,10 @@ stopped sweep goes on with the same command. An OUT is of one data, size and see
 """
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-from common import Results, last_json, make_parser, run_program
+from common import Results, last_json, make_parser, run_program, side_by_side
 
 NO_AUGMENTATION = "--mixup 0 --cutmix 0 --rand-augment 0 --erase 0 --min-crop 1"
 # stage: program; flags for pictures and for the toy world; samples for them; the result's name
@@ -60,7 +60,7 @@ def measure(arguments, stage, batch_size, lr):
         if "not finite" not in str(error):
             raise
         return results.add(row | {"diverged": True})
-    row["peak"] = json.loads((folder / "config.json").read_text())["identity"]["lr"]
+    row["peak"] = json.loads((folder / "config.json").read_text())["lr"]
     row[RESULTS[stage]] = metrics[RESULTS[stage]]
     if stage == 1:
         flags = ["--pool", "mean", "--shots", 5, "--data", arguments.data]
@@ -112,15 +112,15 @@ def main():
     stages, batch_sizes, rates = (
         text.split(",") for text in (arguments.stages, arguments.batch_sizes, arguments.rates)
     )
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        jobs = [
-            pool.submit(measure, arguments, int(stage), int(batch_size), rate)
+    side_by_side(
+        arguments.jobs,
+        [
+            partial(measure, arguments, int(stage), int(batch_size), rate)
             for rate in rates
             for stage in stages
             for batch_size in batch_sizes
-        ]
-        for job in jobs:
-            job.result()
+        ],
+    )
     table(Results(out).rows())
 
 

@@ -9,11 +9,11 @@ hidden patches of DATA/val, and transfer as in finding.py, whose labels are the 
 What stands in OUT/results.jsonl is not run again: a stopped run goes on with the same command.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
-from common import Results, last_json, make_parser
+from common import Results, last_json, make_parser, side_by_side
 from finding import RECIPES, Experiment, copy_few
 
 SIZES = ("64x4x2", "96x4x3", "160x6x5")
@@ -115,15 +115,15 @@ def main():
     copy_few(arguments.data, out / "few", recipe.labels)
     for share in SHARES[:-1]:
         copy_few(arguments.data, share_of(arguments.data, out, share), share)
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        jobs = [
-            pool.submit(measure, Experiment(int(seed), recipe, arguments), size, share)
+    side_by_side(
+        arguments.jobs,
+        [
+            partial(measure, Experiment(int(seed), recipe, arguments), size, share)
             for seed in arguments.seeds.split(",")
             for size in SIZES
             for share in SHARES
-        ]
-        for job in jobs:
-            job.result()
+        ],
+    )
     found = groups(Results(out).rows())
     table(found)
     if arguments.png:

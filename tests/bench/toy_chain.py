@@ -7,11 +7,11 @@ What stands in OUT/results.jsonl is not run again: a stopped chain goes on with 
 
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
-from common import Results, last_json, make_parser, run_program
+from common import Results, last_json, make_parser, run_program, side_by_side
 
 # name: (program, the run whose weights it starts from)
 RUNS = {
@@ -105,13 +105,9 @@ def main():
     arguments = parser.parse_args()
     Path(arguments.out).mkdir(parents=True, exist_ok=True)
     only = arguments.only and arguments.only.split(",")
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        jobs = [
-            pool.submit(chain, arguments.out, int(seed), arguments.threads, only)
-            for seed in arguments.seeds.split(",")
-        ]
-        for job in jobs:
-            job.result()
+    seeds = map(int, arguments.seeds.split(","))
+    chains = [partial(chain, arguments.out, seed, arguments.threads, only) for seed in seeds]
+    side_by_side(arguments.jobs, chains)
     table(Results(arguments.out).rows())
 
 
