@@ -319,12 +319,14 @@ def hit_rates(model, batches, device, answers, workers=0, max_bad=1.0, criterion
 def show_autoencoder(weights, run):
     """Show the result of stage 1: reconstructions and, with labels, the linear probe.
     Unreadable data is reported, and is not fatal."""
-    last = json.loads((run.out / "metrics.jsonl").read_text().splitlines()[-1])
-    loss = last.get("held_out_loss") or last["loss"]
-    if run.config["normalize_targets"] and loss > 0.9:
-        print(f"the loss is {loss:.2f}, and predicting the mean of each patch gives 1.0: train")
-        print("longer (--steps), with a smaller --batch-size or another --lr, in a new --out")
     autoencoder = MAE(**run.config).eval()
+    last, n = launch.last_metrics(run.out), autoencoder.patch_embed["proj"].weight[0].numel()
+    loss, of_means = last.get("held_out_loss") or last.get("loss", 0), 1 - 1 / n  # unbiased
+    if run.config["normalize_targets"] and loss > 0.9 * of_means:
+        print(
+            f"the loss is {loss:.2f}; predicting the mean of each patch gives {of_means:.2f}: train"
+        )
+        print("longer (--steps), with a smaller --batch-size or another --lr, in a new --out")
     autoencoder.load_state_dict(weights)
     options = {"workers": run.workers, "max_bad": run.max_bad, "device": run.device}
     try:

@@ -174,7 +174,12 @@ def prepare(run):
     run.lr, run.lr_origin = peak_lr(run.lr, own.lr, lr_is_for, actual)
     run.save_every = run.save_every or min(1000, math.ceil(run.steps / 10))
     same = ("batch_size", "steps", "lr", "warmup", "weight_decay", "seed", "min_crop", "precision")
-    run.identity = {"stage": "weak_pretrain", "data": run.source.identity, "model": run.config}
+    run.identity = {
+        "stage": "weak_pretrain",
+        "bias": "prior",
+        "data": run.source.identity,
+        "model": run.config,
+    }
     run.identity |= {"tags": run.vocabulary.identity, "lanes": order.lanes, "init": origin}
     run.identity |= {name: getattr(run, name) for name in same}
     default = run.max_pixels == data.MAX_PIXELS  # None, as in checkpoints older than it
@@ -313,7 +318,7 @@ def finish(run, weights):
     config = run.config | {"class_names": list(run.vocabulary.counts)}
     models.save_weights(run.out / "model.pt", weights, config)
     print(f"wrote {run.out / 'model.pt'}")
-    print_hits(run.out / "metrics.jsonl")
+    print_hits(launch.last_metrics(run.out))
     if run.source.endless:
         options = {"workers": run.workers, "device": run.device}
         sources, samples = (run.source, run.held_out), run.steps * run.batch_size

@@ -330,10 +330,9 @@ def read_synonyms(path):
     return pairs
 
 
-def print_hits(path):
-    """Print what stage 2's metrics.jsonl ends with, beside what frequencies alone reach."""
-    last = json.loads(path.read_text().splitlines()[-1])
-    if "hit_1" not in last:  # nothing was held out, or could be read
+def print_hits(last):
+    """Print what stage 2 has reached, beside what frequencies alone reach. last: its metrics."""
+    if "hit_1_by_frequency" not in last:  # nothing was held out, or could be read
         return
     print("held-out pictures     loss   hit-1   hit-5")
     for title, suffix in (("tags' frequencies", "_by_frequency"), ("trained", "")):

@@ -302,6 +302,12 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def last_metrics(out):
+    """The last line of metrics.jsonl in a run's folder: {name: value}, {} if it has none."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return json.loads(lines[-1]) if lines else {}
+
+
 def guard(model, run, step, totals, lr):
     """Raise Failure if loss or gradient is not finite. All processes call it before a step."""
     if math.isfinite(totals.loss + totals.norm):

@@ -562,7 +562,7 @@ def prepare(run, finetune):
     batch_size = 256 if run.toy else min(32_768, 2 ** max(1, (pairs // 8).bit_length()))
     # The batch size is recalled of the paper, unverified. The lr (not scaled with it), weight
     # decay, warm-up and clipping are big_vision's, as the paper's are unknown.
-    run.lr_origin = "--lr" if run.lr else "at any batch size"
+    run.lr_origin = "--lr" if run.lr else "the recipe's at any batch size"
     recipe = {"batch_size": batch_size, "lr": 1e-3, "weight_decay": 0.01, "epochs": 1}
     recipe |= {"warmup": 0.05 if run.toy else 0.03, "caption_key": "caption"}
     return recipe | {"cache_features": False, "min_crop": LIT_CROP, "val_crop": 1.0}

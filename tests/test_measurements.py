@@ -16,18 +16,44 @@ import learning_rates
 import toy_chain
 
 
+@pytest.fixture(autouse=True)
+def nothing_has_failed():
+    common.STOPPED.clear()
+
+
 def test_results_are_rows_that_a_second_run_finds(tmp_path, capsys):
     results = common.Results(tmp_path / "new" / "folder")
     assert results.rows() == [] and not results.has({"seed": 0})
     results.add({"seed": 0, "top1": 0.5})
     again = common.Results(tmp_path / "new" / "folder")
     assert again.has({"seed": 0}) and not again.has({"seed": 1})
+    with open(again.path, "a") as file:
+        file.write('{"seed": 1, "to')  # killed while it wrote
+    assert len(again.rows()) == 1
+    again.add({"seed": 2})
+    assert [row["seed"] for row in again.rows()] == [0, 2]
+
+
+def test_a_folder_has_the_results_of_one_measurement(tmp_path):
+    common.Results(tmp_path, data="a", lengths=[1, 2])
+    common.Results(tmp_path, data="a", lengths=[1, 2])
+    with pytest.raises(SystemExit, match="is of another measurement"):
+        common.Results(tmp_path, data="b", lengths=[1, 2])
 
 
 def test_a_program_that_fails_ends_the_measurement_with_its_reason(tmp_path):
     with pytest.raises(SystemExit, match="data.py failed: see .*log: .*nowhere"):
         common.run_program(tmp_path / "log", "data.py", "index", tmp_path / "nowhere.tar")
     assert common.run_program(tmp_path / "log", "data.py --help") in (tmp_path / "log").read_text()
+
+
+def test_a_program_that_was_stopped_is_no_result(tmp_path, monkeypatch):
+    (tmp_path / "stopped.py").write_text("print('stopped at step 3 of 9, saved')")
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="stopped at step 3 of 9"):
+        common.run_program(tmp_path / "log", "stopped.py")
+    with pytest.raises(SystemExit, match="^stopped$"):  # no other one begins
+        common.run_program(tmp_path / "log", "stopped.py")
 
 
 def test_after_an_error_no_other_run_begins():

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -24,16 +25,23 @@ def make_parser(description):
     )
 
 
+STOPPED = threading.Event()  # no other program begins
+
+
 def run_program(log, program, *flags, threads=1):
-    """Run a program of the repository. Returns what it prints, which is added to the file `log`."""
+    """Run a program of the repository to its end. Returns what it prints, which `log` gets, too."""
+    if STOPPED.is_set():
+        raise SystemExit("stopped")
     script, *given = program.split()
     command = [sys.executable, str(ROOT / script), *given, *map(str, flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     with open(log, "a") as file:
         file.write(f"$ {' '.join(command[1:])}\n{done.stdout}{done.stderr}")
-    if done.returncode:
-        *_, reason = done.stderr.strip().splitlines() or [""]
+    if "stopped at step" in done.stdout:  # by Ctrl-C: it has saved
+        STOPPED.set()
+    if done.returncode or STOPPED.is_set():
+        *_, reason = [*done.stdout.splitlines(), *done.stderr.splitlines()] or [""]
         raise SystemExit(f"{program} failed: see {log}: {reason}")
     return done.stdout
 
@@ -51,27 +59,38 @@ def side_by_side(jobs, functions):
             for future in as_completed(futures):
                 future.result()
         except BaseException:
+            STOPPED.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
 class Results:
-    """The rows of OUT/results.jsonl. A stopped measurement goes on with them."""
+    """The rows of OUT/results.jsonl. A stopped measurement goes on with them.
 
-    def __init__(self, out):
-        self.path = Path(out, "results.jsonl")
+    settings  {name: JSON value} of the measurement. Raises SystemExit if OUT is of others
+    """
+
+    def __init__(self, out, **settings):
+        self.path, known = Path(out, "results.jsonl"), Path(out, "settings.json")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not known.exists():
+            known.write_text(json.dumps(settings))
+        if settings and json.loads(known.read_text()) != settings:
+            raise SystemExit(f"{out} is of another measurement, see {known}: give a new --out")
 
     def rows(self):
-        return [*map(json.loads, self.path.read_text().splitlines())] if self.path.exists() else []
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]  # not one that is cut
 
     def has(self, row):
         """Is there a row with these values?"""
         return any(row.items() <= known.items() for known in self.rows())
 
     def add(self, row):
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        with open(self.path, "a+") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            cut = file.read() not in ("", "\n")  # a line that a killed measurement has begun
+            file.write("\n" * cut + json.dumps(row) + "\n")
         print(row, flush=True)
 
 

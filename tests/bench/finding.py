@@ -12,7 +12,7 @@ What stands in OUT/results.jsonl is not run again: a stopped run goes on with th
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -29,7 +29,7 @@ class Recipe:
     weak: str  # flags of stage 2, in both arms
     scratch: str  # the network's shape, where it does not come from stage 1
     batch_size: int  # of stage 2
-    lengths: tuple  # of stage 2, in steps
+    lengths: list  # of stage 2, in steps
     equal: int | None  # the length whose FLOPs, with stage 1's, one more run from scratch gets
     shots: int  # labels of each class for the larger ridge regression
     finetune: str
@@ -43,7 +43,7 @@ RECIPES = {
         weak="",
         scratch="",
         batch_size=64,
-        lengths=(100, 400),
+        lengths=[100, 400],
         equal=None,
         shots=400,
         finetune="--steps 100",
@@ -55,7 +55,7 @@ RECIPES = {
         weak="--batch-size 64 --lr 1e-3 --min-crop 1 --pool mean",
         scratch="--size 96x4x3 --patch-size 8 --image-size 64",
         batch_size=64,
-        lengths=(70, 280),
+        lengths=[70, 280],
         equal=280,
         shots=200,
         finetune=f"--steps 100 --batch-size 64 --lr 1e-3 --layer-decay 0.75 --min-crop 1 --warmup 0.1"
@@ -71,7 +71,8 @@ class Experiment:
     def __init__(self, seed, recipe, arguments):
         self.seed, self.recipe, self.data = seed, recipe, arguments.data
         self.out, self.labels = Path(arguments.out), arguments.labels
-        self.results, self.log = Results(self.out), self.out / f"seed{seed}.log"
+        self.results = Results(self.out, data=Path(self.data).name, **asdict(recipe))
+        self.log = self.out / f"seed{seed}.log"
 
     def stage(self, name, program, flags, data=None):
         """Train `name`, unless it is there. Returns its folder."""

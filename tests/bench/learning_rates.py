@@ -5,7 +5,7 @@
 
 Every run of a stage sees the same number of samples, so a larger batch has fewer steps. Stages 2
 and 3 start from one encoder of stage 1. What stands in OUT/results.jsonl is not run again: a
-stopped sweep goes on with the same command. An OUT is of one data, size and seed.
+stopped sweep goes on with the same command.
 """
 
 import json
@@ -51,7 +51,9 @@ def train(arguments, name, stage, batch_size, lr):
 
 def measure(arguments, stage, batch_size, lr):
     """Train, and add a row to the results, unless it is there."""
-    row, results = {"stage": stage, "batch_size": batch_size, "lr": lr}, Results(arguments.out)
+    settings = {"data": Path(arguments.data).name, "size": arguments.size, "seed": arguments.seed}
+    results = Results(arguments.out, **settings)
+    row = {"stage": stage, "batch_size": batch_size, "lr": lr}
     if results.has(row):
         return
     try:
@@ -62,7 +64,7 @@ def measure(arguments, stage, batch_size, lr):
         return results.add(row | {"diverged": True})
     row["peak"] = json.loads((folder / "config.json").read_text())["lr"]
     row[RESULTS[stage]] = metrics[RESULTS[stage]]
-    if stage == 1:
+    if stage == 1 and arguments.data != "toy":  # its epoch of train has 65,536 pictures
         flags = ["--pool", "mean", "--shots", 5, "--data", arguments.data]
         flags += ["--checkpoint", folder / "model.pt"]
         found = run_program(Path(arguments.out, "log"), "evaluate.py --task fewshot", *flags)
@@ -84,7 +86,7 @@ def table(rows):
             cell = "diverged" if "diverged" in row else ""
             if (value := row.get(RESULTS[stage])) is not None:
                 cell = f"{100 * value:.1f}" if stage == 3 else f"{value:.3f}"
-                cell += f" ({100 * row['5-shot']:.1f})" if stage == 1 else ""
+                cell += f" ({100 * row['5-shot']:.1f})" if "5-shot" in row else ""
                 cell += f" at {row['peak']:.1e}" if rate == "default" else ""
             cells.append(cell)
         print(f"| {stage} | {batch_size} | {' | '.join(cells)} |")
@@ -97,7 +99,7 @@ def main():
     parser.add_argument("--out", required=True)
     parser.add_argument("--size", default="96x4x3", help="of the network: WIDTHxLAYERSxHEADS")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stages", default="1,2,3")
+    parser.add_argument("--stages", default="1,2,3", help="of 1, 2 and 3")
     parser.add_argument("--batch-sizes", default="32,128,512")
     parser.add_argument("--rates", default="3e-4,1e-3,3e-3,default", help="peaks")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")

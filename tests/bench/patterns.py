@@ -20,6 +20,8 @@ def main():
     parser.add_argument("--pictures", type=int, default=4096, help="of the toy world, at most 4096")
     run = parser.parse_args()
     model, _ = evaluate.load_model(run.checkpoint, "classify", torch.device("cpu"))
+    if model.config.get("class_names") != list(toy.TOY_CLASSES):
+        raise SystemExit(f"{run.checkpoint} is no classifier of the toy world")
     source = data.open_sources("toy", size=model.config["image_size"])[1]
     source = data.Subset(source, range(run.pictures))
     answers = evaluate.extract({"": model}, source, model.config, 256)[0][""].argmax(dim=1)

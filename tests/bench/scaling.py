@@ -68,7 +68,8 @@ def table(found):
         for name, factor in MEASURES.items():
             digits = 3 if factor == 1 else 1
             values = group[name]
-            cells.append(f"{mean(values):.{digits}f} ± {spread(values):.{digits}f}")
+            deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.{digits}f}{deviation}")
         print(f"| {' | '.join([*cells, str(len(group['FT']))])} |")
 
 

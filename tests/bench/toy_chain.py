@@ -41,11 +41,12 @@ def measure(out, seed, threads, name):
     flags = ["--checkpoint" if name == "zero-shot" else "--init"] if start else []
     flags += [folder_of(out, start, seed, 1) / "model.pt"] if start else []
     folder = folder_of(out, name, seed, threads)
+    begun = folder.exists()  # then its seconds would not be those of the whole run
     if name != "zero-shot":
         flags += ["--seed", seed, "--out", folder]
     began = time.perf_counter()
     printed = run_program(Path(out, f"seed{seed}.log"), program, *flags, threads=threads)
-    row["seconds"] = round(time.perf_counter() - began)
+    row["seconds"] = None if begun else round(time.perf_counter() - began)
     results.add(row | numbers(printed, folder))
 
 
@@ -82,9 +83,10 @@ def table(rows):
         for number in [n for n in group[0] if n not in ("run", "seed", "threads", "seconds")]:
             values = [row[number] for row in sorted(group, key=lambda row: row["seed"])]
             spread = f"{stdev(values):.1f}" if len(values) > 1 else "one run"
-            each, seconds = ", ".join(f"{v:.1f}" for v in values), mean(r["seconds"] for r in group)
+            each = ", ".join(f"{v:.1f}" for v in values)
+            seconds = [row["seconds"] for row in group if row["seconds"]] or [0]
             line = f"{name} | {threads} | {number} | {mean(values):.1f} ± {spread} | {each}"
-            print(f"| {line} | {seconds:.0f} |")
+            print(f"| {line} | {mean(seconds):.0f} |")
 
 
 def chain(out, seed, threads, only):
@@ -105,6 +107,8 @@ def main():
     arguments = parser.parse_args()
     Path(arguments.out).mkdir(parents=True, exist_ok=True)
     only = arguments.only and arguments.only.split(",")
+    if unknown := set(only or ()) - set(RUNS):
+        parser.error(f"--only {', '.join(unknown)}: want some of {', '.join(RUNS)}")
     seeds = map(int, arguments.seeds.split(","))
     chains = [partial(chain, arguments.out, seed, arguments.threads, only) for seed in seeds]
     side_by_side(arguments.jobs, chains)
