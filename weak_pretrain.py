@@ -35,7 +35,14 @@ import model as models
 from support import flags, launch
 from support.checkpoints import find_checkpoint
 from support.formats import inherit
-from support.hashtags import Vocabulary, WeightedOrder, open_hashtags, print_hits
+from support.hashtags import (
+    HITS_SHOWN,
+    Vocabulary,
+    WeightedOrder,
+    name_hits,
+    open_hashtags,
+    print_hits,
+)
 from support.loader import Stop, loader, loader_workers
 from support.plan import (
     attention_shapes,
@@ -69,13 +76,6 @@ def recipe(size):
     if size in ("2B", "6.5B"):  # for stability
         return Recipe(8192, 1e-4, 224, None, min_crop=0.08, beta2=0.95, clip=1.0)
     return Recipe(8192, 4e-4, 224, None, min_crop=0.08)
-
-
-# How the step line shows what is measured. In brackets: what tags' frequencies alone reach.
-SHOWN = {"held_out_loss": "held-out {:.4f}", "held_out_loss_by_frequency": "(by frequency {:.4f})"}
-SHOWN |= {"hit_1": "hit-1 {:.1%}", "hit_1_by_frequency": "({:.1%})"}
-SHOWN |= {"hit_5": "hit-5 {:.1%}", "hit_5_by_frequency": "({:.1%})"}
-SHOWN |= {"bad": "unreadable {}", "untagged": "without tags {}"}
 
 
 # ---------------------------------------------------------------------------- arguments
@@ -285,13 +285,9 @@ def train(run):
                 options = {"criterion": models.tag_loss, "constant": prior}
                 measure = partial(evaluate.hit_rates, **options)
                 measured = measure, model, run.held_out_batches, device, "tags"
-                rates, count, losses = launch.unless_lacking(stop, *measured) or (None, 0, None)
-                for loss, hits, suffix in (
-                    zip(losses, rates, ("", "_by_frequency")) if count else ()
-                ):
-                    found = zip(("held_out_loss", "hit_1", "hit_5"), (loss, *hits))
-                    facts |= {name + suffix: value for name, value in found}
-            progress.log(facts, SHOWN)
+                facts |= name_hits(launch.unless_lacking(stop, *measured))
+            shown = {"bad": "unreadable {}", "untagged": "without tags {}"}
+            progress.log(facts, HITS_SHOWN | shown)
         if progress.saving:
             progress.save(model, optimizer)
         if totals.stopping:

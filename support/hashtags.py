@@ -330,6 +330,28 @@ def read_synonyms(path):
     return pairs
 
 
+# How the step line shows name_hits. In brackets: what the tags' frequencies alone reach.
+HITS_SHOWN = {
+    "held_out_loss": "held-out {:.4f}",
+    "held_out_loss_by_frequency": "(by frequency {:.4f})",
+    "hit_1": "hit-1 {:.1%}",
+    "hit_1_by_frequency": "({:.1%})",
+    "hit_5": "hit-5 {:.1%}",
+    "hit_5_by_frequency": "({:.1%})",
+}
+
+
+def name_hits(found):
+    """{name: value} for metrics.jsonl of what evaluate.hit_rates has found with prior() as its
+    constant; {} if no sample counts. found: None if batches were lacking."""
+    rates, count, losses = found or ((), 0, ())
+    if not count:
+        return {}
+    values = [value for loss, hits in zip(losses, rates) for value in (loss, *hits)]
+    names = "held_out_loss", "hit_1", "hit_5"
+    return dict(zip([n + end for end in ("", "_by_frequency") for n in names], values))
+
+
 def print_hits(last):
     """Print what stage 2 has reached, beside what frequencies alone reach. last: its metrics."""
     if "hit_1_by_frequency" not in last:  # nothing was held out, or could be read
