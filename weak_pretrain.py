@@ -32,17 +32,9 @@ import data
 import evaluate
 import kernels
 import model as models
-from support import flags, launch
+from support import flags, hashtags, launch
 from support.checkpoints import find_checkpoint
 from support.formats import inherit
-from support.hashtags import (
-    HITS_SHOWN,
-    Vocabulary,
-    WeightedOrder,
-    name_hits,
-    open_hashtags,
-    print_hits,
-)
 from support.loader import Stop, loader, loader_workers
 from support.plan import (
     attention_shapes,
@@ -137,13 +129,13 @@ def prepare(run):
     cache = run.cache_dir, run.cache_size
     source, _ = data.open_sources(run.data or "toy", None, size, run.labels, cache=cache)
     if run.plan and not run.tags and run.size not in (None, "toy"):  # the paper's number of tags
-        run.vocabulary = Vocabulary(dict.fromkeys(map(str, range(28_000)), 1), {})
+        run.vocabulary = hashtags.Vocabulary(dict.fromkeys(map(str, range(28_000)), 1), {})
         run.source, run.held_out, weights = source, source, {}
     else:
-        run.vocabulary, run.source, run.held_out, weights = open_hashtags(source, run.tags)
+        run.vocabulary, run.source, run.held_out, weights = hashtags.open_hashtags(source, run.tags)
     # A plan without data assumes a number of lanes that the processes can share.
     planned = math.lcm(48, run.processes) if run.plan and not run.data else None
-    new_order = partial(WeightedOrder, **weights) if weights else data.Order
+    new_order = partial(hashtags.WeightedOrder, **weights) if weights else data.Order
     order = new_order(run.source.sizes, run.seed, run.lanes or planned)
 
     # ---------------------------------------------------------------- model and batches
@@ -285,9 +277,9 @@ def train(run):
                 options = {"criterion": models.tag_loss, "constant": prior}
                 measure = partial(evaluate.hit_rates, **options)
                 measured = measure, model, run.held_out_batches, device, "tags"
-                facts |= name_hits(launch.unless_lacking(stop, *measured))
+                facts |= hashtags.name_hits(launch.unless_lacking(stop, *measured))
             shown = {"bad": "unreadable {}", "untagged": "without tags {}"}
-            progress.log(facts, HITS_SHOWN | shown)
+            progress.log(facts, hashtags.HITS_SHOWN | shown)
         if progress.saving:
             progress.save(model, optimizer)
         if totals.stopping:
@@ -314,7 +306,7 @@ def finish(run, weights):
     config = run.config | {"class_names": list(run.vocabulary.counts)}
     models.save_weights(run.out / "model.pt", weights, config)
     print(f"wrote {run.out / 'model.pt'}")
-    print_hits(launch.last_metrics(run.out))
+    hashtags.print_hits(launch.last_metrics(run.out))
     if run.source.endless:
         options = {"workers": run.workers, "device": run.device}
         sources, samples = (run.source, run.held_out), run.steps * run.batch_size
