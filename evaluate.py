@@ -323,10 +323,8 @@ def show_autoencoder(weights, run):
     last, n = launch.last_metrics(run.out), autoencoder.patch_embed["proj"].weight[0].numel()
     loss, of_means = last.get("held_out_loss") or last.get("loss", 0), 1 - 1 / n  # unbiased
     if run.config["normalize_targets"] and loss > 0.9 * of_means:
-        print(
-            f"the loss is {loss:.2f}; predicting the mean of each patch gives {of_means:.2f}: train"
-        )
-        print("longer (--steps), with a smaller --batch-size or another --lr, in a new --out")
+        print(f"the loss is {loss:.2f}, predicting the mean of each patch gives {of_means:.2f}.")
+        print("Train longer (--steps), with a smaller --batch-size or another --lr, in a new --out")
     autoencoder.load_state_dict(weights)
     options = {"workers": run.workers, "max_bad": run.max_bad, "device": run.device}
     try:

@@ -135,8 +135,9 @@ def prepare(run):
         run.model = models.MAE(**run.config)
     run.config = run.model.config
     own = recipe(run.config["size"])
-    usual = own.min_crop if run.source.endless else recipe("B").min_crop  # toy's: for toy data
-    run.min_crop = usual if run.min_crop is None else run.min_crop
+    # The toy size's crops are for toy pictures.
+    min_crop = own.min_crop if run.source.endless else recipe("B").min_crop
+    run.min_crop = min_crop if run.min_crop is None else run.min_crop
     run.batch_size = run.batch_size or planned_batch(own.batch_size, run)
     settle_batch(run, run.model)
     make = partial(make_sample, size=size, channels=channels, num_patches=run.model.num_patches)

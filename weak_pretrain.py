@@ -88,11 +88,7 @@ def parse_arguments(argv):
     add("--pool", choices=("cls", "mean"), help="what the head reads (cls token; toy: patch mean)")
     add("--init", help="weights to start from: stage 1's model.pt, or a public MAE's")
     add = groups["optimisation"].add_argument
-    add(
-        "--lr",
-        type=flags.positive,
-        help="peak (4e-4, 2B and up 1e-4, or less: printed first; toy: 1e-3)",
-    )
+    add("--lr", type=flags.positive, help="peak (4e-4, 2B and up 1e-4, or less; toy: 1e-3)")
     add("--warmup", type=flags.fraction, default=0.05, help="share of the steps (0.05)")
     add("--weight-decay", type=flags.not_negative, default=0.1, help="not of 1-D tensors (0.1)")
     add("--cuda-graph", action="store_true", help="one GPU: replay a recorded micro-batch")
@@ -145,8 +141,9 @@ def prepare(run):
         run.model = models.Classifier(classes=len(run.vocabulary), **config)
     run.config = run.model.config
     run.beta2, run.clip = own.beta2, own.clip
-    usual = own.min_crop if run.source.endless else recipe("B").min_crop  # toy's: for toy data
-    run.min_crop = usual if run.min_crop is None else run.min_crop
+    # The toy size's crops are for toy pictures.
+    min_crop = own.min_crop if run.source.endless else recipe("B").min_crop
+    run.min_crop = min_crop if run.min_crop is None else run.min_crop
     run.batch_size = run.batch_size or planned_batch(own.batch_size, run)
     settle_batch(run, run.model)
     make = partial(make_sample, size=size, channels=channels, vocabulary=run.vocabulary)
@@ -166,13 +163,9 @@ def prepare(run):
     run.lr, run.lr_origin = peak_lr(run.lr, own.lr, lr_is_for, actual)
     run.save_every = run.save_every or min(1000, math.ceil(run.steps / 10))
     same = ("batch_size", "steps", "lr", "warmup", "weight_decay", "seed", "min_crop", "precision")
-    run.identity = {
-        "stage": "weak_pretrain",
-        "bias": "prior",
-        "data": run.source.identity,
-        "model": run.config,
-    }
+    run.identity = {"stage": "weak_pretrain", "data": run.source.identity, "model": run.config}
     run.identity |= {"tags": run.vocabulary.identity, "lanes": order.lanes, "init": origin}
+    run.identity["bias"] = "prior"  # runs of earlier versions, whose bias began at 0, have none
     run.identity |= {name: getattr(run, name) for name in same}
     default = run.max_pixels == data.MAX_PIXELS  # None, as in checkpoints older than it
     run.identity["max_pixels"] = None if default else run.max_pixels

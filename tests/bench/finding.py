@@ -58,8 +58,8 @@ RECIPES = {
         lengths=[70, 280],
         equal=280,
         shots=200,
-        finetune=f"--steps 100 --batch-size 64 --lr 1e-3 --layer-decay 0.75 --min-crop 1 --warmup 0.1"
-        f" {NO_AUGMENTATION}",
+        finetune="--steps 100 --batch-size 64 --lr 1e-3 --layer-decay 0.75 --min-crop 1"
+        f" --warmup 0.1 {NO_AUGMENTATION}",
         labels=100,
     ),
 }

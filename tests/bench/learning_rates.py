@@ -49,10 +49,8 @@ def train(arguments, name, stage, batch_size, lr):
     return last_json((folder / "metrics.jsonl").read_text()), folder
 
 
-def measure(arguments, stage, batch_size, lr):
+def measure(arguments, results, stage, batch_size, lr):
     """Train, and add a row to the results, unless it is there."""
-    settings = {"data": Path(arguments.data).name, "size": arguments.size, "seed": arguments.seed}
-    results = Results(arguments.out, **settings)
     row = {"stage": stage, "batch_size": batch_size, "lr": lr}
     if results.has(row):
         return
@@ -105,7 +103,8 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     arguments = parser.parse_args()
     out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
+    settings = {"data": Path(arguments.data).name, "size": arguments.size, "seed": arguments.seed}
+    results = Results(out, **settings)
     if not (out / "start" / "model.pt").exists():
         train(arguments, "start", 1, 128, "1e-3")
     if arguments.data != "toy" and not (out / "tags" / "vocabulary.json").exists():
@@ -117,13 +116,13 @@ def main():
     side_by_side(
         arguments.jobs,
         [
-            partial(measure, arguments, int(stage), int(batch_size), rate)
+            partial(measure, arguments, results, int(stage), int(batch_size), rate)
             for rate in rates
             for stage in stages
             for batch_size in batch_sizes
         ],
     )
-    table(Results(out).rows())
+    table(results.rows())
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python tests/bench/scaling.py --data eurosat/ --out OUT --png docs/scaling.png
 
-For every seed, each size is trained by stage 1, with one lr, on a tenth, a third and all of DATA/train. All see
-the same number of samples, so of fewer pictures each comes more often. Measured are the loss on
-hidden patches of DATA/val, and transfer as in finding.py, whose labels are the same for all.
+For every seed, each size is trained by stage 1, with one lr, on a tenth, a third and all of
+DATA/train. All see the same number of samples, so of fewer pictures each comes more often.
+Measured are the loss on hidden patches of DATA/val, and transfer as in finding.py, whose labels
+are the same for all.
 
 What stands in OUT/results.jsonl is not run again: a stopped run goes on with the same command.
 """
