@@ -31,225 +31,38 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see mae_pretrain.py
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import ImageOps
-from tqdm import tqdm
 
-from data import (
-    MAX_PIXELS,
-    Batches,
-    Subset,
-    check_channels,
-    limit_pixels,
-    make_picture,
-    normalize,
-    open_sources,
-    pixel_limit,
-)
-from model import (
-    MAE,
-    Classifier,
-    ViT,
-    encoder_config,
-    initialize,
-    load_weights,
-    pair,
-    pool,
-    read_weights,
-)
+from data import MAX_PIXELS, Subset, limit_pixels, normalize, open_sources, pixel_limit
+from model import MAE, Classifier, ViT, encoder_config, load_weights, pair, read_weights
 from support import launch
 from support.flags import fraction, in_folder, make_parser, number, parse_for_task, png
 from support.labels import names_of_list, real_answers, right_answers, say_same_names
-from support.loader import loader, loader_workers
+from support.loader import loader_workers
 from support.pictures import draw_attention, draw_confusion, draw_mistakes, draw_reconstructions
-
-RIDGE = 10.0  # L2 on standardised features: fixed, not tuned
-NEIGHBOURS = 10
-
-
-# ----------------------------------------------------------------------------------------- features
-
-
-@torch.inference_mode()
-def extract(functions, source, config, batch_size=64, workers=0, device="cpu",
-            max_bad=0.01, centre=1.0, make=None):  # fmt: skip
-    """Compute features of all samples of a source, by several functions in one pass.
-
-    functions   {name: function of normalised images (b, C, H, W) that returns (b, D)}
-    config      of a model: its image_size and channels
-    centre      fraction of the image to keep, see data.crop_and_resize
-    make        makes the row of a sample, see data.Batches (default: labelled)
-
-    Returns {name: (n, D) float32}, labels (n,) and numbers (n,) int64 of the n readable
-    samples. Each process computes a part and returns the whole. Raises ValueError if no
-    sample can be read, or too few: see check_unreadable.
-    """
-    process, processes = distributed()
-    size, channels = pair(config["image_size"]), config["channels"]
-    check_channels(channels)
-    batch_size = 2 * processes * max(1, batch_size // 2)  # dealt in pairs
-    make = partial(make or labelled, size=size, channels=channels, centre=centre)
-    batches = Batches(source, make, batch_size, process, processes)
-    total, features = int(source.sizes.sum()), {}
-    labels, read = torch.zeros(total, dtype=torch.int64), torch.zeros(total)
-    bar = {"desc": "features", "leave": False, "disable": True if process else None}
-    for batch in tqdm(named_batches(batches, workers), total=len(batches), **bar):
-        real = batch["positions"] < total  # the last batch is padded
-        rows = batch["positions"][real]
-        labels[rows], read[rows] = batch["labels"][real], batch["weight"][real]
-        images = normalize(batch["images"].to(device))
-        for name, function in functions.items():
-            found = function(images).float().cpu()[real]
-            if not found.isfinite().all():
-                raise ValueError("the features are not finite: the weights are damaged")
-            features.setdefault(name, torch.zeros(total, found.shape[1]))[rows] = found
-    for tensor in (labels, read, *features.values()):
-        sum_over_processes(tensor)  # one process filled each row; it is zero on the others
-    read = read > 0
-    check_unreadable(total - int(read.sum()), total, max_bad)
-    if not read.any():
-        raise ValueError(f"{source.identity}: none of them can be read")
-    features = {name: found[read] for name, found in features.items()}
-    return features, labels[read], read.nonzero()[:, 0]
-
-
-def labelled(sample, key, size, channels, min_crop=None, centre=1.0):
-    """The row of a sample: images (C, H, W) uint8, see data.make_picture, and labels ()
-    int64, -1 for a sample without a label and for padding, which is None."""
-    images = make_picture(sample, key, size, channels, min_crop, centre)
-    # A tensor: a number that is too large is an error of this sample alone.
-    return {"images": images, "labels": torch.tensor(sample["class"] if sample else -1)}
-
-
-def named_batches(batches, workers=0):
-    """Yield each of a data.Batches once, and print the names of its unreadable samples."""
-    for batch in loader(batches, range(len(batches)), workers):
-        for name in batch["bad"]:
-            print(f"unreadable, left out: {name}", file=sys.stderr)
-        yield batch
-
-
-def check_unreadable(bad, total, max_bad):
-    """Raise ValueError if more than the fraction max_bad, and more than one, is bad."""
-    if bad > max(1, max_bad * total):
-        raise ValueError(f"{bad} of {total} pictures cannot be read, over --max-bad {max_bad}")
+from support.probe import (
+    NEIGHBOURS,
+    RIDGE,
+    accuracy,
+    check_labels,
+    check_unreadable,
+    distributed,
+    extract,
+    few_shot,
+    labelled_features,
+    named_batches,
+    nearest,
+    pooled,
+    print_probe,
+    ridge,
+    standardize,
+    sum_over_processes,
+)
 
 
 def usual_crop(size):
     """Fraction of a centre crop: 224/256 at 224 pixels (public MAE code), else 1."""
     return 224 / 256 if max(size) == 224 else 1.0
-
-
-def distributed():
-    """(rank of this process, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def sum_over_processes(tensor):
-    """Sum a tensor over the processes, in place, and return it."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def pooled(model, how):
-    """A function for `extract`: images -> a ViT's tokens pooled by "cls" or "mean"."""
-    return lambda images: pool(model(images), how)
-
-
-# ---------------------------------------------------------------------------------------- protocols
-
-
-def standardize(train, test):
-    """Subtract the mean of train's columns from both; divide by their deviation. float64."""
-    train, test = train.double(), test.double()
-    mean, deviation = train.mean(dim=0), train.std(dim=0, correction=0).clamp(min=1e-6)
-    return (train - mean) / deviation, (test - mean) / deviation
-
-
-def ridge(train, labels, test, classes):
-    """Closed-form linear classifier: train (n, D), labels (n,), test (m, D) -> scores
-    (m, classes).
-
-    Least squares on one-hot targets, L2 = RIDGE, with an intercept that is not penalised.
-    """
-    targets = F.one_hot(labels, classes).double()
-    centre, intercept = train.mean(dim=0), targets.mean(dim=0)
-    train = train - centre
-    gram = train.T @ train + RIDGE * torch.eye(train.shape[1], dtype=train.dtype)
-    weights = torch.linalg.solve(gram, train.T @ (targets - intercept))
-    return (test - centre) @ weights + intercept
-
-
-def nearest(train, labels, test, classes):
-    """Votes (m, classes) of the NEIGHBOURS most similar training samples, by cosine."""
-    train, test, k = F.normalize(train), F.normalize(test), min(NEIGHBOURS, len(train))
-    votes = torch.zeros(len(test), classes, dtype=train.dtype)
-    for rows in torch.arange(len(test)).split(1024):  # bounds the memory
-        similarity, neighbours = (test[rows] @ train.T).topk(k)
-        # A vote is 1, plus less than 1 / k for its similarity, which only decides ties.
-        vote = 1 + similarity / (4 * k)
-        votes[rows] = votes[rows].scatter_add(1, labels[neighbours], vote)
-    return votes
-
-
-def accuracy(scores, labels, k):
-    """Fraction of the rows of scores (m, classes) with the label among the k highest."""
-    best = scores.topk(min(k, scores.shape[1]))
-    # A class with a score of -inf is never a hit, even if it is among the k highest.
-    hits = (best.indices == labels[:, None]) & best.values.isfinite()
-    return hits.any(dim=1).double().mean().item()
-
-
-def print_probe(weights, config, train, test, seed, samples=math.inf, **options):
-    """Print ridge top-1 of a trained encoder, of an untrained one, and of raw pixels, and
-    top-1 of the most frequent class.
-
-    weights, config: of a stage's model. seed: of the untrained one. options: of extract.
-    The tokens are pooled as the head does; of an MAE, the patches' mean. At most 4096
-    samples of train are used. The probe is left out if it costs more than a training on
-    `samples` samples.
-    """
-    if train.classes != test.classes or not train.classes:
-        return print("linear probe: left out, for want of labels")
-    train = Subset(train, range(min(4096, int(train.sizes.sum()))))
-    if 3 * samples < 2 * int(train.sizes.sum() + test.sizes.sum()):  # three passes
-        return print("linear probe: left out, it would take longer than the training")
-    trained, untrained = (ViT(**encoder_config(config)).eval() for _ in range(2))
-    load_weights(trained, weights)
-    initialize(untrained, seed)
-    device = options.get("device", "cpu")
-    pooling = config.get("pool", "mean")
-    functions = {
-        "raw pixels": lambda images: images.flatten(1)[:, ::4],  # the baseline
-        "untrained": pooled(untrained.to(device), pooling),
-        "trained": pooled(trained.to(device), pooling),
-    }
-    x, y = labelled_features(functions, train, config, partial(extract, **options))
-    x_test, y_test = labelled_features(functions, test, config, partial(extract, **options))
-    print(f"linear probe (closed form): {len(y)} labels, {len(y_test)} held-out pictures")
-    print(f"  {'one class':12} top-1 {(y_test == y.mode().values).double().mean():.1%}")
-    for name in functions:
-        scaled, scaled_test = standardize(x[name], x_test[name])
-        scores = ridge(scaled, y, scaled_test, int(max(y.max(), y_test.max())) + 1)
-        print(f"  {name:12} top-1 {accuracy(scores, y_test, 1):.1%}")
-
-
-def labelled_features(functions, source, config, extract):
-    """The results of `extract` for samples with a label: {name: (n, D)}, labels (n,)."""
-    features, labels, _ = extract(functions, source, config)
-    known = labels >= 0
-    check_labels(int(known.sum()), len(known), source, "samples without a label")
-    return {name: found[known] for name, found in features.items()}, labels[known]
-
-
-def check_labels(known, total, source, what):
-    """Print how many of `total` samples are left out, or raise ValueError if all are."""
-    if not known:
-        raise ValueError(f"no labels in {source.identity}: want class folders or .cls files")
-    if known < total:
-        print(f"{total - known} {what} are left out")
 
 
 @torch.no_grad()
@@ -351,18 +164,16 @@ def knn(model, sources, run, extract):
 
 
 def fewshot(model, sources, run, extract):
-    from tasks.lowshot import few_shot_split
-
     x, x_test, y, y_test, classes = train_and_val(model, sources, run, extract)
     result = {"top1": {}, "top1_std": {}, "top5": {}}  # each {shots: fraction}
     print(f"ridge (L2 = {RIDGE:g}), {run.pool} pooling; shots are drawn with seeds 0 to 4")
     print("shots     top-1 (std)        top-5")
     for shots in run.shots:
-        tops = []
-        for seed in range(1 if shots == "all" else 5):
-            chosen = slice(None) if shots == "all" else few_shot_split(y, int(shots), seed)
-            scores = ridge(x[chosen], y[chosen], x_test, classes)
-            tops.append([accuracy(scores, y_test, k) for k in (1, 5)])
+        if shots == "all":
+            scores = ridge(x, y, x_test, classes)
+            tops = [[accuracy(scores, y_test, k) for k in (1, 5)]]
+        else:
+            tops = few_shot(x, y, x_test, y_test, classes, int(shots))
         top1, top5 = np.mean(tops, axis=0).tolist()
         std = np.std(tops, axis=0).tolist()[0]
         for name, value in zip(result, (top1, std, top5)):

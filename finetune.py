@@ -48,7 +48,6 @@ import data
 import evaluate
 import kernels
 import model as models
-from evaluate import sum_over_processes
 from support import flags, launch
 from support.checkpoints import find_checkpoint
 from support.formats import inherit
@@ -63,6 +62,7 @@ from support.plan import (
     print_plan,
     settle_batch,
 )
+from support.probe import distributed, labelled, sum_over_processes
 from tasks import augment
 from tasks.augment import Recipe
 
@@ -217,7 +217,7 @@ def open_labelled(run, hold_out=False, **options):
     """Open the data of a task that learns classes: run.train, run.val and run.classes.
 
     hold_out: keep a slice of train, run.slice, to choose a learning rate on. run.make is
-    evaluate.labelled for the model's images, and run.eval_batch the rows that a process
+    labelled of support/probe.py for the model's images, and run.eval_batch the rows that a process
     measures at once. read_init must be called before.
     """
     open_pictures(run, **options)
@@ -236,7 +236,7 @@ def open_labelled(run, hold_out=False, **options):
         if (labels >= run.classes).any():
             raise ValueError(f"labels of val are over {run.classes - 1}, the last class")
     channels = run.config["channels"]
-    run.make = partial(evaluate.labelled, size=run.image_size, channels=channels)
+    run.make = partial(labelled, size=run.image_size, channels=channels)
     run.eval_batch = 64
 
 
@@ -632,7 +632,7 @@ class Probes(nn.Module):
             x = self.trunk.features(images).float()  # (B, D)
             mean, variance = self.mean, self.variance
             if self.batch_norm and self.training:
-                count = len(x) * evaluate.distributed()[1]
+                count = len(x) * distributed()[1]
                 mean = sum_over_processes(x.sum(dim=0)) / count
                 variance = sum_over_processes((x - mean).square().sum(dim=0)) / count
                 self.mean.lerp_(mean, 0.1)

@@ -47,6 +47,7 @@ from support.plan import (
     print_plan,
     settle_batch,
 )
+from support.probe import PROBES_SHOWN, open_probe
 
 
 class Recipe(NamedTuple):
@@ -94,6 +95,7 @@ def parse_arguments(argv):
     add("--cuda-graph", action="store_true", help="one GPU: replay a recorded micro-batch")
     flags.add_length_flags(groups, "(1600, but at most 5e9 samples)", "(toy size: 80,000)")
     flags.add_flags(groups, "runs/mae", "4096; toy size: 32", "weights, order, crops and masks")
+    flags.add_probe_flags(groups)
     flags.add_resume_flags(groups)
     flags.add_plan_flags(groups)
     return parser.parse_args(argv)
@@ -166,6 +168,7 @@ def prepare(run):
         shapes = attention_shapes(run.model)
         run.attention = kernels.describe(shapes, run.device, run.precision)
         run.checkpoint = find_checkpoint(run.out, run.resume, run.identity)
+        run.probe = open_probe(run)
 
 
 def make_sample(sample, key, size, channels, num_patches, min_crop=None):
@@ -190,6 +193,7 @@ def train(run):
         precision=run.precision,
         compile=run.compile,
         checkpoint_activations=run.checkpoint_activations,
+        methods=["probe_features"],
     )
     models.initialize(model, run.seed)  # it has memory since parallelize()
     if run.weights:
@@ -254,7 +258,10 @@ def train(run):
             if progress.saving and trained >= run.held_out_batches.total > 0:
                 measured = evaluate.masked_loss, model, run.held_out_batches, device
                 facts["held_out_loss"] = launch.unless_lacking(stop, *measured)
-            progress.log(facts, {"held_out_loss": "held-out {:.4f}", "bad": "unreadable {}"})
+            if progress.saving and run.probe:
+                facts |= launch.unless_lacking(stop, run.probe, model) or {}
+            shown = {"held_out_loss": "held-out {:.4f}", "bad": "unreadable {}"}
+            progress.log(facts, shown | PROBES_SHOWN)
         if progress.saving:
             progress.save(model, optimizer)
         if totals.stopping:

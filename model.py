@@ -268,6 +268,10 @@ class ViT(nn.Module):
         """
         return self.norm(self.encode(images, noise))
 
+    def probe_features(self, images):
+        """What a probe reads of images (B, C, H, W) while the model trains, (B, D)."""
+        return pool(ViT.forward(self, images), "mean")  # MAE's class token is not trained
+
     def encode(self, images, noise=None):
         """forward without the final norm."""
         x = self.tokens(images)
@@ -408,6 +412,8 @@ class Classifier(ViT):
     def features(self, images, noise=None):
         """The head's input, (B, D)."""
         return self.pooled(self.encode(images, noise))
+
+    probe_features = features
 
     def pooled(self, x):
         """The last block's tokens (B, 1 + N, D) -> (B, D)."""

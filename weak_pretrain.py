@@ -47,6 +47,7 @@ from support.plan import (
     print_plan,
     settle_batch,
 )
+from support.probe import PROBES_SHOWN, open_probe, print_probe
 
 
 class Recipe(NamedTuple):
@@ -94,6 +95,7 @@ def parse_arguments(argv):
     add("--cuda-graph", action="store_true", help="one GPU: replay a recorded micro-batch")
     flags.add_length_flags(groups, "passes over the data", "(an epoch; toy size: 25,600)")
     flags.add_flags(groups, "runs/weak", "8192; toy size: 64", "weights, order and crops")
+    flags.add_probe_flags(groups)
     flags.add_resume_flags(groups)
     flags.add_plan_flags(groups)
     return parser.parse_args(argv)
@@ -173,6 +175,7 @@ def prepare(run):
         shapes = attention_shapes(run.model)
         run.attention = kernels.describe(shapes, run.device, run.precision)
         run.checkpoint = find_checkpoint(run.out, run.resume, run.identity)
+        run.probe = open_probe(run)
 
 
 def make_sample(sample, key, size, channels, vocabulary, min_crop=None):
@@ -198,6 +201,7 @@ def train(run):
         precision=run.precision,
         compile=run.compile,
         checkpoint_activations=run.checkpoint_activations,
+        methods=["probe_features"],
     )
     models.initialize(model, run.seed)  # it has memory since parallelize()
     if run.weights:
@@ -271,8 +275,10 @@ def train(run):
                 measure = partial(evaluate.hit_rates, **options)
                 measured = measure, model, run.held_out_batches, device, "tags"
                 facts |= hashtags.name_hits(launch.unless_lacking(stop, *measured))
+            if progress.saving and run.probe:
+                facts |= launch.unless_lacking(stop, run.probe, model) or {}
             shown = {"bad": "unreadable {}", "untagged": "without tags {}"}
-            progress.log(facts, hashtags.HITS_SHOWN | shown)
+            progress.log(facts, hashtags.HITS_SHOWN | shown | PROBES_SHOWN)
         if progress.saving:
             progress.save(model, optimizer)
         if totals.stopping:
@@ -303,7 +309,7 @@ def finish(run, weights):
     if run.source.endless:
         options = {"workers": run.workers, "device": run.device}
         sources, samples = (run.source, run.held_out), run.steps * run.batch_size
-        evaluate.print_probe(weights, config, *sources, run.seed, samples, **options)
+        print_probe(weights, config, *sources, run.seed, samples, **options)
     where = "toy" if run.source.endless else "DIR"
     typed = ["--pool", config["pool"], "--checkpoint", str(run.out / "model.pt"), "--data", where]
     if run.max_pixels != data.MAX_PIXELS:

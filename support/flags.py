@@ -116,6 +116,12 @@ def add_flags(groups, out, batch_size, seed_of):
     add("--memory", type=positive, help="GiB for a micro-batch (the GPU's; planned: 80)")
 
 
+def add_probe_flags(groups):
+    """Add the flag of stages 1 and 2 for the probe that runs while they train."""
+    help = "folder or shards with classes, to probe features on at each save (--data, if it has)"
+    groups["data"].add_argument("--probe", help=help)
+
+
 def add_resume_flags(groups):
     add = groups["run"].add_argument
     add("--resume", help="a run, or a checkpoint, to go on from (the one in --out)")

@@ -31,6 +31,7 @@ from data import (
     random_bits,
     running_sum,
 )
+from support.launch import progress
 from support.loader import loader
 from support.toy import Toy
 
@@ -164,7 +165,7 @@ def read_tags(source, synonyms, workers, title, named=20):
     """
     batches, bad = Batches(source, partial(tags_of, synonyms=synonyms), TAG_CHUNK), 0
     made = loader(batches, range(len(batches)), workers)
-    for batch in tqdm(made, desc=title, unit=" batches", disable=None):
+    for batch in progress(made, len(batches), title, " batches"):
         for text in batch["bad"][: max(0, named - bad)]:
             tqdm.write(f"unreadable hashtags: {text}", file=sys.stderr)
         bad += len(batch["bad"])

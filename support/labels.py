@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import PICTURES, SPLITS, is_picture, one_line, raise_if_unreachable, sort_classes, walk
+from support.launch import progress
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 VIDEOS += (".ts", ".3gp", ".ogv")
@@ -375,8 +376,8 @@ def all_labels(source):
 
 def read_all(source, name, value_of, unknown):
     """Yield value_of(sample) of each sample; `unknown` if it cannot be read, which is printed."""
-    numbers = range(int(source.sizes.sum()))
-    for number in tqdm(numbers, desc=f"{name}s", leave=False, disable=None):
+    total = int(source.sizes.sum())
+    for number in progress(range(total), total, f"reading {name}s"):
         try:
             value = value_of(source.read(number))
         except Exception as error:  # noqa: BLE001 (tar members fail in many ways)

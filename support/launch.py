@@ -4,6 +4,7 @@ place, begin, resume     device and processes; the process group; the checkpoint
 Totals                   a step's sums over micro-batches and processes, read once
 Progress                 what is timed, counted, logged and saved
 guard                    no step with a loss or gradient that is not finite
+progress                 how far a long job is: a bar in a terminal, else a line each minute
 report_errors            one line and an exit status for what ends a run
 """
 
@@ -274,6 +275,28 @@ class Progress:
             end(self.run)
             raise stop.no_batch or Failure("another process has got no batch")
         return False
+
+
+EVERY = 60  # seconds between two lines of progress()
+
+
+def progress(made, total, title, unit=""):
+    """Yield from an iterable of `total` things, and show how far it is, on the first process.
+
+    In a terminal this is tqdm's bar. Elsewhere, as in a log file, it is a line each minute.
+    """
+    hidden = True if os.environ.get("RANK", "0") != "0" else None  # None: without a terminal
+    bar = tqdm(made, title, total, leave=False, disable=hidden, unit=unit)
+    if hidden or not bar.disable:
+        yield from bar
+        return
+    began = said = time.monotonic()
+    for done, one in enumerate(made, start=1):
+        now = time.monotonic()
+        if now - said >= EVERY:
+            said, left = now, tqdm.format_interval((now - began) / done * (total - done))
+            print(f"{title}: {done:,} of {total:,}{unit}, {left} left", file=sys.stderr, flush=True)
+        yield one
 
 
 def step_line(entry, steps, shown):

@@ -34,6 +34,7 @@ from data import (
 )
 from support.flags import Parser, count
 from support.hashtags import read_synonyms, write_hashtags
+from support.launch import progress
 from support.loader import loader_workers
 from support.shards import Shards, pack_record, replace_file
 
@@ -72,7 +73,7 @@ def pack(folder, pattern, short_side=None, shard_size=None, max_pixels=MAX_PIXEL
     replace_file(Path(out, "pack.json"), json.dumps(record).encode())
     starts = range(0, total, shard_size)
     with ThreadPoolExecutor() as threads:  # Pillow releases Python's lock
-        for start in tqdm(starts, "packing", unit=" shards", disable=None):
+        for start in progress(starts, len(starts), "packing", " shards"):
             path = os.path.join(out, name % (start // shard_size))
             if not os.path.exists(path):
                 numbers = range(start, min(start + shard_size, total))

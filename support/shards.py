@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from data import Source, is_picture, open_picture, running_sum, stable_hash
 from support.hashtags import hashtags_in
+from support.launch import progress
 
 
 def open_shards(data, cache, caption_key, videos):
@@ -51,8 +52,8 @@ class Shards(Source):
         classes = [pack_record(folder)["classes"] for folder in folders]
         with ThreadPoolExecutor() as threads:
             indexes = threads.map(partial(shard_index, whole=False), self.paths)
-            bar = partial(tqdm, total=len(self.paths), desc="opening shards", leave=False)
-            heads = [head for head, _ in bar(indexes, disable=None)]
+            opened = progress(indexes, len(self.paths), "opening", " shards")
+            heads = [head for head, _ in opened]
         names, sizes = map(os.path.basename, self.paths), map(os.path.getsize, self.paths)
         facts = [(name, size, head[0]) for name, size, head in zip(names, sizes, heads)]
         faults = {path: head[1:] for path, head in zip(self.paths, heads) if any(head[1:])}

@@ -9,9 +9,9 @@ import math
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from data import running_sum, to_mode
+from support.launch import progress
 
 # -------------------------------------------------------------------------------------- run lengths
 
@@ -284,7 +284,7 @@ def pairs_of(scenes, detections, kind, limit):
         raise ValueError(f"{scenes.identity}: there are no masks to measure with")
     objects, founds, pairs, sums = [], [], [], [0, 0]
     numbers = range(int(scenes.sizes.sum()))
-    for number in tqdm(numbers, desc=f"measuring {kind}", leave=False, disable=None):
+    for number in progress(numbers, len(numbers), f"measuring {kind}", " pictures"):
         sample = scenes.read(number)
         boxes, labels, crowd = sample["boxes"], sample["labels"], sample["crowd"]
         ignored = crowd = crowd & (not federated)  # LVIS has none

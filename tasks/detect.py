@@ -27,7 +27,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from data import Batches, Order, normalize, one_line
 from model import ViT, architecture, full_state, initialize, load_weights, patchify
@@ -35,6 +34,7 @@ from model import read_weights as read_encoder
 from support import flags
 from support.formats import open_weights
 from support.hashtags import WeightedOrder
+from support.launch import progress
 from support.loader import loader
 from support.plan import peak_lr
 from tasks.coco import detection_numbers, print_detection
@@ -514,8 +514,7 @@ def detect_in(model, scenes, batch_size=8, workers=0, device="cpu", max_bad=0.01
     found, bad, total = {}, 0, int(scenes.sizes.sum())
     model.eval()
     steps = loader(batches, range(len(batches)), workers)
-    hidden = None if process == 0 else True
-    for batch in tqdm(steps, desc="detecting", leave=False, disable=hidden):
+    for batch in progress(steps, len(batches), "detecting", " batches"):
         bad += len(batch["bad"])
         for name in batch["bad"]:
             print(f"unreadable, nothing is found in it: {name}", file=sys.stderr)

@@ -27,6 +27,7 @@ from support import flags, plan
 from support.checkpoints import barrier, find_checkpoint
 from support.formats import fingerprint, infer_shape, name_of, read_file
 from support.labels import read_all, read_class_names, read_lines, texts_in
+from support.probe import extract
 
 # ------------------------------------------------------------------------------ captions and tokens
 
@@ -340,7 +341,7 @@ NO_CAPTIONS = "want .txt or .json (--caption-key) in shards, or --labels (path,c
 def retrieval(model, source, tokenizer, extract):
     """Recall at 1, 5 and 10 among all images and captions of a source.
 
-    extract: evaluate.extract with its options bound. Equal captions are one text, of several
+    extract: that of support/probe.py with its options bound. Equal captions are one text, of several
     images. Images without a caption are left out. A tie counts as wrong. Returns the numbers
     "images" and "texts", and the fractions "text_recall_at_1", ... of the images (one of their
     captions is found) and "image_recall_at_1", ... of the texts (one of their images is).
@@ -402,7 +403,7 @@ def zeroshot(model, source, tokenizer, names, templates, extract):
     """Recognise classes by their names: {"top1", "top5", "pictures", "classes"}.
 
     names, templates: files or None, see read_class_names and read_templates; extract:
-    evaluate.extract with its options bound. Images without a label are left out.
+    extract of support/probe.py with its options bound. Images without a label are left out.
     """
     names, templates = read_class_names(names, source.classes), read_templates(templates)
     count = sum(map(len, names))
@@ -598,7 +599,7 @@ def settle_text_tower(run):
 
 def main(run, finetune):
     options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
-    extract = partial(finetune.evaluate.extract, centre=run.val_crop, **options)
+    bound = partial(extract, centre=run.val_crop, **options)
     with torch.device("meta"):
         model = TwoTowers(pool=run.pool, **run.config)
     model = finetune.load_init(run, model)
@@ -611,7 +612,7 @@ def main(run, finetune):
     flops *= 3 * len(model.text.blocks)
     if run.cache_features:  # for a run that will not be refused
         find_checkpoint(run.out, run.resume, run.identity | {"steps": run.steps})
-        run.features = cached_features(run, model.to(run.device), extract)
+        run.features = cached_features(run, model.to(run.device), bound)
     else:
         shape = {"size": run.image_size, "channels": config["channels"]}
         make = partial(make, min_crop=run.min_crop, **shape)
@@ -627,7 +628,7 @@ def main(run, finetune):
 
     def measure(model):
         model.eval()
-        found = retrieval(model, run.val, run.tokenizer, extract)
+        found = retrieval(model, run.val, run.tokenizer, bound)
         model.train()
         return found
 

@@ -15,6 +15,7 @@ import data
 from support import flags
 from support.labels import all_labels
 from support.plan import flops_per_image
+from support.probe import accuracy, extract, few_shot_split
 
 LOWSHOT_RATES = (1e-3, 4e-3, 1.6e-2)  # of AdamW (our choice: the paper's is unknown)
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # L2 of logistic regression (our choice)
@@ -27,12 +28,6 @@ def shot_list(text):
     if not all(item == "all" or (item.isdigit() and int(item) > 0) for item in items):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers and 'all'")
     return items
-
-
-def few_shot_split(labels, shots, seed):
-    """Indices of `shots` random samples of each class, or of all if it has fewer."""
-    shuffled = torch.from_numpy(data.permutation(len(labels), seed, 0, 0, data.SPLIT))
-    return torch.cat([shuffled[labels[shuffled] == c][:shots] for c in labels.unique()])
 
 
 class Prompted(nn.Module):
@@ -130,7 +125,7 @@ def main(run, finetune):
     options = {"workers": run.workers, "device": run.device, "max_bad": run.max_bad}
 
     def features(source):
-        x, y, _ = finetune.evaluate.extract(
+        x, y, _ = extract(
             {"": trunk.features}, source, trunk.config, centre=run.val_crop, **options
         )
         known = (y >= 0) & (y < run.classes)
@@ -141,7 +136,7 @@ def main(run, finetune):
     def logistic(source, shots, seed, penalty):
         x, y = features(source)
         scores = lambda on: logistic_scores(x, y, on, run.classes, penalty)
-        return [finetune.evaluate.accuracy(scores(on), right, 1) for on, right in measured_on]
+        return [accuracy(scores(on), right, 1) for on, right in measured_on]
 
     def prompts(source, shots, seed, rate):
         out = run.out / f"{shots}-shots-draw-{seed}-lr-{rate:g}"

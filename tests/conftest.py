@@ -41,6 +41,7 @@ import evaluate
 import mae_pretrain
 from model import ViT, initialize, save_weights
 from support import pack as pack_module
+from support import probe
 from support.loader import Stop
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -358,7 +359,7 @@ def epoch_counts(order, epoch):
 def picture_batches(source, size, channels, batch_size, order=None, **options):
     """data.Batches of labelled pictures: random crops in an order, else centre crops."""
     min_crop = None if order is None else 0.2
-    make = partial(evaluate.labelled, size=size, channels=channels, min_crop=min_crop)
+    make = partial(probe.labelled, size=size, channels=channels, min_crop=min_crop)
     return data.Batches(source, make, batch_size, order=order, **options)
 
 

@@ -28,10 +28,9 @@ from PIL import Image
 import data
 import evaluate
 from model import MAE, Classifier, ViT, encoder_config, initialize, save_weights, tag_loss
-from support import pack
+from support import pack, probe
 from support.convert import convert
 from support.hashtags import Vocabulary
-from tasks import lowshot
 from weak_pretrain import make_sample
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
@@ -202,14 +201,14 @@ def test_accuracy_counts_labels_among_the_k_highest():
 def test_few_shot_splits_have_as_many_of_each_class_and_depend_on_the_seed_alone():
     labels = torch.tensor(np.random.RandomState(0).permutation([0] * 9 + [2] * 5 + [7] * 2))
     for shots in (1, 3, 5, 100):
-        chosen = lowshot.few_shot_split(labels, shots, seed=4)
+        chosen = probe.few_shot_split(labels, shots, seed=4)
         assert len(set(chosen.tolist())) == len(chosen)
         counts = torch.bincount(labels[chosen], minlength=8).tolist()
         assert counts == [min(shots, n) for n in (9, 0, 5, 0, 0, 0, 0, 2)]
     labels = torch.arange(300) % 3
-    splits = [lowshot.few_shot_split(labels, 5, seed) for seed in range(20)]
+    splits = [probe.few_shot_split(labels, 5, seed) for seed in range(20)]
     torch.manual_seed(99), np.random.seed(99), torch.rand(7)
-    assert torch.equal(splits[0], lowshot.few_shot_split(labels, 5, seed=0))
+    assert torch.equal(splits[0], probe.few_shot_split(labels, 5, seed=0))
     assert len({tuple(sorted(split.tolist())) for split in splits}) == 20
     # All are as likely: 300 draws, whose mean place is 149.5 +- 5.
     assert abs(torch.cat(splits).double().mean() - 149.5) < 30
@@ -377,7 +376,7 @@ def test_fewshot_is_ridge_on_the_printed_splits(labelled, encoder):
     place = {key: i for i, key in enumerate(features_one_by_one(encoder.model, source.root))}
     rows, tops = np.array([place[source.name(i)] for i in range(33)]), []
     for seed in range(5):
-        split = lowshot.few_shot_split(torch.from_numpy(labels[rows]), 2, seed).numpy()
+        split = probe.few_shot_split(torch.from_numpy(labels[rows]), 2, seed).numpy()
         scores = ridge_by_least_squares(train[rows][split], labels[rows][split], val, 7)
         tops.append([share_in_top(scores, val_labels, k) for k in (1, 5)])
     # Means of five fractions of 21: whatever rounds, it is the last bit of a float64.
