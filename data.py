@@ -23,7 +23,7 @@ import os
 import re
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 
 import numpy as np
@@ -653,6 +653,7 @@ class Batches(torch.utils.data.Dataset):
     order: object = None
     seed: int = 0
     micro_batches: int = 1  # of each process, in a batch
+    named: set = field(default_factory=set)  # unreadable samples that were printed
 
     def __post_init__(self):
         if self.processes > 1 and self.batch_size % (2 * self.processes):
@@ -707,14 +708,21 @@ class Batches(torch.utils.data.Dataset):
         row = row or self.make(None, key) | {"weight": 0.0}
         return row | {"samples": number}
 
-    def over_max_bad(self, bad, drawn, share):
-        """True if more than this share (--max-bad) of the first `drawn` samples are bad.
+    def over_max_bad(self, unreadable, bad, unlabelled, drawn, share):
+        """True if more than this share (--max-bad) of the files seen so far are of no use.
 
-        Of fewer than 1,000 samples, the share is that of 1,000. One bad file in every epoch
-        never stops a run. Bad files alone always do.
+        unreadable  number of different files that could not be read
+        bad         samples that could not be read; unlabelled: readable ones without a label
+        drawn       all samples so far
+
+        Of fewer than 1,000 files, the share is that of 1,000. One useless file never stops a
+        run. Useless files alone always do.
         """
-        of_one_file = (drawn // self.order.length + 1) * self.order.most
-        return bad > max(share * max(1000, drawn), of_one_file) or bad == drawn > 1
+        files = min(drawn, self.total)
+        # An unlabelled file is counted each time that it comes.
+        useless = unreadable + int(unlabelled * files / drawn)
+        too_many = max(share * max(1000, files), self.order.most)
+        return useless > too_many or bad + unlabelled == drawn > 1
 
     def places(self, positions):
         """The shards or pictures that hold the samples at `positions`, each once."""

@@ -288,16 +288,22 @@ def features(model, sources, run, extract):
     if run.split == "val" and len(sources) == 1:
         raise ValueError(f"{run.data} has no val/: say --split train")
     source = sources[run.split == "val"]
-    x, labels, numbers = extract({"": pooled(model, run.pool)}, source, model.config)
-    x, labels = x[""].numpy(), labels.numpy()
+    functions = {"": pooled(model, run.pool)}
+    x, labels, numbers = extract(functions, source, model.config, max_bad=1.0)
     keys = [source.name(number) for number in numbers.tolist()]
-    classes = np.array(sources[0].classes or [], dtype=str)
+    total = int(source.sizes.sum())
+    unreadable = [source.name(n) for n in sorted({*range(total)}.difference(numbers.tolist()))]
+    arrays = {"features": x[""].numpy(), "keys": keys, "labels": labels.numpy()}
+    arrays |= {"classes": np.array(sources[0].classes or [], dtype=str)}
+    arrays |= {"unreadable": np.array(unreadable, dtype=str)}
     if distributed()[0] == 0:
         with open(f"{out}.tmp", "wb") as file:
-            np.savez(file, features=x, keys=keys, labels=labels, classes=classes)
+            np.savez(file, **arrays)
         os.replace(f"{out}.tmp", out)
-    print(f"wrote {out}: features {x.shape}, keys, labels, classes")
-    return {"samples": len(keys), "width": x.shape[1], "out": str(out)}
+    shapes = ", ".join(f"{name} {np.shape(array)}" for name, array in arrays.items())
+    print(f"wrote {out}: {shapes}")
+    check_unreadable(len(unreadable), total, run.max_bad)  # after what could be read is written
+    return {"samples": len(keys), "width": x[""].shape[1], "out": str(out)}
 
 
 def reconstruct(model, sources, run, extract):

@@ -53,6 +53,7 @@ from support.checkpoints import find_checkpoint
 from support.formats import inherit
 from support.labels import all_labels, reorder_head, settle_classes
 from support.loader import Stop, loader, loader_workers, map_tensors
+from support.pictures import draw_step
 from support.plan import (
     attention_shapes,
     compiles,
@@ -229,6 +230,8 @@ def open_labelled(run, hold_out=False, **options):
         run.train, run.slice = data.hold_out(run.train, None, 10_000)
         if not run.slice.sizes.any():
             raise ValueError("train is too small: a twentieth of it is needed to choose on")
+        if (few := int(run.slice.sizes.sum())) < 20:
+            run.say(f"settings are chosen on {few} pictures of train only: they are a guess")
     if not run.plan:  # before the training, not when it is measured
         labels = all_labels(run.val)
         if not (labels >= 0).any():
@@ -313,7 +316,8 @@ def learn_labels(run, model, micro_batches, totals):
         losses, weights = augment.label_loss(logits, labels, share, smoothing)
         loss = losses.sum() / run.batch_size
         (loss * run.processes).backward()  # gradients are averaged over the processes
-        totals.add(loss.detach(), weights.sum(), batch["bad"], (labels < 0).sum())
+        mean = loss.detach() / logits.shape[1]  # of the heads, each of which has its own loss
+        totals.add(mean, weights.sum(), batch["bad"], (labels < 0).sum())
 
 
 def cosine(step, steps, warmup):
@@ -355,6 +359,8 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, schedule=cosin
     stream = {"order": order, "seed": run.seed, "micro_batches": run.micro_batches}
     processes = run.process, run.processes
     dataset = data.Batches(run.train, make, run.batch_size, *processes, **stream)
+    if vars(run).get("draw_step"):
+        return draw_step(run, dataset)
 
     # -------------------------------------------------------------------------------- parallelize
     model = model.to(device)
@@ -409,10 +415,7 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, schedule=cosin
         if totals.lacking:  # a process has got no batch: this step is not taken
             break
         progress.count(totals, unlabelled=totals.unknown - totals.new_bad)
-        bad, unlabelled = progress.counts.values()
-        useless = f"{bad} cannot be read and {unlabelled} have no {target}"
-        drawn = progress.done * run.batch_size
-        progress.check(dataset, bad + unlabelled, f"of {drawn} pictures {useless}")
+        progress.check(dataset, progress.counts["unlabelled"], target)
         launch.guard(model, run, step, totals, lr)
         if clip:
             totals.clip(model, clip)

@@ -36,6 +36,7 @@ from support import flags, launch
 from support.checkpoints import find_checkpoint
 from support.formats import inherit
 from support.loader import Stop, loader, loader_workers
+from support.pictures import draw_step
 from support.plan import (
     attention_shapes,
     compiles,
@@ -246,7 +247,7 @@ def train(run):
         if totals.lacking:  # a process has got no batch: this step is not taken
             break
         progress.count(totals)
-        progress.check(run.batches, progress.counts["bad"])
+        progress.check(run.batches)
         launch.guard(model, run, step, totals, lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=not run.cuda_graph)  # a CUDA graph writes into them
@@ -303,6 +304,8 @@ def main(argv=None):
         prepare(run)
         if run.plan:
             print_plan(run)
+        elif run.draw_step:
+            draw_step(run, run.batches)
         elif weights := train(run):
             gc.collect()  # free the model and the optimizer: finish() needs memory
             finish(run, weights)

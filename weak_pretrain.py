@@ -36,6 +36,7 @@ from support import flags, hashtags, launch
 from support.checkpoints import find_checkpoint
 from support.formats import inherit
 from support.loader import Stop, loader, loader_workers
+from support.pictures import draw_step
 from support.plan import (
     attention_shapes,
     compiles,
@@ -259,7 +260,7 @@ def train(run):
             break
         untagged = run.batch_size - round(totals.weight) - totals.new_bad
         progress.count(totals, untagged=untagged)
-        progress.check(run.batches, progress.counts["bad"])
+        progress.check(run.batches)
         launch.guard(model, run, step, totals, lr)
         if run.clip:
             totals.clip(model, run.clip)
@@ -326,6 +327,8 @@ def main(argv=None):
         prepare(run)
         if run.plan:
             print_plan(run)
+        elif run.draw_step:
+            draw_step(run, run.batches)
         elif weights := train(run):
             gc.collect()  # free the model and the optimizer: finish() needs memory
             finish(run, weights)

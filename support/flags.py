@@ -126,6 +126,7 @@ def add_resume_flags(groups):
     add = groups["run"].add_argument
     add("--resume", help="a run, or a checkpoint, to go on from (the one in --out)")
     add("--save-every", type=count, help="steps between saves (a tenth, at most 1000)")
+    add("--draw-step", type=count, help="draw the pictures of this step into --out, and exit")
 
 
 def add_plan_flags(groups):

@@ -13,6 +13,7 @@ import gc
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from datetime import timedelta
@@ -46,6 +47,10 @@ def place(run):
     run.say = tqdm.write if run.process == 0 else lambda _: None
     if run.precision == "bf16" and kind != "cuda":
         raise ValueError("--precision bf16 needs CUDA")
+    if vars(run).get("draw_step"):
+        if run.processes > 1:
+            raise ValueError("--draw-step draws on one process: leave torchrun out")
+        run.shard_group = run.micro_batch = None  # those of the training may want several
     graph, group = vars(run).get("cuda_graph"), vars(run).get("shard_group")  # a stage's flags
     if graph and (kind != "cuda" or run.processes > 1):
         raise ValueError("--cuda-graph is for one process on one GPU")
@@ -117,7 +122,7 @@ class Totals:
     unknown    samples without a label or caption, unreadable ones as well
     stopping   True if a process was asked to stop after this step
     lacking    True if a process has no batch: then this step must not be taken
-    unreadable names of samples that this process could not read
+    unreadable names of the samples that could not be read, each with its error
     """
 
     def __init__(self, device):
@@ -134,7 +139,8 @@ class Totals:
     def read(self, run, model, stop):
         """Sum over the processes. Make loss and gradients means over the batch's weight.
 
-        Gradients are scaled in place. Sets stop.asked if any process was asked to stop.
+        Gradients are scaled in place. Sets stop.asked if any process was asked to stop. All
+        processes get the names of all unreadable samples.
         """
         gradients = local_gradients(model)
         # The sum over all processes holds the squared norm once for each copy of the model.
@@ -149,6 +155,10 @@ class Totals:
         self.stopping, self.lacking = bool(stopping), bool(lacking)
         if self.stopping:
             stop.asked = True
+        if self.new_bad and dist.is_initialized():
+            of_each = [None] * run.processes
+            dist.all_gather_object(of_each, self.unreadable)
+            self.unreadable = [name for names in of_each for name in names]
         # Loss and gradients were divided by the batch size: make them means over the weight.
         scale = run.batch_size / max(self.weight, 1e-9)
         self.loss, self.norm = self.loss * scale, norm**0.5 * scale
@@ -177,6 +187,7 @@ class Progress:
 
     done    steps so far
     counts  {name: samples of no use so far}: "bad", and what else a stage counts
+    unreadable  the names of the bad ones, each once, with its error
     saving  True if the run saves after this step
     flops   of a training step, for an image; peak: FLOP/s of the device, or None
     """
@@ -185,6 +196,7 @@ class Progress:
         self.run, self.flops, self.peak = run, flops, peak
         self.done = self.first_step = self.saved_step = self.logged_step = record["step"]
         self.counts = {name: record.get(name, 0) for name in counts}
+        self.unreadable = set(record.get("unreadable", ()))  # older checkpoints have none
         self.saving, self.waited, self.wait_for_save = False, 0.0, lambda: None
         self.began = self.logged = time.perf_counter()
         disable = None if run.process == 0 else True  # None: unless there is a terminal
@@ -202,20 +214,26 @@ class Progress:
     def count(self, totals, **others):
         """Count a computed step, name its unreadable samples, and settle `saving`.
 
-        others: {name of another count: new samples}
+        Each is named once in a run. others: {name of another count: new samples}
         """
-        for name in totals.unreadable[: max(0, 20 - self.counts["bad"])]:  # the first 20
-            tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
+        for name in dict.fromkeys(totals.unreadable):
+            if name not in self.unreadable and self.run.process == 0:
+                tqdm.write(f"unreadable, weight 0: {name}", file=sys.stderr)
+        self.unreadable.update(totals.unreadable)
         self.done += 1
         for name, new in {"bad": totals.new_bad, **others}.items():
             self.counts[name] += new
         self.saving = self.done % self.run.save_every == 0 or self.done == self.run.steps
 
-    def check(self, batches, bad, what=None):
-        """Raise Failure if `bad` samples are over --max-bad. what: how its message begins."""
-        drawn = self.done * self.run.batch_size
-        what = what or f"{bad} of {drawn} pictures cannot be read"
-        if batches.over_max_bad(bad, drawn, self.run.max_bad):
+    def check(self, batches, unlabelled=0, target=None):
+        """Raise Failure if too many samples are bad, or lack a label: see over_max_bad.
+
+        unlabelled: readable ones without a `target`, so far
+        """
+        drawn, bad, names = self.done * self.run.batch_size, self.counts["bad"], self.unreadable
+        if batches.over_max_bad(len(names), bad, unlabelled, drawn, self.run.max_bad):
+            what = f"{bad} of {drawn} pictures cannot be read ({len(names)} different ones)"
+            what += f" and {unlabelled} have no {target}" if target else ""
             over = f"over --max-bad {self.run.max_bad}, or all of them"
             raise Failure(f"{what}: {over}; mend or remove them")
 
@@ -249,6 +267,7 @@ class Progress:
     def save(self, model, optimizer):
         """Write a checkpoint; on CUDA in the background."""
         run, record = self.run, {"identity": self.run.identity, **self.counts}
+        record["unreadable"] = sorted(self.unreadable)
         options = {"keep_last": run.keep_last, "keep_every": run.keep_every}
         options["background"] = run.device.type == "cuda"
         self.wait_for_save()  # the one before: never two at once
@@ -301,11 +320,13 @@ def progress(made, total, title, unit=""):
 
 def step_line(entry, steps, shown):
     """A line of metrics in words: see Progress.log."""
+    rate = entry["images_per_second"]
+    rate = f"{rate:.1f}" if rate >= 10 else f"{rate:.2f}"
     text = (
         "step {step}/{steps}  loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  "
-        "{images_per_second:.1f} images/s  mfu {mfu:.1%}  data wait {data_wait:.0%}  "
-        "memory {memory_gib:.1f} GiB  eta {eta}"
-    ).format(steps=steps, eta=tqdm.format_interval(entry["eta_seconds"]), **entry)
+        "{rate} images/s  mfu {mfu:.1%}  data wait {data_wait:.0%}  memory {memory_gib:.1f} GiB  "
+        "eta {eta}"
+    ).format(steps=steps, rate=rate, eta=tqdm.format_interval(entry["eta_seconds"]), **entry)
     for name, form in shown.items():
         value = entry.get(name)
         if value or isinstance(value, float):  # a count of 0 is left out, not a measured 0.0
@@ -338,10 +359,14 @@ def guard(model, run, step, totals, lr):
     full = lambda found: found.full_tensor() if hasattr(found, "full_tensor") else found  # sharded
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     names = [name for name, grad in gradients.items() if not full(grad.isfinite().all())]
+    full_precision = ["--precision fp32"] if run.precision == "bf16" else []
+    advice = "a lower --lr", "a longer --warmup", *full_precision, "a look at the pictures:"
     raise Failure(
         f"step {step + 1}: loss {totals.loss}, gradient norm {totals.norm}, lr {lr:.2e}; it was "
         f"not saved. Positions {step * run.batch_size} to {(step + 1) * run.batch_size - 1}. "
-        f"Gradients not finite: {' '.join(names) or 'none'}"
+        f"Gradients not finite: {' '.join(names) or 'none'}\n"
+        f"  Try, in this order: {', '.join(advice)}\n"
+        f"  python {shlex.join(sys.argv)} --draw-step {step + 1}"
     )
 
 

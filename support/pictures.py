@@ -117,6 +117,33 @@ def some_pictures(source, config, count):
     return batch["images"][batch["weight"] > 0]
 
 
+def draw_step(run, batches):
+    """Write OUT/step-N.png: the first 64 pictures of step N = run.draw_step, as it trains on them.
+
+    batches: a data.Batches of one process. Of a clip, the middle frame is drawn. The position
+    and the name of each is printed. Raises ValueError if the rows have no pictures.
+    """
+    first, images = (run.draw_step - 1) * batches.micro_batches, []
+    for number in range(first, first + batches.micro_batches):
+        batch = batches[number]
+        if "images" not in batch:
+            raise ValueError("--draw-step: this training reads features, not pictures")
+        rows = [batch[name].tolist() for name in ("positions", "samples", "weight")]
+        for position, sample, weight in list(zip(*rows))[: 64 - len(images)]:
+            note = "" if weight else " (weight 0)"
+            print(f"position {position}: {batches.source.name(sample)}{note}")
+        images += batch["images"]
+        if len(images) >= 64:
+            break
+    images = torch.stack(images[:64])
+    images = images[:, :, images.shape[2] // 2] if images.ndim == 5 else images
+    columns = [images[i::8] for i in range(min(8, len(images)))]
+    first = (run.draw_step - 1) * batches.batch_size
+    titles = [f"position {first}, ...", *[""] * 7]
+    os.makedirs(run.out, exist_ok=True)
+    draw_grid(columns, titles, run.out / f"step-{run.draw_step}.png")
+
+
 def draw_confusion(table, names, path):
     """Write a PNG of a confusion matrix.
 

@@ -100,11 +100,14 @@ def labelled(sample, key, size, channels, min_crop=None, centre=1.0):
 
 
 def named_batches(batches, workers=0, title="measuring"):
-    """Yield each of a data.Batches once, and print the names of its unreadable samples."""
+    """Yield each of a data.Batches once. Each unreadable sample in it is named once, however
+    often this is called."""
     made = loader(batches, range(len(batches)), workers)
     for batch in progress(made, len(batches), title, " batches"):
         for name in batch["bad"]:
-            print(f"unreadable, left out: {name}", file=sys.stderr)
+            if name not in batches.named:
+                print(f"unreadable, left out: {name}", file=sys.stderr)
+        batches.named.update(batch["bad"])
         yield batch
 
 

@@ -216,18 +216,28 @@ def test_memory_grows_with_the_shards_only(shards, size, lanes):
 
 
 @pytest.mark.parametrize(
-    "share, drawn, most",  # the largest number of unreadable samples that is not too many
+    "share, total, drawn, most",  # the largest number of unreadable files that is not too many
     [
-        *((0.01, 120, 10), (0.01, 60_000, 1001)),  # 1 % of 1,000 at least
-        *((0.05, 100_000, 5000), (1, 40, 39)),  # not all of them
-        # One picture alone, which comes once in each epoch of 60, is never too many.
-        *((0, 1, 1), (0, 59, 1), (0, 60, 2), (0, 61, 2), (0, 600, 11)),
+        *((0.01, 60, 120, 10), (0.01, 60_000, 60_000, 600)),  # 1 % of 1,000 at least
+        (0.01, 60_000, 600_000, 600),  # of the files, however often they come
+        *((0.05, 100_000, 20_000, 1000), (0.5, 1000, 30, 500)),  # of those that have come
+        *((0, 60, 1, 1), (0, 60, 59, 1), (0, 60, 600, 1)),  # one alone is never too many
     ],
 )
-def test_how_many_unreadable_samples_are_too_many(share, drawn, most):
+def test_how_many_unreadable_files_are_too_many(share, total, drawn, most):
+    batches = picture_batches(Memory([total]), (8, 8), 3, 8, order=data.Order([total]))
+    assert not batches.over_max_bad(most, 0, 0, drawn, share)
+    assert batches.over_max_bad(most + 1, 0, 0, drawn, share)
+    # Unlabelled samples count as the files that they are: each comes in every epoch.
+    epochs = max(1, drawn // total)
+    assert not batches.over_max_bad(0, 0, most * epochs, drawn, share)
+    assert batches.over_max_bad(0, 0, (most + 1) * epochs, drawn, share)
+
+
+def test_useless_samples_alone_are_too_many():
     batches = picture_batches(Memory([60]), (8, 8), 3, 8, order=data.Order([60]))
-    assert not batches.over_max_bad(most, drawn, share)
-    assert batches.over_max_bad(most + 1, drawn, share)
+    assert batches.over_max_bad(40, 40, 0, 40, 1) and batches.over_max_bad(10, 10, 30, 40, 1)
+    assert not batches.over_max_bad(39, 39, 0, 40, 1)
 
 
 def test_a_batch_is_what_its_keys_say():

@@ -317,6 +317,14 @@ def test_over_max_bad_the_run_stops(unreadable, encoder, tmp_path, capsys):
     for limit in ([], ["--max-bad", 0.08], ["--max-bad", 0]):
         line, before = refused(capsys, *flags, *limit)
         assert "3 of 36" in line and "--max-bad" in line and len(before) == 3  # their names
+    # What can be read is written, and the others are marked.
+    flags = ["--task", "features", *flags[2:], "--split", "train", "--out", tmp_path / "train.npz"]
+    assert "3 of 36" in refused(capsys, *flags)[0]
+    found = arrays(tmp_path / "train.npz")
+    assert len(found["features"]) == len(found["keys"]) == 33
+    assert sorted(Path(name).name for name in found["unreadable"]) == [
+        "cut.png", "empty.jpg", "text.png"
+    ]  # fmt: skip
     # One alone is never fatal: 1 of the 22 in val.
     evaluated("features", encoder.path, unreadable, "--out", tmp_path / "features.npz")
 

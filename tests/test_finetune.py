@@ -593,7 +593,7 @@ def test_unreadable_pictures_are_named_left_out_and_capped(animals, tmp_path):
         path.write_bytes(b"junk")
     stopped = fine(*asked, "--max-bad", "1", "--out", tmp_path / "none")
     assert stopped.returncode == 1
-    assert "8 pictures 8 cannot be read and 0 have no label" in stopped.stderr
+    assert "8 of 8 pictures cannot be read (8 different ones) and 0 have no label" in stopped.stderr
 
 
 def test_an_unreadable_scene_is_counted(scenes, tmp_path):

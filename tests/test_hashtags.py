@@ -374,6 +374,8 @@ def test_an_unreadable_sample_with_a_weight_comes_as_often_as_the_weight_says():
     order = Weights([[2.5, *[1] * 59]]).order(largest=5 * hashtags.WEIGHT // 2)
     assert order.length == 61 and epoch_counts(order, 0)[0] in (2, 3)
     batches = picture_batches(Memory([60]), (8, 8), 3, 8, order=order)
-    for drawn, most in ((5, 3), (100 * 61, 3 * 101)):
-        assert not batches.over_max_bad(most, drawn, 0)
-        assert batches.over_max_bad(most + 1, drawn, 0)
+    for drawn in (5, 100 * 61):  # alone, it never stops a run
+        unlabelled = 3 * (1 + drawn // 61)  # at most three times in each epoch
+        assert not batches.over_max_bad(1, 0, 0, drawn, 0)
+        assert not batches.over_max_bad(0, 0, unlabelled, drawn, 0)
+        assert batches.over_max_bad(4, 0, 0, drawn, 0)

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import shlex
 import shutil
 import signal
 import struct
@@ -296,10 +297,15 @@ def test_4_nothing_non_finite_is_stepped_on_or_saved(tmp_path):
     ran = stage(*start, "--out", tmp_path / "run")
     assert ran.returncode == 1
     assert "step 1: loss nan" in ran.stderr and "Positions 0 to 7" in ran.stderr
-    named = ran.stderr.split("Gradients not finite: ")[1].split()
+    found, *advice = ran.stderr.split("Gradients not finite: ")[1].splitlines()
+    named = found.split()
     order = [name for name, _ in model.named_parameters()]
     assert "blocks.1.mlp.fc1.weight" in named
     assert named == sorted(named, key=order.index)
+    assert "a lower --lr" in advice[0]
+    drawn = stage(*shlex.split(advice[1])[2:])  # python mae_pretrain.py ...
+    assert drawn.returncode == 0 and (tmp_path / "run" / "step-1.png").exists()
+    assert [f"position {i}: toy:" in drawn.stdout for i in range(9)] == [True] * 8 + [False]
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert not (tmp_path / "run" / "model.pt").exists()
 
@@ -357,7 +363,10 @@ def test_5_one_bad_picture_is_never_fatal(photos, tmp_path):
     ran = stage(*run, "--out", tmp_path / "run", "--save-every", "1000")
     assert ran.returncode == 0, ran.stderr
     metrics = read_metrics(tmp_path / "run")
-    assert metrics[-1]["bad"] == 16 and ran.stderr.count("007.jpg") == 16
+    assert metrics[-1]["bad"] == 16 and ran.stderr.count("007.jpg") == 1  # it is named once
+    two = [*run, "--batch-size", "4", "--steps", 16 * 19, "--lanes", "2"]
+    ran = stage(*two, "--out", tmp_path / "two", processes=2)
+    assert ran.returncode == 0 and ran.stderr.count("007.jpg") == 1, ran.stderr
     alone = [line for line, before in zip(metrics[1:], metrics) if line["bad"] > before["bad"]]
     assert all(line["loss"] == line["grad_norm"] == 0 for line in alone)
 
