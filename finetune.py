@@ -159,6 +159,9 @@ def prepare(run):
         **recipe,
     }
     samples = int(run.train.sizes.sum())
+    if run.plan and not run.data and run.config["size"] != "toy":
+        samples = 1_281_167
+        run.say(f"data         none is given: as many pictures as ImageNet-1k has, {samples:,}")
     if run.samples:
         run.epochs = run.samples / samples
     for name, default in recipe.items():
@@ -222,6 +225,8 @@ def open_labelled(run, hold_out=False, **options):
     measures at once. read_init must be called before.
     """
     open_pictures(run, **options)
+    if run.plan and not run.data and run.classes:  # of any data: the toy world's names do not count
+        run.train.classes = run.val.classes = None
     settle_classes(run)
     if run.val.endless:
         run.val = data.Subset(run.val, range(1024))

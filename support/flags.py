@@ -135,7 +135,8 @@ def add_plan_flags(groups):
     add("--plan", action="store_true", help="print what the run takes, and exit")
     add("--gpus", type=count, help="processes to plan for (those that run); implies --plan")
     share = number(float, 0, 1, above=True)
-    add("--mfu", type=share, default=0.4, help="--plan: share of the peak FLOP/s (0.4)")
+    add("--mfu", type=share, help="--plan: share of the peak FLOP/s (what was measured, or 0.4)")
+    add("--here", action="store_true", help="time ten steps on this CPU; implies --plan")
 
 
 def add_label_flags(groups, pool, min_crop, classes=True):

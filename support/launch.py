@@ -30,7 +30,7 @@ from support.checkpoints import begin_run, is_lost, last_line, load_checkpoint, 
 def place(run):
     """Settle where a run computes: process, processes, processes_here, device, precision, say.
 
-    --gpus implies run.plan. Returns the type of the device; for --gpus, "cuda". Raises
+    --gpus and --here imply run.plan. Returns the type of the device; for --gpus, "cuda". Raises
     ValueError for flags that the device or the number of processes does not allow.
     """
     getenv = os.environ.get  # torchrun sets these
@@ -41,8 +41,9 @@ def place(run):
     if kind == "mps" and run.processes > 1:  # no collectives there
         kind = "cpu"
     run.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    run.plan = run.plan or bool(run.gpus) or vars(run).get("here", False)
     if run.gpus:  # a plan for GPUs can be made anywhere
-        run.plan, run.processes, kind = True, run.gpus, "cuda"
+        run.processes, kind = run.gpus, "cuda"
     run.precision = run.precision or ("bf16" if kind == "cuda" else "fp32")
     run.say = tqdm.write if run.process == 0 else lambda _: None
     if run.precision == "bf16" and kind != "cuda":

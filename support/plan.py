@@ -4,12 +4,14 @@ import copy
 import math
 import os
 import shutil
+import time
 from argparse import Namespace
+from statistics import median
 
 import torch
 
 from kernels import triton
-from model import MAE
+from model import MAE, initialize
 
 # Dense bf16 peaks in FLOP/s, from the data sheets. The first name that fits counts.
 PEAK_FLOPS = {
@@ -25,6 +27,8 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+# Shares of the peak in whole steps of stage 1 on one H200 (docs/speed.md).
+MEASURED_MFU = {"B": 0.32, "L": 0.39, "H": 0.39}
 
 
 def peak_flops(device):
@@ -291,10 +295,9 @@ def print_plan(run):
     print(f"parallel     {describe_sharding(model, run)}")
     print_memory(model, run)
     print_network(run, count)
-    hours = samples * flops / (run.mfu * PEAK_FLOPS["H100"]) / 3600
-    days = f"({hours / 24:,.2f} GPU-days), {hours / 24 / processes:,.2f} days on {processes}"
-    print(f"GPU-hours    {hours:,.1f} {days},")
-    print(f"             of H100s at {run.mfu:.0%} of their peak: an assumption, --mfu")
+    print_hours(run, flops)
+    if run.here:
+        print_hours_here(run, flops)
 
 
 def print_memory(model, run):
@@ -307,10 +310,68 @@ def print_memory(model, run):
         print(f"  {item:30}" + "".join(f"{plan[item] / 2**30:10.2f}" for plan in plans))
     budget = memory_budget(model, run)
     row = f"  {f'largest micro-batch, {budget / 2**30:.1f} GiB':30}"
-    for way in ways:
-        n = fitting_batch(model, run.batch_size // run.processes, way)
-        row += f"{n if training_memory(model, way, n)['peak'] <= budget else 'none':>10}"
-    print(row)
+    print(row + "".join(f"{most_images(model, way, budget) or 'none':>10}" for way in ways))
+
+
+def most_images(model, run, budget):
+    """The largest micro-batch whose step takes at most `budget` bytes, of any batch; 0: none."""
+    run, most = Namespace(**vars(run) | {"batch_size": 0}), 0  # no second micro-batch
+    for bit in range(20, -1, -1):
+        if training_memory(model, run, most + 2**bit)["peak"] <= budget:
+            most += 2**bit
+    return most
+
+
+def print_hours(run, flops):
+    """Print the GPU-hours of a run. flops: of a training step, for an image."""
+    chip = "H100" if run.device.type == "cpu" else peak_flops(run.device)[1]
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in chip), None)
+    if not peak:
+        return print(f"GPU-hours    unknown, as is the peak of {chip}")
+    share, origin = run.mfu, "--mfu"
+    if not share:
+        share, origin = 0.4, "a guess: --mfu"
+        measured = isinstance(run.model, MAE) and MEASURED_MFU.get(run.config["size"])
+        if measured and not run.checkpoint_activations:
+            share, origin = measured, "measured on one H200 (docs/speed.md)"
+            origin += "" if "H200" in chip else f", a guess for {chip}s: --mfu"
+    hours = run.steps * run.batch_size * flops / (share * peak) / 3600
+    days = (
+        f"({hours / 24:,.2f} GPU-days), {hours / 24 / run.processes:,.2f} days on {run.processes}"
+    )
+    print(f"GPU-hours    {hours:,.1f} {days},")
+    print(f"             of {chip}s at {share:.0%} of their peak: {origin}")
+
+
+def print_hours_here(run, flops):
+    """Print the hours of a run on this CPU, from ten timed steps of a few images, in fp32.
+
+    Loading is not in it. flops: of a training step, for an image.
+    """
+    model, n = run.model, max(1, min(run.micro_batch, int(2e11 / flops)))  # some seconds a step
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    alone = Namespace(**vars(run) | {"processes": 1, "shard_group": None, "batch_size": n})
+    needed = training_memory(model, alone, n)["peak"]
+    if needed > 0.8 * ram:
+        return print(f"here         not timed: it takes {as_size(needed)} of {as_size(ram)}")
+    initialize(model.to_empty(device="cpu"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    images = torch.zeros(n, *model.input_shape)
+    ids = [torch.arange(model.num_patches).expand(n, -1)] if isinstance(model, MAE) else []
+    computing, updating = [], []
+    for _ in range(11):  # the first one is not counted
+        began = time.perf_counter()
+        model(images, *ids).mean().backward()
+        computed = time.perf_counter()
+        optimizer.step()
+        optimizer.zero_grad()
+        computing.append(computed - began)
+        updating.append(time.perf_counter() - computed)
+    image, update = median(computing[1:]) / n, median(updating[1:])
+    hours = run.steps * (run.batch_size * image + update) / 3600
+    threads = f"{torch.get_num_threads()} threads"
+    print(f"here         {hours:,.1f} hours on this CPU with {threads}: {1 / image:,.1f} images/s,")
+    print(f"             from ten steps of {n} images without loading them")
 
 
 def print_network(run, count):

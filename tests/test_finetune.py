@@ -547,6 +547,13 @@ def test_help_lists_the_flags_of_a_task(capsys):
         assert ("--rand-augment" in printed) == (task in ("classify", "video"))
 
 
+def test_a_plan_needs_no_data_but_the_number_of_classes(capsys):
+    finetune.main(["--task", "classify", "--size", "B", "--plan", "--classes", "1000"])
+    printed = capsys.readouterr().out
+    samples = -(-100 * 1_281_167 // 1024) * 1024  # 100 epochs of ImageNet-1k, in whole batches
+    assert "head 0.8 M" in printed and f"{samples:,} samples" in printed
+
+
 def test_stage_3_loads_the_augmentation_alone_of_all_tasks():
     code = "import sys, finetune; print(*sorted(n for n in sys.modules if n[:6] == 'tasks.'))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)

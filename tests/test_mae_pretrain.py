@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import json
 import math
+import re
 import shlex
 import shutil
 import subprocess
@@ -34,6 +35,7 @@ import mae_pretrain
 import model as models
 import weak_pretrain
 from support import checkpoints, launch, toy
+from support.plan import flops_per_image, training_memory
 
 
 def settled(*arguments):
@@ -364,12 +366,48 @@ def test_a_plan_without_a_batch_size_takes_one_that_fits(capsys, program, task, 
     assert "--micro-batch 6" in refuse("--batch-size", 1024, "--micro-batch", 6)
 
 
-@pytest.mark.parametrize(("memory", "fits"), [("1", "none"), ("10000", "2048")])
+@pytest.mark.parametrize(("memory", "fits"), [("1", False), ("100", True)])
 def test_a_plan_names_the_largest_micro_batch_that_fits(memory, fits, capsys):
-    asked = ["--gpus", "8", "--size", "H", "--batch-size", "16384", "--memory", memory]
+    """It may be larger than a process's part of the batch."""
+    asked = ["--gpus", "8", "--size", "H", "--batch-size", "64", "--memory", memory]
     mae_pretrain.main(asked)
     (line,) = (row for row in capsys.readouterr().out.splitlines() if "largest" in row)
-    assert line.split()[-2:] == [fits, fits]  # without, and with --checkpoint-activations
+    found = line.split()[-2:]  # without, and with --checkpoint-activations
+    if not fits:
+        assert found == ["none", "none"]
+        return
+    run = mae_pretrain.parse_arguments(asked)
+    mae_pretrain.prepare(run)
+    for most, checkpointing in zip(map(int, found), (False, True)):
+        run.checkpoint_activations, run.batch_size = checkpointing, 0
+        peaks = [training_memory(run.model, run, n)["peak"] for n in (most, most + 1)]
+        assert peaks[0] <= 0.8 * 100 * 2**30 < peaks[1]
+
+
+def test_the_hours_of_a_plan(capsys):
+    """By hand: 1e6 images of three times the forward FLOPs, at a share of an H100's peak."""
+    asked = ["--gpus", "8", "--size", "B", "--batch-size", "4096", "--samples", "4096000"]
+    flops = 3 * flops_per_image(models.MAE("B"))
+    for flags, share, origin in (
+        ([], 0.32, "measured on one H200"),
+        (["--mfu", "0.5"], 0.5, "--mfu"),
+        (["--checkpoint-activations"], 0.4, "a guess"),
+    ):
+        mae_pretrain.main([*asked, *flags])
+        printed = capsys.readouterr().out
+        hours = 4_096_000 * flops / (share * 989e12) / 3600
+        assert f"GPU-hours    {hours:,.1f} (" in printed
+        assert f"at {share:.0%} of their peak: {origin}" in printed
+
+
+def test_a_plan_can_time_ten_steps_here(capsys):
+    flags = ["--here", "--size", "16x1x2", "--image-size", "32", "--samples", "6400"]
+    mae_pretrain.main([*flags, "--batch-size", "64"])
+    printed = capsys.readouterr().out
+    rate = re.search(r"here .* hours on this CPU with \d+ threads: ([\d,.]+) images/s", printed)
+    assert float(rate[1].replace(",", "")) > 0
+    mae_pretrain.main(["--here", "--size", "6.5B", "--memory", "1000"])
+    assert "here         not timed: it takes" in capsys.readouterr().out
 
 
 def test_a_plan_counts_what_travels(capsys):
