@@ -174,6 +174,7 @@ class Source:
 
     sizes          (S,) int64, samples per shard; sample numbers run through the shards
     classes        names of its classes, or None
+    strays         how many pictures lie beside the folders of its classes
     identity       a text that differs for other data
     cache          of remote shards, see support/remote.py
     endless        True for the toy world: an epoch is any number of samples
@@ -189,7 +190,7 @@ class Source:
     The functions raise ValueError or OSError if the sample is damaged.
     """
 
-    cache, endless = None, False
+    cache, endless, strays = None, False, 0
 
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -206,6 +207,7 @@ def open_sources(
     cache=(None, "20G"),
     caption_key="caption",
     videos=False,
+    labelled=True,
 ):
     """(source to train on, source to measure on or None) behind --data and --val-data.
 
@@ -216,6 +218,7 @@ def open_sources(
     cache        (folder or None, size as "500G") for remote shards
     caption_key  name of the captions in labels and in .json files of shards
     videos       open videos instead: see tasks/video.py
+    labelled     False: val may have other classes than train. Then its labels are not used
 
     Without val_data, the toy world has its own, and so has a folder with train/ and val/
     in it (see SPLITS). With labels, names of folders mean nothing. Raises ValueError.
@@ -239,8 +242,12 @@ def open_sources(
         return train, None
     val = open_source(val_data, "val", val_labels, train.classes, **options)
     if train.classes and val.classes not in (None, train.classes):
-        why = f"{val_data} has other classes than train"
-        raise ValueError(f"{why}: give other --val-data; of shards, pack val after train")
+        unknown = ", ".join([name for name in val.classes if name not in train.classes][:5])
+        why = f"{val_data} has other classes than train ({unknown or 'in another order'})"
+        if labelled:
+            raise ValueError(f"{why}: give other --val-data; of shards, pack val after train")
+        warn(f"{why}: its labels are not used")
+        val.classes = None
     return train, val
 
 
@@ -283,11 +290,15 @@ def splits_in(root):
 
 
 class Folder(Source):
-    """Pictures below a folder. If all are in subfolders, the first level names the classes.
+    """Pictures below a folder. If they are in subfolders, the first level names the classes.
+
+    At most a tenth of the pictures may lie beside two or more folders. They are strays: they
+    have no class, and labelled tasks leave them out. If there are more, no picture has a class.
 
     labels   a file that lists pictures, classes, hashtags and captions instead: see
              support/labels.py
-    classes  the only names that classes may have, if given
+    classes  those of train, which a folder of val numbers its own by. If it has others, its
+             classes are its own
 
     Pictures are in the order of a hash of their paths: the same on every machine, and
     unrelated to their classes. So any stretch is a fair sample: a held-out slice, a lane.
@@ -325,15 +336,17 @@ class Folder(Source):
         found, unnamed = set(names) - {None}, names.count(None)
         if not found:
             return None
-        if not labels and (unnamed or not classes and len(found) == 1):
-            why = f"want all {self.what} in two or more folders"
+        if not labels and (10 * unnamed > len(names) or not classes and len(found) == 1):
+            why = f"want two or more folders, at most a tenth of the {self.what} beside them"
             print(f"{self.root}: no classes ({why})")
             return None
-        if unknown := ", ".join(sorted(found - set(classes or found))[:5]):
-            raise ValueError(f"{self.root} has classes that train has not: {unknown}")
-        if unnamed:
+        if unnamed and labels:
             print(f"{labels}: {self.what} without a class: {unnamed}", file=sys.stderr)
-        return classes or sort_classes(found)
+        elif unnamed:
+            self.strays, first = unnamed, self.paths[names.index(None)]
+            why = "beside the folders of classes, left out where labels are learned"
+            warn(f"{self.root}: {self.what} {why}: {unnamed} ({first})")
+        return classes if classes and found <= set(classes) else sort_classes(found)
 
     def read(self, number):
         return {
@@ -373,9 +386,15 @@ def warn_of_splits(root, folders):
     for folder in folders:
         for match in split.finditer(folder.lower()):
             found.setdefault(match[1], folder)
-    if len(found) > 1 and os.environ.get("RANK", "0") == "0":
+    if len(found) > 1:
         why = "look like splits, but all are read: give them as --data and --val-data"
-        print(f"{root}: folders in it ({' '.join(sorted(found.values()))}) {why}", file=sys.stderr)
+        warn(f"{root}: folders in it ({' '.join(sorted(found.values()))}) {why}")
+
+
+def warn(line):
+    """Print a line on standard error, in the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 def class_of(path):
@@ -413,7 +432,7 @@ class Subset(Source):
 
     def __init__(self, source, numbers):
         self.source, self.numbers, self.classes = source, numbers, source.classes
-        self.cache = source.cache
+        self.cache, self.strays = source.cache, source.strays
         self.sizes = np.ones(len(numbers), dtype=np.int64)
         if isinstance(numbers, range):  # keep the shards, some of them empty, and lanes
             self.sizes = np.diff(running_sum(source.sizes).clip(numbers.start, numbers.stop))

@@ -499,6 +499,7 @@ def open_data(run, size):
         return [open_split(run.val_data or run.data, "val", size[0])]
     options = {"cache": (run.cache_dir, run.cache_size), "videos": run.task == "video"}
     options["caption_key"] = run.caption_key
+    options["labelled"] = run.task not in ("reconstruct", "attention", "retrieval")
     labels = run.labels, run.val_labels
     train, val = open_sources(run.data, run.val_data, size, *labels, **options)
     return [train, val] if val else [train]

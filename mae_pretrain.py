@@ -126,8 +126,8 @@ def prepare(run):
     # ----------------------------------------------------------------------------- data
     data.check_channels(channels)
     data.limit_pixels(run.max_pixels)
-    cache = run.cache_dir, run.cache_size
-    train, run.val = data.open_sources(run.data or "toy", run.val_data, size, cache=cache)
+    options = {"cache": (run.cache_dir, run.cache_size), "labelled": False}
+    train, run.val = data.open_sources(run.data or "toy", run.val_data, size, **options)
     run.source, run.held_out = data.hold_out(train, run.val, data.HELD_OUT)
     # A plan without data assumes a number of lanes that the processes can share.
     planned = math.lcm(48, run.processes) if run.plan and not run.data else None

@@ -125,8 +125,8 @@ def prepare(run):
     # ----------------------------------------------------------------------------- data
     data.check_channels(channels)
     data.limit_pixels(run.max_pixels)
-    cache = run.cache_dir, run.cache_size
-    source, _ = data.open_sources(run.data or "toy", None, size, run.labels, cache=cache)
+    options = {"cache": (run.cache_dir, run.cache_size), "labelled": False}
+    source, _ = data.open_sources(run.data or "toy", None, size, run.labels, **options)
     if run.plan and not run.tags and run.size not in (None, "toy"):  # the paper's number of tags
         run.vocabulary = hashtags.Vocabulary(dict.fromkeys(map(str, range(28_000)), 1), {})
         run.source, run.held_out, weights = source, source, {}

@@ -14,7 +14,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import PICTURES, SPLITS, is_picture, one_line, raise_if_unreachable, sort_classes, walk
+from data import (
+    PICTURES,
+    SPLITS,
+    Subset,
+    is_picture,
+    one_line,
+    raise_if_unreachable,
+    sort_classes,
+    walk,
+)
 from support.launch import progress
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
@@ -391,7 +400,8 @@ def read_all(source, name, value_of, unknown):
 
 
 def settle_classes(run):
-    """Set run.classes, the number of classes to learn. Raises ValueError."""
+    """Set run.classes, the number of classes to learn. Strays leave run.train. Raises
+    ValueError."""
     named = len(run.train.classes or ())
     if named and run.classes not in (None, named):
         raise ValueError(f"--classes {run.classes}: {run.data} names {named}")
@@ -408,6 +418,9 @@ def settle_classes(run):
     if (run.train.classes is None) != (run.val.classes is None):
         names = "one of train and val names its classes, the other does not"
         raise ValueError(f"{names}: {run.train.identity}; {run.val.identity}")
+    if run.train.strays:  # never drawn: each would count as a picture that lacks its label
+        known = np.flatnonzero(all_labels(run.train) >= 0)
+        run.train = Subset(run.train, known.tolist())
     # A head that was learned when numbers were sorted as texts must not go on with other labels.
     # (Other classes may be in any order: the toy world's are.)
     classes = run.train.classes or []

@@ -90,11 +90,12 @@ def open_folder(folder, classes, out):
     if splits := splits_in(folder):
         paths = ", ".join(splits["train"] + splits["val"] + splits["test"])
         raise ValueError(f"{folder} holds splits: pack {paths} one after the other")
-    try:
-        return Folder(folder, classes)
-    except ValueError as error:
-        hint = f" (the classes of {out}/pack.json: use another folder)" if classes else ""
-        raise ValueError(f"{error}{hint}") from None
+    source = Folder(folder, classes)
+    if classes and source.classes not in (None, classes):
+        unknown = ", ".join([name for name in source.classes if name not in classes][:5])
+        why = f"{folder} has classes that {out}/pack.json has not: {unknown}"
+        raise ValueError(f"{why}; pack it into another folder")
+    return source
 
 
 def write_shard(path, source, numbers, short_side, threads):
@@ -107,7 +108,7 @@ def write_shard(path, source, numbers, short_side, threads):
                 # The number makes the key unique: a.jpg and a.png may be neighbours.
                 stem = re.sub(r"[/.]", "_", os.path.splitext(source.paths[number])[0])
                 members = {kind: content}
-                if source.classes:
+                if source.labels[number] >= 0:
                     members["cls"] = str(source.labels[number]).encode()
                 for extension, content in members.items():
                     # Time 0, owner 0: the same pictures give the same bytes.

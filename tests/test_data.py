@@ -777,10 +777,51 @@ def test_class_folders_are_the_first_level(tmp_path, folders):
     source = opened(folder)
     assert source.classes == [name.split("/")[0] for name in folders]
     assert relative_labels(source, folder) == {name: i // 2 for i, name in enumerate(names)}
-    write_files(tmp_path, tiles("beside-them.png"))
+    beside = [f"beside-them-{i}.png" for i in range(3)]  # more than a tenth
+    write_files(tmp_path, tiles(*beside))
     source = opened(folder)
     assert source.classes is None
-    assert relative_labels(source, folder) == dict.fromkeys([*names, "beside-them.png"], -1)
+    assert relative_labels(source, folder) == dict.fromkeys([*names, *beside], -1)
+
+
+def test_a_tenth_of_the_pictures_may_lie_beside_the_folders_of_classes(
+    tmp_path, capsys, monkeypatch
+):
+    names = [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(9)]
+    folder = write_files(tmp_path / "pets", tiles(*names, "beside.png", "also.png"))
+    source = opened(folder)
+    assert source.classes == ["cat", "dog"] and source.strays == 2
+    found = relative_labels(source, folder)
+    assert {name for name, label in found.items() if label < 0} == {"beside.png", "also.png"}
+    assert all(found[name] == (name[:3] == "dog") for name in names)
+    # As before there were strays: checkpoints of runs without labels hold it.
+    assert source.identity == "20 pictures, c70e1420cd600fda"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "labels are learned: 2 (" in line and ("beside.png" in line or "also.png" in line)
+    monkeypatch.setenv("RANK", "1")
+    opened(folder)
+    assert capsys.readouterr().err == ""
+    # In val, whose classes are those of train, there may be a single folder.
+    val = write_files(tmp_path / "val", tiles(*names[:9], "beside.png"))
+    assert data.open_sources(folder, val)[1].classes == ["cat", "dog"]
+    write_files(val, tiles("also.png"))
+    assert data.open_sources(folder, val)[1].classes is None
+    # Beside one folder, or more than a tenth: as before.
+    assert opened(write_files(tmp_path / "one", tiles(*names[:9], "beside.png"))).classes is None
+    write_files(folder, tiles("third.png"))
+    assert opened(folder).classes is None
+
+
+def test_without_labels_val_may_have_other_classes(tmp_path, capsys):
+    names = ["train/cat/a.png", "train/dog/b.png", "val/dog/c.png"]
+    folder = write_files(tmp_path / "pets", tiles(*names))
+    assert data.open_sources(folder, labelled=False)[1].classes == ["cat", "dog"]
+    assert capsys.readouterr().err == ""
+    write_files(folder, tiles("val/yak/d.png"))
+    train, val = data.open_sources(folder, labelled=False)
+    assert train.classes == ["cat", "dog"] and val.classes is None and val.sizes.sum() == 2
+    line = f"{folder}/val has other classes than train (yak): its labels are not used\n"
+    assert capsys.readouterr().err == line
 
 
 def test_the_order_of_a_folder_is_mixed_and_depends_on_the_paths_alone(tmp_path):

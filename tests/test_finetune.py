@@ -300,6 +300,19 @@ def test_the_command_has_the_flags_that_were_given(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------ classify
 
 
+def test_strays_are_not_drawn(animals, tmp_path):
+    """Drawn without a label, they would end a run that sees them often: see --max-bad."""
+    shutil.copytree(animals, tmp_path / "animals")
+    for split, count in (("train", 6), ("val", 1)):
+        for i in range(count):
+            picture(i).save(tmp_path / "animals" / split / f"stray-{i}.png")
+    flags = [*CLASSIFY, "--steps", 24, "--data", tmp_path / "animals", "--out", tmp_path / "run"]
+    ran = fine(*flags)
+    assert last_json(ran)["task"] == "classify" and "on 12 pictures" in ran.stdout
+    assert {line["unlabelled"] for line in read_metrics(tmp_path / "run")} == {0}
+    assert "animals/train: pictures beside the folders of classes" in ran.stderr
+
+
 def test_classify_leaves_a_classifier_and_measures_with_each_save(plain):
     out, ran = plain("classify")
     config = config_of(out)
@@ -477,7 +490,7 @@ REFUSED = [
     ("classify", "--data {photos}", "names no classes"),
     ("classify", "--data {animals}/train", "no train/ and val/"),
     ("classify", "--data {photos} --val-data {photos} --classes 1", "one class only"),
-    ("classify", "--data {few}/train --val-data {other}", "classes that train has not"),
+    ("classify", "--data {few}/train --val-data {other}", "has other classes than train ("),
     ("classify", "--data {animals} --init {wide}", "cannot be changed"),
     ("classify", "--drop-path 1", "out of range"),
     ("classify", "--data {animals} --batch-size 7", "even number"),

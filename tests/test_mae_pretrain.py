@@ -24,12 +24,14 @@ from conftest import (
     check_that_the_limit_is_the_runs,
     completed,
     large_pictures,
+    picture,
     read_metrics,
     rewound,
     stage,
 )
 from PIL import Image
 
+import evaluate
 import finetune
 import mae_pretrain
 import model as models
@@ -265,6 +267,26 @@ def test_unreadable_held_out_pictures_are_named_without_loss(photos, tmp_path, c
     assert read_metrics(tmp_path / "none")[-1]["held_out_loss"] is None  # and not 0
     printed = capsys.readouterr().out
     assert "no more is shown: no readable picture" in printed and "next: " in printed
+
+
+def test_other_classes_in_val_do_not_stop_a_stage_without_labels(tmp_path, capsys):
+    for number in range(30):
+        path = tmp_path / "pets" / ("val" if number < 6 else "train") / "ab"[number % 2]
+        path.mkdir(parents=True, exist_ok=True)
+        picture(number).save(path / f"{number}.png")
+    (tmp_path / "pets" / "val" / "yak").mkdir()
+    picture(9).save(tmp_path / "pets" / "val" / "yak" / "9.png")
+    flags = ["--data", str(tmp_path / "pets"), "--steps", "2", "--out", str(tmp_path / "run")]
+    mae_pretrain.main([*TINY, *flags])
+    printed = capsys.readouterr()
+    assert printed.err.count("val has other classes than train (yak)") == 1
+    assert "left out, for want of labels" in printed.out
+    typed = shlex.split(printed.out.split("next: python evaluate.py ")[1])
+    assert typed[:2] == ["--task", "attention"]  # not knn, which wants the same classes:
+    evaluate.main([*typed, "--workers", "0"])
+    capsys.readouterr()
+    knn = ["--task", "knn", *typed[2:]]
+    assert "other classes than train (yak)" in refused(capsys, *knn, program=evaluate)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
