@@ -29,7 +29,7 @@ from functools import cache, partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # default of --max-pixels: 89 million
 # A picture of more pixels is an error, not a warning: see Batches.
@@ -194,6 +194,10 @@ class Source:
 
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+# Of phones and cameras. Some can be read, see support/photos.py; raw files cannot.
+PHOTOS = (".avif", ".heic", ".heif")
+RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".rw2", ".orf")
+HIDDEN = (".", "@eaDir", "__MACOSX")  # how names of folders begin that hold previews, if any
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= {"val": "val", "valid": "val", "validation": "val"}  # name of a folder -> split
 
@@ -371,12 +375,16 @@ def sort_classes(names):
 def pictures_below(root):
     """{path of a picture, relative to root: see class_of}."""
     files = [folder + name for folder, names in walk(root) for name in names]
-    pictures = list(filter(is_picture, files))
+    pictures = [path for path in files if is_picture(path, PICTURES + PHOTOS + RAW)]
     warn_of_splits(root, dict.fromkeys(path[: path.rfind("/") + 1] for path in pictures))
     if not pictures:
         shards = any(path.lower().endswith(".tar") for path in files)
         hint = f": of its shards, give {os.path.join(root, '*.tar')}" if shards else ""
-        raise ValueError(f"no pictures in {root} (looked for {' '.join(PICTURES)}){hint}")
+        raise ValueError(f"no pictures in {root} (looked for {' '.join(PICTURES + PHOTOS)}){hint}")
+    if any(is_picture(path, PHOTOS + RAW) for path in pictures):
+        from support.photos import readable
+
+        pictures = readable(root, pictures)
     return {path: class_of(path) for path in pictures}
 
 
@@ -411,15 +419,15 @@ def walk(root):
     seen = {os.path.realpath(root)}
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
         places = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
-        folders[:] = [n for n in folders if n[0] != "." and places[n] not in seen]
+        folders[:] = [n for n in folders if not n.startswith(HIDDEN) and places[n] not in seen]
         seen.update(map(places.get, folders))  # links may lead in circles
         below = os.path.relpath(folder, root).replace(os.sep, "/")
         yield "" if below == "." else f"{below}/", files
 
 
-def is_picture(path):
-    """True if the name of a file is that of a picture, and not hidden."""
-    return path.lower().endswith(PICTURES) and path.rpartition("/")[2][0] != "."
+def is_picture(path, kinds=PICTURES + PHOTOS):
+    """True if the name of a file has an extension of these kinds, and is not hidden."""
+    return path.lower().endswith(kinds) and path.rpartition("/")[2][0] != "."
 
 
 def stable_hash(text):
@@ -542,11 +550,26 @@ def crop_and_resize(image, size, channels, bits=None, min_crop=0.2, centre=1.0, 
 
 def open_picture(file):
     """A PIL image, not decoded yet, of a path or an open file."""
-    image = Image.open(file)
+    try:
+        image = Image.open(file)
+    except UnidentifiedImageError:
+        if not can_read_heif():
+            raise
+        image = Image.open(file)
     # Pillow (13) maps plain pixels of a file with a name into memory, with sides already
     # swapped: a TIFF that must be turned would come out torn.
     image.filename = ""
     return image
+
+
+def can_read_heif():
+    """True if pillow-heif is installed. Pillow then opens HEIC pictures in this process."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
 
 
 def pixel_limit(text):

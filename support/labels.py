@@ -15,6 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data import (
+    HIDDEN,
+    PHOTOS,
     PICTURES,
     SPLITS,
     Subset,
@@ -25,6 +27,7 @@ from data import (
     walk,
 )
 from support.launch import progress
+from support.photos import readable
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 VIDEOS += (".ts", ".3gp", ".ogv")
@@ -44,7 +47,7 @@ def find_splits(root):
     for path in folders:
         name = os.path.basename(path)
         split = SPLITS.get(name.lower(), "other")
-        if split != "other" or name[0] != "." and holds_media(path):
+        if split != "other" or not name.startswith(HIDDEN) and holds_media(path):
             found[split].append(path)
     train, val, test, other = found.values()
     if len(train) == 1 and not val + test:
@@ -55,7 +58,7 @@ def find_splits(root):
 
 def is_media(name):
     """True if a file's name is that of a picture or a video."""
-    return name.lower().endswith(PICTURES + VIDEOS) and not name.startswith(".")
+    return is_picture(name, PICTURES + PHOTOS + VIDEOS)
 
 
 def holds_media(folder):
@@ -140,7 +143,7 @@ def read_labels(path, caption_key="caption"):
         raise ValueError(f"{path} lists no pictures: want {want[kind]}{first_line(path)}")
     if note:
         print(f"{path}: {note}", file=sys.stderr)
-    return found
+    return {name: found[name] for name in readable(path, found)}
 
 
 def first_line(path):

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import Source, is_picture, open_picture, running_sum, stable_hash
+from data import PHOTOS, Source, is_picture, open_picture, running_sum, stable_hash
 from support.hashtags import hashtags_in
 from support.launch import progress
 
@@ -101,6 +101,7 @@ class Shards(Source):
             for _, kind, m in sample_files(tar):  # of X.jpg and X.JPG, the first
                 members.setdefault(kind, content[m.offset_data : m.offset_data + m.size])
         kinds = [kind for kind in members if is_picture(f"x.{kind}")]
+        kinds.sort(key=lambda kind: f".{kind}".endswith(PHOTOS))  # of X.avif and X.jpg, the latter
         plain, numbered = plain_and_numbered(kinds)
         picture = (plain or numbered or kinds)[0]
         frames = sorted(numbered or plain[:1] or kinds, key=by_number)
