@@ -787,12 +787,14 @@ def stack(rows):
     return torch.stack(rows)
 
 
-def make_picture(sample, key, size, channels, min_crop=None, centre=1.0):
-    """(C, H, W) uint8 of a sample: a random crop and flip; without min_crop, the centre. See
-    Batches for sample and key, and crop_and_resize."""
+def make_picture(sample, key, size, channels, min_crop=None, centre=1.0, flip=True):
+    """(C, H, W) uint8 of a sample: a random crop and, with flip, a random flip; without min_crop,
+    the centre. See Batches for sample and key, and crop_and_resize."""
     if sample is None:
         return torch.zeros(*size, channels, dtype=torch.uint8).movedim(-1, 0)
     bits = None if min_crop is None else random_bits(23, *key, VIEW)
+    if bits is not None and not flip:
+        bits[22] = 0  # the crop stays
     return crop_and_resize(sample["image"](), size, channels, bits, min_crop, centre)
 
 

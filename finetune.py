@@ -176,11 +176,10 @@ def prepare(run):
 
     # What must not change when the run goes on.
     settings = ("seed", "precision", "classes", *recipe)
+    run.identity |= flags.identity(run)
     run.identity |= {name: getattr(run, name) for name in settings}
     run.identity |= {"data": run.train.identity, "val": run.val.identity}
     run.identity |= {"model": run.config, "init": run.fingerprint}
-    usual = run.max_pixels == data.MAX_PIXELS
-    run.identity["max_pixels"] = None if usual else run.max_pixels  # as before the flag
     run.identity = json.loads(json.dumps(run.identity))  # as it is read again
 
 
@@ -244,7 +243,8 @@ def open_labelled(run, hold_out=False, **options):
         if (labels >= run.classes).any():
             raise ValueError(f"labels of val are over {run.classes - 1}, the last class")
     channels = run.config["channels"]
-    run.make = partial(labelled, size=run.image_size, channels=channels)
+    shape = {"size": run.image_size, "channels": channels}
+    run.make = partial(labelled, **shape, flip=not run.no_flip)
     run.eval_batch = 64
 
 
@@ -347,7 +347,7 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, schedule=cosin
                the device
     schedule   schedule(step, steps, warmup) gives the lr as a fraction of its peak
     least_lr   the lr at the end of the schedule, before lr_scale
-    clip       the largest norm of the gradient, or None
+    clip       the largest norm of the gradient, or None; --clip overrides it
     order      function of (sizes, seed, lanes): data.Order, or one with weights
     measure    function of the model: a dict of metrics, logged with every save. All processes
                call it; it must leave the model in training mode
@@ -422,8 +422,7 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, schedule=cosin
         progress.count(totals, unlabelled=totals.unknown - totals.new_bad)
         progress.check(dataset, progress.counts["unlabelled"], target)
         launch.guard(model, run, step, totals, lr)
-        if clip:
-            totals.clip(model, clip)
+        totals.clip(model, clip if run.clip is None else run.clip)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -144,7 +144,7 @@ def prepare(run):
     run.batch_size = run.batch_size or planned_batch(own.batch_size, run)
     settle_batch(run, run.model)
     make = partial(make_sample, size=size, channels=channels, num_patches=run.model.num_patches)
-    crops = partial(make, min_crop=run.min_crop)
+    crops = partial(make, min_crop=run.min_crop, flip=not run.no_flip)
     processes = run.process, run.processes
     stream = {"order": order, "seed": run.seed, "micro_batches": run.micro_batches}
     run.batches = data.Batches(run.source, crops, run.batch_size, *processes, **stream)
@@ -162,9 +162,7 @@ def prepare(run):
     same = ("batch_size", "steps", "lr", "warmup", "weight_decay", "seed", "min_crop", "precision")
     run.identity = {"stage": "mae_pretrain", "data": run.source.identity, "model": run.config}
     run.identity |= {"held_out": run.held_out.identity, "lanes": order.lanes, "init": origin}
-    run.identity |= {name: getattr(run, name) for name in same}
-    default = run.max_pixels == data.MAX_PIXELS  # None, as in checkpoints older than it
-    run.identity["max_pixels"] = None if default else run.max_pixels
+    run.identity |= {name: getattr(run, name) for name in same} | flags.identity(run)
     if not run.plan:
         shapes = attention_shapes(run.model)
         run.attention = kernels.describe(shapes, run.device, run.precision)
@@ -172,10 +170,11 @@ def prepare(run):
         run.probe = open_probe(run)
 
 
-def make_sample(sample, key, size, channels, num_patches, min_crop=None):
+def make_sample(sample, key, size, channels, num_patches, min_crop=None, flip=True):
     """A row of a batch: images (C, H, W) uint8; ids (N,), a random order of the patches."""
     ids = torch.from_numpy(data.permutation(num_patches, *key, data.MASK))
-    return {"images": data.make_picture(sample, key, size, channels, min_crop), "ids": ids}
+    images = data.make_picture(sample, key, size, channels, min_crop, flip=flip)
+    return {"images": images, "ids": ids}
 
 
 def train(run):
@@ -249,6 +248,7 @@ def train(run):
         progress.count(totals)
         progress.check(run.batches)
         launch.guard(model, run, step, totals, lr)
+        totals.clip(model, run.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=not run.cuda_graph)  # a CUDA graph writes into them
 

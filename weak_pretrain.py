@@ -143,14 +143,14 @@ def prepare(run):
     with torch.device("meta"):  # shapes without memory
         run.model = models.Classifier(classes=len(run.vocabulary), **config)
     run.config = run.model.config
-    run.beta2, run.clip = own.beta2, own.clip
+    run.beta2 = own.beta2
     # The toy size's crops are for toy pictures.
     min_crop = own.min_crop if run.source.endless else recipe("B").min_crop
     run.min_crop = min_crop if run.min_crop is None else run.min_crop
     run.batch_size = run.batch_size or planned_batch(own.batch_size, run)
     settle_batch(run, run.model)
     make = partial(make_sample, size=size, channels=channels, vocabulary=run.vocabulary)
-    crops = partial(make, min_crop=run.min_crop)
+    crops = partial(make, min_crop=run.min_crop, flip=not run.no_flip)
     processes = run.process, run.processes
     stream = {"order": order, "seed": run.seed, "micro_batches": run.micro_batches}
     run.batches = data.Batches(run.source, crops, run.batch_size, *processes, **stream)
@@ -169,9 +169,8 @@ def prepare(run):
     run.identity = {"stage": "weak_pretrain", "data": run.source.identity, "model": run.config}
     run.identity |= {"tags": run.vocabulary.identity, "lanes": order.lanes, "init": origin}
     run.identity["bias"] = "prior"  # runs of earlier versions, whose bias began at 0, have none
-    run.identity |= {name: getattr(run, name) for name in same}
-    default = run.max_pixels == data.MAX_PIXELS  # None, as in checkpoints older than it
-    run.identity["max_pixels"] = None if default else run.max_pixels
+    run.identity |= {name: getattr(run, name) for name in same} | flags.identity(run)
+    run.clip = own.clip if run.clip is None else run.clip
     if not run.plan:
         shapes = attention_shapes(run.model)
         run.attention = kernels.describe(shapes, run.device, run.precision)
@@ -179,10 +178,10 @@ def prepare(run):
         run.probe = open_probe(run)
 
 
-def make_sample(sample, key, size, channels, vocabulary, min_crop=None):
+def make_sample(sample, key, size, channels, vocabulary, min_crop=None, flip=True):
     """A row of a batch: images (C, H, W) uint8; tags (T,) int64; weight 0 without tags."""
     tags = torch.tensor(vocabulary.ids(sample["hashtags"]()) if sample else [], dtype=torch.int64)
-    images = data.make_picture(sample, key, size, channels, min_crop)
+    images = data.make_picture(sample, key, size, channels, min_crop, flip=flip)
     return {"images": images, "tags": tags, "weight": float(len(tags) > 0)}
 
 
@@ -262,8 +261,7 @@ def train(run):
         progress.count(totals, untagged=untagged)
         progress.check(run.batches)
         launch.guard(model, run, step, totals, lr)
-        if run.clip:
-            totals.clip(model, run.clip)
+        totals.clip(model, run.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=not run.cuda_graph)  # a CUDA graph writes into them
 

@@ -95,6 +95,7 @@ def add_flags(groups, out, batch_size, seed_of):
     add("--max-bad", type=fraction, default=0.01, help="unreadable share to stop at (0.01)")
     limit = "of a picture: larger ones are unreadable (89 million)"
     add("--max-pixels", type=pixel_limit, default=MAX_PIXELS, help=limit)
+    add("--no-flip", action="store_true", help="mirror nothing: text, X-rays, maps, directions")
     add = groups["model"].add_argument
     add("--patch-size", type=count, help="side of a patch (the size's own)")
     add("--heads", type=count, help="attention heads of an --init of unknown size")
@@ -102,6 +103,7 @@ def add_flags(groups, out, batch_size, seed_of):
     add = groups["optimisation"].add_argument
     add("--batch-size", type=count, help=f"global, over all processes ({batch_size})")
     add("--micro-batch", type=count, help="images at once on a process (what should fit)")
+    add("--clip", type=not_negative, help="largest norm of the gradient, 0: any (the recipe's)")
     add("--seed", type=number(int, 0), default=0, help=f"of {seed_of} (0)")
     add = groups["run"].add_argument
     add("--out", type=Path, default=out, help=f"where all is written ({out or 'runs/TASK'})")
@@ -120,6 +122,13 @@ def add_probe_flags(groups):
     """Add the flag of stages 1 and 2 for the probe that runs while they train."""
     help = "folder or shards with classes, to probe features on at each save (--data, if it has)"
     groups["data"].add_argument("--probe", help=help)
+
+
+def identity(run):
+    """The entries of a run's identity for flags that older checkpoints do not have: None as there,
+    unless a flag is given."""
+    max_pixels = None if run.max_pixels == MAX_PIXELS else run.max_pixels
+    return {"max_pixels": max_pixels, "no_flip": run.no_flip or None, "clip": run.clip}
 
 
 def add_resume_flags(groups):

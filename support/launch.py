@@ -166,8 +166,9 @@ class Totals:
         scale_gradients(gradients, scale)
 
     def clip(self, model, most):
-        """Scale the gradients in place so that their norm is at most this."""
-        scale_gradients(local_gradients(model), min(1.0, most / max(self.norm, 1e-9)))
+        """Scale the gradients in place so that their norm is at most this; None or 0: any."""
+        if most:
+            scale_gradients(local_gradients(model), min(1.0, most / max(self.norm, 1e-9)))
 
 
 def local_gradients(model):

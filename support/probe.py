@@ -91,10 +91,10 @@ def collect(functions, batches, total, device):
     return features, labels[read], read.nonzero()[:, 0]
 
 
-def labelled(sample, key, size, channels, min_crop=None, centre=1.0):
+def labelled(sample, key, size, channels, min_crop=None, centre=1.0, flip=True):
     """The row of a sample: images (C, H, W) uint8, see data.make_picture, and labels ()
     int64, -1 for a sample without a label and for padding, which is None."""
-    images = make_picture(sample, key, size, channels, min_crop, centre)
+    images = make_picture(sample, key, size, channels, min_crop, centre, flip)
     # A tensor: a number that is too large is an error of this sample alone.
     return {"images": images, "labels": torch.tensor(sample["class"] if sample else -1)}
 

@@ -681,7 +681,8 @@ def main(run, finetune):
         found = detect_in(model, run.val, **options)
         return detection_numbers(run.val, found)
 
-    make = scene_maker(run.train, {**run.config, "image_size": run.image_size}, run.jitter)
+    config_of_scenes = {**run.config, "image_size": run.image_size}
+    make = scene_maker(run.train, config_of_scenes, run.jitter, not run.no_flip)
     more = {"measure": measure, "methods": ("detect",), "schedule": vitdet_schedule}
     more["shown"] = {"bbox_AP": "box AP {:.1%}", "bbox_AP50": "box AP50 {:.1%}"}
     more["shown"] |= {"segm_AP50": "mask AP50 {:.1%}"}

@@ -462,7 +462,7 @@ def read_templates(path):
 # ---------------------------------------------------------------------------------- a training step
 
 
-def make_pair(sample, key, tokenizer, context, size=None, channels=3, min_crop=None):
+def make_pair(sample, key, tokenizer, context, size=None, channels=3, min_crop=None, flip=True):
     """A row of a batch: tokens (T,) int64 of a caption that is drawn, weight 0 if there is
     none, and, with a size, images (C, H, W) uint8: see data.make_picture."""
     captions = sample["captions"]() if sample else []
@@ -470,7 +470,7 @@ def make_pair(sample, key, tokenizer, context, size=None, channels=3, min_crop=N
     text = texts[int(random_bits(1, *key, CAPTION)[0] % len(texts))]
     row = {"tokens": tokenizer([text], context)[0], "weight": float(text != "")}
     if size:
-        row["images"] = make_picture(sample, key, size, channels, min_crop)
+        row["images"] = make_picture(sample, key, size, channels, min_crop, flip=flip)
     return row
 
 
@@ -615,7 +615,7 @@ def main(run, finetune):
         run.features = cached_features(run, model.to(run.device), bound)
     else:
         shape = {"size": run.image_size, "channels": config["channels"]}
-        make = partial(make, min_crop=run.min_crop, **shape)
+        make = partial(make, min_crop=run.min_crop, flip=not run.no_flip, **shape)
         flops += plan.flops_per_image(model)
     run.micro_batch = run.micro_batch or largest_micro_batch(run, model)
 

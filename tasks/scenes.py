@@ -438,7 +438,7 @@ def view_target(sample, view, side, with_masks):
     }
 
 
-def make_scene(sample, key, side, channels, has_masks, jitter=None):
+def make_scene(sample, key, side, channels, has_masks, jitter=None, flip=True):
     """A row of a batch of scenes. sample None: a black picture without objects.
 
     images   (C, S, S) uint8, S = side; of the mean colour where padded
@@ -454,10 +454,12 @@ def make_scene(sample, key, side, channels, has_masks, jitter=None):
 
     jitter   (least, largest) scale: training, with random scales, flips and squares. None:
              the whole picture
+    flip     False: no random flips
     """
     options = {}
     if jitter and sample:
-        options = {"draws": uniform(random_bits(4, *key, VIEW)).tolist(), "jitter": jitter}
+        *draws, mirrored = uniform(random_bits(4, *key, VIEW)).tolist()
+        options = {"draws": (*draws, mirrored if flip else 1), "jitter": jitter}
     sample = sample or empty_scene(side, channels)
     view = random_view(sample["size"], side, **options)
     seed = int(random_bits(1, *key, DEVICE)[0] >> np.uint64(1))
@@ -480,12 +482,12 @@ def empty_scene(side, channels):
     }
 
 
-def scene_maker(scenes, config, jitter=None):
+def scene_maker(scenes, config, jitter=None, flip=True):
     """make_scene for data.Batches of these scenes and a detector with this config."""
     side, channels = max(config["image_size"]), config["channels"]
     check_channels(channels)
     options = {"side": side, "channels": channels, "has_masks": scenes.has_masks}
-    return partial(make_scene, **options, jitter=jitter)
+    return partial(make_scene, **options, jitter=jitter, flip=flip)
 
 
 # --------------------------------------------------------------------------- detections to pictures

@@ -553,7 +553,6 @@ def add_flags(groups):
     augment.add_flags(groups, RECIPES, magnitude=7)
     add = groups["data"].add_argument
     add_clip_flags(add)
-    add("--no-flip", action="store_true", help="classes have a direction")
     add = groups["model"].add_argument
     add("--frames", type=flags.count, help="of a clip, an even number (16; toy: 4)")
     option = argparse.BooleanOptionalAction

@@ -570,6 +570,17 @@ def test_the_flip_is_a_flip_and_comes_half_of_the_time():
     assert abs(flipped - 100) < 5 * math.sqrt(200 / 4)
 
 
+def test_without_flips_a_picture_is_never_mirrored():
+    sample = {"image": lambda: Image.fromarray(painting(20, 24))}
+    make = partial(data.make_picture, sample, size=(8, 8), channels=3)
+    for position in range(20):
+        key = 1, 0, position
+        assert torch.equal(make(key, min_crop=1, flip=False), make(key))  # the centre
+        crops = [make(key, min_crop=0.2, flip=flip) for flip in (False, True)]
+        flipped = data.random_bits(23, *key, data.VIEW)[22] % 2
+        assert torch.equal(crops[0], crops[1].flip(2) if flipped else crops[1])
+
+
 def random_boxes(width, height, count, min_crop=0.2, aspect=1.0):
     """(4, count) of random_box: left, top, width, height."""
     draws = [data.random_bits(23, 2, 0, position, data.VIEW) for position in range(count)]

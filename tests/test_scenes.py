@@ -153,6 +153,23 @@ DAMAGED += [GOOD | {"segmentation": {"size": [60, 50], "counts": "0"}, "iscrowd"
 DAMAGED += [GOOD | {"area": "x"}, GOOD | {"image_id": [1]}, {"bbox": [1, 2, 3, 4]}, "x", None]
 
 
+def test_without_flips_a_scene_is_never_mirrored(tmp_path):
+    scenes, config = make_scenes(tmp_path), {"image_size": (64, 64), "channels": 3}
+    pictures_for(scenes, tmp_path)
+    whole, plain, usual = (
+        scene_maker(scenes, config, *jitter) for jitter in ((), ((1, 1), False), ((1, 1), True))
+    )
+    mirrored = 0
+    for number in range(12):
+        one, two, three = (
+            make(scenes.read(number), (1, 0, number)) for make in (whole, plain, usual)
+        )
+        assert torch.equal(one["images"], two["images"])
+        assert torch.equal(one["targets"]["boxes"], two["targets"]["boxes"])
+        mirrored += not torch.equal(one["images"], three["images"])
+    assert 0 < mirrored < 12
+
+
 def test_annotations_that_cannot_be_used_are_counted_and_left_out(tmp_path, capsys):
     """Damaged ones, which would else end the measurement, or a batch, or count; others whose image
     or category is not listed; and to learn from, those that teach nothing."""

@@ -174,15 +174,19 @@ def test_pictures_of_a_folder_with_tags_from_a_file(photos, tmp_path):
 
 def test_the_gradient_is_clipped_if_the_recipe_says_so(hashtags, tmp_path, monkeypatch):
     found = []
-    for clip in (None, 1e9, 1e-3):
+    # The recipe's, and --clip, which overrides it.
+    for clip, given in ((None, None), (1e9, None), (1e-3, None), (None, 1e-3), (1e-3, 0)):
         recipe = weak_pretrain.Recipe(8, 1e-3, 16, 24, 0.08, 0.999, clip)
         monkeypatch.setattr(weak_pretrain, "recipe", lambda _, recipe=recipe: recipe)
-        out = tmp_path / f"clip-{clip}"
+        out = tmp_path / f"clip-{clip}-{given}"
         asked = [*TINY[:6], *hashtags, "--workers", "0", "--log-every", "1"]
+        asked += [] if given is None else ["--clip", str(given)]
         weak_pretrain.main([*asked, "--out", str(out)])
         found.append(read_metrics(out))
-    free, loose, tight = found
-    assert free == loose
+        identity = json.loads((out / "config.json").read_text())
+        assert identity["clip"] == given  # None of the recipe's, as in older checkpoints
+    free, loose, tight, also_tight, also_free = found
+    assert free == loose == also_free and tight == also_tight
     assert free[0]["grad_norm"] == tight[0]["grad_norm"]  # the norm before it is clipped
     assert free[-1]["loss"] != tight[-1]["loss"]
 
