@@ -212,6 +212,7 @@ def open_sources(
     caption_key="caption",
     videos=False,
     labelled=True,
+    val_share=None,
 ):
     """(source to train on, source to measure on or None) behind --data and --val-data.
 
@@ -223,6 +224,7 @@ def open_sources(
     caption_key  name of the captions in labels and in .json files of shards
     videos       open videos instead: see tasks/video.py
     labelled     False: val may have other classes than train. Then its labels are not used
+    val_share    share of the samples to measure on, where there is no val: see hold_out
 
     Without val_data, the toy world has its own, and so has a folder with train/ and val/
     in it (see SPLITS). With labels, names of folders mean nothing. Raises ValueError.
@@ -240,8 +242,15 @@ def open_sources(
 
         data, own = choose_splits(data, splits)
     val_data = val_data or own
+    if val_share and val_data:
+        raise ValueError(f"--val-share: leave it out, there is {val_data} to measure on")
     options = {"size": size, "cache": cache, "caption_key": caption_key, "videos": videos}
     train = open_source(data, "train", labels, **options)
+    if val_share:
+        train, val = hold_out(train, None, math.inf, val_share)
+        if not val.sizes.any():
+            raise ValueError(f"--val-share {val_share} of {train.identity} is not one: give more")
+        return train, val
     if not val_data:
         return train, None
     val = open_source(val_data, "val", val_labels, train.classes, **options)
@@ -464,7 +473,7 @@ def hold_out(train, val, count, share=0.05):
     """(source to train on, source of at most `count` samples to measure on).
 
     The latter has the first samples of val or, without val, the last of train: at most this
-    share of it.
+    share of it, rounded down. They are always the same for the same data.
     """
     if val:
         return train, Subset(val, range(min(count, int(val.sizes.sum()))))

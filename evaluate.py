@@ -35,7 +35,7 @@ from PIL import ImageOps
 
 from data import MAX_PIXELS, Subset, limit_pixels, normalize, open_sources, pixel_limit
 from model import MAE, Classifier, ViT, encoder_config, load_weights, pair, read_weights
-from support import launch
+from support import flags, launch
 from support.flags import fraction, in_folder, make_parser, number, parse_for_task, png
 from support.labels import names_of_list, real_answers, right_answers, say_same_names
 from support.loader import loader_workers
@@ -185,7 +185,7 @@ def fewshot(model, sources, run, extract):
 def train_and_val(model, sources, run, extract):
     """Standardised features of train and of val, their labels, and the number of classes."""
     if len(sources) == 1:
-        raise ValueError(f"{run.data} has no train/ and val/: give the latter as --val-data")
+        raise ValueError(f"{run.data} has no train/ and val/: give --val-data or --val-share 0.1")
     if (sources[0].classes is None) != (sources[1].classes is None):
         raise ValueError("--data or --val-data names no classes: they cannot be matched")
     functions = {"": pooled(model, run.pool)}
@@ -286,7 +286,7 @@ def features(model, sources, run, extract):
     if out.exists():
         raise ValueError(f"{out} exists: choose another --out")
     if run.split == "val" and len(sources) == 1:
-        raise ValueError(f"{run.data} has no val/: say --split train")
+        raise ValueError(f"{run.data} has no val/: say --split train, or --val-share 0.1")
     source = sources[run.split == "val"]
     functions = {"": pooled(model, run.pool)}
     x, labels, numbers = extract(functions, source, model.config, max_bad=1.0)
@@ -424,6 +424,7 @@ def add_flags(parser, task):
         add("--heads", type=int, help="heads of a public checkpoint of unknown size")
         add("--entry", help="of several networks in a file: state_dict_ema, or a prefix")
         add("--image-size", type=pair, help="side or HEIGHTxWIDTH (the checkpoint's)")
+        flags.add_val_share(add)
         add("--labels", help="of --data: .csv (path,class), .jsonl, iNaturalist's .json")
         add("--val-labels", help="of val (paths in --val-data or, without it, --data)")
     if task in ("knn", "fewshot", "features"):
@@ -499,6 +500,7 @@ def open_data(run, size):
         return [open_split(run.val_data or run.data, "val", size[0])]
     options = {"cache": (run.cache_dir, run.cache_size), "videos": run.task == "video"}
     options["caption_key"] = run.caption_key
+    options["val_share"] = run.val_share
     options["labelled"] = run.task not in ("reconstruct", "attention", "retrieval")
     labels = run.labels, run.val_labels
     train, val = open_sources(run.data, run.val_data, size, *labels, **options)

@@ -211,8 +211,8 @@ def open_pictures(run, **options):
     run.toy: True for the toy size on the toy world, which has recipes of its own.
     """
     where = run.data or "toy", run.val_data, run.image_size, run.labels, run.val_labels
-    cache = run.cache_dir, run.cache_size
-    run.train, run.val = data.open_sources(*where, cache=cache, **options)
+    options |= {"cache": (run.cache_dir, run.cache_size), "val_share": run.val_share}
+    run.train, run.val = data.open_sources(*where, **options)
     run.toy = run.train.endless and run.config["size"] == "toy"
 
 
@@ -484,7 +484,8 @@ def finish(run, weights, config, result, task, flags=None):
     models.save_weights(path, weights, config)
     print(f"wrote {path}")
     typed = {"task": task, "checkpoint": path, "data": run.data or "toy"}
-    typed |= {name: vars(run).get(name) for name in ("val_data", "labels", "val_labels")}
+    names = "val_data", "val_share", "labels", "val_labels"
+    typed |= {name: vars(run).get(name) for name in names}
     usual_crop = run.val_crop == evaluate.usual_crop(run.image_size)
     typed["val_crop"] = None if usual_crop else run.val_crop
     typed |= {"max_pixels": run.identity["max_pixels"], **(flags or {})}

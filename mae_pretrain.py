@@ -78,6 +78,7 @@ def parse_arguments(argv):
     add = groups["data"].add_argument
     add("--data", help="folder of pictures, tar shards (path, glob, {000..099}), or toy (toy)")
     add("--val-data", help="pictures to measure on (DATA/val, else some held out of DATA)")
+    flags.add_val_share(add)
     add("--image-size", type=models.pair, help="side or HEIGHTxWIDTH (224; toy size: 32)")
     add("--channels", type=flags.count, help="of the pictures: 1 grey, 3 RGB, 4 RGBA (3)")
     add("--min-crop", type=flags.fraction, help="least area of a crop (0.2; toy: 1)")
@@ -127,6 +128,7 @@ def prepare(run):
     data.check_channels(channels)
     data.limit_pixels(run.max_pixels)
     options = {"cache": (run.cache_dir, run.cache_size), "labelled": False}
+    options["val_share"] = run.val_share
     train, run.val = data.open_sources(run.data or "toy", run.val_data, size, **options)
     run.source, run.held_out = data.hold_out(train, run.val, data.HELD_OUT)
     # A plan without data assumes a number of lanes that the processes can share.
@@ -292,6 +294,7 @@ def finish(run, weights):
     task = "knn" if run.val and run.val.classes and run.source.classes else "attention"
     typed = ["--checkpoint", str(run.out / "model.pt"), "--data", run.data or "toy"]
     typed += ["--val-data", run.val_data] if run.val_data else []
+    typed += ["--val-share", str(run.val_share)] if run.val_share else []
     if run.max_pixels != data.MAX_PIXELS:
         typed += ["--max-pixels", str(run.max_pixels)]
     print(f"next: python evaluate.py --task {task} {shlex.join(typed)}")

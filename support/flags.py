@@ -124,6 +124,12 @@ def add_probe_flags(groups):
     groups["data"].add_argument("--probe", help=help)
 
 
+def add_val_share(add):
+    """Add --val-share by the add_argument of a parser or a group."""
+    share = number(float, 0, 0.999, above=True)
+    add("--val-share", type=share, help="of --data to measure on, if there is no val: 0.1, say")
+
+
 def identity(run):
     """The entries of a run's identity for flags that older checkpoints do not have: None as there,
     unless a flag is given."""
@@ -154,6 +160,7 @@ def add_label_flags(groups, pool, min_crop, classes=True):
     classes: add --classes as well
     """
     add = groups["data"].add_argument
+    add_val_share(add)
     add("--labels", help="of --data: .csv (path,class), .jsonl, or iNaturalist's .json")
     add("--val-labels", help="the same for val (paths in --val-data, else --data)")
     if classes:

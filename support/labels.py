@@ -417,7 +417,7 @@ def settle_classes(run):
     if run.val is None:
         labelled = "--labels lists no val pictures"
         lacks = labelled if run.labels else f"{run.data} has no train/ and val/"
-        raise ValueError(f"{lacks}: give --val-data or --val-labels")
+        raise ValueError(f"{lacks}: give --val-data, --val-labels or --val-share 0.1")
     if (run.train.classes is None) != (run.val.classes is None):
         names = "one of train and val names its classes, the other does not"
         raise ValueError(f"{names}: {run.train.identity}; {run.val.identity}")

@@ -1027,6 +1027,23 @@ def test_held_out_samples_are_the_first_of_val_or_the_last_of_train(shards, val,
         assert train.identity != held_out.identity != source.identity
 
 
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_a_share_for_val_is_always_the_same(kind, shards, pets, tmp_path):
+    where = shards[1] if kind == "shards" else pets[0]
+    whole, share = everything(opened(where)), 0.25
+    train, val = data.open_sources(where, val_share=share)
+    count = len(whole) // 4  # 5 of 20 and of 23
+    assert everything(val) == whole[-count:] and everything(train) == whole[:-count]
+    assert val.classes == train.classes == opened(where).classes
+    again = data.open_sources(where, val_share=share)
+    assert [s.identity for s in again] == [train.identity, val.identity]
+    with pytest.raises(ValueError, match="--val-share 0.01 of 2. pictures") as error:
+        data.open_sources(where, val_share=0.01)
+    one_line(error)
+    with pytest.raises(ValueError, match=f"--val-share: leave it out, there is {pets[0]} to"):
+        data.open_sources(where, pets[0], val_share=share)
+
+
 @pytest.mark.parametrize(
     "start, stop", [(0, 23), (0, 0), (7, 8), (6, 9), (8, 20), (3, 5), (22, 23)]
 )

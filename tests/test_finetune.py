@@ -289,6 +289,30 @@ def test_the_printed_command_measures_the_same(task, drawn, plain, capsys, tmp_p
     assert any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_the_printed_command_holds_out_the_same_share(kind, animals, tmp_path, capsys):
+    where = animals / "train"
+    if kind == "shards":
+        where = shards(tmp_path / "tars", [i * 7 % 3 for i in range(60)])
+    flags = [*CLASSIFY, "--data", where, "--val-share", 0.25, "--out", tmp_path / "run"]
+    flags += ["--classes", 3]
+    ran = fine(*flags)
+    found = last_json(ran)
+    assert "on 15 pictures" in ran.stdout  # a quarter of 60
+    line = ran.stdout.split("next: python evaluate.py")[1].splitlines()[0]
+    assert "--val-share 0.25" in line
+    measured = main_json(capsys, evaluate, *shlex.split(line), "--workers", 0)
+    assert measured["pictures"] == 15
+    for name in ("top1", "top5"):
+        assert measured[name] == pytest.approx(found[name], rel=1e-6)
+    run = prepared(*flags)
+    train, val = (
+        {source.name(i) for i in range(source.sizes.sum())} for source in (run.train, run.val)
+    )
+    assert train.isdisjoint(val) and len(train | val) == 60
+    assert run.identity["data"] != run.identity["val"]
+
+
 def test_the_command_has_the_flags_that_were_given(tmp_path, capsys):
     run = prepared("--task", "detect", "--size", "toy", "--out", tmp_path, "--max-pixels", 99_999)
     run.labels, run.val_crop = "a b", 0.5

@@ -289,6 +289,17 @@ def test_other_classes_in_val_do_not_stop_a_stage_without_labels(tmp_path, capsy
     assert "other classes than train (yak)" in refused(capsys, *knn, program=evaluate)
 
 
+def test_a_share_for_val_is_not_trained_on_and_goes_into_the_next_command(tmp_path, capsys):
+    flags = [*TINY, "--val-share", "0.2", "--out", str(tmp_path / "run")]
+    run = settled(*flags)
+    assert run.source.sizes.sum() == 96 and run.held_out.sizes.sum() == 24  # of 120
+    mae_pretrain.main(flags)
+    typed = shlex.split(capsys.readouterr().out.split("next: python evaluate.py ")[1])
+    assert typed[:2] == ["--task", "knn"] and typed[-2:] == ["--val-share", "0.2"]
+    evaluate.main([*typed, "--workers", "0"])
+    assert "96 train and 24 val samples, 2 classes" in capsys.readouterr().out
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
     script = "import pathlib, sys; from support.checkpoints import lock; "
     script += "lock(pathlib.Path(sys.argv[1])); print(); input()"
