@@ -208,7 +208,7 @@ def main():
             write_listing(shards)
             print(shards.identity)
         else:
-            source, _ = open_sources(run.data, labels=run.labels)
+            source, _ = open_sources(run.data, labels=run.labels, labelled=False)
             write_hashtags(
                 source,
                 run.out,
