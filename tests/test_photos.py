@@ -71,6 +71,8 @@ def test_heic_is_read_where_pillow_heif_is_installed(heic, tmp_path):
         assert source.sizes.sum() == 3
         for number in range(3):
             assert abs(pixels(source, number) - painting(32, 48)).mean() < 4
+    # A new process, such as a loader that is spawned, opens no folder before it reads.
+    completed(f"{folder}/0.heic", code="import data, sys; data.open_picture(sys.argv[1]).load()")
     ran = completed(*TINY, "--data", folder, "--steps", 2, "--out", tmp_path / "run")
     assert read_metrics(tmp_path / "run")[-1]["bad"] == 0 and "cannot be read" not in ran.stderr
 
