@@ -10,6 +10,7 @@
     python evaluate.py --task zeroshot    --checkpoint runs/lit/model.pt --data DIR
     python evaluate.py --task retrieval   --checkpoint runs/lit/model.pt --data 'cap/*.tar'
     python evaluate.py --task detect      --checkpoint runs/detect/model.pt --data COCO_DIR
+    python evaluate.py --task curves runs/mae runs/weak                 # loss, lr ... as a PNG
 
 DIR holds train/ and val/, each with a folder for every class. For shards: --data and
 --val-data. `--task NAME --help` lists the flags of a task. Each task prints a small table
@@ -321,7 +322,7 @@ def attention(model, sources, run, extract):
 
 OWN_TASKS = (classify, video, knn, fewshot, features, reconstruct, attention)
 OWN_TASKS = {task.__name__: task for task in OWN_TASKS}
-TASKS = [*OWN_TASKS, "zeroshot", "retrieval", "detect"]
+TASKS = [*OWN_TASKS, "zeroshot", "retrieval", "detect", "curves"]
 
 
 def measure(model, sources, run):
@@ -418,8 +419,21 @@ def build_classifier(path, state, config, task):
 
 
 def add_flags(parser, task):
-    """Add the flags that only some tasks have."""
+    """Add the flags of a task, or without one (None) those that most tasks have."""
+    if task == "curves":
+        from tasks.curves import add_flags
+
+        return add_flags(parser)
     add = parser.add_argument
+    add("--checkpoint", required=True, help="model.pt of any stage, or a public checkpoint")
+    add("--data", default="toy", help="folder with train/ and val/, shards, or toy (toy)")
+    add("--val-data", help="val images, if --data has train only")
+    add("--cache-dir", help="folder for remote shards (among the temporary files)")
+    add("--cache-size", default="20G", help="the most that it holds, like 500G (20G)")
+    add("--batch-size", type=number(int, 1, 2**20), default=64, help="at once (64)")
+    add("--workers", type=int, help="loader processes (the cores left)")
+    add("--max-bad", type=fraction, default=0.01, help="unreadable fraction (0.01)")
+    add("--max-pixels", type=pixel_limit, default=MAX_PIXELS, help="of an image (89 million)")
     if task != "detect":
         add("--heads", type=int, help="heads of a public checkpoint of unknown size")
         add("--entry", help="of several networks in a file: state_dict_ema, or a prefix")
@@ -472,17 +486,7 @@ def add_flags(parser, task):
 
 def parse_arguments(argv):
     parser = make_parser("evaluate.py", __doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--task", required=True, choices=TASKS)
-    add("--checkpoint", required=True, help="model.pt of any stage, or a public checkpoint")
-    add("--data", default="toy", help="folder with train/ and val/, shards, or toy (toy)")
-    add("--val-data", help="val images, if --data has train only")
-    add("--cache-dir", help="folder for remote shards (among the temporary files)")
-    add("--cache-size", default="20G", help="the most that it holds, like 500G (20G)")
-    add("--batch-size", type=number(int, 1, 2**20), default=64, help="at once (64)")
-    add("--workers", type=int, help="loader processes (the cores left)")
-    add("--max-bad", type=fraction, default=0.01, help="unreadable fraction (0.01)")
-    add("--max-pixels", type=pixel_limit, default=MAX_PIXELS, help="of an image (89 million)")
+    parser.add_argument("--task", required=True, choices=TASKS)
     parser.set_defaults(plan=False, gpus=None, precision=None, caption_key="caption")
     run = parse_for_task(parser, TASKS, add_flags, argv)
     if run.task == "video" and run.crops > 1 and run.val_crop == 0:
@@ -513,9 +517,13 @@ def main(argv=None):
         launch.place(run)
         if run.process:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (only the first process prints)
-        run.workers = loader_workers(run.workers, run.processes_here)
-        if run.processes > 1 and run.task in ("reconstruct", "attention"):
+        if run.processes > 1 and run.task in ("reconstruct", "attention", "curves"):
             raise ValueError(f"--task {run.task} draws on one process: leave torchrun out")
+        if run.task == "curves":
+            from tasks.curves import draw_curves
+
+            return print(json.dumps({"task": run.task, **draw_curves(run.runs, run.out)}))
+        run.workers = loader_workers(run.workers, run.processes_here)
         launch.begin(run)
         if vars(run).get("raw_pixels") is not None:
             run.normalize_targets = not run.raw_pixels

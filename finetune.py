@@ -131,7 +131,7 @@ def parse_arguments(argv):
     flags.add_length_flags(groups, "(the recipe's; toy: fewer)", "instead of --epochs")
     flags.add_flags(groups, None, "the recipe's", "weights, order and augmentation")
     parser.set_defaults(plan=False, gpus=None, lr_origin=None)  # for tasks without these flags
-    add_flags = lambda parser, task: load_task(task).add_flags(parser.groups)
+    add_flags = lambda parser, task: task and load_task(task).add_flags(parser.groups)
     run = flags.parse_for_task(parser, TASKS, add_flags, argv)
     run.out = run.out or Path("runs", run.task)
     return run

@@ -174,15 +174,14 @@ def add_label_flags(groups, pool, min_crop, classes=True):
 def parse_for_task(parser, tasks, add_flags, argv):
     """Parse argv with the flags of `parser`, which all tasks have, and those of --task.
 
-    add_flags(parser, task) adds the flags of a task. A flag of another task is an
-    error, which names the tasks that have it.
+    add_flags(parser, task) adds the flags of a task; task is None if argv names none. A flag
+    of another task is an error, which names the tasks that have it.
     """
     first = Parser(parser.prog, add_help=False)
     first.add_argument("--task", choices=tasks)
     task = first.parse_known_args(argv)[0].task
-    if task:
-        add_flags(parser, task)
-    else:
+    add_flags(parser, task)
+    if not task:
         parser.epilog = "--task NAME --help lists the flags of a task, too."
     run, unknown = parser.parse_known_args(argv)
     if unknown:

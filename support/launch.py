@@ -289,6 +289,8 @@ class Progress:
         gc.enable()
         stop.release()
         if self.done == self.run.steps:
+            curves = shlex.join([str(self.run.out), "--out", f"{self.run.out}/curves.png"])
+            self.run.say(f"curves: python evaluate.py --task curves {curves}")
             return True
         kept = "saved: the same command goes on" if self.done else "with nothing to save"
         self.run.say(f"stopped at step {self.done} of {self.run.steps}, {kept}")
