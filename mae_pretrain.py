@@ -36,7 +36,7 @@ from support import flags, launch
 from support.checkpoints import find_checkpoint
 from support.formats import inherit
 from support.loader import Stop, loader, loader_workers
-from support.pictures import draw_step
+from support.pictures import draw_step, first_pictures, reconstructions
 from support.plan import (
     attention_shapes,
     compiles,
@@ -229,6 +229,8 @@ def train(run):
 
     # ----------------------------------------------------------------------------- loop
     progress = launch.Progress(run, record, ["bad"], flops, peak)
+    drawn = min(8, run.held_out_batches.total) if run.log_to else 0
+    pictures = first_pictures(run.held_out, run.config, drawn)["images"] if drawn else None
     numbers = range(progress.done * run.micro_batches, run.steps * run.micro_batches)
     batches = iter(loader(run.batches, numbers, run.workers, pin=device.type == "cuda"))
     for step in range(progress.done, run.steps):
@@ -266,6 +268,8 @@ def train(run):
             shown = {"held_out_loss": "held-out {:.4f}", "bad": "unreadable {}"}
             progress.log(facts, shown | PROBES_SHOWN)
         if progress.saving:
+            if drawn:  # by all processes: they may share the weights
+                progress.show("reconstructions", reconstructions(model, pictures))
             progress.save(model, optimizer)
         if totals.stopping:
             break

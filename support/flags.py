@@ -113,6 +113,8 @@ def add_flags(groups, out, batch_size, seed_of):
     add("--checkpoint-activations", action="store_true", help="less memory, a third more compute")
     add("--shard-group", type=count, help="processes that share weights (1 if they fit, or all)")
     add("--log-every", type=count, default=50, help="steps between step lines (50)")
+    services = ("tensorboard", "wandb", "trackio")
+    add("--log-to", choices=services, help="where metrics and pictures go as well (its package)")
     add("--keep-last", type=count, default=2, help="checkpoints that are kept (2)")
     add("--keep-every", type=count, help="steps between checkpoints kept for good (none)")
     add("--memory", type=positive, help="GiB for a micro-batch (the GPU's; planned: 80)")

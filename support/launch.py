@@ -31,7 +31,8 @@ def place(run):
     """Settle where a run computes: process, processes, processes_here, device, precision, say.
 
     --gpus and --here imply run.plan. Returns the type of the device; for --gpus, "cuda". Raises
-    ValueError for flags that the device or the number of processes does not allow.
+    ValueError for flags that the device or the number of processes does not allow, and if
+    the package for --log-to is missing.
     """
     getenv = os.environ.get  # torchrun sets these
     run.process, run.processes = int(getenv("RANK", 0)), int(getenv("WORLD_SIZE", 1))
@@ -52,6 +53,10 @@ def place(run):
         if run.processes > 1:
             raise ValueError("--draw-step draws on one process: leave torchrun out")
         run.shard_group = run.micro_batch = None  # those of the training may want several
+    if vars(run).get("log_to") and run.process == 0:  # the process that logs
+        from support import trackers
+
+        trackers.require(run.log_to)
     graph, group = vars(run).get("cuda_graph"), vars(run).get("shard_group")  # a stage's flags
     if graph and (kind != "cuda" or run.processes > 1):
         raise ValueError("--cuda-graph is for one process on one GPU")
@@ -203,6 +208,11 @@ class Progress:
         self.began = self.logged = time.perf_counter()
         disable = None if run.process == 0 else True  # None: unless there is a terminal
         self.bar = tqdm(total=run.steps, initial=self.done, disable=disable)
+        self.tracker = None
+        if run.log_to and run.process == 0:
+            from support.trackers import Tracker
+
+            self.tracker = Tracker(run.log_to, run.out, run.identity, self.done)
         # Its pauses at different steps would make all processes wait: log() collects.
         gc.disable()
 
@@ -245,7 +255,7 @@ class Progress:
         return self.saving or self.done % self.run.log_every == 0 or self.done == 1
 
     def log(self, facts, shown):
-        """Write a line of metrics.jsonl and print the step line.
+        """Write a line of metrics.jsonl, also to what --log-to names, and print the step line.
 
         facts  {"loss", "lr", "grad_norm", and what else was measured}
         shown  {name: format} of what the step line adds
@@ -263,8 +273,15 @@ class Progress:
             with open(run.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
             run.say(step_line(entry, run.steps, shown))
+        if self.tracker:
+            self.tracker.scalars(entry)
         gc.collect(2 if self.saving else 1)
         self.waited, self.logged_step, self.logged = 0.0, self.done, time.perf_counter()
+
+    def show(self, name, picture):
+        """Log a PIL image to what --log-to names."""
+        if self.tracker:
+            self.tracker.picture(name, picture, self.done)
 
     def save(self, model, optimizer):
         """Write a checkpoint; on CUDA in the background."""
@@ -286,6 +303,8 @@ class Progress:
             self.save(model, optimizer)
         self.wait_for_save()
         self.bar.close()
+        if self.tracker:
+            self.tracker.close()
         gc.enable()
         stop.release()
         if self.done == self.run.steps:

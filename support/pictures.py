@@ -21,15 +21,22 @@ def denormalize(images):
     return ((images * deviation + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-@torch.inference_mode()
 def draw_reconstructions(model, source, path, count=8, seed=0):
-    """Write a PNG of a source's first `count` images, a row for each: itself, its visible
+    """Write a PNG of a source's first `count` images: see reconstructions."""
+    save(reconstructions(model, some_pictures(source, model.config, count), seed), path)
+
+
+@torch.no_grad()
+def reconstructions(model, images, seed=0):
+    """A PIL image of images (B, C, H, W) uint8, a row for each: itself, its visible
     patches, and an MAE's reconstruction. seed: of the masks.
 
     A reconstruction from normalised targets borrows the true mean and deviation of each
-    hidden patch. What the means alone show stands in a column before it.
+    hidden patch. What the means alone show stands in a column before it. The processes of a
+    sharded model must all call it, with as many images.
     """
-    images = some_pictures(source, model.config, count)
+    training = model.training
+    model.eval()
     N, P, device = model.num_patches, model.patch_size, model.cls_token.device
     ids = [permutation(N, seed, 0, i, MASK) for i in range(len(images))]
     ids = torch.from_numpy(np.stack(ids)).to(device)  # (B, N)
@@ -40,8 +47,9 @@ def draw_reconstructions(model, source, path, count=8, seed=0):
     hidden = torch.ones_like(ids).scatter(1, ids[:, : model.num_visible], 0).cpu()  # (B, N)
     hidden = unpatchify(hidden[..., None].expand(-1, -1, P**2), P, model.grid)
     seen = torch.where(hidden > 0, torch.full_like(images, 128), images)  # (B, C, H, W)
+    model.train(training)
     titles = ["picture", f"seen ({model.num_visible / N:.0%})", *columns]
-    draw_grid([images, seen, *(denormalize(c).cpu() for c in columns.values())], titles, path)
+    return draw_grid([images, seen, *(denormalize(c).cpu() for c in columns.values())], titles)
 
 
 @torch.no_grad()
@@ -55,9 +63,13 @@ def reconstruct(model, images, ids, scale=1):
     model.check(images)
     patches = patchify(images, model.patch_size)  # (B, N, P*P*C)
     hidden = ids[:, model.num_visible :]
-    x = model.forward_encoder(patches, ids)  # (B, 1 + K, D)
-    predictions = model.forward_decoder(x, ids).to(patches.dtype)  # (B, N - K, P*P*C)
-    predictions = predictions * scale
+    # Only a call of the model itself gathers the weights of a sharded one. So for this call,
+    # its last step is to return the predictions, and not the loss.
+    model.forward_loss = lambda patches, predictions, ids: predictions
+    try:
+        predictions = model(images, ids).to(patches.dtype) * scale  # (B, N - K, P*P*C)
+    finally:
+        del model.forward_loss  # the class has its own
     if model.normalize_targets:
         mean, deviation = patch_statistics(take(patches, hidden))
         predictions = predictions * deviation + mean
@@ -88,7 +100,7 @@ def draw_attention(model, source, path, count=8):
     maps = (0.15 + 0.85 * maps)[:, :, None]  # (B, maps, 1, H, W)
     scaled = (images[:, None] * maps).to(torch.uint8).unbind(dim=1)
     titles = ["picture", "all heads", *(f"head {i}" for i in range(1, len(scaled)))]
-    draw_grid([images, *scaled], titles, path)
+    save(draw_grid([images, *scaled], titles), path)
 
 
 def class_attention(model, images):
@@ -102,14 +114,19 @@ def class_attention(model, images):
     return scores.softmax(dim=-1)[:, :, 0, 1:]
 
 
+def first_pictures(source, config, count):
+    """A batch of the first `count` pictures of a source: see data.Batches. config: a model's."""
+    size, channels = pair(config["image_size"]), config["channels"]
+    make = lambda sample, key: {"images": make_picture(sample, key, size, channels)}
+    return Batches(source, make, count)[0]
+
+
 def some_pictures(source, config, count):
     """The readable images among the first `count` of a source, (B, C, H, W) uint8.
 
     config: a model's. Raises ValueError if none is readable.
     """
-    size, channels = pair(config["image_size"]), config["channels"]
-    make = lambda sample, key: {"images": make_picture(sample, key, size, channels)}
-    batch = Batches(source, make, count)[0]
+    batch = first_pictures(source, config, count)
     for name in batch["bad"]:
         print(f"unreadable, left out: {name}", file=sys.stderr)
     if not batch["weight"].any():
@@ -186,11 +203,11 @@ def draw_mistakes(source, lines, config, path):
         ImageDraw.Draw(cell).text((0, side + 4), line[:36], "black", ImageFont.load_default(13))
         cells.append(torch.from_numpy(np.array(cell)).permute(2, 0, 1))
     columns = [torch.stack(cells[i::4]) for i in range(min(4, len(cells)))]
-    draw_grid(columns, ["mistakes", "", "", ""], path)
+    save(draw_grid(columns, ["mistakes", "", "", ""]), path)
 
 
-def draw_grid(columns, titles, path):
-    """Write a PNG of columns of images (B, C, H, W) uint8, of which the first is the longest.
+def draw_grid(columns, titles):
+    """A PIL image of columns of images (B, C, H, W) uint8, of which the first is the longest.
 
     titles: of the columns. C is 1, 3 or 4. Small images are enlarged by a whole number.
     """
@@ -205,7 +222,7 @@ def draw_grid(columns, titles, path):
             picture = Image.fromarray(pixels[:, :, 0] if C == 1 else pixels).convert("RGB")
             picture = picture.resize((W * scale, H * scale), Image.Resampling.NEAREST)
             canvas.paste(picture, (gap + x * width, top + y * height))
-    save(canvas, path)
+    return canvas
 
 
 def save(image, path):
