@@ -30,7 +30,6 @@ import importlib
 import json
 import math
 import os
-import shlex
 import sys
 from collections import namedtuple
 from functools import partial
@@ -472,28 +471,21 @@ def measured(run, model, source):
     return rates, count
 
 
-def finish(run, weights, config, result, task, flags=None):
+def finish(run, weights, config, result, task, more=None):
     """Write model.pt; print the command that evaluates it, and the result as JSON.
 
-    result: {metric: number}. task: of evaluate.py. flags: {name: value} of that task; None
-    is not given.
+    result: {metric: number}. task: of evaluate.py. more: {name: value} of flags of that task;
+    None is not given.
     """
     if run.process:
         return
     path = run.out / "model.pt"
     models.save_weights(path, weights, config)
     print(f"wrote {path}")
-    typed = {"task": task, "checkpoint": path, "data": run.data or "toy"}
-    names = "val_data", "val_share", "labels", "val_labels"
-    typed |= {name: vars(run).get(name) for name in names}
     usual_crop = run.val_crop == evaluate.usual_crop(run.image_size)
-    typed["val_crop"] = None if usual_crop else run.val_crop
-    typed |= {"max_pixels": run.identity["max_pixels"], **(flags or {})}
-    command = ["python", "evaluate.py"]
-    for name, value in typed.items():
-        if value is not None:
-            command += [f"--{name.replace('_', '-')}", str(value)]
-    print(f"next: {shlex.join(command)}")
+    typed = {"task": task, "checkpoint": path, "data": run.data or "toy"}
+    typed |= {"val_crop": None if usual_crop else run.val_crop, **(more or {})}
+    flags.print_next(run, "evaluate.py", **typed)
     print(json.dumps({"task": run.task, **result}))
 
 

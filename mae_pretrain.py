@@ -17,7 +17,6 @@ the rest, predict the pixels of the hidden ones.
 import gc
 import math
 import os
-import shlex
 from functools import partial
 from typing import NamedTuple
 
@@ -295,13 +294,13 @@ def finish(run, weights):
     models.save_weights(run.out / "model.pt", weights, run.config)
     print(f"wrote {run.out / 'model.pt'}")
     evaluate.show_autoencoder(weights, run)
-    task = "knn" if run.val and run.val.classes and run.source.classes else "attention"
-    typed = ["--checkpoint", str(run.out / "model.pt"), "--data", run.data or "toy"]
-    typed += ["--val-data", run.val_data] if run.val_data else []
-    typed += ["--val-share", str(run.val_share)] if run.val_share else []
-    if run.max_pixels != data.MAX_PIXELS:
-        typed += ["--max-pixels", str(run.max_pixels)]
-    print(f"next: python evaluate.py --task {task} {shlex.join(typed)}")
+    if run.source.endless:  # the toy world has hashtags, too
+        return flags.print_next(run, "weak_pretrain.py", init=run.out / "model.pt")
+    labels = run.val and run.val.classes and run.source.classes
+    # knn reads each picture once: not after a shorter training.
+    cheap = labels and run.source.sizes.sum() + run.val.sizes.sum() <= run.steps * run.batch_size
+    task = "knn" if cheap else "attention"
+    flags.print_next(run, "evaluate.py", task=task, checkpoint=run.out / "model.pt")
 
 
 @errors.record  # torchrun shows the traceback of the process that failed first

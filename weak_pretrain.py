@@ -17,7 +17,6 @@ each of a picture's K.
 import gc
 import math
 import os
-import shlex
 from functools import partial
 from typing import NamedTuple
 
@@ -309,13 +308,12 @@ def finish(run, weights):
         options = {"workers": run.workers, "device": run.device}
         sources, samples = (run.source, run.held_out), run.steps * run.batch_size
         print_probe(weights, config, *sources, run.seed, samples, **options)
-    where = "toy" if run.source.endless else "DIR"
-    typed = ["--pool", config["pool"], "--checkpoint", str(run.out / "model.pt"), "--data", where]
-    if run.max_pixels != data.MAX_PIXELS:
-        typed += ["--max-pixels", str(run.max_pixels)]
-    print(f"next: python evaluate.py --task fewshot {shlex.join(typed)}")
-    if not run.source.endless:
-        print("      (DIR holds train/CLASS/* and val/CLASS/*)")
+    path, where = run.out / "model.pt", {"data": "DIR", "labels": None}
+    if run.source.endless:
+        return flags.print_next(run, "finetune.py", task="classify", init=path)
+    typed = {"task": "fewshot", "pool": config["pool"], "checkpoint": path, **where}
+    flags.print_next(run, "evaluate.py", **typed)
+    print("      (DIR holds train/CLASS/* and val/CLASS/*)")
 
 
 @errors.record  # torchrun shows the traceback of the process that failed first

@@ -7,10 +7,13 @@ add_flags, ...   the flags that every stage has
 
 import argparse
 import re
+import shlex
 from pathlib import Path
 
 from data import MAX_PIXELS, pixel_limit
 from support.launch import fail
+
+CACHE_SIZE = "20G"  # default of --cache-size
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,7 +92,7 @@ def add_flags(groups, out, batch_size, seed_of):
     """Add every stage's flags. batch_size: the default, in words. seed_of: what it draws."""
     add = groups["data"].add_argument
     add("--cache-dir", help="for remote shards (a user's own temporary folder)")
-    add("--cache-size", default="20G", help="the most that it holds, like 500G (20G)")
+    add("--cache-size", default=CACHE_SIZE, help="the most that it holds, like 500G (20G)")
     add("--lanes", type=count, help="sample streams, a multiple of processes (48, or shards)")
     add("--workers", type=number(int, 0), help="loader processes for each (the cores left)")
     add("--max-bad", type=fraction, default=0.01, help="unreadable share to stop at (0.01)")
@@ -137,6 +140,23 @@ def identity(run):
     unless a flag is given."""
     max_pixels = None if run.max_pixels == MAX_PIXELS else run.max_pixels
     return {"max_pixels": max_pixels, "no_flip": run.no_flip or None, "clip": run.clip}
+
+
+def print_next(run, program, **flags):
+    """Print the command to type after a run. It has the run's flags for data, if it has them.
+
+    flags: {name: value} of the command, the first ones; None is not given. data: that of the run
+    """
+    names = "data", "val_data", "val_share", "labels", "val_labels", "cache_dir", "cache_size"
+    names = (*names, "max_pixels")
+    usual = {"cache_size": CACHE_SIZE, "max_pixels": MAX_PIXELS}
+    own = {name: vars(run).get(name) for name in names}
+    own = {name: value for name, value in own.items() if value != usual.get(name)}
+    command = ["python", program]
+    for name, value in {**flags, **own, **flags}.items():
+        if value is not None:
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    run.say(f"next: {shlex.join(command)}")
 
 
 def add_resume_flags(groups):
