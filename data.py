@@ -23,7 +23,7 @@ import os
 import re
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 
 import numpy as np
@@ -704,7 +704,6 @@ class Batches(torch.utils.data.Dataset):
     order: object = None
     seed: int = 0
     micro_batches: int = 1  # of each process, in a batch
-    named: set = field(default_factory=set)  # unreadable samples that were printed
 
     def __post_init__(self):
         if self.processes > 1 and self.batch_size % (2 * self.processes):

@@ -21,7 +21,7 @@ from multiprocessing.reduction import ForkingPickler
 import torch
 from PIL import Image
 
-from data import Unreachable, limit_pixels, one_line
+from data import Subset, Unreachable, limit_pixels, one_line
 
 STALLED = 60  # seconds without a batch until the user is told so
 GRACE = 5  # seconds that a run waits for a batch after it was asked to stop
@@ -86,6 +86,18 @@ class Parcel:
 
     def pin_memory(self):  # a DataLoader calls it
         return map_tensors(torch.Tensor.pin_memory, self.open())
+
+
+def name_unreadable(source, bad):
+    """Print the names of unreadable samples that are left out, each once for a source and all
+    Subsets of it. bad: of a batch of data.Batches."""
+    while isinstance(source, Subset):
+        source = source.source
+    named = vars(source).setdefault("named", set())
+    for name in bad:
+        if name not in named:
+            print(f"unreadable, left out: {name}", file=sys.stderr)
+    named.update(bad)
 
 
 def lost_batch(error):

@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from data import MASK, Batches, channel_statistics, make_picture, normalize, permutation
 from kernels import split_heads
 from model import pair, patch_statistics, patchify, take
+from support.loader import name_unreadable
 
 
 def denormalize(images):
@@ -127,8 +127,7 @@ def some_pictures(source, config, count):
     config: a model's. Raises ValueError if none is readable.
     """
     batch = first_pictures(source, config, count)
-    for name in batch["bad"]:
-        print(f"unreadable, left out: {name}", file=sys.stderr)
+    name_unreadable(source, batch["bad"])
     if not batch["weight"].any():
         raise ValueError(f"no readable picture among the first {count}: {source.identity}")
     return batch["images"][batch["weight"] > 0]

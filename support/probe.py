@@ -7,7 +7,6 @@ Probe         at each save of a run: few-shot and nearest neighbours on some pic
 """
 
 import math
-import sys
 from functools import partial
 
 import numpy as np
@@ -28,7 +27,7 @@ from data import (
 from model import ViT, encoder_config, initialize, load_weights, pair, pool
 from support.labels import all_labels
 from support.launch import progress
-from support.loader import loader
+from support.loader import loader, name_unreadable
 
 RIDGE = 10.0  # L2 on standardised features: fixed, not tuned
 NEIGHBOURS = 10
@@ -100,14 +99,10 @@ def labelled(sample, key, size, channels, min_crop=None, centre=1.0, flip=True):
 
 
 def named_batches(batches, workers=0, title="measuring"):
-    """Yield each of a data.Batches once. Each unreadable sample in it is named once, however
-    often this is called."""
+    """Yield each of a data.Batches once, and print the names of its unreadable samples."""
     made = loader(batches, range(len(batches)), workers)
     for batch in progress(made, len(batches), title, " batches"):
-        for name in batch["bad"]:
-            if name not in batches.named:
-                print(f"unreadable, left out: {name}", file=sys.stderr)
-        batches.named.update(batch["bad"])
+        name_unreadable(batches.source, batch["bad"])
         yield batch
 
 
@@ -267,18 +262,19 @@ class Probe:
     """
 
     def __init__(self, fit, test, config, batch_size, device):
-        at_once = batch_size * distributed()[1]
-        self.batches = [batches_of(source, config, at_once) for source in (fit, test)]
-        self.device, self.kept = device, None
+        self.sources, self.config, self.device = (fit, test), config, device
+        self.batch_size, self.kept = batch_size, None
 
     def __call__(self, model):
         """{name of PROBES_SHOWN: share of right answers} of a model in training; {} if nothing
         can be read. All processes must call it."""
-        self.kept = self.kept or [[*named_batches(batches)] for batches in self.batches]
+        if not self.kept:  # not before: the process group begins after __init__
+            at_once = self.batch_size * distributed()[1]
+            batches = [batches_of(source, self.config, at_once) for source in self.sources]
+            self.kept = [([*named_batches(some)], some.total) for some in batches]
         model.eval()
         functions = {"": model.probe_features}
-        totals = [batches.total for batches in self.batches]
-        found = [collect(functions, *each, self.device) for each in zip(self.kept, totals)]
+        found = [collect(functions, *each, self.device) for each in self.kept]
         model.train()
         (x, y, _), (x_test, y_test, _) = found
         if not len(y) or not len(y_test):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,10 +74,17 @@ def test_it_is_what_evaluate_measures_afterwards(run, pets):
 
 
 @pytest.mark.parametrize("flags", [[], ["--shard-group", "2"]])
-def test_two_processes_find_the_same(flags, run, pets, tmp_path):
+def test_two_processes_find_the_same_and_read_each_picture_once(flags, run, pets, tmp_path):
     completed("--data", pets, *RUN, *flags, "--out", tmp_path / "run", processes=2)
     # A vote or a rank may turn by rounding: of 50 pictures at most one.
     assert np.abs(np.subtract(probed(tmp_path / "run"), probed(run))).max() <= 1 / 50
+    shutil.copytree(pets / "val", tmp_path / "val")
+    first = Path(Folder(str(tmp_path / "val")).name(0))  # the first process reads it
+    first.write_bytes(b"no picture")
+    flags = [*RUN, *flags, "--val-data", tmp_path / "val", "--steps", "10"]
+    ran = completed("--data", pets / "train", *flags, "--out", tmp_path / "bad", processes=2)
+    # It is read by the probe, for the held-out loss, and at the end.
+    assert ran.stderr.count(first.name) == 1 and len(probed(tmp_path / "bad")) == 1
 
 
 def test_it_changes_neither_the_training_nor_a_resumed_run(run, pets, tmp_path):
