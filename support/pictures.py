@@ -157,7 +157,7 @@ def draw_step(run, batches):
     first = (run.draw_step - 1) * batches.batch_size
     titles = [f"position {first}, ...", *[""] * 7]
     os.makedirs(run.out, exist_ok=True)
-    draw_grid(columns, titles, run.out / f"step-{run.draw_step}.png")
+    save(draw_grid(columns, titles), run.out / f"step-{run.draw_step}.png")
 
 
 def draw_confusion(table, names, path):

@@ -404,7 +404,8 @@ def test_features_are_written_once_with_their_keys_and_labels(
     result, _ = evaluated("features", encoder.path, labelled, *flags)
     expected, found = features_one_by_one(encoder.model, labelled / split, how), arrays(out)
     assert result == {"samples": len(expected), "width": 24, "out": str(out)}
-    assert sorted(found) == ["classes", "features", "keys", "labels"]
+    assert sorted(found) == ["classes", "features", "keys", "labels", "unreadable"]
+    assert found["unreadable"].size == 0
     assert sorted(found["keys"]) == sorted(expected)
     wanted = np.stack([expected[key] for key in found["keys"]])
     np.testing.assert_allclose(found["features"], wanted, rtol=0, atol=2e-5)

@@ -317,8 +317,12 @@ def test_the_command_has_the_flags_that_were_given(tmp_path, capsys):
     run = prepared("--task", "detect", "--size", "toy", "--out", tmp_path, "--max-pixels", 99_999)
     run.labels, run.val_crop = "a b", 0.5
     finetune.finish(run, {}, {}, {}, "zeroshot", {"tokenizer": "t", "span": None})
-    typed = "--data toy --labels 'a b' --val-crop 0.5 --max-pixels 99999 --tokenizer t\n"
-    assert typed in capsys.readouterr().out
+    run.cache_dir = "c"
+    finetune.finish(run, {}, {}, {}, "zeroshot", {"tokenizer": "t", "span": None})
+    usual = " --data toy --val-crop 0.5 --tokenizer t --labels 'a b'"
+    printed = capsys.readouterr().out
+    assert f"{usual} --max-pixels 99999\n" in printed
+    assert f"{usual} --cache-dir c --max-pixels 99999\n" in printed
 
 
 # ------------------------------------------------------------------------------------------ classify
