@@ -244,11 +244,8 @@ def classify(model, sources, run, extract, scores=None, what="pictures"):
     if run.mistakes and distributed()[0] == 0:
         wrong = sorted(wrong, key=lambda i: -confidence[i])[: run.count]
         mistakes = Subset(source, numbers[wrong].tolist())
-        lines = []
-        for i in wrong:
-            answer, truth = names[best[i][0]], names[min(answers[i])]
-            lines.append(f"{answer} ({confidence[i]:.0%}), is {truth}")
-        draw_mistakes(mistakes, lines, model.config, run.mistakes)
+        shown = [(best[i][0], confidence[i], min(answers[i])) for i in wrong]
+        draw_mistakes(mistakes, shown, names, model.config, run.mistakes)
     return {"top1": top1, "top5": top5, what: len(counted)}
 
 
@@ -308,14 +305,14 @@ def features(model, sources, run, extract):
 
 
 def reconstruct(model, sources, run, extract):
-    path = run.out or Path(run.checkpoint).with_name("reconstruction.png")
+    path = run.out or Path(run.checkpoint).with_name("evaluate-reconstruct.png")
     print(f"masks are drawn with seed {run.seed}")
     draw_reconstructions(model, sources[-1], path, run.count, run.seed)
     return {"out": str(path)}
 
 
 def attention(model, sources, run, extract):
-    path = run.out or Path(run.checkpoint).with_name("attention.png")
+    path = run.out or Path(run.checkpoint).with_name("evaluate-attention.png")
     draw_attention(model, sources[-1], path, run.count)
     return {"out": str(path)}
 
@@ -454,7 +451,7 @@ def add_flags(parser, task):
         add("--split", choices=("train", "val"), default="val", help="whose features (val)")
         add("--out", type=in_folder, help="a new .npz (features.npz)")
     if task in ("reconstruct", "attention"):
-        add("--out", type=png, help="a .png (beside the checkpoint)")
+        add("--out", type=png, help=f"a .png (evaluate-{task}.png beside the checkpoint)")
     if task in ("reconstruct", "attention", "classify", "detect"):
         add("--count", type=number(int, 1, 1000), default=8, help="images to draw (8)")
     if task == "reconstruct":

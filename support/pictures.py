@@ -1,7 +1,11 @@
 """PNGs that show what a model does: reconstructions, attention, confusion, mistakes."""
 
+import glob
+import itertools
 import math
 import os
+import re
+import unicodedata
 
 import numpy as np
 import torch
@@ -12,6 +16,17 @@ from data import MASK, Batches, channel_statistics, make_picture, normalize, per
 from kernels import split_heads
 from model import pair, patch_statistics, patchify, take
 from support.loader import name_unreadable
+
+# Colours of `heat`, at equal distances: those of matplotlib's inferno.
+HEAT = [(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)]
+HEAT = torch.tensor(HEAT, dtype=torch.float32)
+
+# Where Linux, macOS and Windows keep fonts.
+FONTS = ["/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts"]
+FONTS += ["/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts"]
+FONTS += ["C:/Windows/Fonts", "~/AppData/Local/Microsoft/Windows/Fonts"]
+STYLES = re.compile("(?i)bold|black|light|thin|italic|oblique|serif|mono|condensed|math")
+MISSING = "\U0010ffff"  # no character: every font draws it as what it does not have
 
 
 def denormalize(images):
@@ -49,7 +64,8 @@ def reconstructions(model, images, seed=0):
     seen = torch.where(hidden > 0, torch.full_like(images, 128), images)  # (B, C, H, W)
     model.train(training)
     titles = ["picture", f"seen ({model.num_visible / N:.0%})", *columns]
-    return draw_grid([images, seen, *(denormalize(c).cpu() for c in columns.values())], titles)
+    drawn = [images, seen, *(denormalize(c).cpu() for c in columns.values())]
+    return draw_grid([as_pil(column) for column in drawn], titles)
 
 
 @torch.no_grad()
@@ -88,7 +104,11 @@ def unpatchify(patches, patch_size, grid):
 @torch.inference_mode()
 def draw_attention(model, source, path, count=8):
     """Write a PNG of a source's first `count` images, a row for each: itself, and the
-    class token's attention in a ViT's last block, of all heads and of the first four."""
+    class token's attention in a ViT's last block, of all heads and of the first four.
+
+    A map is drawn as colours over the image in grey, which also shows on a black image. Each
+    is divided by its highest value.
+    """
     images = some_pictures(source, model.config, count)
     normal = normalize(images.to(model.cls_token.device))
     attention = class_attention(model, normal).cpu()  # (B, heads, N)
@@ -96,11 +116,31 @@ def draw_attention(model, source, path, count=8):
     maps = maps.unflatten(2, model.grid)  # (B, maps, rows, columns)
     maps = maps / maps.amax(dim=(2, 3), keepdim=True)
     maps = F.interpolate(maps, images.shape[2:], mode="nearest")  # (B, maps, H, W)
-    # Attention scales the brightness of the image; where it is 0, 15 % remain.
-    maps = (0.15 + 0.85 * maps)[:, :, None]  # (B, maps, 1, H, W)
-    scaled = (images[:, None] * maps).to(torch.uint8).unbind(dim=1)
-    titles = ["picture", "all heads", *(f"head {i}" for i in range(1, len(scaled)))]
-    save(draw_grid([images, *scaled], titles), path)
+    grey = images[:, None, :3].float().mean(dim=2, keepdim=True)  # (B, 1, 1, H, W)
+    coloured = (0.65 * heat(maps) + 0.35 * grey).to(torch.uint8).unbind(dim=1)
+    titles = ["picture", "all heads", *(f"head {i}" for i in range(1, len(coloured)))]
+    columns = [as_pil(column) for column in (images, *coloured)]
+    save(draw_grid(columns, titles, legend=scale_bar()), path)
+
+
+def heat(values):
+    """Colours from black over red to light yellow, (B, maps, H, W) of 0 ... 1 -> float
+    (B, maps, 3, H, W) of 0 ... 255."""
+    at = values * (len(HEAT) - 1)
+    low = at.long().clamp(max=len(HEAT) - 2)  # the highest is at the end of the last interval
+    return HEAT[low].lerp(HEAT[low + 1], (at - low)[..., None]).movedim(-1, 2)
+
+
+def scale_bar():
+    """An image that says what the colours of `heat` mean in a map of attention."""
+    bar, font, left = Image.new("RGB", (460, 22), "white"), ImageFont.load_default(13), 80
+    draw = ImageDraw.Draw(bar)
+    draw.text((0, 11), "attention 0", "black", font, "lm")
+    for x in range(101):
+        colour = heat(torch.full((1, 1, 1, 1), x / 100)).flatten().int().tolist()
+        draw.line((left + x, 3, left + x, 18), tuple(colour))
+    draw.text((left + 106, 11), "highest of its map, over the picture in grey", "black", font, "lm")
+    return bar
 
 
 def class_attention(model, images):
@@ -153,7 +193,7 @@ def draw_step(run, batches):
             break
     images = torch.stack(images[:64])
     images = images[:, :, images.shape[2] // 2] if images.ndim == 5 else images
-    columns = [images[i::8] for i in range(min(8, len(images)))]
+    columns = [as_pil(images[i::8]) for i in range(min(8, len(images)))]
     first = (run.draw_step - 1) * batches.batch_size
     titles = [f"position {first}, ...", *[""] * 7]
     os.makedirs(run.out, exist_ok=True)
@@ -169,19 +209,21 @@ def draw_confusion(table, names, path):
     side, left = max(4, min(36, 1200 // len(names))), 150 if len(names) <= 60 else 6
     extent = left + side * len(names) + 6
     image = Image.new("RGB", (extent, extent), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(min(13, side * 2 // 3))
+    draw, small = ImageDraw.Draw(image), min(13, side * 2 // 3)
     draw.text((6, 6), "rows: truth\ncolumns: answer", "black", ImageFont.load_default(13))
     shares = table / table.sum(dim=1, keepdim=True).clamp(min=1)
     grey = (255 * (1 - shares)).to(torch.uint8)  # (classes, classes)
     blue = grey.where(torch.eye(len(names), dtype=torch.bool), 255)
     cells = Image.fromarray(torch.stack([grey, grey, blue], dim=2).numpy())
     image.paste(cells.resize((side * len(names),) * 2, Image.Resampling.NEAREST), (left, left))
-    for row, name in enumerate(names if left > 6 else ()):
-        y = left + row * side + side // 6
-        draw.text((left - 6, y), name[:20], "black", font, anchor="ra")
+    names = legible(dict(enumerate(names if left > 6 else ())), small)
+    for row, name in names.items():
+        font, text = shorten(name, left - 12)
+        draw.text((left - 6, left + row * side + side // 2), text, "black", font, "rm")
         label = Image.new("RGB", (left, side), "white")
-        ImageDraw.Draw(label).text((6, side // 6), name[:20], "black", font)
+        draw_line(label, 6, side // 2, (font, text))
         image.paste(label.rotate(90, expand=True), (left + row * side, 0))
+    font = ImageFont.load_default(small)
     for row, column in table.nonzero().tolist() if side > 24 else ():
         centre = left + column * side + side // 2, left + row * side + side // 2
         colour = "white" if shares[row, column] > 0.5 else "black"
@@ -189,38 +231,56 @@ def draw_confusion(table, names, path):
     save(image, path)
 
 
-def draw_mistakes(source, lines, config, path):
-    """Write a PNG of a source's first images, each above a line of text. config: a model's."""
-    if not lines:
+def draw_mistakes(source, mistakes, names, config, path):
+    """Write a PNG of a source's first images, each above the model's answer and the truth.
+
+    mistakes: [(answer, its probability, truth)] of the images, by the numbers of classes.
+    names: of the classes. config: a model's.
+    """
+    if not mistakes:
         return print(f"there are no mistakes: {path} is not written")
-    images = some_pictures(source, config, len(lines)).permute(0, 2, 3, 1).numpy()
-    side, cells = 224, []
-    for pixels, line in zip(images, lines):
-        picture = Image.fromarray(pixels.squeeze()).convert("RGB")
-        cell = Image.new("RGB", (side, side + 22), "white")
+    images = some_pictures(source, config, len(mistakes))
+    classes = {label for answer, _, truth in mistakes for label in (answer, truth)}
+    names = legible({label: names[label] for label in sorted(classes)})
+    side, cells, font = 224, [], ImageFont.load_default(13)
+    for picture, (answer, probability, truth) in zip(as_pil(images), mistakes):
+        cell = Image.new("RGB", (side, side + 40), "white")
         cell.paste(ImageOps.pad(picture, (side, side), color="white"))
-        ImageDraw.Draw(cell).text((0, side + 4), line[:36], "black", ImageFont.load_default(13))
-        cells.append(torch.from_numpy(np.array(cell)).permute(2, 0, 1))
-    columns = [torch.stack(cells[i::4]) for i in range(min(4, len(cells)))]
+        for y, note, label in ((12, f"{probability:.0%} ", answer), (30, "is ", truth)):
+            name = shorten(names[label], side - font.getlength(note))
+            draw_line(cell, 0, side + y, (font, note), name)
+        cells.append(cell)
+    columns = [cells[i::4] for i in range(min(4, len(cells)))]
     save(draw_grid(columns, ["mistakes", "", "", ""]), path)
 
 
-def draw_grid(columns, titles):
-    """A PIL image of columns of images (B, C, H, W) uint8, of which the first is the longest.
+def as_pil(images):
+    """(B, C, H, W) uint8 -> a list of PIL images in RGB. C is 1, 3 or 4."""
+    images = images.permute(0, 2, 3, 1).numpy()
+    images = images[:, :, :, 0] if images.shape[3] == 1 else images
+    return [Image.fromarray(pixels).convert("RGB") for pixels in images]
 
-    titles: of the columns. C is 1, 3 or 4. Small images are enlarged by a whole number.
+
+def draw_grid(columns, titles, legend=None):
+    """A PIL image of columns of PIL images of one size, of which the first is the longest.
+
+    titles: of the columns. Images with a side below 160 pixels are enlarged by a whole
+    number. legend: an image to stand below.
     """
-    B, C, H, W = columns[0].shape
-    scale, gap, top = max(1, 160 // min(H, W)), 6, 22
+    (W, H), gap, top = columns[0][0].size, 6, 22
+    scale = math.ceil(160 / min(H, W))
     width, height = W * scale + gap, H * scale + gap
-    canvas = Image.new("RGB", (len(columns) * width + gap, top + B * height), "white")
+    bottom = top + len(columns[0]) * height
+    size = len(columns) * width + gap, bottom + (legend.height if legend else 0)
+    canvas = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     for x, (column, title) in enumerate(zip(columns, titles)):
         draw.text((gap + x * width, 3), title, fill="black", font=font)
-        for y, pixels in enumerate(column.permute(0, 2, 3, 1).numpy()):
-            picture = Image.fromarray(pixels[:, :, 0] if C == 1 else pixels).convert("RGB")
+        for y, picture in enumerate(column):
             picture = picture.resize((W * scale, H * scale), Image.Resampling.NEAREST)
             canvas.paste(picture, (gap + x * width, top + y * height))
+    if legend:
+        canvas.paste(legend, (gap, bottom))
     return canvas
 
 
@@ -228,3 +288,98 @@ def save(image, path):
     replaced = " (replaced)" if os.path.exists(path) else ""
     image.save(path)
     print(f"wrote {path}{replaced}")
+
+
+# -------------------------------------------------------------------------------------------- names
+
+
+def legible(names, size=13):
+    """How to draw the names of classes: {number: name} -> {number: (font, text)}.
+
+    The font is Pillow's own if it has all letters of a name (it has no accents), else the
+    first of this machine that has them. What no font has is spelt in ASCII, without accents
+    and with the names of symbols. What cannot be spelt so becomes its number, and the names
+    of these numbers are printed.
+    """
+    names, drawn = {number: tidy(name) for number, name in names.items()}, {}
+    for path in itertools.chain([None], font_files()):
+        left = {number: name for number, name in names.items() if number not in drawn}
+        if not left:
+            break
+        try:
+            font = ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+            able = letters_of(font, set().union(*left.values()))
+        except OSError:  # a damaged file, or a font of one size, as those of emoji are
+            continue
+        drawn |= {number: (font, name) for number, name in left.items() if able.issuperset(name)}
+    missing = {number: name for number, name in names.items() if number not in drawn}
+    plain = ImageFont.load_default(size)
+    drawn |= {number: (plain, spell(name) or str(number)) for number, name in missing.items()}
+    numbered = [f"  {number}: {name}" for number, name in missing.items() if not spell(name)]
+    if numbered:
+        print("no font of this machine has the letters of these names; the picture has numbers:")
+        print("\n".join(numbered))
+    return {number: drawn[number] for number in names}
+
+
+def tidy(name):
+    """A name as one line of characters that have a shape of their own."""
+    name = str(name).encode(errors="backslashreplace").decode()  # a file's name may be no UTF-8
+    name = re.sub("[\ufe00-\ufe0f]", "", " ".join(name.split()))  # black or coloured emoji
+    name = "".join(c for c in name if unicodedata.category(c) not in ("Cc", "Cf"))
+    return unicodedata.normalize("NFC", name)
+
+
+def font_files():
+    """Yield the font files of this machine: upright sans serifs first."""
+    names = {}
+    for folder in FONTS:
+        pattern = f"{os.path.expanduser(folder)}/**/*.[ot]t[cf]"
+        names |= {path: os.path.basename(path) for path in glob.glob(pattern, recursive=True)}
+    for path in sorted(names, key=lambda path: (bool(STYLES.search(names[path])), names[path])):
+        if "LastResort" not in path:  # macOS has a font of nothing but boxes
+            yield path
+
+
+def letters_of(font, letters):
+    """The letters that a font has a shape for: one that differs from a missing character's."""
+    font = font.font_variant(layout_engine=ImageFont.Layout.BASIC)  # one shape for each letter
+
+    def shape(letter):
+        mask = font.getmask(letter)
+        return mask.size, bytes(mask)
+
+    missing = shape(MISSING)
+    return {letter for letter in letters if shape(letter) != missing}
+
+
+def spell(name):
+    """A name in ASCII: letters without accents, symbols by their Unicode names. None if other
+    letters are left."""
+    text = ""
+    for letter in name:
+        parts = unicodedata.normalize("NFKD", letter)
+        plain = "".join(part for part in parts if not unicodedata.combining(part))
+        if not plain.isascii() and unicodedata.category(letter)[0] == "S":
+            plain = f" {unicodedata.name(letter).lower()} "
+        text += plain
+    return " ".join(text.split()) if text.isascii() else None
+
+
+def shorten(name, width):
+    """A (font, text) with as much of the text as fits into a width in pixels."""
+    font, text = name
+    if font.getlength(text) <= width:
+        return font, text
+    while text and font.getlength(f"{text}..") > width:
+        text = text[:-1]
+    return font, f"{text}.."
+
+
+def draw_line(image, x, y, *parts):
+    """Draw [(font, text)] one behind the other into an image, their middle at height y.
+    Returns the x behind them."""
+    for font, text in parts:
+        ImageDraw.Draw(image).text((x, y), text, "black", font, "lm")
+        x += font.getlength(text)
+    return x

@@ -5,13 +5,12 @@ RLE is {"size": [height, width], "counts": (m,) int64}: the lengths of runs of z
 turn, down the columns, beginning with zeros.
 """
 
-import math
-
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from data import running_sum, to_mode
 from support.launch import progress
+from support.pictures import draw_grid, draw_line, legible, save, shorten
 
 # -------------------------------------------------------------------------------------- run lengths
 
@@ -362,7 +361,6 @@ def print_detection(scenes, found, path, count=8):
     """Print detection_numbers as a table, and draw the first pictures and detections."""
     print_table(detection_numbers(scenes, found))
     draw_detections(path, scenes, found, count)
-    print(f"wrote {path}")
 
 
 def print_table(numbers):
@@ -384,44 +382,86 @@ COLOURS += ("#f58231", "#42d4f4", "#f032e6", "#bfef45")
 
 
 def draw_detections(path, scenes, detections, count=8, side=480):
-    """Write a PNG of the first pictures, four in a row, with the best detections of each.
+    """Write a PNG of the first pictures, two in a row: each with its true objects, and beside
+    it with the best detections.
 
     These are up to 10 with a score of at least 0.3, and always the first. A class has one
     colour. A picture that cannot be read is grey.
     """
-    count = min(count, len(scenes.sizes))
-    grid = Image.new("RGB", (side * min(4, count), side * math.ceil(count / 4)), "white")
-    for number in range(count):
-        sample = scenes.read(number)
-        try:
-            image = to_mode(sample["image"](), 3)
-            image.load()  # here, if it was of this mode
-        except Exception:  # noqa: BLE001 (decoders raise anything)
-            image = Image.new("RGB", sample["size"][::-1], "grey")
-        scale = side / max(image.size)
-        size = [max(1, round(scale * s)) for s in image.size]
-        tile = Image.new("RGB", (side, side), "white")
-        tile.paste(image.resize(size, Image.Resampling.BICUBIC))
-        found = detections.get(sample["image_id"], NOTHING)
-        scores = np.asarray(found["scores"], dtype=np.float64)
-        shown = max(1, min(10, (scores >= 0.3).sum()))
-        for i in np.argsort(-scores, kind="stable")[:shown][::-1]:  # the best on top
-            label, box = int(found["labels"][i]), np.asarray(found["boxes"][i]) * scale
-            colour, mask = COLOURS[label % len(COLOURS)], found.get("masks")
-            if mask is not None:
-                mask = decode_mask(as_rle(mask[i], *sample["size"]))
-                tile.paste(colour, (0, 0), Image.fromarray(np.uint8(110 * mask)).resize(size))
-            draw_box(tile, colour, f"{scenes.classes[label]} {scores[i]:.2f}", box)
-        grid.paste(tile, (number % 4 * side, number // 4 * side))
-    grid.save(path)
+    samples = [scenes.read(number) for number in range(min(count, len(scenes.sizes)))]
+    pictures = [open_square(sample, side) for sample in samples]
+    truth = [true_objects(sample) for sample in samples]
+    found = [best_detections(detections.get(sample["image_id"], NOTHING)) for sample in samples]
+    labels = {label for objects in truth + found for label, *_ in objects}
+    names = legible({label: scenes.classes[label] for label in sorted(labels)})
+    columns, pairs = [], min(2, len(samples))
+    for first in range(pairs):
+        for objects in (truth, found):
+            chosen = list(zip(pictures, objects, samples))[first::pairs]
+            drawn = [draw_objects(p, o, s["size"], names) for p, o, s in chosen]
+            columns.append(drawn)
+    save(draw_grid(columns, ["truth", "found"] * pairs), path)
 
 
-def draw_box(tile, colour, text, box):
-    """Draw a box (4,), which may have any corners, and its text into a tile."""
-    box[2:] = np.maximum(box[:2], box[2:])
-    left, top, *_ = box = box.tolist()
-    pen, font = ImageDraw.Draw(tile), ImageFont.load_default(13)
-    pen.rectangle(box, outline=colour, width=2)
-    place = pen.textbbox((left + 2, max(0, top - 15)), text, font=font)
-    pen.rectangle(place, fill=colour)
-    pen.text(place[:2], text, fill="black", font=font, anchor="lt")
+def open_square(sample, side):
+    """A sample's picture, scaled, in the upper left corner of a white square."""
+    height, width = sample["size"]
+    try:
+        image = to_mode(sample["image"](), 3)
+        image.load()  # here, if it was of this mode
+    except Exception:  # noqa: BLE001 (decoders raise anything)
+        image = Image.new("RGB", (width, height), "grey")
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(image.resize(scaled(sample["size"], side), Image.Resampling.BICUBIC))
+    return square
+
+
+def scaled(size, side):
+    """(height, width) of a picture -> its (width, height) where the longer one is `side`."""
+    return tuple(max(1, round(side / max(size) * n)) for n in size[::-1])
+
+
+def true_objects(sample):
+    """What is drawn of a sample's objects: [(label, note, box (4,), segment or None)]."""
+    columns = (sample[key] for key in ("labels", "crowd", "boxes", "segments"))
+    return [
+        (int(label), "crowd: " if crowd else "", box, segment)
+        for label, crowd, box, segment in zip(*columns)
+    ]
+
+
+def best_detections(found):
+    """What is drawn of a picture's detections, as true_objects: the best one last, on top."""
+    scores, masks = np.asarray(found["scores"], dtype=np.float64), found.get("masks")
+    shown = max(1, min(10, (scores >= 0.3).sum()))
+    return [
+        (int(found["labels"][i]), f"{scores[i]:.2f} ", found["boxes"][i], masks and masks[i])
+        for i in np.argsort(-scores, kind="stable")[:shown][::-1]
+    ]
+
+
+def draw_objects(square, objects, size, names):
+    """A copy of open_square's picture of (height, width) with its objects drawn into it.
+    names: {label: (font, text)}."""
+    square, side, plain, notes = square.copy(), square.width, ImageFont.load_default(13), []
+    for label, note, box, segment in objects:
+        colour = COLOURS[label % len(COLOURS)]
+        if segment is not None:
+            mask = Image.fromarray(np.uint8(110 * decode_mask(as_rle(segment, *size))))
+            square.paste(colour, (0, 0), mask.resize(scaled(size, side)))
+        corners = np.asarray(box).reshape(2, 2) * side / max(size)
+        box = *corners.min(axis=0), *corners.max(axis=0)  # of results from elsewhere, perhaps
+        ImageDraw.Draw(square).rectangle(box, outline=colour, width=2)
+        name = shorten(names[label], side // 2)
+        notes.append((colour, box[0], box[1] - 16, (plain, note), name))
+    for note in notes or [("white", 0, 0, (plain, "nothing"))]:  # over all boxes
+        draw_note(square, *note)
+    return square
+
+
+def draw_note(square, colour, x, y, *parts):
+    """Draw (font, text)s on a ground of a colour, at x y or as near as the picture allows."""
+    width = sum(font.getlength(text) for font, text in parts) + 4
+    x, y = max(0, min(x, square.width - width)), max(0, y)
+    ImageDraw.Draw(square).rectangle((x, y, x + width, y + 16), fill=colour)
+    draw_line(square, x + 2, y + 8, *parts)

@@ -540,7 +540,7 @@ def detect_in(model, scenes, batch_size=8, workers=0, device="cpu", max_bad=0.01
 def add_result_flags(parser):
     """Add the flags of evaluate.py for what a detector finds."""
     add = parser.add_argument
-    add("--out", type=flags.png, help="PNG to write (detections.png beside the checkpoint)")
+    add("--out", type=flags.png, help="a .png (evaluate-detect.png beside the checkpoint)")
     results = "write what is found as this .json, in COCO's format"
     add("--results", type=flags.new_file, help=results)
 
@@ -562,7 +562,7 @@ def task_detect(model, sources, run):
             if path:
                 write_results(path, scenes, found)
                 print(f"wrote {path}")
-            path = run.out or Path(run.checkpoint).with_name("detections.png")
+            path = run.out or Path(run.checkpoint).with_name("evaluate-detect.png")
             print_detection(scenes, found, path, run.count)
         except OSError as error:  # its message lacks the path when the disk is full
             raise ValueError(f"cannot write {path}: {error}") from None

@@ -197,29 +197,45 @@ def test_run_lengths_by_hand():
             coco.as_rle({"size": [6, 5], "counts": counts}, 6, 5)
 
 
-def test_detections_are_drawn(tmp_path):
+def test_detections_are_drawn_beside_the_truth(tmp_path, capsys):
     scenes, path = make_scenes(tmp_path), str(tmp_path / "drawn.png")
     pictures_for(scenes, tmp_path)
     (tmp_path / scenes.files[1]).unlink()  # a grey tile
     whole = (tmp_path / scenes.files[2]).read_bytes()
     (tmp_path / scenes.files[2]).write_bytes(whole[: len(whole) // 2])  # one more
 
-    def drawn(detections):
-        coco.draw_detections(path, scenes, detections, 6, side=200)
-        return np.array(Image.open(path))
+    def drawn(detections, count=6):
+        """[(true, found)] of the pictures, each (200, 200, 3): two in a row, by hand."""
+        coco.draw_detections(path, scenes, detections, count, side=200)
+        pixels = np.array(Image.open(path))
+        pairs, rows = min(count, 2), (count + 1) // 2
+        assert pixels.shape == (22 + rows * 206, 2 * pairs * 206 + 6, 3)
+        assert (pixels[:22, 6:60] == 0).any() and (pixels[:22, 212:260] == 0).any()  # titles
+        places = [(22 + i // 2 * 206, 6 + i % 2 * 412) for i in range(count)]
+        tiles = [(pixels[y:, x:], pixels[y:, x + 206 :]) for y, x in places]
+        return [[tile[:200, :200] for tile in pair] for pair in tiles]
 
     def first(boxes, scores):
         labels = [0] * len(scores)
-        return drawn({scenes.ids[0]: {"boxes": boxes, "scores": scores, "labels": labels}})
+        found = {"boxes": boxes, "scores": scores, "labels": labels}
+        return drawn({scenes.ids[0]: found}, count=1)[0][1]
 
     plain, full = drawn({}), drawn(make_detections(scenes))
-    assert full.shape == (400, 800, 3) and (full != plain).any()
-    assert (plain[100, [300, 500]] == 128).all() and (plain[100, 100] != 128).any()
+    (alone,) = drawn({}, count=1)
+    assert all((one == other).all() for one, other in zip(alone, plain[0]))
+    for number, ((truth, nothing), (same, found)) in enumerate(zip(plain, full)):
+        assert (truth == same).all()  # detections leave it
+        assert (nothing[2, 30:50] == 255).any() and (found != nothing).any()
+        objects = len(scenes.read(number)["labels"])
+        assert (truth[17:] != nothing[17:]).any() == (objects > 0), number
+    assert (plain[1][1][100, 100] == 128).all() and (plain[2][1][100, 30] == 128).all()
+    assert (plain[0][1][100, 100] != 128).any()
     first([[9, 9, 1, 1.0]], [1.0])  # of results, perhaps
     boxes = [[5, 5, 30, 30.0], [20, 20, 35, 35.0], [1, 1, 9, 9.0]]
     one, same, two = (first(boxes, s) for s in ([0.2], [0.2, 0.1, 0.1], [0.4, 0.31]))
-    assert (one != plain).any() and (one == same).all()  # the best, or all of 0.3
+    assert (one != plain[0][1]).any() and (one == same).all()  # the best, or all of 0.3
     assert (two != one).any()
+    assert f"wrote {path} (replaced)" in capsys.readouterr().out
 
 
 def test_the_table(capsys):

@@ -615,16 +615,19 @@ def test_pictures_of_mistakes_name_the_classes_of_a_released_head(
 ):
     drawn = {}
     for name in ("draw_mistakes", "draw_confusion"):
-        save = lambda _, lines, *more, name=name: drawn.update({name: lines})
+        save = lambda *arguments, name=name: drawn.update({name: arguments})
         monkeypatch.setattr(evaluate, name, save)
     pictures = coloured(tmp_path / "pictures", WNIDS)
     checkpoint = classifier(None, answers=(281, 850, 999), classes=1000)
     out = tmp_path / "drawn.png"
     classified(checkpoint, pictures, "--mistakes", out, "--confusion", out)
-    assert len(drawn["draw_mistakes"]) == 2
-    for line in drawn["draw_mistakes"]:
-        assert line.startswith("n04399382 (") and line.endswith("), is n01440764")
-    assert len(drawn["draw_confusion"]) == 1000 and drawn["draw_confusion"][281] == "n02123045"
+    _, mistakes, names, *_ = drawn["draw_mistakes"]
+    assert len(mistakes) == 2
+    for answer, _, truth in mistakes:
+        assert (names[answer], names[truth]) == ("n04399382", "n01440764")
+    assert (
+        len(drawn["draw_confusion"][1]) == 1000 and drawn["draw_confusion"][1][281] == "n02123045"
+    )
 
 
 def test_real_labels_have_several_answers_or_none(classifier, tmp_path):

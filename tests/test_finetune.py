@@ -788,8 +788,8 @@ def test_evaluate_measures_a_detector_as_its_training_did(scenes, plain, tmp_pat
     out, found = plain("detect")[0], last_json(plain("detect")[1])
     assert {"bbox_AP", "segm_AP", "bbox_AR100"} <= found.keys()
     assert (out / "detections.png").exists()
-    asked = ["--task", "detect", "--workers", 0, "--out", tmp_path / "a.png"]
-    model, results = ["--checkpoint", out / "model.pt"], tmp_path / "results.json"
+    asked, results = ["--task", "detect", "--workers", 0], tmp_path / "results.json"
+    model = ["--checkpoint", out / "model.pt", "--out", tmp_path / "a.png"]
     # Only what is measured on is opened.
     val = tmp_path / "instances_val.json"
     shutil.copy(scenes / "annotations" / val.name, val)
@@ -798,6 +798,9 @@ def test_evaluate_measures_a_detector_as_its_training_did(scenes, plain, tmp_pat
         measured = main_json(capsys, evaluate, *asked, "--data", val, *more)
         for name in found.keys() - {"task"}:
             assert measured[name] == pytest.approx(found[name], rel=1e-6)
+    # Beside a checkpoint the picture has another name than the run's own.
+    assert (tmp_path / "evaluate-detect.png").exists()
+    assert not (tmp_path / "detections.png").exists()
     # It must be of the detector's classes, and the detector whole.
     val.write_text(val.read_text().replace("red", "pink"))
     others = copied_with(scenes, tmp_path / "others", "green")

@@ -1,6 +1,7 @@
 """support/pictures.py: what evaluate.py draws, pixel by pixel."""
 
 import shutil
+import struct
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import RECTANGLE, evaluated, picture_tensor, save_model, write_picture
-from PIL import Image
+from PIL import Image, ImageFont
 
 import data
 from model import MAE
+from support import pictures
 from support.pictures import (
     class_attention,
     denormalize,
     draw_confusion,
     draw_mistakes,
+    legible,
     reconstruct,
 )
 
@@ -40,13 +43,14 @@ def gallery(tmp_path_factory):
     return SimpleNamespace(root=root, paths=[source.name(i) for i in range(4)])
 
 
-def cells(path, columns, rows):
+def cells(path, columns, rows, legend=0):
     """The pictures of a drawn grid, (columns, rows, 16, 24, 3) uint8, each pixel once.
 
     By hand, for pictures of 16 x 24: enlarged 10 times, with gaps of 6 and a title line of 22.
+    legend: height of what stands below.
     """
     with Image.open(path) as image:
-        assert image.mode == "RGB" and image.size == (columns * 246 + 6, rows * 166 + 22)
+        assert image.mode == "RGB" and image.size == (columns * 246 + 6, rows * 166 + 22 + legend)
         pixels = np.asarray(image)
     found = np.zeros((columns, rows, 16, 24, 3), dtype=np.uint8)
     for x, y in np.ndindex(columns, rows):
@@ -142,23 +146,34 @@ def test_a_public_mae_s_pictures_are_what_it_predicted(said, flags, drawn, galle
     assert ("taken for normalised patches: if they were not, --raw-pixels" in printed) == unsaid
 
 
-def test_brightness_is_the_attention_of_the_class_token(autoencoder, gallery, tmp_path):
-    flags = ("--out", tmp_path / "attention.png", "--count", 4)
-    result, _ = evaluated("attention", autoencoder.path, gallery.root, *flags)
-    picture, *lit = cells(result["out"], columns=4, rows=4)  # all heads, and each of the two
-    images = torch.cat([picture_tensor(path) for path in gallery.paths])
+@pytest.mark.parametrize("dark", [False, True])
+def test_colours_are_the_attention_of_the_class_token(dark, autoencoder, gallery, tmp_path):
+    """Also over a black picture. The colours are matplotlib's inferno at 0, 1/4 ... 1."""
+    root, paths = gallery.root, gallery.paths
+    if dark:
+        root, paths = tmp_path / "dark", [str(tmp_path / "dark" / "0.png")]
+        root.mkdir()
+        Image.new("RGB", (24, 16)).save(paths[0])
+    out, count = tmp_path / "attention.png", len(paths)
+    evaluated("attention", autoencoder.path, root, "--out", out, "--count", count)
+    picture, *maps = cells(out, columns=4, rows=count, legend=22)  # all heads, each of the two
+    images = torch.cat([picture_tensor(path) for path in paths])
     assert (picture == images.permute(0, 2, 3, 1).numpy()).all()
     attention = class_attention(autoencoder.model, data.normalize(images)).detach().numpy()
-    for column, wanted in zip(lit, (attention.mean(axis=1), attention[:, 0], attention[:, 1])):
-        brightness = patches_of(column).sum(axis=-1) / patches_of(picture).sum(axis=-1)  # (4, 6)
-        for found, expected in zip(brightness, wanted):
-            assert expected.max() > 1.2 * expected.min()  # there is something to see
-            # A line through attention, 1 at its highest. Cutting to 8 bits takes half a level
-            # of about 128 from each pixel on average, so 0.01 is twice what it can cost.
-            assert found[expected.argmax()] > 0.99
-            line = np.polyfit(expected, found, 1)
-            assert line[0] > 0 and np.abs(np.polyval(line, expected) - found).max() < 0.01
-    assert np.abs(lit[1].astype(int) - lit[2]).max() > 20  # heads differ
+    anchors = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
+    grey = picture.astype(float).mean(axis=-1, keepdims=True)
+    for column, wanted in zip(maps, (attention.mean(axis=1), attention[:, 0], attention[:, 1])):
+        assert (wanted.max(axis=1) > 1.2 * wanted.min(axis=1)).all()  # there is something to see
+        shares = wanted / wanted.max(axis=1, keepdims=True)  # (count, 6)
+        shares = shares.reshape(-1, 2, 3).repeat(8, axis=1).repeat(8, axis=2)  # each pixel's
+        steps = [np.interp(shares, np.linspace(0, 1, 5), channel) for channel in anchors.T]
+        expected = 0.65 * np.stack(steps, axis=-1) + 0.35 * grey
+        assert np.abs(column - expected).max() < 1.01  # cut to 8 bits
+    assert np.abs(maps[1].astype(int) - maps[2]).max() > 20  # heads differ
+    with Image.open(out) as image:  # the legend below: from the colour of 0 to that of 1
+        bar = np.asarray(image)[-11, 86:187].astype(int)
+    assert (bar[[0, 50, 100]] == anchors[[0, 2, 4]]).all()
+    assert (np.diff(bar.sum(axis=1)) >= -1).all()  # brighter and brighter, but for rounding
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -166,9 +181,9 @@ def test_grey_and_transparent_checkpoints_draw_too(channels, gallery, tmp_path):
     save_model(tmp_path / "model.pt", MAE, **MASKED, channels=channels)
     images = torch.cat([picture_tensor(path, channels) for path in gallery.paths[:2]])
     expected = images[:, :3].permute(0, 2, 3, 1).numpy()  # grey is the same thrice
-    for task, columns in (("reconstruct", 4), ("attention", 4)):
+    for task, legend in (("reconstruct", 0), ("attention", 22)):
         result, _ = evaluated(task, tmp_path / "model.pt", gallery.root, "--count", 2)
-        picture, *others = cells(result["out"], columns, rows=2)
+        picture, *others = cells(result["out"], 4, 2, legend)
         assert (picture == expected).all()
         assert all((other != picture).any() for other in others)
 
@@ -180,10 +195,13 @@ def test_pictures_are_of_val_and_lie_beside_the_checkpoint(autoencoder, gallery,
     (folder / "train" / "one" / "0.png").unlink()
     first = data.Folder(str(folder / "val")).name(0)
     expected = picture_tensor(first)[0].permute(1, 2, 0).numpy()
-    for task, columns in (("reconstruct", 4), ("attention", 4)):
+    drawn_by_the_run = tmp_path / "reconstruction.png"
+    drawn_by_the_run.write_bytes(b"the run's own")
+    for task, legend in (("reconstruct", 0), ("attention", 22)):
         result, _ = evaluated(task, checkpoint, folder)
-        assert Path(result["out"]).parent == tmp_path
-        assert (cells(result["out"], columns, rows=4)[0, 0] == expected).all()
+        assert Path(result["out"]) == tmp_path / f"evaluate-{task}.png"
+        assert drawn_by_the_run.read_bytes() == b"the run's own"
+        assert (cells(result["out"], 4, 4, legend)[0, 0] == expected).all()
         # Done again, it says that it replaces what was there.
         assert "replaced" in evaluated(task, checkpoint, folder)[1]
 
@@ -199,18 +217,91 @@ def test_a_confusion_matrix_is_dark_where_answers_are_right_and_blue_where_not(t
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_mistakes_stand_four_in_a_row_above_their_lines(channels, tmp_path, capsys):
+def test_mistakes_stand_four_in_a_row_above_their_names(channels, tmp_path, capsys):
     folder, path = tmp_path / "pictures", tmp_path / "mistakes.png"
     folder.mkdir()
     for light in (40, 80, 120, 160, 200):
         Image.new("RGB", (24, 24), (light,) * 3).save(folder / f"{light}.png")
-    source, config = data.Folder(str(folder)), {"image_size": 16}
-    lights = [int(Path(source.name(i)).stem) for i in range(5)]
-    draw_mistakes(source, ["a line"] * 5, config | {"channels": channels}, path)
-    with Image.open(path) as image:
-        assert image.size == (4 * 230 + 6, 22 + 2 * 252)
-        places = [(100 + 230 * (i % 4), 100 + 252 * (i // 4)) for i in range(5)]
-        assert [image.getpixel(place) for place in places] == [(light,) * 3 for light in lights]
-    draw_mistakes(source, [], config, tmp_path / "none.png")
+    source, config = data.Folder(str(folder)), {"image_size": 16, "channels": channels}
+    lights, names = [int(Path(source.name(i)).stem) for i in range(5)], ["", "ant", "bee " * 99]
+
+    def drawn(mistakes):
+        draw_mistakes(source, mistakes, names, config, path)
+        with Image.open(path) as image:
+            return np.asarray(image)
+
+    pixels = drawn([(0, 0.5, 1)] * 4 + [(2, 0.5, 0)])
+    assert pixels.shape == (22 + 2 * 270, 4 * 230 + 6, 3)
+    places = [(100 + 270 * (i // 4), 100 + 230 * (i % 4)) for i in range(5)]
+    assert [pixels[place].tolist() for place in places] == [[light] * 3 for light in lights]
+    # Lines below the picture: the answer, and the truth. A long name ends within its cell.
+    answer, truth, long = [slice(y, y + 18) for y in (246, 264, 516)]
+    changed = drawn([(0, 0.5, 0)] * 4 + [(2, 0.5, 0)])
+    assert (changed[answer] == pixels[answer]).all() and (changed[truth] != pixels[truth]).any()
+    assert (pixels[long, 6:230] < 128).any() and (pixels[long, 230:] == 255).all()
+    draw_mistakes(source, [], names, config, tmp_path / "none.png")
     assert "there are no mistakes" in capsys.readouterr().out
     assert not (tmp_path / "none.png").exists()
+
+
+def font_file(path, letters):
+    """Write Pillow's font with shapes for other letters as well: {letter: one it looks like}.
+
+    A cmap table of format 12 (OpenType) stands at the end: runs of (first, last, shape).
+    """
+    content = bytearray(ImageFont.load_default(13).path.getvalue())
+    shape = lambda letter: 3 + ord(letter) - ord(" ")
+    runs = [(ord(" "), ord("~"), shape(" "))]
+    runs += [(ord(letter), ord(letter), shape(like)) for letter, like in sorted(letters.items())]
+    runs = b"".join(struct.pack(">III", *run) for run in sorted(runs))
+    head = struct.pack(">HHIII", 12, 0, 16 + len(runs), 0, len(runs) // 12)
+    table = struct.pack(">HHHHI", 0, 1, 3, 10, 12) + head + runs
+    record = content.index(b"cmap")
+    content[record + 8 : record + 16] = struct.pack(">II", len(content), len(table))
+    path.write_bytes(content + table)
+
+
+def pixels_of(name):
+    font, text = name
+    mask = font.getmask(text)
+    return mask.size, bytes(mask)
+
+
+def test_names_in_any_script_are_drawn_by_a_font_that_has_their_letters(
+    tmp_path, monkeypatch, capsys
+):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    font_file(tmp_path / "a" / "Chinese-Bold.ttf", {"中": "B", "国": "C"})
+    font_file(tmp_path / "b" / "Chinese.ttf", {"中": "M", "国": "N"})
+    font_file(tmp_path / "b" / "LastResort.otf", {"Ж": "X"})  # of macOS: nothing but boxes
+    (tmp_path / "b" / "Broken.ttf").write_bytes(b"no font")
+    monkeypatch.setattr(pictures, "FONTS", [str(tmp_path / name) for name in ("no", "a", "b")])
+    names = {3: "cat", 5: "中", 6: "a 国\u200b\ncat", 8: "Ж", 9: "中Ж"}
+    found = legible(names)
+    plain = ImageFont.load_default(13)
+    assert pixels_of(found[3]) == pixels_of((plain, "cat"))
+    assert pixels_of(found[5]) == pixels_of((plain, "M"))  # upright and not bold first
+    assert pixels_of(found[6]) == pixels_of((plain, "a N cat"))  # on one line
+    assert (found[8][1], pixels_of(found[9])) == ("8", pixels_of((plain, "9")))
+
+
+def test_names_that_no_font_has_are_spelt_or_numbered(monkeypatch, capsys):
+    monkeypatch.setattr(pictures, "FONTS", [])
+    names = ["café", "ｆｕｌｌ", "😀 1", "🏎\ufe0f", "猫", "кот", "a\udc80", "e\u0301", "plain", 7]
+    texts = [text for _, text in legible(dict(enumerate(names))).values()]
+    assert texts[:5] == ["cafe", "full", "grinning face 1", "racing car", "4"]
+    assert texts[5:] == ["5", "a\\udc80", "e", "plain", "7"]
+    printed = capsys.readouterr().out.splitlines()
+    assert "numbers" in printed[0] and printed[1:] == ["  4: 猫", "  5: кот"]
+    legible({0: "plain", 1: "café"})
+    assert capsys.readouterr().out == ""
+
+
+def test_no_font_of_this_machine_draws_a_missing_letter():
+    names = ["café", "猫", "кот", "قطة", "😀", "ไก่", "smørrebrød", "한국", "बिल्ली", "\ue000"]
+    for font, text in legible(dict(enumerate(names))).values():
+        font = font.font_variant(layout_engine=ImageFont.Layout.BASIC)
+        # U+10FFFF is no character (Unicode 23.7): what is drawn for it stands for a missing one.
+        missing = pixels_of((font, "\U0010ffff"))
+        assert all(pixels_of((font, letter)) != missing for letter in text)
