@@ -27,6 +27,7 @@ import zlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -561,24 +562,32 @@ def group():
     torch.distributed.destroy_process_group()
 
 
+# What timm imports from torchvision.
+OF_TORCHVISION = ["transforms", "transforms.functional", "datasets", "models", "ops", "ops.misc"]
+OF_TORCHVISION = ["torchvision", *(f"torchvision.{name}" for name in OF_TORCHVISION)]
+OF_TORCHVISION += ["torchvision.models.feature_extraction"]
+
+
 @pytest.fixture(scope="session")
 def torchvision():
-    """timm and transformers import it, and a CPU torch lacks two operators that it then wants."""
-    library = None
+    """torchvision, or None where there is none that this torch can load: then transformers,
+    which would try to, has to be imported later."""
     try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        pass
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-    yield library
+        import torchvision
+    except (ImportError, RuntimeError):
+        sys.modules["torchvision"] = torchvision = None
+    return torchvision
 
 
 @pytest.fixture(scope="session")
 def timm(torchvision):
-    return pytest.importorskip("timm", reason="pip install --no-deps torchvision timm")
+    """timm imports torchvision at once, and its networks need nothing of it."""
+    found = {} if torchvision else {name: MagicMock() for name in OF_TORCHVISION}
+    sys.modules.update(found)
+    try:
+        return pytest.importorskip("timm", reason="pip install --no-deps timm")
+    finally:
+        sys.modules.update(dict.fromkeys(found))  # None hides a module
 
 
 @pytest.fixture(scope="session")

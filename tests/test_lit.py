@@ -29,7 +29,6 @@ from conftest import (
     training_batches,
     write_files,
 )
-from transformers import XLMRobertaTokenizer
 
 import data
 from support import hashtags, toy
@@ -237,9 +236,9 @@ def pieces(tmp_path_factory):
     return train_sentencepiece(tmp_path_factory.mktemp("xlmr") / "sentencepiece.bpe.model")
 
 
-def test_ids_of_sentencepiece_are_those_of_transformers(pieces):
+def test_ids_of_sentencepiece_are_those_of_transformers(pieces, transformers):
     """<s> <pad> </s> <unk>, then sentencepiece's own pieces, from its fourth on; <mask> last."""
-    reference = XLMRobertaTokenizer.from_pretrained(os.path.dirname(pieces))
+    reference = transformers.XLMRobertaTokenizer.from_pretrained(os.path.dirname(pieces))
     tokenizer = lit.Tokenizer(pieces)
     assert tokenizer.vocabulary == len(reference) == reference.mask_token_id + 1
     for text in [*SENTENCES, *ODD_TEXTS, "a red star " * 1000]:
