@@ -257,7 +257,7 @@ class ViT(nn.Module):
 
     def with_class_token(self, x):
         """(B, n, D) -> (B, 1 + n, D)."""
-        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([first, x], dim=1)
 
     def forward(self, images, noise=None):
