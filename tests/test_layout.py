@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from conftest import ROOT
@@ -109,3 +110,19 @@ def test_stage_1_runs_where_only_its_files_are(tmp_path):
 def test_stages_1_and_2_load_no_task(stage):
     code = f"import sys, {stage}; print([name for name in sys.modules if name[:6] == 'tasks.'])"
     assert run(ROOT, "-c", code).strip() == "[]"
+
+
+def test_each_package_has_one_version_wherever_it_is_named():
+    files = ["requirements.txt", "requirements-dev.txt", "pyproject.toml", "README.md", ".ci/run"]
+    versions = {}
+    for path in [*(ROOT / file for file in files), *ROOT.glob("docs/*.md")]:
+        for name, version in re.findall(r"([\w-]+)==([\d.]*\d)", path.read_text()):
+            versions.setdefault(name, set()).add(version)
+    assert {"torch", "timm", "onnx"} <= versions.keys()
+    assert {name for name, found in versions.items() if len(found) > 1} == set()
+
+
+def test_uv_installs_what_pip_does():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert project["dependencies"] == [line for line in lines if not line.startswith("#")]
