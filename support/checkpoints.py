@@ -187,6 +187,7 @@ class MetadataUnpickler(pickle.Unpickler):
     """Refuses other classes, also that of an entry of bytes: DCP unpickles it unchecked."""
 
     def find_class(self, module, name):
+        module = "pathlib" if module == "pathlib._local" else module  # written by Python 3.13
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in METADATA_CLASSES.get(module, "").split():
             return super().find_class(module, name)

@@ -293,6 +293,20 @@ def test_code_in_a_checkpoint_is_refused_and_never_runs(saved, tmp_path, place):
     assert sprung.exists()  # the code was a live one
 
 
+def test_a_checkpoint_of_python_3_13_goes_on(saved):
+    """It calls the class of a path pathlib._local.PosixPath, which 3.11 and 3.12 do not have."""
+    run, folder = saved
+    path = latest(folder) / ".metadata"
+    content = pickle.dumps(pickle.loads(path.read_bytes()), protocol=2)
+    content = content.replace(b"cpathlib\n", b"cpathlib._local\n")  # the opcode of a class
+    assert b"cpathlib._local\n" in content
+    path.write_bytes(content)
+    expected = {name: t.clone() for name, t in run[0].state_dict().items()}
+    run[0].cls_token.data.zero_()
+    load_checkpoint(latest(folder), *run)
+    assert equal_states(run[0].state_dict(), expected)
+
+
 IN_THE_BACKGROUND = """
 import sys
 from functools import partial
