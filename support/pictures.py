@@ -26,7 +26,7 @@ FONTS = ["/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "
 FONTS += ["/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts"]
 FONTS += ["C:/Windows/Fonts", "~/AppData/Local/Microsoft/Windows/Fonts"]
 STYLES = re.compile("(?i)bold|black|light|thin|italic|oblique|serif|mono|condensed|math")
-MISSING = "\U0010ffff"  # no character: every font draws it as what it does not have
+MISSING = "\U0010ffff"  # no character: a font draws its shape for what it does not have
 
 
 def denormalize(images):
@@ -377,9 +377,7 @@ def shorten(name, width):
 
 
 def draw_line(image, x, y, *parts):
-    """Draw [(font, text)] one behind the other into an image, their middle at height y.
-    Returns the x behind them."""
+    """Draw (font, text)s one behind the other into an image, their middle at height y."""
     for font, text in parts:
         ImageDraw.Draw(image).text((x, y), text, "black", font, "lm")
         x += font.getlength(text)
-    return x

@@ -462,6 +462,6 @@ def draw_objects(square, objects, size, names):
 def draw_note(square, colour, x, y, *parts):
     """Draw (font, text)s on a ground of a colour, at x y or as near as the picture allows."""
     width = sum(font.getlength(text) for font, text in parts) + 4
-    x, y = max(0, min(x, square.width - width)), max(0, y)
+    x, y = max(0, min(x, square.width - width)), max(0, min(y, square.height - 17))
     ImageDraw.Draw(square).rectangle((x, y, x + width, y + 16), fill=colour)
     draw_line(square, x + 2, y + 8, *parts)
