@@ -285,7 +285,7 @@ def open_source(data, split, labels, classes=None, *, size, cache, caption_key, 
     shards = re.search(r"[*?\[{:]|\.tar$", data, re.IGNORECASE)
     if not shards or os.path.isfile(data) and not data.lower().endswith(".tar"):
         raise ValueError(
-            f"{data} does not exist, or is not a folder or a .tar: --data wants toy, a folder of "
+            f"{data} does not exist, or is not a folder or a .tar: give toy, a folder of "
             "pictures or tar shards"
         )
     from support.shards import open_shards
@@ -759,20 +759,23 @@ class Batches(torch.utils.data.Dataset):
         return row | {"samples": number}
 
     def over_max_bad(self, unreadable, bad, unlabelled, drawn, share):
-        """True if more than this share (--max-bad) of the files seen so far are of no use.
+        """True if more than this share (--max-bad) of the files seen so far cannot be read, or of
+        the samples lack a label, or all are of no use.
 
         unreadable  number of different files that could not be read
         bad         samples that could not be read; unlabelled: readable ones without a label
         drawn       all samples so far
 
-        Of fewer than 1,000 files, the share is that of 1,000. One useless file never stops a
-        run. Useless files alone always do.
+        Of fewer than 1,000 files or samples, the share is that of 1,000. One useless file never
+        stops a run.
         """
         files = min(drawn, self.total)
-        # An unlabelled file is counted each time that it comes.
-        useless = unreadable + int(unlabelled * files / drawn)
-        too_many = max(share * max(1000, files), self.order.most)
-        return useless > too_many or bad + unlabelled == drawn > 1
+        of_one_file = (drawn // self.order.length + 1) * self.order.most  # comes in each epoch
+        return (
+            unreadable > max(share * max(1000, files), 1)
+            or unlabelled > max(share * max(1000, drawn), of_one_file)
+            or bad + unlabelled == drawn > 1
+        )
 
     def places(self, positions):
         """The shards or pictures that hold the samples at `positions`, each once."""

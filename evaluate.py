@@ -284,8 +284,8 @@ def features(model, sources, run, extract):
     if out.exists():
         raise ValueError(f"{out} exists: choose another --out")
     if run.split == "val" and len(sources) == 1:
-        raise ValueError(f"{run.data} has no val/: say --split train, or --val-share 0.1")
-    source = sources[run.split == "val"]
+        raise ValueError(f"{run.data} has no val/: leave --split out, or say --val-share 0.1")
+    source = sources[0 if run.split == "train" else -1]
     functions = {"": pooled(model, run.pool)}
     x, labels, numbers = extract(functions, source, model.config, max_bad=1.0)
     keys = [source.name(number) for number in numbers.tolist()]
@@ -448,7 +448,7 @@ def add_flags(parser, task):
 
         add("--shots", type=shot_list, default="1,5,10,all", help="per class")
     if task == "features":
-        add("--split", choices=("train", "val"), default="val", help="whose features (val)")
+        add("--split", choices=("train", "val"), help="whose features (val, if there is one)")
         add("--out", type=in_folder, help="a new .npz (features.npz)")
     if task in ("reconstruct", "attention"):
         add("--out", type=png, help=f"a .png (evaluate-{task}.png beside the checkpoint)")
@@ -505,6 +505,8 @@ def open_data(run, size):
     options["labelled"] = run.task not in ("reconstruct", "attention", "retrieval")
     labels = run.labels, run.val_labels
     train, val = open_sources(run.data, run.val_data, size, *labels, **options)
+    if not val:
+        print(f"{run.data} has no train/ and val/: all of it is used")
     return [train, val] if val else [train]
 
 

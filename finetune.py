@@ -394,7 +394,7 @@ def train(run, model, optimizer, make, flops, learn=learn_labels, schedule=cosin
     batches = iter(loader(dataset, numbers, run.workers, pin=device.type == "cuda"))
     to_device = partial(torch.Tensor.to, device=device, non_blocking=True)
     target = target or f"label from 0 to {run.classes - 1}"
-    shown = {"bad": "bad {}", "unlabelled": "unlabelled {}"} | dict(shown)
+    shown = {"bad": "unreadable {}", "unlabelled": "unlabelled {}"} | dict(shown)
 
     def micro_batches():
         for micro_batch in range(run.micro_batches):
@@ -456,7 +456,8 @@ def describe(run, model, flops, chip):
     run.say(f"attention {kernels.describe(shapes, run.device, run.precision)}")
     if run.lr_origin:
         run.say(f"lr       {run.lr:.2e} at its peak: {run.lr_origin}")
-    run.say(f"run      {run.steps} steps, {how} on {chip}")
+    few = ": few (--epochs, or a smaller --batch-size)" if run.steps < 20 else ""
+    run.say(f"run      {run.steps} steps{few}, {how} on {chip}")
 
 
 def measured(run, model, source):

@@ -168,7 +168,7 @@ def prepare(run):
         shapes = attention_shapes(run.model)
         run.attention = kernels.describe(shapes, run.device, run.precision)
         run.checkpoint = find_checkpoint(run.out, run.resume, run.identity)
-        run.probe = open_probe(run)
+        run.probe = None if run.draw_step else open_probe(run)
 
 
 def make_sample(sample, key, size, channels, num_patches, min_crop=None, flip=True):
@@ -262,7 +262,7 @@ def train(run):
             if progress.saving and trained >= run.held_out_batches.total > 0:
                 measured = evaluate.masked_loss, model, run.held_out_batches, device
                 facts["held_out_loss"] = launch.unless_lacking(stop, *measured)
-            if progress.saving and run.probe:
+            if progress.saving and run.probe and run.probe.is_due(progress.done):
                 facts |= launch.unless_lacking(stop, run.probe, model) or {}
             shown = {"held_out_loss": "held-out {:.4f}", "bad": "unreadable {}"}
             progress.log(facts, shown | PROBES_SHOWN)
@@ -295,7 +295,9 @@ def finish(run, weights):
     print(f"wrote {run.out / 'model.pt'}")
     evaluate.show_autoencoder(weights, run)
     if run.source.endless:  # the toy world has hashtags, too
-        return flags.print_next(run, "weak_pretrain.py", init=run.out / "model.pt")
+        samples = run.steps * run.batch_size  # the next stage's own length may cost more
+        shorter = {"samples": samples} if samples < 25_600 else {}
+        return flags.print_next(run, "weak_pretrain.py", init=run.out / "model.pt", **shorter)
     labels = run.val and run.val.classes and run.source.classes
     # knn reads each picture once: not after a shorter training.
     cheap = labels and run.source.sizes.sum() + run.val.sizes.sum() <= run.steps * run.batch_size

@@ -168,13 +168,13 @@ def prepare(run):
     run.identity = {"stage": "weak_pretrain", "data": run.source.identity, "model": run.config}
     run.identity |= {"tags": run.vocabulary.identity, "lanes": order.lanes, "init": origin}
     run.identity["bias"] = "prior"  # runs of earlier versions, whose bias began at 0, have none
-    run.identity |= {name: getattr(run, name) for name in same} | flags.identity(run)
+    run.identity |= {name: getattr(run, name) for name in same} | flags.identity(run, own.clip)
     run.clip = own.clip if run.clip is None else run.clip
     if not run.plan:
         shapes = attention_shapes(run.model)
         run.attention = kernels.describe(shapes, run.device, run.precision)
         run.checkpoint = find_checkpoint(run.out, run.resume, run.identity)
-        run.probe = open_probe(run)
+        run.probe = None if run.draw_step else open_probe(run)
 
 
 def make_sample(sample, key, size, channels, vocabulary, min_crop=None, flip=True):
@@ -273,7 +273,7 @@ def train(run):
                 measure = partial(evaluate.hit_rates, **options)
                 measured = measure, model, run.held_out_batches, device, "tags"
                 facts |= hashtags.name_hits(launch.unless_lacking(stop, *measured))
-            if progress.saving and run.probe:
+            if progress.saving and run.probe and run.probe.is_due(progress.done):
                 facts |= launch.unless_lacking(stop, run.probe, model) or {}
             shown = {"bad": "unreadable {}", "untagged": "without tags {}"}
             progress.log(facts, hashtags.HITS_SHOWN | shown | PROBES_SHOWN)

@@ -226,7 +226,8 @@ def find_checkpoint(out, resume, identity):
         raise ValueError(f"{count}: mend one, or use another --out")
     before = json.loads((path / "state.json").read_text())["identity"]
     if changed := changes(before, identity):  # 4
-        raise ValueError(f"{path} is of another run ({'; '.join(changed)}): use another --out")
+        some = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if changed[4:] else "")
+        raise ValueError(f"{path} is of another run ({some}): use another --out")
     if own and path.parent.resolve() != (out / "checkpoints").resolve():  # 5
         raise ValueError(f"{out} holds a run of its own: use another --out, or leave --resume out")
     return path

@@ -135,11 +135,16 @@ def add_val_share(add):
     add("--val-share", type=share, help="of --data to measure on, if there is no val: 0.1, say")
 
 
-def identity(run):
+def identity(run, clip=None):
     """The entries of a run's identity for flags that older checkpoints do not have: None as there,
-    unless a flag is given."""
+    unless a flag changes something. clip: that of the recipe."""
+    same = run.clip is None or run.clip == (clip or 0)  # 0: none
     max_pixels = None if run.max_pixels == MAX_PIXELS else run.max_pixels
-    return {"max_pixels": max_pixels, "no_flip": run.no_flip or None, "clip": run.clip}
+    return {
+        "max_pixels": max_pixels,
+        "no_flip": run.no_flip or None,
+        "clip": None if same else run.clip,
+    }
 
 
 def print_next(run, program, **flags):

@@ -418,7 +418,7 @@ def unless_lacking(stop, measure, *arguments):
 
 
 class Failure(Exception):
-    """What ends a run, known to all its processes: one line."""
+    """What ends a run, known to all its processes: one line, perhaps with advice below it."""
 
 
 def fail(program, message, status=2, alone=False):

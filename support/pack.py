@@ -95,6 +95,11 @@ def open_folder(folder, classes, out):
         unknown = ", ".join([name for name in source.classes if name not in classes][:5])
         why = f"{folder} has classes that {out}/pack.json has not: {unknown}"
         raise ValueError(f"{why}; pack it into another folder")
+    if source.strays:  # in shards they would be samples that lack a label
+        known = source.labels >= 0
+        source.paths = [path for path, one in zip(source.paths, known) if one]
+        source.labels = source.labels[known]
+        print(f"{folder}: pictures beside the folders of classes, not packed: {source.strays}")
     return source
 
 

@@ -174,11 +174,14 @@ def some_pictures(source, config, count):
 
 
 def draw_step(run, batches):
-    """Write OUT/step-N.png: the first 64 pictures of step N = run.draw_step, as it trains on them.
+    """Write OUT/step-N.png: the first 64 pictures of step N = run.draw_step, as they are loaded.
 
-    batches: a data.Batches of one process. Of a clip, the middle frame is drawn. The position
-    and the name of each is printed. Raises ValueError if the rows have no pictures.
+    (mixup and CutMix come later.) batches: a data.Batches of one process. Of a clip, the middle
+    frame is drawn. The position and the name of each is printed. Raises ValueError if the run
+    has no such step, or the rows have no pictures.
     """
+    if run.draw_step > run.steps:
+        raise ValueError(f"--draw-step {run.draw_step}: the run has {run.steps} steps")
     first, images = (run.draw_step - 1) * batches.micro_batches, []
     for number in range(first, first + batches.micro_batches):
         batch = batches[number]
@@ -206,7 +209,7 @@ def draw_confusion(table, names, path):
     table: (classes, classes) int64 counts, a row for each true class. names: of the
     classes. A cell is darker for a larger fraction of its row, and blue for a mistake.
     """
-    side, left = max(4, min(36, 1200 // len(names))), 150 if len(names) <= 60 else 6
+    side, left = max(4, min(36, 1800 // len(names))), 150 if len(names) <= 150 else 40
     extent = left + side * len(names) + 6
     image = Image.new("RGB", (extent, extent), "white")
     draw, small = ImageDraw.Draw(image), min(13, side * 2 // 3)
@@ -216,7 +219,7 @@ def draw_confusion(table, names, path):
     blue = grey.where(torch.eye(len(names), dtype=torch.bool), 255)
     cells = Image.fromarray(torch.stack([grey, grey, blue], dim=2).numpy())
     image.paste(cells.resize((side * len(names),) * 2, Image.Resampling.NEAREST), (left, left))
-    names = legible(dict(enumerate(names if left > 6 else ())), small)
+    names = legible(dict(enumerate(names if left > 40 else ())), small)
     for row, name in names.items():
         font, text = shorten(name, left - 12)
         draw.text((left - 6, left + row * side + side // 2), text, "black", font, "rm")

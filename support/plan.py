@@ -11,7 +11,7 @@ from statistics import median
 import torch
 
 from kernels import triton
-from model import MAE, initialize
+from model import MAE, architecture, initialize
 
 # Dense bf16 peaks in FLOP/s, from the data sheets. The first name that fits counts.
 PEAK_FLOPS = {
@@ -287,7 +287,7 @@ def print_plan(run):
     samples = run.steps * run.batch_size
     lanes = f"; with --lanes {math.lcm(48, processes)}" if 48 % processes and not run.lanes else ""
     split = f"{run.micro_batches} micro-batches of {run.micro_batch} images{lanes}"
-    print(f"parameters   {count / 1e6:,.1f} M: {parts}")
+    print(f"parameters   {count / 1e6:,.1f} M ({run.config['size']}): {parts}")
     print(f"compute      {flops / 1e9:,.2f} GFLOP for an image of a training step")
     print(f"steps        {run.steps:,} of {run.batch_size:,} images: {samples:,} samples")
     print(f"batch        {processes} processes x {split}")
@@ -331,8 +331,11 @@ def print_hours(run, flops):
     share, origin = run.mfu, "--mfu"
     if not share:
         share, origin = 0.4, "a guess: --mfu"
-        measured = isinstance(run.model, MAE) and MEASURED_MFU.get(run.config["size"])
-        if measured and not run.checkpoint_activations:
+        size = run.config["size"]
+        usual = run.config["image_size"] == [224, 224] and run.precision == "bf16"
+        usual &= run.config["patch_size"] == architecture(size)[3]
+        measured = isinstance(run.model, MAE) and MEASURED_MFU.get(size)
+        if measured and usual and not run.checkpoint_activations:
             share, origin = measured, "measured on one H200 (docs/speed.md)"
             origin += "" if "H200" in chip else f", a guess for {chip}s: --mfu"
     hours = run.steps * run.batch_size * flops / (share * peak) / 3600
@@ -344,7 +347,7 @@ def print_hours(run, flops):
 
 
 def print_hours_here(run, flops):
-    """Print the hours of a run on this CPU, from ten timed steps of a few images, in fp32.
+    """Print how long a run takes on this CPU, from ten timed steps of a few images, in fp32.
 
     Loading is not in it. flops: of a training step, for an image.
     """
@@ -368,9 +371,10 @@ def print_hours_here(run, flops):
         computing.append(computed - began)
         updating.append(time.perf_counter() - computed)
     image, update = median(computing[1:]) / n, median(updating[1:])
-    hours = run.steps * (run.batch_size * image + update) / 3600
+    minutes = run.steps * (run.batch_size * image + update) / 60
+    length = f"{minutes / 60:,.1f} hours" if minutes > 60 else f"{minutes:,.1f} minutes"
     threads = f"{torch.get_num_threads()} threads"
-    print(f"here         {hours:,.1f} hours on this CPU with {threads}: {1 / image:,.1f} images/s,")
+    print(f"here         {length} on this CPU with {threads}: {1 / image:,.1f} images/s,")
     print(f"             from ten steps of {n} images without loading them")
 
 

@@ -246,7 +246,7 @@ def check_labels(known, total, source, what):
 
 
 SHOTS = 5  # of the few-shot probe
-MOST_PROBED = 2000  # pictures, and at most 5 % of those that are trained on meanwhile
+MOST_PROBED = 500  # pictures to fit on, and as many to measure on
 FEWEST_PROBED = 50  # to measure on
 PROBES_SHOWN = {"probe_few_shot": f"{SHOTS}-shot {{:.1%}}", "probe_knn": "knn {:.1%}"}
 
@@ -254,27 +254,34 @@ PROBES_SHOWN = {"probe_few_shot": f"{SHOTS}-shot {{:.1%}}", "probe_knn": "knn {:
 class Probe:
     """Top-1 of frozen features while a stage trains: SHOTS-shot ridge, and nearest neighbours.
 
-    The pictures are the same at each save. They are read once, by the process that uses them,
-    and stay in memory as uint8. No draw of the training is used.
+    The pictures depend on the data alone. They are read once, by the process that uses them, and
+    stay in memory as uint8. No draw of the training is used.
 
     fit, test   sources whose labels are known: to fit on, and to measure on
-    config      of the model; batch_size: of a process
+    run         a settled run of a stage
     """
 
-    def __init__(self, fit, test, config, batch_size, device):
-        self.sources, self.config, self.device = (fit, test), config, device
-        self.batch_size, self.kept = batch_size, None
+    def __init__(self, fit, test, run):
+        self.sources, self.run, self.kept = (fit, test), run, None
+        # Samples to train on for each probe, of which the pictures are 5 %. One of these costs
+        # at most as much as a sample: a forward pass, and no other decoding.
+        self.samples = 20 * (len(fit.numbers) + len(test.numbers))
+
+    def is_due(self, done):
+        """True if the save after `done` steps comes with a probe."""
+        before = (done - 1) // self.run.save_every * self.run.save_every  # the last save
+        paid = [steps * self.run.batch_size // self.samples for steps in (before, done)]
+        return paid[0] < paid[1]
 
     def __call__(self, model):
         """{name of PROBES_SHOWN: share of right answers} of a model in training; {} if nothing
         can be read. All processes must call it."""
         if not self.kept:  # not before: the process group begins after __init__
-            at_once = self.batch_size * distributed()[1]
-            batches = [batches_of(source, self.config, at_once) for source in self.sources]
+            batches = map(self.batches_of, self.sources)
             self.kept = [([*named_batches(some)], some.total) for some in batches]
         model.eval()
         functions = {"": model.probe_features}
-        found = [collect(functions, *each, self.device) for each in self.kept]
+        found = [collect(functions, *each, self.run.device) for each in self.kept]
         model.train()
         (x, y, _), (x_test, y_test, _) = found
         if not len(y) or not len(y_test):
@@ -284,6 +291,12 @@ class Probe:
         top1 = few_shot(x, y, x_test, y_test, classes, SHOTS)[:, 0].mean().item()
         votes = nearest(x, y, x_test, classes)
         return dict(zip(PROBES_SHOWN, (top1, accuracy(votes, y_test, 1))))
+
+    def batches_of(self, source):
+        """A data.Batches of a source, of equal parts that are no larger than a micro-batch."""
+        each = len(source.numbers) / distributed()[1]  # of a process
+        parts = math.ceil(each / self.run.micro_batch)
+        return batches_of(source, self.run.config, 2 * math.ceil(each / parts / 2))  # pairs
 
 
 def open_probe(run):
@@ -295,30 +308,34 @@ def open_probe(run):
     cache, test = (run.cache_dir, run.cache_size), vars(run).get("val") or run.held_out
     fit = run.source
     if run.probe:
-        fit, test = open_sources(run.probe, None, pair(run.config["image_size"]), cache=cache)
+        size = pair(run.config["image_size"])
+        try:
+            fit, test = open_sources(run.probe, None, size, cache=cache)
+        except ValueError as error:
+            raise ValueError(f"--probe: {error}") from None
     elif fit.cache or fit.classes != test.classes:  # remote shards would come for their labels
         return None
-    saves = math.ceil(run.steps / run.save_every)
-    allowed = min(MOST_PROBED, int(0.05 * run.steps * run.batch_size / saves)) // 2
-    count = max(allowed, FEWEST_PROBED)
     if test:
-        fit, kinds = some_labelled(fit, count)
-        test, _ = some_labelled(test, count, kinds)
+        fit, kinds = some_labelled(fit, MOST_PROBED)
+        test, _ = some_labelled(test, MOST_PROBED, kinds)
     else:
-        both, kinds = some_labelled(fit, 2 * count)
+        both, kinds = some_labelled(fit, 2 * MOST_PROBED)
         halves = [list(range(start, len(both.numbers), 2)) for start in (0, 1)]
         fit, test = (Subset(both, numbers) for numbers in halves)
     if len(kinds) < 2:
         if run.probe:
             raise ValueError(f"--probe {run.probe}: no labels of two classes or more")
         return None
-    measured = min(allowed, len(test.numbers))
-    if measured < FEWEST_PROBED:
-        why = f"{measured} pictures to measure on, {FEWEST_PROBED} are wanted"
-        return run.say(f"probe    left out: {why} (5 % of those between two saves: --save-every)")
     what = f"{len(fit.numbers)} pictures of {len(kinds)} classes, {len(test.numbers)} others"
-    run.say(f"probe    at each save, fitted on {what} to measure on")
-    return Probe(fit, test, run.config, run.micro_batch, run.device)
+    if len(test.numbers) < FEWEST_PROBED:
+        few = f"{len(test.numbers)} labelled pictures to measure on, {FEWEST_PROBED} are wanted"
+        return run.say(f"probe    left out: {few} (--val-share 0.2, --val-data or --probe DIR)")
+    probe, samples = Probe(fit, test, run), run.steps * run.batch_size
+    if probe.samples > samples:
+        why = f"more than 5 % of a training on {samples:,} samples, {probe.samples:,} are wanted"
+        return run.say(f"probe    left out: {why}")
+    run.say(f"probe    fitted on {what} to measure on, after each {probe.samples:,} samples")
+    return probe
 
 
 def some_labelled(source, count, kinds=None):

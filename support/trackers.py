@@ -137,7 +137,7 @@ class Tracker:
         """Return function(*arguments), or None after an error, which is printed."""
         try:
             return function(*arguments)
-        except Exception as error:  # noqa: BLE001 (packages and networks raise anything)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (packages raise anything)
             why = f"{type(error).__name__}: {last_line(error)}"
             print(f"--log-to {self.name} failed, and is left out: {why}", file=sys.stderr)
             self.service = None

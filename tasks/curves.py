@@ -8,7 +8,7 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from support.flags import new_file, png
+from support.flags import png
 
 # {name in metrics.jsonl: title}, a panel each
 PANELS = {
@@ -27,8 +27,7 @@ COLUMNS = 3
 
 def add_flags(parser):
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder, a run's --out")
-    out = lambda text: new_file(png(text))
-    parser.add_argument("--out", type=out, default="curves.png", help="a new .png (curves.png)")
+    parser.add_argument("--out", type=png, default="curves.png", help="a .png (curves.png)")
 
 
 def draw_curves(runs, out):
@@ -53,8 +52,9 @@ def draw_curves(runs, out):
         figure.axes[0].set_xscale("log")  # of all panels
     lines, where = figure.axes[0].lines, {"loc": "outside upper left", "ncols": COLUMNS}
     figure.legend(lines, labels(runs), frameon=False, **where)
+    replaced = " (replaced)" if Path(out).exists() else ""
     figure.savefig(out, dpi=110)
-    print(f"wrote {out}")
+    print(f"wrote {out}{replaced}")
     return {"runs": len(runs), "out": out}
 
 

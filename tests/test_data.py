@@ -228,10 +228,21 @@ def test_how_many_unreadable_files_are_too_many(share, total, drawn, most):
     batches = picture_batches(Memory([total]), (8, 8), 3, 8, order=data.Order([total]))
     assert not batches.over_max_bad(most, 0, 0, drawn, share)
     assert batches.over_max_bad(most + 1, 0, 0, drawn, share)
-    # Unlabelled samples count as the files that they are: each comes in every epoch.
-    epochs = max(1, drawn // total)
-    assert not batches.over_max_bad(0, 0, most * epochs, drawn, share)
-    assert batches.over_max_bad(0, 0, (most + 1) * epochs, drawn, share)
+
+
+@pytest.mark.parametrize(
+    "share, drawn, most",  # the largest number of unlabelled samples that is not too many
+    [
+        *((0.01, 120, 10), (0.01, 60_000, 1001)),  # 1 % of 1,000 at least
+        *((0.05, 100_000, 5000), (1, 40, 39)),  # not all of them
+        # One file alone, which comes once in each epoch of 60, is never too many.
+        *((0, 1, 1), (0, 59, 1), (0, 60, 2), (0, 61, 2), (0, 600, 11)),
+    ],
+)
+def test_how_many_unlabelled_samples_are_too_many(share, drawn, most):
+    batches = picture_batches(Memory([60]), (8, 8), 3, 8, order=data.Order([60]))
+    assert not batches.over_max_bad(0, 0, most, drawn, share)
+    assert batches.over_max_bad(0, 0, most + 1, drawn, share)
 
 
 def test_useless_samples_alone_are_too_many():

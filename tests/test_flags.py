@@ -84,6 +84,7 @@ def test_checkpoints_older_than_a_flag_go_on_without_it(tmp_path):
         path.write_text(json.dumps(record))
     mae_pretrain.prepare(run := mae_pretrain.parse_arguments(flags))
     assert run.checkpoint.name == "step-00000012"
-    for given, said in (["--no-flip"], "no_flip was None, is True"), (["--clip", "0"], "clip was"):
+    mae_pretrain.prepare(mae_pretrain.parse_arguments([*flags, "--clip", "0"]))  # changes nothing
+    for given, said in (["--no-flip"], "no_flip was None, is True"), (["--clip", "1"], "clip was"):
         with pytest.raises(ValueError, match=said):
             mae_pretrain.prepare(mae_pretrain.parse_arguments([*flags, *given]))

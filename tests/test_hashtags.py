@@ -378,4 +378,5 @@ def test_an_unreadable_sample_with_a_weight_comes_as_often_as_the_weight_says():
         unlabelled = 3 * (1 + drawn // 61)  # at most three times in each epoch
         assert not batches.over_max_bad(1, 0, 0, drawn, 0)
         assert not batches.over_max_bad(0, 0, unlabelled, drawn, 0)
-        assert batches.over_max_bad(4, 0, 0, drawn, 0)
+        assert batches.over_max_bad(0, 0, unlabelled + 1, drawn, 0)
+        assert batches.over_max_bad(2, 0, 0, drawn, 0)  # two files, however often they come

@@ -193,14 +193,15 @@ def test_keys_of_a_shard_are_unique_and_readable(tmp_path):
     assert sorted(pixels for *_, pixels in one) == sorted(pixels for *_, pixels in two)
 
 
-def test_strays_are_packed_without_a_class(tmp_path):
+def test_strays_are_not_packed(tmp_path, capsys):
     names = [f"{kind}/{kind}{i}.png" for kind in ("cat", "dog") for i in range(9)]
     files = {name: tile(number) for number, name in enumerate([*names, "stray.png"])}
     packed = pack(write_files(tmp_path / "pets", files), tmp_path / "out" / "%d.tar", shard_size=99)
     assert sum(name.endswith(".cls") for name in packed["0.tar"]) == 18
     source = opened(f"{tmp_path}/out/0.tar")
     found = {name.rpartition("_")[2]: label for name, label, _ in everything(source)}
-    assert found == {n[4:-4]: int(n[:3] == "dog") for n in names} | {"stray": -1}
+    assert found == {n[4:-4]: int(n[:3] == "dog") for n in names}
+    assert "beside the folders of classes, not packed: 1" in capsys.readouterr().out
 
 
 def test_val_packed_after_train_keeps_the_numbers_of_the_classes(pets, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from data import Folder, Subset
 from support import probe
 from support.hashtags import write_hashtags
 
-# 2,000 samples between two saves: 5 % of them are 100 pictures, to fit on 50 and measure on 50.
+# 2,000 samples between two saves: 5 % of them are the 100 pictures of `pets`.
 RUN = [
     *("--size", "16x1x2", "--decoder", "16x1x2", "--image-size", "16", "--patch-size", "4"),
     *("--batch-size", "200", "--steps", "20", "--save-every", "10", "--lr", "1e-3"),
@@ -114,12 +115,12 @@ def test_stage_2_probes_a_folder_that_has_no_hashtags(pets, tmp_path):
 
 def test_a_folder_without_val_is_halved_and_damage_is_named_once(pets, tmp_path):
     shutil.copytree(pets / "train", tmp_path / "some")
-    save_classes(tmp_path / "some" / "more", 30)  # in a third class
+    save_classes(tmp_path / "some" / "more", 25)  # in a third class
     (tmp_path / "some" / "cats" / "0.png").write_bytes(b"no picture")
     ran = completed("--data", pets / "val", *RUN, "--probe", tmp_path / "some", "--out",
                     tmp_path / "run")  # fmt: skip
     assert "fitted on 50 pictures of 3 classes, 50 others to measure on" in ran.stdout
-    assert ran.stderr.count("cats/0.png") <= 1 and len(probed(tmp_path / "run")) == 2
+    assert ran.stderr.count("cats/0.png") == 1 and len(probed(tmp_path / "run")) == 2
 
 
 def test_what_is_of_no_use_is_refused_or_said(pets, tmp_path):
@@ -129,6 +130,45 @@ def test_what_is_of_no_use_is_refused_or_said(pets, tmp_path):
     few = [*RUN, "--batch-size", "50"]  # 500 samples between two saves
     ran = completed("--data", pets, *few, "--out", tmp_path / "few")
     assert "left out" in ran.stdout and not probed(tmp_path / "few")
+
+
+@pytest.mark.parametrize(
+    "batch_size, save_every, due",  # of 40 steps; 100 pictures want 2,000 samples
+    [
+        (200, 10, [10, 20, 30, 40]),
+        (200, 7, [14, 21, 35, 40]),
+        (50, 10, [40]),
+        (400, 4, [8, 12, 16]),
+    ],
+)
+def test_probes_take_at_most_5_percent(batch_size, save_every, due):
+    sources = [Subset(Labelled(classes=2, of_each=50), range(50))] * 2
+    settled = Namespace(batch_size=batch_size, save_every=save_every)
+    one = probe.Probe(*sources, settled)
+    steps = due[-1] if batch_size == 400 else 40
+    saves = [step for step in range(1, steps + 1) if step % save_every == 0 or step == steps]
+    assert [step for step in saves if one.is_due(step)] == due
+    for step in saves:
+        probes = sum(one.is_due(earlier) for earlier in saves if earlier <= step)
+        assert 100 * probes <= 0.05 * batch_size * step
+
+
+@pytest.mark.parametrize("micro_batch", [1, 7, 16, 48, 5000])
+@pytest.mark.parametrize("processes", [1, 3, 4])
+def test_a_process_computes_its_part_alone(micro_batch, processes, monkeypatch):
+    source = Subset(Labelled(classes=2, of_each=50), range(57))
+    config = {"image_size": [8, 8], "channels": 3}
+    settled = Namespace(micro_batch=micro_batch, config=config, batch_size=8, save_every=1)
+    one, seen = probe.Probe(source, source, settled), []
+    for process in range(processes):
+        monkeypatch.setattr(probe, "distributed", lambda number=process: (number, processes))
+        batches = one.batches_of(source)
+        rows = [batches.positions(number) for number in range(len(batches))]
+        assert max(map(len, rows)) <= micro_batch + 1  # rows come in pairs
+        # At most a pair more in each batch, to fill it.
+        assert sum(map(len, rows)) <= 57 / processes + 2 * len(rows) + 2
+        seen += [int(position) for row in rows for position in row if position < 57]
+    assert sorted(seen) == list(range(57))
 
 
 class Labelled(Memory):
