@@ -317,6 +317,14 @@ def test_over_max_bad_the_run_stops(unreadable, encoder, tmp_path, capsys):
     for limit in ([], ["--max-bad", 0.08], ["--max-bad", 0]):
         line, before = refused(capsys, *flags, *limit)
         assert "3 of 36" in line and "--max-bad" in line and len(before) == 3  # their names
+    # A folder without train/ and val/ is all of it.
+    (tmp_path / "some").mkdir()
+    write_picture(tmp_path / "some" / "a.png", 1, (90, 60, 30))
+    out = ["--out", tmp_path / "some.npz"]
+    printed = evaluated("features", encoder.path, tmp_path / "some", *out)[1]
+    assert (
+        "all of it is used" in printed and arrays(tmp_path / "some.npz")["features"].shape[0] == 1
+    )
     # What can be read is written, and the others are marked.
     flags = ["--task", "features", *flags[2:], "--split", "train", "--out", tmp_path / "train.npz"]
     assert "3 of 36" in refused(capsys, *flags)[0]

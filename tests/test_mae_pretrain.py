@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import io
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ from argparse import Namespace
 from functools import partial
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -299,6 +301,24 @@ def test_a_share_for_val_is_not_trained_on_and_goes_into_the_next_command(tmp_pa
     assert typed[:2] == ["--task", "knn"] and typed[-4:] == ["--val-share", "0.2", *cache]
     evaluate.main([*typed, "--workers", "0"])
     assert "96 train and 24 val samples, 2 classes" in capsys.readouterr().out
+
+
+def test_a_step_is_drawn_as_it_is_loaded_whatever_its_micro_batches_are(tmp_path, capsys):
+    run = [*TINY, "--out", str(tmp_path / "run")]
+    drawn = []
+    for size in ("8", "2"):
+        mae_pretrain.main([*run, "--draw-step", "2", "--micro-batch", size])
+        printed = capsys.readouterr().out
+        assert [f"position {i}: " in printed for i in (7, 8, 15, 16)] == [False, True, True, False]
+        drawn.append((tmp_path / "run" / "step-2.png").read_bytes())
+    assert drawn[0] == drawn[1]
+    settled_run = settled(*run)
+    (first, *_) = settled_run.batches[1]["images"]  # batch 1 is step 2
+    picture = Image.open(io.BytesIO(drawn[0])).crop((6, 22, 6 + 160, 22 + 160))  # 16 px, ten times
+    pixels = torch.from_numpy(np.array(picture.resize((16, 16), Image.Resampling.NEAREST)))
+    assert torch.equal(pixels.permute(2, 0, 1), first)
+    assert "the run has 12 steps" in refused(capsys, *run, "--draw-step", "13")
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, capsys):

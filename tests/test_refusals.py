@@ -109,7 +109,7 @@ EVALUATE = [
     ("--val-data toy", "other classes"),
     ("--data {root}/pets.tar --val-data {root}/pets/val", "cannot be matched"),
     ("--data {root}/pets.tar --val-data {root}/bare.tar", "no labels in"),
-    ("--task features --data {root}/flat/val", "has no val/: say --split train"),
+    ("--task features --split val --data {root}/flat/val", "has no val/: leave --split out"),
     # classes of a head
     (f"{HEAD} --data {{root}}/flat", "no labels in"),
     (f"{HEAD} --data {{root}}/pets", "3 classes and no names for them, the data has 2"),
