@@ -287,7 +287,7 @@ def print_plan(run):
     samples = run.steps * run.batch_size
     lanes = f"; with --lanes {math.lcm(48, processes)}" if 48 % processes and not run.lanes else ""
     split = f"{run.micro_batches} micro-batches of {run.micro_batch} images{lanes}"
-    print(f"parameters   {count / 1e6:,.1f} M ({run.config['size']}): {parts}")
+    print(f"parameters   {count / 1e6:,.1f} M ({model.config['size']}): {parts}")
     print(f"compute      {flops / 1e9:,.2f} GFLOP for an image of a training step")
     print(f"steps        {run.steps:,} of {run.batch_size:,} images: {samples:,} samples")
     print(f"batch        {processes} processes x {split}")
@@ -331,9 +331,9 @@ def print_hours(run, flops):
     share, origin = run.mfu, "--mfu"
     if not share:
         share, origin = 0.4, "a guess: --mfu"
-        size = run.config["size"]
-        usual = run.config["image_size"] == [224, 224] and run.precision == "bf16"
-        usual &= run.config["patch_size"] == architecture(size)[3]
+        config, size = run.model.config, run.model.config["size"]
+        usual = config["image_size"] == [224, 224] and run.precision == "bf16"
+        usual &= config["patch_size"] == architecture(size)[3]
         measured = isinstance(run.model, MAE) and MEASURED_MFU.get(size)
         if measured and usual and not run.checkpoint_activations:
             share, origin = measured, "measured on one H200 (docs/speed.md)"
