@@ -341,14 +341,16 @@ def open_probe(run):
 def some_labelled(source, count, kinds=None):
     """(Subset of at most `count` labelled samples, spread over the source; their classes).
 
-    kinds: (k,) the classes to use, or None: all, or as many as have ten samples each.
+    kinds: (k,) the classes to use, or None: all or, where that gives each more samples, fewer:
+    then they are as many as get ten.
     """
     total, named = int(source.sizes.sum()), len(source.classes or ())
     numbers = spread(total, 10 * count if 10 * named > count else count)
     labels = all_labels(Subset(source, numbers.tolist()))
     if kinds is None:
-        kinds = np.unique(labels[labels >= 0])
-        kinds = kinds[:: max(1, math.ceil(10 * len(kinds) / max(1, count)))]
+        known = labels[labels >= 0]
+        kinds = np.unique(known)
+        kinds = kinds[:: math.ceil(10 * len(kinds) / count)] if len(known) > count else kinds
     numbers = numbers[np.isin(labels, kinds)]
     return Subset(source, numbers[spread(len(numbers), count)].tolist()), kinds
 

@@ -466,7 +466,9 @@ def test_a_plan_can_time_ten_steps_here(capsys):
     flags = ["--here", "--size", "16x1x2", "--image-size", "32", "--samples", "6400"]
     mae_pretrain.main([*flags, "--batch-size", "64"])
     printed = capsys.readouterr().out
-    rate = re.search(r"here .* (?:hours|minutes) on this CPU with \d+ threads: ([\d,.]+) images/s", printed)
+    rate = re.search(
+        r"here .* (?:hours|minutes) on this CPU with \d+ threads: ([\d,.]+) images/s", printed
+    )
     assert float(rate[1].replace(",", "")) > 0
     mae_pretrain.main(["--here", "--size", "6.5B", "--memory", "1000"])
     assert "here         not timed: it takes" in capsys.readouterr().out

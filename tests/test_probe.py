@@ -189,6 +189,8 @@ def test_of_many_classes_some_are_used_with_ten_samples_each():
     labels = [chosen.read(number)["class"] for number in range(len(chosen.numbers))]
     assert len(kinds) == 100 and set(labels) == set(kinds)
     assert min(map(labels.count, kinds)) >= 8 and len(labels) <= 1000
+    small, kinds = probe.some_labelled(Labelled(classes=400, of_each=2), 1000)  # no more to have
+    assert len(kinds) == 400 and len(small.numbers) == 800
     few, kinds = probe.some_labelled(Labelled(classes=4, of_each=50), 100)
     assert len(few.numbers) == 100 and list(kinds) == [0, 1, 2, 3]
     others, same = probe.some_labelled(Subset(source, range(20_000)), 1000, kinds)
