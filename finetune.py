@@ -448,7 +448,8 @@ def describe(run, model, flops, chip):
     plain = all(type(block.attn) is models.Attention for block in trunk.blocks)
     shapes = attention_shapes(trunk) if plain else []
     how = run.precision + (", compiled in the first step" if run.compile else "")
-    run.say(f"data     {run.train.identity}")
+    learned, held_out = (int(source.sizes.sum()) for source in (run.train, run.val))
+    run.say(f"data     {learned} to learn from, {held_out} to measure on: {run.train.identity}")
     run.say(f"model    {run.config['size']}, {millions}, {flops / 1e9:.2f} GFLOP an image")
     parts = f"{run.processes} processes x {run.micro_batches} x {run.micro_batch}"
     run.say(f"batch    {run.batch_size}: {parts}")
@@ -581,6 +582,7 @@ def linear(run, finetune):
     trunk = load_init(run, build_classifier(run))
     config, rates = trunk.config, [rate * run.batch_size / 256 for rate in LINEAR_RATES]
     model = Probes(trunk, len(rates), run.batch_norm, run.seed)
+    run.say(f"heads    {len(rates)}, one for each lr; the step line shows the largest lr")
     if run.batch_norm:
         run.say("batch norm: over the whole batch, unreadable pictures are zeros in it")
 
