@@ -180,11 +180,17 @@ def settle_sharding(model, run):
         return None if run.shard_group == 1 else run.shard_group
     memory = device_memory(run)
     if memory is None:  # the processes of this machine share its RAM
-        if not hasattr(os, "sysconf"):  # on Windows
+        if not (memory := machine_memory()):
             return None
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         memory /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return None if replica_memory(model, run) <= 0.8 * memory else run.processes
+
+
+def machine_memory():
+    """Bytes of this machine's RAM; None on Windows, where Python does not know it."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def replica_memory(model, run):
@@ -324,8 +330,8 @@ def most_images(model, run, budget):
 
 def print_hours(run, flops):
     """Print the GPU-hours of a run. flops: of a training step, for an image."""
-    chip = "H100" if run.device.type == "cpu" else peak_flops(run.device)[1]
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in chip), None)
+    on_cpu = run.device.type == "cpu"
+    peak, chip = (PEAK_FLOPS["H100"], "H100") if on_cpu else peak_flops(run.device)
     if not peak:
         return print(f"GPU-hours    unknown, as is the peak of {chip}")
     share, origin = run.mfu, "--mfu"
@@ -352,10 +358,9 @@ def print_hours_here(run, flops):
     Loading is not in it. flops: of a training step, for an image.
     """
     model, n = run.model, max(1, min(run.micro_batch, int(2e11 / flops)))  # some seconds a step
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    alone = Namespace(**vars(run) | {"processes": 1, "shard_group": None, "batch_size": n})
-    needed = training_memory(model, alone, n)["peak"]
-    if needed > 0.8 * ram:
+    alone = {"processes": 1, "shard_group": None, "batch_size": n, "precision": "fp32"}
+    needed = training_memory(model, Namespace(**vars(run) | alone), n)["peak"]
+    if (ram := machine_memory()) and needed > 0.8 * ram:
         return print(f"here         not timed: it takes {as_size(needed)} of {as_size(ram)}")
     initialize(model.to_empty(device="cpu"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)

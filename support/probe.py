@@ -192,7 +192,7 @@ def few_shot(x, y, x_test, y_test, classes, shots):
     return np.array(tops)
 
 
-# ------------------------------------------------------------------------------ probes of a training
+# ----------------------------------------------------------------------------- probes of a training
 
 
 def print_probe(weights, config, train, test, seed, samples=math.inf, **options):

@@ -341,7 +341,7 @@ NO_CAPTIONS = "want .txt or .json (--caption-key) in shards, or --labels (path,c
 def retrieval(model, source, tokenizer, extract):
     """Recall at 1, 5 and 10 among all images and captions of a source.
 
-    extract: that of support/probe.py with its options bound. Equal captions are one text, of several
+    extract: support/probe.py's with its options bound. Equal captions are one text, of several
     images. Images without a caption are left out. A tie counts as wrong. Returns the numbers
     "images" and "texts", and the fractions "text_recall_at_1", ... of the images (one of their
     captions is found) and "image_recall_at_1", ... of the texts (one of their images is).
