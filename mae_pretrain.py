@@ -1,7 +1,7 @@
 """Stage 1: a Vision Transformer learns to fill in hidden patches, without labels.
 
 Laptop       python mae_pretrain.py                                       # toy world, two minutes
-             python mae_pretrain.py --data my_photos/ --size T --batch-size 64 --epochs 100
+             python mae_pretrain.py --data my_photos/ --size T --batch-size 64 --out runs/photos
 One GPU      python mae_pretrain.py --data my_photos/ --size B --batch-size 1024
 One node     torchrun --nproc-per-node 8 mae_pretrain.py --size L --data 'shards/{00000..00999}.tar'
 Many nodes   torchrun --nnodes 16 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500
